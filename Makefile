@@ -1,0 +1,49 @@
+# `make` alone lists what there is. Every target does its own set-up in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+WORKERS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check sync bench examples clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: .venv/demo ## Check the ops, train deep networks on real images, name the one whose gradient vanishes
+	@$(BIN)/torchbp demo $(ARGS)
+
+test: .venv/test ## Run the test suite
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-all: .venv/test ## Run the test suite, the slow tests too
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+check: .venv/dev ## Lint, format, types, generated files, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python tools/sync.py --check
+	$(MAKE) test
+
+sync: .venv/test ## Write the generated files: functional.py, nn/__init__.py, docs/ops.md
+	$(BIN)/python tools/sync.py
+
+bench: .venv/test ## Time every op against torch, one thread and all; write benchmarks/data
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+examples: .venv/demo ## Run every example in full
+	@set -e; for f in examples/[a-z]*.py; do echo "== $$f"; $(BIN)/python $$f; done
+
+clean: ## Remove what was built or installed here; logs in runs/ stay
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp an extra: .venv/demo, .venv/test, .venv/dev.
+.venv/demo .venv/test .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing torchbp[$*] into .venv (torch through constraints.txt; some minutes the first time)"
+	@$(PIP) -e '.[$*]'
+	@touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,37 @@
+"""Backpropagation you can trust, watch and afford."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchbp import functional as functional
+    from torchbp import nn as nn
+    from torchbp.monitor import watch as watch
+    from torchbp.swap import convert as convert
+    from torchbp.swap import revert as revert
+    from torchbp.verify import gradcheck as gradcheck
+
+# Public name -> where it lives. Nothing is imported before it is asked for (PEP 562), so that
+# `import torchbp` costs nothing and `torchbp.tensorboard` never meets torch.
+_HOME = {
+    "convert": "torchbp.swap",
+    "functional": "torchbp.functional",
+    "gradcheck": "torchbp.verify",
+    "nn": "torchbp.nn",
+    "revert": "torchbp.swap",
+    "watch": "torchbp.monitor",
+}
+
+__all__ = ["convert", "functional", "gradcheck", "nn", "revert", "watch"]  # noqa: F822
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        message = f"module 'torchbp' has no attribute {name!r}"
+        raise AttributeError(message)
+    home = import_module(_HOME[name])
+    return home if home.__name__ == f"torchbp.{name}" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
