@@ -22,7 +22,7 @@ _HOME = {
     "watch": "torchbp.monitor",
 }
 
-__all__ = ["convert", "functional", "gradcheck", "nn", "revert", "watch"]  # noqa: F822
+__all__ = ["convert", "functional", "gradcheck", "nn", "revert", "watch"]
 
 
 def __getattr__(name: str) -> object:

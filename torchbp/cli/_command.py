@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["CouldNotRun", "Command"]
+__all__ = ["Command", "CouldNotRun"]
 
 
 class CouldNotRun(Exception):  # noqa: N818  # the sentence that is printed, not an error of ours

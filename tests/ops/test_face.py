@@ -1,0 +1,180 @@
+"""The face of every op and Module is torch's: signatures, errors, repr, state, initialisation, pickles, docs."""
+
+import copy
+import doctest
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+
+import torchbp
+from torchbp.ops._samples import Make
+
+
+def twins(constructed):
+    """The module and torch's, made with the same arguments after the same seed, and an input."""
+    op, i = constructed
+    cls, ctor, inputs = list(op.module_samples(Make(torch.float32)))[i]
+    theirs = getattr(torch.nn, cls.__name__)
+    torch.manual_seed(0)
+    ours = cls(*ctor.args, **ctor.kwargs)
+    torch.manual_seed(0)
+    return ours, theirs(*ctor.args, **ctor.kwargs), inputs
+
+
+def test_signature(op):
+    """Names, order, defaults and kinds of torch's arguments; extras are keyword-only."""
+    theirs = getattr(torch.nn.functional, op.name)
+    try:
+        wanted = inspect.signature(theirs).parameters
+    except ValueError:  # a builtin: torch.nn.functional.linear says its signature in its docstring
+        first = theirs.__doc__.strip().splitlines()[0]
+        names = first[first.index("(") + 1 : first.index(")")].split(", ")
+        assert [p.split("=")[0] for p in names] == list(inspect.signature(op.function).parameters)
+        return
+    ours = dict(inspect.signature(op.function).parameters)
+    extras = {k: p for k, p in ours.items() if k not in wanted}
+    assert all(p.kind is p.KEYWORD_ONLY for p in extras.values())
+    assert [(k, p.default, p.kind) for k, p in ours.items() if k in wanted] == [
+        (k, p.default, p.kind) for k, p in wanted.items()
+    ]
+
+
+def test_wrong_arguments(wrong):
+    op, i = wrong
+    sample = list(op.errors(Make()))[i]
+    reference = op.reference or getattr(torch.nn.functional, op.name)
+    with pytest.raises(Exception) as theirs:  # noqa: PT011  # the type is what is compared
+        reference(*sample.args, **sample.kwargs)
+    with pytest.raises(Exception) as ours:  # noqa: PT011
+        op.function(*sample.args, **sample.kwargs)
+    assert type(ours.value) is type(theirs.value)
+    assert str(ours.value)
+
+
+def test_public_names(op):
+    assert getattr(torchbp.functional, op.name) is op.function
+    assert pickle.loads(pickle.dumps(op.function)) is op.function
+    for module in op.modules:
+        assert getattr(torchbp.nn, module.__name__) is module
+        assert issubclass(module, getattr(torch.nn, module.__name__))
+        own = set(vars(module)) - {"__module__", "__doc__", "forward"}
+        own -= {"__firstlineno__", "__static_attributes__", "__annotations__"}
+        assert not own, "a Module overrides forward only"
+        assert inspect.signature(module.forward) == inspect.signature(
+            getattr(torch.nn, module.__name__).forward
+        )
+
+
+def test_docstring(op):
+    """Every public function says what it takes, gives and raises, and its example runs."""
+    text = op.function.__doc__
+    assert all(f"{part}:\n" in text for part in ("Args", "Returns", "Raises", "Example"))
+    documented = text[text.index("Args:") : text.index("Returns:")]
+    for name in inspect.signature(op.function).parameters:
+        assert f"{name}: " in documented
+    example = doctest.DocTestParser().get_doctest(text, {}, op.name, None, 0)
+    assert len(example.examples) >= 3
+    failures = io.StringIO()
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    runner.run(example, out=failures.write)
+    assert not runner.failures, failures.getvalue()
+    source = inspect.getmodule(inspect.unwrap(op.function)).__doc__
+    assert all(f"{part}:\n" in source for part in ("Derivation", "Saves", "Edge values", "Sources")) or (
+        "Derivation" in source and "Sources:\n" in source
+    )
+
+
+def test_module_repr_and_training(constructed):
+    ours, theirs, _ = twins(constructed)
+    assert repr(ours) == repr(theirs)
+    assert ours.training == theirs.training
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(a, b), "the same seed gives the same parameters"
+
+
+def test_module_value_and_gradient(constructed):
+    ours, theirs, inputs = twins(constructed)
+    ours.eval()
+    theirs.eval()
+    results = []
+    for module in (ours, theirs):
+        args = [t.detach().clone() for t in inputs.args]
+        if not getattr(module, "inplace", False):
+            args[0].requires_grad_()
+        y = module(*args)
+        if y.requires_grad:
+            y.backward(torch.ones_like(y))
+        results.append((y, [t.grad for t in (*args, *module.parameters())]))
+    (y, ours_grads), (z, their_grads) = results
+    torch.testing.assert_close(y, z)
+    for a, b in zip(ours_grads, their_grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_module_state_dict_goes_both_ways(constructed):
+    ours, theirs, _ = twins(constructed)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(1)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_module_copies_and_pickles(constructed):
+    ours, _, inputs = twins(constructed)
+    ours.eval()
+    args = [t.detach() for t in inputs.args]
+    want = ours(*copy.deepcopy(args))
+    pickled = pickle.dumps(ours)
+    assert b"torchbp.nn" in pickled
+    assert b"torchbp.ops" not in pickled
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    for twin in (
+        copy.deepcopy(ours),
+        pickle.loads(pickled),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert type(twin) is type(ours)
+        torch.testing.assert_close(twin(*copy.deepcopy(args)), want)
+
+
+def test_inplace_as_in_torch(op):
+    """``inplace=True`` writes the result where torch writes it, with torch's gradient; a leaf raises as in torch."""
+    if "inplace" not in inspect.signature(op.function).parameters:
+        pytest.skip("no inplace form")
+    leaf = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    for view in (lambda t: t, lambda t: t[1:], lambda t: t.mT):
+        results = []
+        for inplace in (False, True):
+            torch.manual_seed(1)
+            x = leaf * 1
+            y = op.function(view(x), inplace=inplace)
+            if inplace:
+                assert y.data_ptr() == view(x).data_ptr()
+                assert torch.equal(view(x), y)
+            (y.sin().sum() + (0 if not inplace else 0)).backward()
+            results.append((y.detach(), leaf.grad))
+            leaf.grad = None
+        (y, g), (z, h) = results
+        torch.testing.assert_close(y, z)
+        torch.testing.assert_close(g, h)
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        op.function(leaf, inplace=True)
+    with torch.no_grad():
+        data = leaf.detach().clone()
+        assert op.function(data, inplace=True) is data
+
+
+def test_module_to_dtype(constructed):
+    module, _, inputs = twins(constructed)
+    module = module.to(torch.bfloat16).eval()
+    args = [t.detach().bfloat16() if t.is_floating_point() else t for t in inputs.args]
+    assert module(*args).dtype == torch.bfloat16

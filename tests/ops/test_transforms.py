@@ -1,0 +1,166 @@
+"""torch.func, torch.compile, torch.export, torch.fx and autocast take every op as they take torch's."""
+
+import copy
+
+import pytest
+import torch
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
+
+from tests.ops.conftest import Case
+from torchbp.ops._samples import Make
+
+
+def closed(case: Case, function=None):
+    """A scalar function of one tensor, and a batch of three inputs for it, along the first dimension."""
+    sample = case.sample()
+    f, tensors = case.of_tensors(sample, function)
+    x = tensors[0].detach()
+    generator = torch.Generator().manual_seed(3)
+    batch = torch.stack([x, x + 0.25, torch.randn(x.shape, generator=generator).to(x)])
+    others = [t.detach() for t in tensors[1:]]
+    return (lambda x: f(x, *others).sin().sum()), batch
+
+
+RANDOMNESS = {"randomness": "different"}
+
+
+def test_vmap_of_grad(case):
+    if not case.of_tensors(case.sample())[1][0].numel():
+        pytest.skip("empty")
+    f, batch = closed(case)
+    if case.op.random:
+        assert vmap(grad(f), **RANDOMNESS)(batch).shape == batch.shape
+        return
+    ours = vmap(grad(f))(batch)
+    each = torch.stack([grad(f)(x) for x in batch])
+    torch.testing.assert_close(ours, each)
+    torch.testing.assert_close(ours, vmap(grad(closed(case, case.reference)[0]))(batch))
+
+
+def test_jacobians_and_hessian(case):
+    f, batch = closed(case)
+    g, _ = closed(case, case.reference)
+    x = batch[0]
+    if x.numel() > 12 or case.op.random:
+        pytest.skip("large, or draws anew inside the transform")
+    torch.testing.assert_close(jacrev(f)(x), jacrev(g)(x))
+    torch.testing.assert_close(jacfwd(f)(x), jacrev(g)(x))
+    torch.testing.assert_close(hessian(f)(x), hessian(g)(x))
+
+
+@pytest.mark.parametrize("in_dim", [0, -1])
+def test_vmap_of_forward(first, in_dim):
+    f, batch = closed(first)
+    ours = vmap(f, in_dims=in_dim, **RANDOMNESS)(batch.movedim(0, in_dim))
+    if not first.op.random:
+        torch.testing.assert_close(ours, torch.stack([f(x) for x in batch]))
+
+
+def compiled(case: Case, backend: str, dynamic: bool = False):
+    torch._dynamo.reset()
+    sample = case.sample(torch.float32)
+    f, tensors = case.of_tensors(sample, case.op.function)
+    c = torch.compile(f, fullgraph=True, backend=backend, dynamic=dynamic)
+    torch.manual_seed(1)
+    y = c(*tensors)
+    return y, f, tensors
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(case, dynamic):
+    """One graph, forward and backward, with the values and gradients of eager."""
+    check_compiled(case, "aot_eager", dynamic=dynamic)
+
+
+@pytest.mark.slow
+def test_compile_inductor(first):
+    check_compiled(first, "inductor")
+
+
+def test_compile_inductor_of_one():
+    from torchbp.ops._op import all_ops
+
+    check_compiled(Case(all_ops()["layer_norm"], 0), "inductor")
+
+
+def check_compiled(case, backend, dynamic=False):
+    y, f, tensors = compiled(case, backend, dynamic)
+    grads = torch.autograd.grad(y, tensors, torch.ones_like(y))
+    if case.op.random:
+        (x,) = tensors
+        assert all(g.shape == x.shape for g in grads)
+        torch.testing.assert_close(y, x * grads[0])  # one mask in both passes
+        return
+    want = f(*tensors)
+    torch.testing.assert_close(y, want, equal_nan=True)
+    for a, b in zip(grads, torch.autograd.grad(want, tensors, torch.ones_like(want)), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_compiled_backward_runs_the_hand_written_one(first):
+    """The graph's backward is ours: the Function's, not one that was derived from its forward."""
+    from torch._dynamo.testing import EagerAndRecordGraphs
+
+    torch._dynamo.reset()
+    backend = EagerAndRecordGraphs()
+    f, tensors = first.of_tensors(first.sample(torch.float32), first.op.function)
+    torch.compile(f, fullgraph=True, backend=backend)(*tensors)
+    code = "".join(g.print_readable(print_output=False) for g in backend.graphs)
+    assert "autograd_function_apply" in code
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(case, dtype):
+    """The dtypes of torch under autocast, outputs and gradients, for float32 and for lower-precision inputs."""
+    for made in (torch.float32, dtype):
+        sample = case.sample(made)
+        f, tensors = case.of_tensors(sample)
+        g, _ = case.of_tensors(sample, case.reference)
+        with torch.autocast("cpu", dtype):
+            ours, theirs = f(*tensors), g(*tensors)
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2, equal_nan=True)
+        v = torch.ones_like(ours)
+        for t, a, b in zip(
+            tensors,
+            torch.autograd.grad(ours, tensors, v),
+            torch.autograd.grad(theirs, tensors, v),
+            strict=True,
+        ):
+            assert a.dtype == t.dtype
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+def test_autocast_leaves_no_cast_weight_behind():
+    """A weight cast under autocast keeps its history where torch's own linear meets it afterwards."""
+    import torchbp.functional as F
+
+    weight = torch.randn(3, 3, requires_grad=True)
+    x = torch.randn(2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        F.linear(x, weight)
+        y = torch.nn.functional.linear(x, weight)
+    assert y.requires_grad
+
+
+def modules(constructed):
+    op, i = constructed
+    cls, ctor, inputs = list(op.module_samples(Make(torch.float32)))[i]
+    return cls(*ctor.args, **ctor.kwargs), inputs
+
+
+def test_fx(constructed):
+    module, inputs = modules(constructed)
+    traced = torch.fx.symbolic_trace(module.eval())
+    called = [n.target for n in traced.graph.nodes if n.op == "call_function"]
+    assert any(getattr(t, "__module__", "") == "torchbp.functional" for t in called)
+    args = copy.deepcopy([t.detach() for t in inputs.args])
+    torch.testing.assert_close(traced(*args), module(*copy.deepcopy(args)))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export(constructed, strict):
+    module, inputs = modules(constructed)
+    args = tuple(t.detach() for t in inputs.args)
+    exported = torch.export.export(module.eval(), copy.deepcopy(args), strict=strict)
+    torch.testing.assert_close(exported.module()(*copy.deepcopy(args)), module(*copy.deepcopy(args)))

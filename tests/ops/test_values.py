@@ -1,0 +1,102 @@
+"""Values and gradients, first order, of every op on every sample: against torch, and in every dtype against float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.conftest import HALF, with_args
+from torchbp.ops._function import formula_only
+from torchbp.ops._samples import EDGES
+
+
+def gradients(function, tensors, seed=0) -> list[Tensor | None]:
+    y = function(*tensors)
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    return list(torch.autograd.grad(y, tensors, v, allow_unused=True)) if tensors else []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+def test_forward_equals_torch(case, dtype):
+    ours, theirs = case.call(case.sample(dtype)), case.call_reference(case.sample(dtype))
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, equal_nan=True, check_stride=True)
+
+
+@pytest.mark.parametrize("engine", ["default", "formula"])
+def test_gradient_equals_torch(case, engine):
+    sample = case.sample()
+    f, tensors = case.of_tensors(sample)
+    g, _ = case.of_tensors(sample, case.reference)
+    if engine == "formula":
+        with formula_only():
+            ours = gradients(f, tensors)
+    else:
+        ours = gradients(f, tensors)
+    for a, b in zip(ours, gradients(g, tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_gradient_against_float64(case, dtype):
+    """In every precision: the gradient is that of float64 on the same (rounded) numbers, to a few roundings."""
+    sample = case.sample(dtype)
+    f, tensors = case.of_tensors(sample)
+    ours = gradients(f, tensors)
+    exact = with_args(sample, lambda t: widened(t) if t.is_floating_point() else t)
+    g, wide = case.of_tensors(exact, case.reference)
+    unit = torch.finfo(dtype).eps
+    for tensor, a, b in zip(tensors, ours, gradients(g, wide), strict=True):
+        assert a.dtype == tensor.dtype
+        # v is rounded to dtype once, the result once, and a float32 formula has its own few roundings
+        scale = b.abs().max().item() if b.numel() else 0.0
+        torch.testing.assert_close(
+            a.double(), b, rtol=2 * unit, atol=4 * unit * scale, equal_nan=True
+        )
+
+
+def widened(t: Tensor) -> Tensor:
+    return t.detach().double().requires_grad_(t.requires_grad)
+
+
+def test_complex_and_integer_inputs_as_in_torch(first):
+    """What torch takes is taken, with equal values and gradients; what it refuses is refused with the same type."""
+    sample = first.sample()
+    for change in (lambda t: (t.detach() * 4).round().long(), lambda t: t.detach() * (1 + 0.5j)):
+        changed = with_args(sample, lambda t, c=change: c(t) if t.is_floating_point() else t)
+        try:
+            theirs = first.call_reference(changed)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            with pytest.raises(type(error)):
+                first.call(changed)
+            continue
+        torch.testing.assert_close(first.call(changed), theirs)
+        if theirs.is_complex():
+            live = with_args(changed, lambda t: t.requires_grad_() if t.is_complex() else t)
+            f, tensors = first.of_tensors(live)
+            g, _ = first.of_tensors(live, first.reference)
+            v = torch.randn_like(theirs)
+            ours = torch.autograd.grad(f(*tensors), tensors, v)
+            for a, b in zip(ours, torch.autograd.grad(g(*tensors), tensors, v), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+def test_edge_values(op, dtype):
+    """Elementwise ops: forward as torch's, and the derivative as torch's in float64 wherever that is a number."""
+    if not op.elementwise or op.random:
+        pytest.skip("not a function of single elements")
+    x = torch.tensor(EDGES, dtype=dtype, requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    y, exact = op.function(x), op.reference(wide)
+    torch.testing.assert_close(y, op.reference(x), equal_nan=True, rtol=0, atol=0)
+    y.backward(torch.ones_like(y))
+    exact.backward(torch.ones_like(exact))
+    limits = torch.finfo(dtype)
+    normal = (wide.grad.abs() >= limits.smallest_normal) | wide.grad.isnan()
+    # float32 and wider may see the derivative from the output: absolute there, relative in half precision
+    atol = 0.0 if dtype in HALF else limits.eps
+    torch.testing.assert_close(
+        x.grad.double()[normal], wide.grad[normal], rtol=limits.eps, atol=atol, equal_nan=True
+    )
+    assert (x.grad[~normal].abs() <= limits.smallest_normal).all()

@@ -1,0 +1,161 @@
+"""What every ``autograd.Function`` of this package shares: how it is typed, called, and computed in half precision."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd.function import Function
+from torch.overrides import handle_torch_function, has_torch_function
+
+__all__ = [
+    "Context",
+    "entry",
+    "formula_only",
+    "fused",
+    "in_autocast_dtype",
+    "in_float32",
+    "is_half",
+    "public",
+    "scale_fresh",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_HALF = (torch.bfloat16, torch.float16)
+_formula_only = False
+
+
+class Context(Protocol):
+    """The parts of autograd's ``ctx`` that ops use."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def save_for_forward(self, *tensors: Tensor | None) -> None: ...
+    def mark_dirty(self, *tensors: Tensor) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def entry(function: type[Function]) -> Callable[..., Tensor]:
+    """Return the callable that runs ``function``: eagerly, under ``torch.func``, under ``torch.compile``.
+
+    - Dynamo (torch 2.13) refuses a Function that defines ``jvp`` (pytorch#180284), so while it traces, a subclass
+      without ``jvp`` takes its place; forward and backward are the same code.
+    - ``Function.apply`` binds the arguments to the signature at every call, about 10 µs. Here they are complete
+      and in order, so where no functorch transform is active the C++ ``apply`` below it is called at once.
+
+    Args:
+        function: Function with ``forward``, ``setup_context``, ``backward`` and ``jvp``.
+
+    Returns:
+        A callable with the arguments of ``function.forward``, all positional.
+    """
+    traced = type(function.__name__, (function,), {"jvp": staticmethod(Function.jvp)})
+    bare = super(Function, function).apply
+
+    def apply(*args: object) -> Tensor:
+        if torch.compiler.is_compiling():
+            return traced.apply(*args)
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        return bare(*unwrap_dead_wrappers(args))
+
+    return apply
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Make ``function`` a citizen of ``torchbp.functional``.
+
+    It answers ``__torch_function__`` (tensor subclasses, modes, ``torch.fx`` proxies) as torch's own functions do,
+    and is pickled by its public name, whatever the file tree.
+    """
+
+    @wraps(function)
+    def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
+        if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
+            relevant = (*args, *kwargs.values())
+            return handle_torch_function(dispatch, relevant, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    dispatch.__module__ = "torchbp.functional"
+    return dispatch
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has one of the 16-bit floating-point dtypes."""
+    return tensor.dtype in _HALF
+
+
+def in_float32(formula: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Evaluate ``formula`` in float32 where the first tensor is half precision, and round once, at the end.
+
+    In bfloat16 a formula of several roundings loses a gradient that has not vanished: ``1 - σ(x)`` is 0 from
+    x = 6.25 on.
+
+    Args:
+        formula: Function of ``tensors``.
+        tensors: Floating point; the value has the dtype of the first.
+
+    Returns:
+        The formula's value in the first tensor's own dtype.
+    """
+    if not is_half(tensors[0]):
+        return formula(*tensors)
+    return formula(*(t.float() for t in tensors)).to(tensors[0].dtype)
+
+
+def in_autocast_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast as autocast does for its lower-precision ops: float16, bfloat16 and float32 become autocast's dtype.
+
+    Outside the Function, so that autograd differentiates the cast, and what is saved is small; and not by autocast
+    itself inside the Function, which would put a cast weight without history into autocast's cache.
+    """
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(torch.get_autocast_dtype(t.device.type)) if eligible else t
+
+    return tuple(cast(t) for t in tensors)
+
+
+def fused(*tensors: Tensor) -> bool:
+    """Whether a backward may run a fused kernel, or write into a tensor it has just made.
+
+    Under double backward, ``torch.func``, ``torch.compile`` and batched gradients (``is_grads_batched``) only the
+    formula is differentiable, traceable and batched; in half precision it alone computes in float32.
+    """
+    return not (
+        _formula_only
+        or torch.is_grad_enabled()  # in backward: exactly when create_graph was asked for
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or any(is_half(t) or torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+    )
+
+
+def scale_fresh(fresh: Tensor, factor: Tensor) -> Tensor:
+    """Return ``fresh * factor``, written into ``fresh`` where nobody differentiates it.
+
+    Args:
+        fresh: A tensor that the caller has just made, and does not use any more.
+        factor: A number, or a tensor that can be broadcast to ``fresh``.
+    """
+    return fresh.mul_(factor) if fused(fresh) else fresh * factor
+
+
+@contextmanager
+def formula_only() -> Iterator[None]:
+    """Run every backward by its formula, never by a fused kernel: for tests that compare the two."""
+    global _formula_only  # noqa: PLW0603  # not thread-local on purpose: backward may run in another thread
+    before, _formula_only = _formula_only, True
+    try:
+        yield
+    finally:
+        _formula_only = before

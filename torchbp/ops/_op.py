@@ -1,0 +1,68 @@
+"""The record that every op file ends with, and the catalogue of all of them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pkgutil import walk_packages
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchbp import ops
+from torchbp.ops._samples import Make, Sample
+
+__all__ = ["Op", "all_ops"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """What an op declares about itself; tests, benchmarks, docs and the command line read it.
+
+    Attributes:
+        function: The public function.
+        modules: The Module forms.
+        reference: A function of the same signature, torch's own, that ``function`` must equal.
+        samples: Right inputs, in every way the op can be called.
+        module_samples: Constructor arguments of each Module worth a test, with an input for it.
+        errors: Wrong inputs: ``function`` must raise what ``reference`` raises on them.
+        saved_bytes: Bytes that backward keeps (distinct storages, inputs and outputs counted) for these arguments.
+        benchmark: One input of about ``n`` elements.
+        elementwise: Whether output element i depends on input element i of the first argument only; edge values are
+            then tested one by one.
+        random: Whether it draws random numbers. ``reference`` is then ``None``: the test makes one from the drawn mask.
+        fused: What runs the backward in plain eager mode: ``""`` for the formula, else the fused kernel's name.
+    """
+
+    function: Callable[..., Tensor]
+    modules: tuple[type[nn.Module], ...]
+    reference: Callable[..., Tensor] | None
+    samples: Callable[[Make], Iterable[Sample]]
+    module_samples: Callable[[Make], Iterable[tuple[type[nn.Module], Sample, Sample]]]
+    saved_bytes: Callable[..., int]
+    benchmark: Callable[[Make, int], Sample]
+    errors: Callable[[Make], Iterable[Sample]] = field(default=lambda make: ())  # noqa: ARG005
+    elementwise: bool = False
+    random: bool = False
+    fused: str = ""
+
+    @property
+    def name(self) -> str:
+        """The public function's name."""
+        return self.function.__name__
+
+    def __repr__(self) -> str:
+        return f"Op({self.name})"
+
+
+@cache
+def all_ops() -> dict[str, Op]:
+    """Return every op by name, read from the folder's files; sorted by folder and name."""
+    found: dict[str, Op] = {}
+    for info in walk_packages(ops.__path__, f"{ops.__name__}."):
+        if any(part.startswith("_") for part in info.name.split(".")) or ".kernels" in info.name:
+            continue
+        op: Any = getattr(import_module(info.name), "OP", None)
+        if op is not None:
+            found[op.name] = op
+    return found

@@ -1,0 +1,30 @@
+"""What a loss's ``reduction`` does to its values, and to the gradient that comes back."""
+
+from torch import Tensor
+from torch.nn import _reduction as torch_reduction
+
+from torchbp.ops._errors import wrong
+
+__all__ = ["named", "reduce", "spread"]
+
+
+def named(op: str, reduction: str, size_average: bool | None, reduce: bool | None) -> str:
+    """Return ``reduction`` checked; torch's older two arguments, where given, decide (and warn) as in torch."""
+    if size_average is not None or reduce is not None:
+        reduction = torch_reduction.legacy_get_string(size_average, reduce)
+    if reduction not in ("none", "mean", "sum"):
+        rule = "reduction to be 'none', 'mean' or 'sum'"
+        raise ValueError(wrong(op, rule, repr(reduction), "pass one of the three"))
+    return reduction
+
+
+def reduce(values: Tensor, reduction: str) -> Tensor:
+    """Return ``values`` themselves, their mean or their sum."""
+    if reduction == "none":
+        return values
+    return values.mean() if reduction == "mean" else values.sum()
+
+
+def spread(grad: Tensor, reduction: str, count: int | Tensor) -> Tensor:
+    """Return the gradient of each value, or one for all, from that of the reduced loss over ``count`` values."""
+    return grad / count if reduction == "mean" else grad

@@ -1,0 +1,84 @@
+"""Inputs that ops are tested, documented and benchmarked on."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["EDGES", "Make", "Sample", "elementwise", "elementwise_errors", "square"]
+
+# Zeros of both signs, kinks and saturation of the usual activations, overflow, and what is not a number.
+EDGES = (
+    *(0.0, -0.0, 1.0, -1.0, 0.5, 3.47, -6.25, 20.0, -20.0, 88.0, -88.0),
+    *(1e-30, -1e-30, 1e30, -1e30, math.inf, -math.inf, math.nan),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The arguments of one call, with a name for the test's id."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors among the arguments."""
+        yield from (a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor))
+
+
+class Make:
+    """Makes the tensors of a sample: seeded, of one dtype and device, so that a sample can be made twice."""
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def _place(self, values: Tensor, requires_grad: bool) -> Tensor:
+        return values.to(self.device, self.dtype).requires_grad_(requires_grad)
+
+    def normal(self, *shape: int, requires_grad: bool = True) -> Tensor:
+        """Standard normal values, none nearer than 0.05 to 0 (the usual kink), rounded to what bfloat16 holds."""
+        values = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        values = torch.where(values.abs() < 0.05, values + 0.1, values)
+        return self._place(values.bfloat16().double(), requires_grad)
+
+    def uniform(
+        self, *shape: int, low: float = 0.0, high: float = 1.0, requires_grad: bool = False
+    ) -> Tensor:
+        """Uniform values in ``[low, high)``."""
+        values = torch.rand(shape, generator=self._generator, dtype=torch.float64)
+        return self._place((low + (high - low) * values).bfloat16().double(), requires_grad)
+
+    def labels(self, *shape: int, classes: int) -> Tensor:
+        """Class indices, int64."""
+        return torch.randint(classes, shape, generator=self._generator).to(self.device)
+
+    def probabilities(self, *shape: int, dim: int, requires_grad: bool = False) -> Tensor:
+        """Values that sum to 1 along ``dim``."""
+        values = torch.randn(shape, generator=self._generator, dtype=torch.float64).softmax(dim)
+        return self._place(values, requires_grad)
+
+
+def elementwise(make: Make) -> Iterator[Sample]:
+    """Yield tensors of several shapes for a function of one tensor."""
+    for shape in ((3, 4), (), (1,), (0,), (2, 0, 3), (2, 3, 2)):
+        yield Sample((make.normal(*shape),), name="x".join(map(str, shape)) or "scalar")
+
+
+def elementwise_errors(make: Make) -> Iterator[Sample]:
+    """Yield what no function of one tensor takes."""
+    yield Sample(("text",), name="text")
+    yield Sample((), name="nothing")
+    yield Sample((make.normal(2), 1, 2, 3, 4, 5, 6, 7), name="too-many")
+
+
+def square(make: Make, n: int) -> Sample:
+    """Return one tensor of about ``n`` elements, rows no longer than 1024."""
+    width = min(1024, max(8, math.isqrt(n)))
+    return Sample((make.normal(max(1, n // width), width),))

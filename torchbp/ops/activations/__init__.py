@@ -1,0 +1,1 @@
+"""Ops that are elementwise (or nearly) non-linearities. One op = one file."""

@@ -1,0 +1,1 @@
+"""Ops that are random omission. One op = one file."""

@@ -1,0 +1,1 @@
+"""Ops that are affine maps. One op = one file."""

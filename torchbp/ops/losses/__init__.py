@@ -1,0 +1,1 @@
+"""Ops that are scalar objectives. One op = one file."""

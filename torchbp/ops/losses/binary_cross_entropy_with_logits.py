@@ -1,0 +1,216 @@
+r"""Binary cross entropy of logits: ℓ = w · [(1 - t) · softplus(x) + c · t · softplus(-x)], then reduced.
+
+x is the logit, t the target probability, c the weight of positives ("pos_weight"), w that of each element.
+
+Derivation, with softplus'(x) = σ(x) and s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"):
+    grad_x = s · w · [(1 - t) · σ(x) - c · t · σ(-x)]                                         (1)
+    grad_t = s · w · [c · softplus(-x) - softplus(x)]                                         (2)
+    tangent_ℓ = (1) · tangent_x + (2) · tangent_t with s = 1                                  (3)
+    Two sigmoids in (1), not σ(x) - t: for t = 1 the latter rounds to 0 from x = 17 on in float32.
+
+Saves:
+    x and t, which are inputs, and the weights.
+
+Edge values:
+    x → +∞: grad_x → s · w · (1 - t), and 0 for t = 1, where ℓ is 0 too.   No elements: the mean is NaN.
+
+Sources:
+    Good, "Rational Decisions", 1952, doi:10.1111/j.2517-6161.1952.tb00104.x (the logarithmic score).
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._errors import shape, wrong
+from torchbp.ops._function import Context, entry, in_float32, public, scale_fresh
+from torchbp.ops._op import Op
+from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._samples import Make, Sample, square
+
+__all__ = [
+    "BCEWithLogitsLoss",
+    "BCEWithLogitsLossFunction",
+    "binary_cross_entropy_with_logits",
+]
+
+_NAME = "binary_cross_entropy_with_logits"
+
+
+class BCEWithLogitsLossFunction(Function):
+    """Binary cross entropy with hand-written gradients. Call it through :func:`binary_cross_entropy_with_logits`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
+    ) -> Tensor:
+        return F.binary_cross_entropy_with_logits(
+            x, target, weight, pos_weight=pos_weight, reduction=reduction
+        )
+
+    @staticmethod
+    def setup_context(
+        ctx: Context,
+        inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, str],
+        output: Tensor,
+    ) -> None:
+        *tensors, ctx.reduction = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(
+        ctx: Context, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, target, weight, pos_weight = ctx.saved_tensors
+        need_x, need_target, *_ = ctx.needs_input_grad
+        s = spread(grad, ctx.reduction, x.numel())
+        s = s if weight is None else s * weight
+        c = torch.ones((), dtype=x.dtype, device=x.device) if pos_weight is None else pos_weight
+        grad_x = in_float32(_gradient_x, x, target, c, s).to(x.dtype) if need_x else None
+        grad_target = in_float32(_gradient_target, x, c, s) if need_target else None
+        grad_target = None if grad_target is None else grad_target.to(target.dtype)
+        return grad_x, grad_target, None, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, *_: None
+    ) -> Tensor:
+        x, target, weight, pos_weight = ctx.saved_tensors
+        c = torch.ones((), dtype=x.dtype, device=x.device) if pos_weight is None else pos_weight
+        tangent = torch.zeros_like(x)  # (3)
+        if tangent_x is not None:
+            tangent = tangent + in_float32(_gradient_x, x, target, c, tangent_x)
+        if tangent_target is not None:
+            tangent = tangent + in_float32(_gradient_target, x, c, tangent_target)
+        return reduce(tangent if weight is None else tangent * weight, ctx.reduction)
+
+
+def _gradient_x(x: Tensor, target: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    of_positive = c * target * torch.sigmoid(-x)
+    return scale_fresh((1 - target) * torch.sigmoid(x) - of_positive, s)  # (1)
+
+
+def _gradient_target(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    return scale_fresh(F.logsigmoid(-x) - c * F.logsigmoid(x), s)  # (2); logσ(x) = -softplus(-x)
+
+
+_binary_cross_entropy_with_logits = entry(BCEWithLogitsLossFunction)
+
+
+@public
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    r"""Binary cross entropy of logits: :math:`\ell = -[t \log \sigma(x) + (1 - t) \log \sigma(-x)]`, reduced.
+
+    Args:
+        input: Logits, any shape ``(*)``, floating point.
+        target: Probabilities in ``[0, 1]``, the shape of ``input``, floating point.
+        weight: A factor of each element, of a shape that can be broadcast to ``(*)``.
+        size_average: Deprecated in torch; see ``reduction``.
+        reduce: Deprecated in torch; see ``reduction``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        pos_weight: A factor of the positive term, of a shape that can be broadcast to ``(*)``.
+
+    Returns:
+        The loss in nats: a scalar, or ``(*)`` for ``"none"``.
+
+    Raises:
+        ValueError: ``target`` of another shape, or an unknown reduction.
+        RuntimeError: ``weight`` or ``pos_weight`` requires grad, or has a wrong shape; integer ``input``.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import binary_cross_entropy_with_logits
+        >>> binary_cross_entropy_with_logits(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]))
+        tensor(0.4100)
+    """
+    reduction = named(_NAME, reduction, size_average, reduce)
+    if target.size() != input.size():
+        rule = f"target of the input's shape {shape(input)}"
+        raise ValueError(wrong(_NAME, rule, shape(target), "reshape one of them"))
+    for name, factor in (("weight", weight), ("pos_weight", pos_weight)):
+        if factor is not None and factor.requires_grad and torch.is_grad_enabled():
+            rule = f"{name} without requires_grad, as in torch"
+            raise RuntimeError(wrong(_NAME, rule, "one that requires it", "detach it"))
+    return _binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction)
+
+
+class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    """Module form of :func:`binary_cross_entropy_with_logits`; the weights are buffers."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(
+            input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
+        )
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    for dims in ((3, 4), (), (1,), (2, 3, 2)):
+        for reduction in ("mean", "sum", "none"):
+            name = f"{'x'.join(map(str, dims)) or 'scalar'}-{reduction}"
+            args = (make.normal(*dims), make.uniform(*dims, requires_grad=True))
+            yield Sample(args, {"reduction": reduction}, name)
+    for reduction in ("sum", "none"):
+        args = (make.normal(0, 3), make.uniform(0, 3))
+        yield Sample(args, {"reduction": reduction}, f"empty-{reduction}")
+    args = (make.normal(3, 4), make.uniform(3, 4))
+    factors = {"weight": make.uniform(3, 1), "pos_weight": make.uniform(4, high=3)}
+    yield Sample(args, factors, "weights")
+    yield Sample(args, {"pos_weight": make.uniform(3, 4, high=3)}, "pos-weight")
+    yield Sample(args, {"weight": make.uniform(3, 4), "reduction": "none"}, "weight-none")
+    data = make.normal(3, 4, requires_grad=False)
+    yield Sample((data, make.uniform(3, 4, requires_grad=True)), name="data-input")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    sample = Sample((make.normal(3, 4), make.uniform(3, 4)))
+    yield BCEWithLogitsLoss, Sample(), sample
+    factors = {"weight": make.uniform(4), "pos_weight": make.uniform(4), "reduction": "sum"}
+    yield BCEWithLogitsLoss, Sample((), factors), Sample(sample.args, name="weights")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x, target = make.normal(3, 4), make.uniform(3, 4)
+    yield Sample((x, target[0]), name="shape")
+    yield Sample((x, target), {"reduction": "average"}, name="reduction")
+    yield Sample((x, target), {"weight": make.uniform(5)}, name="weight")
+    yield Sample((x, target), {"pos_weight": make.uniform(4, requires_grad=True)}, name="grad")
+    integers = make.labels(3, classes=2)
+    yield Sample((integers, integers), name="integers")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    (x,) = square(make, n).args
+    return Sample((x, make.uniform(*x.shape)))
+
+
+def _saved_bytes(*args: Tensor, **kwargs: object) -> int:
+    tensors = [*args, *(v for v in kwargs.values() if isinstance(v, Tensor))]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+OP = Op(
+    function=binary_cross_entropy_with_logits,
+    modules=(BCEWithLogitsLoss,),
+    reference=F.binary_cross_entropy_with_logits,
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=_saved_bytes,
+    benchmark=_benchmark,
+)

@@ -1,0 +1,364 @@
+r"""Cross entropy of logits: ℓ = -Σ_c w_c q_c log p_c with p = softmax(x), then reduced.
+
+x (N, C, *) are the logits, w the class weights, q the target distribution, smoothed by ε ("label_smoothing").
+Of probabilities q': q = (1 - ε) q' + ε/C. Of a class index t, where the weight is that of the class t:
+    ℓ = -(1 - ε) w_t log p_t - ε/C Σ_c w_c log p_c,  and ℓ = 0 where t is ignored.
+"mean" divides by the number of positions, for indices by the sum of w_t over those not ignored.
+
+Derivation, with ∂log p_c/∂x_j = [c = j] - p_j and s the gradient of each ℓ:
+    of indices, with a = s (1 - ε) w_t and b = s ε/C, both 0 where ignored:
+    grad_x_j  = p_j (a + b Σ_c w_c) - b w_j - a [j = t]                                       (1)
+    of probabilities:
+    grad_x_j  = s · (p_j Σ_c w_c q_c - w_j q_j)                                               (2)
+    grad_q'_j = -s · (1 - ε) w_j log p_j                                                      (3)
+    grad_w_j  = -Σ over positions of s · q_j log p_j                                          (4)
+    tangent_ℓ = Σ_j gradient_j · tangent_j, with s = 1                                        (5)
+
+Saves:
+    x (4 bytes per float32 element), the target, w. torch keeps log p instead of x: as much.
+
+Edge values:
+    All ignored, or N = 0: the mean is NaN, the gradient 0.   A logit of -∞: p = 0, grad 0.   x = +∞: NaN.
+
+Sources:
+    Bridle, "Probabilistic Interpretation of Feedforward Classification Network Outputs", 1990,
+    doi:10.1007/978-3-642-76153-9_28.  Smoothing: Szegedy et al., 2015, arXiv:1512.00567.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._errors import wrong
+from torchbp.ops._function import Context, entry, fused, is_half, public, scale_fresh
+from torchbp.ops._op import Op
+from torchbp.ops._reduction import named, spread
+from torchbp.ops._samples import Make, Sample, square
+
+__all__ = [
+    "CrossEntropyLoss",
+    "IndexCrossEntropyFunction",
+    "ProbabilityCrossEntropyFunction",
+    "cross_entropy",
+]
+
+
+class IndexCrossEntropyFunction(Function):
+    """Cross entropy of class indices. Call it through :func:`cross_entropy`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int, smoothing: float
+    ) -> Tensor:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *)
+        return F.cross_entropy(
+            x, target, w, ignore_index=ignored, reduction=reduction, label_smoothing=smoothing
+        )
+
+    @staticmethod
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str, int, float], output: Tensor
+    ) -> None:
+        *tensors, ctx.reduction, ctx.ignored, ctx.smoothing = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        x, target, w = ctx.saved_tensors
+        _, counted, total = _counted(x, target, w, ctx.ignored)
+        s = spread(grad.to(counted.dtype), ctx.reduction, total)
+        if ctx.reduction == "mean":
+            s = s.masked_fill(total == 0, 0)  # nothing counted: 0, as in torch, not 0/0
+        grad_x = _gradient(x, s, target, w, ctx.ignored, ctx.smoothing).to(x.dtype)
+        return grad_x, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
+        x, target, w = ctx.saved_tensors
+        _, counted, total = _counted(x, target, w, ctx.ignored)
+        gradient = _gradient(x, counted.new_ones(()), target, w, ctx.ignored, ctx.smoothing)
+        values = (gradient * tangent_x).sum(_class_dim(x))  # (5)
+        values = values if ctx.reduction == "none" else spread(values.sum(), ctx.reduction, total)
+        return values.to(x.dtype)
+
+
+class ProbabilityCrossEntropyFunction(Function):
+    """Cross entropy of class probabilities. Call it through :func:`cross_entropy`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, target: Tensor, w: Tensor | None, reduction: str, smoothing: float
+    ) -> Tensor:  # (N, C, *), (N, C, *), (C,) -> () or (N, *)
+        return F.cross_entropy(x, target, w, reduction=reduction, label_smoothing=smoothing)
+
+    @staticmethod
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str, float], output: Tensor
+    ) -> None:
+        *tensors, ctx.reduction, ctx.smoothing = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(
+        ctx: Context, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, target, w = ctx.saved_tensors
+        need_x, need_target, need_w, *_ = ctx.needs_input_grad
+        dim = _class_dim(x)
+        q, log_p, wide_w = _terms(x, target, w, ctx.smoothing)
+        s = spread(grad.to(log_p.dtype), ctx.reduction, _positions(x))
+        s = s.unsqueeze(dim) if ctx.reduction == "none" else s
+        grad_x = grad_target = grad_w = None
+        if need_x:
+            wq = wide_w * q
+            grad_x = s * (log_p.exp() * wq.sum(dim, keepdim=True) - wq)  # (2)
+            grad_x = grad_x.to(x.dtype)
+        if need_target:
+            grad_target = (-s * (1 - ctx.smoothing) * wide_w * log_p).to(target.dtype)  # (3)
+        if need_w:
+            grad_w = (-s * q * log_p).movedim(dim, 0).flatten(1).sum(1).to(w.dtype)  # (4)
+        return grad_x, grad_target, grad_w, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Context,
+        tangent_x: Tensor | None,
+        tangent_target: Tensor | None,
+        tangent_w: Tensor | None,
+        *_: None,
+    ) -> Tensor:
+        x, target, w = ctx.saved_tensors
+        dim = _class_dim(x)
+        q, log_p, wide_w = _terms(x, target, w, ctx.smoothing)
+        tangent = torch.zeros_like(log_p)  # (5)
+        if tangent_x is not None:
+            expected = (log_p.exp() * tangent_x).sum(dim, keepdim=True)
+            tangent = tangent + wide_w * q * (tangent_x - expected)
+        if tangent_target is not None:
+            tangent = tangent + wide_w * (1 - ctx.smoothing) * tangent_target * log_p
+        if tangent_w is not None:
+            tangent = tangent + _along_classes(tangent_w, x) * q * log_p
+        values = -tangent.sum(dim)
+        if ctx.reduction != "none":
+            values = spread(values.sum(), ctx.reduction, _positions(x))
+        return values.to(torch.result_type(x, target))
+
+
+def _class_dim(x: Tensor) -> int:
+    return 1 if x.dim() > 1 else 0
+
+
+def _positions(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[_class_dim(x)])
+
+
+def _along_classes(
+    w: Tensor, x: Tensor
+) -> Tensor:  # (C,) -> (C, 1, ...), which meets x in its class dim
+    return w.view(-1, *(1 for _ in x.shape[_class_dim(x) + 1 :]))
+
+
+def _counted(
+    x: Tensor, target: Tensor, w: Tensor | None, ignored: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, of the shape of ``target``: a safe index, and w_t or 0 where ignored; and the sum of the latter."""
+    ignore = target == ignored
+    index = target.masked_fill(ignore, 0).long()
+    ones = torch.ones_like(index, dtype=torch.float32 if is_half(x) else x.dtype)
+    w_t = (ones if w is None else w[index].to(ones.dtype)).masked_fill(ignore, 0)
+    return index, w_t, w_t.sum()
+
+
+def _gradient(
+    x: Tensor, s: Tensor, target: Tensor, w: Tensor | None, ignored: int, smoothing: float
+) -> Tensor:
+    """Return (1), in float32 for half precision."""
+    dim = _class_dim(x)
+    index, w_t, _ = _counted(x, target, w, ignored)
+    a = s * (1 - smoothing) * w_t
+    p = torch.softmax(x, dim, dtype=w_t.dtype)
+    if smoothing == 0.0:
+        gradient = scale_fresh(p, a.unsqueeze(dim))
+    else:
+        classes = x.shape[dim]
+        b = (s * (smoothing / classes)).expand_as(a).masked_fill(target == ignored, 0)
+        gradient = scale_fresh(p, (a + b * (classes if w is None else w.sum())).unsqueeze(dim))
+        b = b.unsqueeze(dim)
+        gradient = gradient - (b if w is None else b * _along_classes(w, x))
+    subtract = gradient.scatter_add_ if fused(gradient) else gradient.scatter_add
+    return subtract(dim, index.unsqueeze(dim), -a.unsqueeze(dim))
+
+
+def _terms(
+    x: Tensor, target: Tensor, w: Tensor | None, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, log p and w along the classes, in float32 for half precision."""
+    dim = _class_dim(x)
+    dtype = torch.float32 if is_half(x) else x.dtype
+    q = target.to(torch.promote_types(dtype, target.dtype))
+    q = q * (1 - smoothing) + smoothing / max(1, x.shape[dim])
+    wide_w = q.new_ones(()) if w is None else _along_classes(w, x)
+    return q, torch.log_softmax(x, dim, dtype=dtype), wide_w
+
+
+_of_indices = entry(IndexCrossEntropyFunction)
+_of_probabilities = entry(ProbabilityCrossEntropyFunction)
+
+
+@public
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross entropy of logits against class indices or class probabilities: :math:`\ell = -\log p_t`, reduced.
+
+    Args:
+        input: Logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, floating point.
+        target: Class indices of the shape of ``input`` without ``C``, int64 or uint8; or probabilities of the shape
+            of ``input``, floating point.
+        weight: A factor of each class, ``(C,)``.
+        size_average: Deprecated in torch; see ``reduction``.
+        ignore_index: The class index whose positions count for nothing.
+        reduce: Deprecated in torch; see ``reduction``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``; the mean is weighted.
+        label_smoothing: The share :math:`\epsilon` of the target that is spread evenly over all classes, in ``[0, 1]``.
+
+    Returns:
+        The loss in nats: a scalar, or the shape of ``input`` without ``C`` for ``"none"``.
+
+    Raises:
+        IndexError: A class index outside ``[0, C)``.
+        ValueError: ``target`` of another batch size, or an unknown reduction.
+        RuntimeError: Other shapes or dtypes that do not fit; a smoothing outside ``[0, 1]``; ``ignore_index`` with
+            probabilities; a ``weight`` that requires grad with indices.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import cross_entropy
+        >>> cross_entropy(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.tensor([1, 0]))
+        tensor(0.4100)
+    """
+    reduction = named("cross_entropy", reduction, size_average, reduce)
+    if target.shape == input.shape:
+        if not target.is_floating_point():
+            rule = "floating-point probabilities where target has the input's shape"
+            raise RuntimeError(
+                wrong("cross_entropy", rule, target.dtype, "indices have no class dimension")
+            )
+        if ignore_index >= 0:
+            rule = "no ignore_index with class probabilities"
+            raise RuntimeError(
+                wrong("cross_entropy", rule, ignore_index, "mask with reduction='none'")
+            )
+        return _of_probabilities(input, target, weight, reduction, label_smoothing)
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        rule = "a weight without requires_grad for class indices, as in torch"
+        raise RuntimeError(wrong("cross_entropy", rule, "one that requires it", "detach it"))
+    return _of_indices(input, target, weight, reduction, ignore_index, label_smoothing)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """Module form of :func:`cross_entropy`; the weight is a buffer."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    for reduction in ("mean", "sum", "none"):
+        for shape in ((5, 4), (4,), (2, 4, 3), (2, 4, 3, 2), (1, 1)):
+            dims = "x".join(map(str, shape))
+            positions, classes = (*shape[:-1][:1], *shape[2:]), shape[min(1, len(shape) - 1)]
+            target = make.labels(*positions, classes=classes)
+            kwargs = {"reduction": reduction}
+            yield Sample((make.normal(*shape), target), kwargs, f"{dims}-{reduction}")
+            q = make.probabilities(*shape, dim=min(1, len(shape) - 1), requires_grad=True)
+            yield Sample((make.normal(*shape), q), kwargs, f"{dims}-{reduction}-probabilities")
+        for smoothing in (0.0, 0.1, 1.0):
+            kwargs = {"reduction": reduction, "label_smoothing": smoothing}
+            weighted = {"weight": make.uniform(4, low=0.2), **kwargs}
+            name = f"{reduction}-smoothing{smoothing}"
+            target = make.labels(5, 3, classes=4)
+            target[1, 2] = 3
+            yield Sample((make.normal(5, 4, 3), target), kwargs, name)
+            ignoring = {"ignore_index": 3, **weighted}
+            yield Sample((make.normal(5, 4, 3), target), ignoring, f"{name}-weight-ignored")
+            q = make.probabilities(5, 4, 3, dim=1)
+            yield Sample((make.normal(5, 4, 3), q), weighted, f"{name}-weight-probabilities")
+        w = make.uniform(4, low=0.2, requires_grad=True)
+        q = make.probabilities(5, 4, dim=1)
+        kwargs = {"weight": w, "reduction": reduction}
+        yield Sample((make.normal(5, 4), q), kwargs, f"{reduction}-trained-weight")
+        ignored = torch.full((5,), -100, device=make.device)
+        if reduction != "mean":  # the mean of nothing is NaN: a test of its own
+            kwargs = {"reduction": reduction}
+            yield Sample((make.normal(5, 4), ignored), kwargs, f"{reduction}-all-ignored")
+            yield Sample((make.normal(0, 4), ignored[:0]), kwargs, f"{reduction}-empty")
+    yield Sample((make.normal(5, 4), make.labels(5, classes=4).to(torch.uint8)), name="uint8")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    sample = Sample((make.normal(5, 4), make.labels(5, classes=4)))
+    yield CrossEntropyLoss, Sample(), sample
+    kwargs = {"weight": make.uniform(4), "label_smoothing": 0.1, "ignore_index": 2}
+    yield CrossEntropyLoss, Sample((), kwargs), Sample(sample.args, name="all-arguments")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x, target = make.normal(5, 4), make.labels(5, classes=4)
+    yield Sample((x, target + 4), name="index-above")
+    yield Sample((x, target - 4), name="index-below")
+    yield Sample((x, target[:3]), name="batch")
+    yield Sample((x, target.double()), name="target-dtype")
+    yield Sample((x, target), {"reduction": "average"}, name="reduction")
+    yield Sample((x, target), {"label_smoothing": 2.0}, name="smoothing")
+    yield Sample((x, target), {"weight": make.uniform(3)}, name="weight")
+    yield Sample((x, target), {"weight": make.uniform(4, requires_grad=True)}, name="weight-grad")
+    yield Sample((x, x.softmax(1)), {"ignore_index": 1}, name="ignored-probabilities")
+    yield Sample((x, make.labels(5, 4, classes=2)), name="integer-probabilities")
+    yield Sample((make.labels(5, 4, classes=3), target), name="integers")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    (x,) = square(make, n).args
+    return Sample((x, make.labels(x.shape[0], classes=x.shape[1])))
+
+
+def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
+    kept = [x, target, kwargs.get("weight")]
+    return sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor))
+
+
+OP = Op(
+    function=cross_entropy,
+    modules=(CrossEntropyLoss,),
+    reference=F.cross_entropy,
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=_saved_bytes,
+    benchmark=_benchmark,
+)

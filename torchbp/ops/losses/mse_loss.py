@@ -1,0 +1,187 @@
+r"""Mean squared error: ℓ = (x - t)², then the mean, the sum, or nothing ("reduction").
+
+Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"):
+    grad_x = 2 s · (x - t)                                                                    (1)
+    grad_t = -grad_x                                                                          (2)
+    tangent_ℓ = 2 (x - t) · (tangent_x - tangent_t)                                           (3)
+
+Saves:
+    x and t, which are inputs.
+
+Edge values:
+    No elements: the mean is NaN, the gradient empty.   x = t = ±∞: NaN.
+
+Sources:
+    Bishop, "Pattern Recognition and Machine Learning", 2006, section 1.2.5 (the Gaussian's maximum likelihood).
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._errors import shape, wrong
+from torchbp.ops._function import Context, entry, in_float32, public, scale_fresh
+from torchbp.ops._op import Op
+from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._samples import Make, Sample, square
+
+__all__ = ["MSELoss", "MSELossFunction", "mse_loss"]
+
+
+class MSELossFunction(Function):
+    """Squared error with hand-written gradients. Call it through :func:`mse_loss`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, target: Tensor, reduction: str) -> Tensor:  # (*), (*) -> () or (*)
+        return F.mse_loss(x, target, reduction=reduction)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+        x, target, ctx.reduction = inputs
+        ctx.save_for_backward(x, target)
+        ctx.save_for_forward(x, target)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, target = ctx.saved_tensors
+        need_x, need_target, _ = ctx.needs_input_grad
+        s = spread(grad, ctx.reduction, x.numel())
+        grad_x = in_float32(_gradient, x, target, s)
+        grad_target = (-grad_x).to(target.dtype) if need_target else None  # (2)
+        return (grad_x.to(x.dtype) if need_x else None), grad_target, None
+
+    @staticmethod
+    def jvp(
+        ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, _: None
+    ) -> Tensor:
+        x, target = ctx.saved_tensors
+        tangent = torch.zeros_like(x) if tangent_x is None else tangent_x
+        if tangent_target is not None:
+            tangent = tangent - tangent_target
+        return reduce(_gradient(x, target, tangent), ctx.reduction)  # (3)
+
+
+def _gradient(x: Tensor, target: Tensor, s: Tensor) -> Tensor:
+    return scale_fresh(x - target, 2 * s)  # (1)
+
+
+_mse_loss = entry(MSELossFunction)
+
+
+@public
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Mean squared error: :math:`\ell = (x - t)^2`, reduced.
+
+    Args:
+        input: Any shape ``(*)``, floating point.
+        target: The shape of ``input``; other shapes that can be broadcast are, with a warning.
+        size_average: Deprecated in torch; see ``reduction``.
+        reduce: Deprecated in torch; see ``reduction``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        weight: The shape of ``input``: a factor for each squared error; ``"mean"`` then divides by its sum.
+
+    Returns:
+        The loss in the squared unit of ``input``: a scalar, or ``(*)`` for ``"none"``.
+
+    Raises:
+        ValueError: An unknown reduction, or ``weight`` of another shape.
+        NotImplementedError: Integer or complex input.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import mse_loss
+        >>> mse_loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+        tensor(2.)
+    """
+    reduction = named("mse_loss", reduction, size_average, reduce)
+    if target.size() != input.size():
+        advice = "they are broadcast, which is seldom what is meant"
+        rule = f"target of the input's shape {shape(input)}"
+        warnings.warn(wrong("mse_loss", rule, shape(target), advice), UserWarning, stacklevel=3)
+        input, target = torch.broadcast_tensors(input, target)
+    if weight is None:
+        return _mse_loss(input, target, reduction)
+    if weight.size() != input.size():
+        rule = f"weight of the input's shape {shape(input)}"
+        raise ValueError(wrong("mse_loss", rule, shape(weight), "expand it first"))
+    weighted = _mse_loss(input, target, "none") * weight
+    if reduction == "none":
+        return weighted
+    return weighted.sum() / weight.sum() if reduction == "mean" else weighted.sum()
+
+
+class MSELoss(nn.MSELoss):
+    """Module form of :func:`mse_loss`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return mse_loss(input, target, reduction=self.reduction)
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    for dims in ((3, 4), (), (1,), (2, 3, 2)):
+        for reduction in ("mean", "sum", "none"):
+            name = f"{'x'.join(map(str, dims)) or 'scalar'}-{reduction}"
+            yield Sample((make.normal(*dims), make.normal(*dims)), {"reduction": reduction}, name)
+    data = make.normal(3, 4, requires_grad=False)
+    yield Sample((make.normal(3, 4), data), name="data-target")
+    for reduction in ("sum", "none"):
+        args = (make.normal(0, 3), make.normal(0, 3))
+        yield Sample(args, {"reduction": reduction}, name=f"empty-{reduction}")
+    for reduction in ("mean", "sum", "none"):
+        kwargs = {"weight": make.uniform(3, 4, requires_grad=True), "reduction": reduction}
+        yield Sample((make.normal(3, 4), make.normal(3, 4)), kwargs, name=f"weight-{reduction}")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    for reduction in ("mean", "sum", "none"):
+        sample = Sample((make.normal(3, 4), make.normal(3, 4)), name=reduction)
+        yield MSELoss, Sample((), {"reduction": reduction}), sample
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x = make.normal(3, 4)
+    yield Sample((x, x), {"reduction": "average"}, name="reduction")
+    yield Sample((x, x), {"weight": make.normal(4)}, name="weight")
+    integers = make.labels(3, classes=5)
+    yield Sample((integers, integers), name="integers")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    (x,) = square(make, n).args
+    return Sample((x, make.normal(*x.shape, requires_grad=False)))
+
+
+def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
+    inputs = x.numel() * x.element_size() + target.numel() * target.element_size()
+    weight = kwargs.get("weight")
+    if not isinstance(weight, Tensor):
+        return inputs
+    scalars = 2 if kwargs["reduction"] == "mean" else 0  # of the division
+    return inputs + (2 * weight.numel() + scalars) * weight.element_size()
+
+
+OP = Op(
+    function=mse_loss,
+    modules=(MSELoss,),
+    reference=F.mse_loss,
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=_saved_bytes,
+    benchmark=_benchmark,
+)

@@ -1,0 +1,1 @@
+"""Ops that are mean, variance and scale. One op = one file."""

@@ -1,0 +1,233 @@
+r"""Layer normalization: y = x̂ · w + b with x̂ = (x - μ) · r, over the last dimensions ("normalized_shape", D elements).
+
+Derivation, for one row; μ = mean(x), v = mean((x - μ)²), r = 1/√(v + ε):
+    ∂μ/∂x_i = 1/D,   ∂v/∂x_i = 2 (x_i - μ)/D,   ∂r/∂x_i = -r³ (x_i - μ)/D = -r² x̂_i/D
+    ∂x̂_j/∂x_i = r (δ_ij - 1/D) - r x̂_i x̂_j/D
+    with s = grad_y · w, the gradient of x̂:
+    grad_x  = r · (s - mean(s) - x̂ · mean(s · x̂))                                            (1)
+    grad_w  = Σ over rows of grad_y · x̂                                                       (2)
+    grad_b  = Σ over rows of grad_y                                                           (3)
+    tangent_y = r · (t - mean(t) - x̂ · mean(t · x̂)) · w + x̂ · tangent_w + tangent_b,  t = tangent_x     (4)
+
+Saves:
+    x (4 bytes per float32 element), w, and μ and r, one of each a row, which only the fused kernel uses.
+    Half precision: x (2 bytes) and w alone; statistics and sums are made again in float32.
+
+Edge values:
+    A constant row: x̂ = 0, r = 1/√ε.   ±inf or NaN in a row: the whole row is NaN, as in torch.   D = 0, no rows: zeros.
+
+Sources:
+    Ba, Kiros, Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._op import Op
+from torchbp.ops._samples import Make, Sample
+from torchbp.ops._samples import square as _square
+
+__all__ = ["LayerNorm", "LayerNormFunction", "layer_norm"]
+
+
+class LayerNormFunction(Function):
+    """Layer normalization with hand-written gradients. Call it through :func:`layer_norm`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.native_layer_norm(x, shape, weight, bias, eps)  # y: (*, D); mean, rstd: (*, 1)
+
+    @staticmethod
+    def setup_context(
+        ctx: Context,
+        inputs: tuple[Tensor, tuple[int, ...], Tensor | None, Tensor | None, float],
+        output: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        x, shape, weight, bias, eps = inputs
+        _, mean, rstd = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.shape, ctx.eps = shape, eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, *((None, None) if is_half(x) else (mean, rstd)))
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def backward(
+        ctx: Context, grad_y: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+        if grad_y is None:
+            return None, None, None, None, None
+        x, weight, mean, rstd = ctx.saved_tensors
+        need_x, _, need_weight, need_bias, _ = ctx.needs_input_grad
+        stand_in = weight  # the kernel reads no more of the bias than its shape
+        if fused(grad_y, x) and not (need_bias and stand_in is None):
+            grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+                grad_y, x, ctx.shape, mean, rstd, weight, stand_in, [need_x, need_weight, need_bias]
+            )
+            return grad_x, None, grad_weight, grad_bias, None
+
+        grad_x = grad_weight = grad_bias = None
+        dims = tuple(range(-len(ctx.shape), 0))
+        g = grad_y.float() if is_half(grad_y) else grad_y
+        if need_x or need_weight:
+            normalized, r = _normalize(x, dims, ctx.eps)
+        if need_x:
+            s = g if weight is None else g * weight
+            grad_x = _project(s, normalized, r, dims).to(x.dtype)  # (1)
+        if need_weight:
+            grad_weight = (g * normalized).sum_to_size(ctx.shape).to(weight.dtype)  # (2)
+        if need_bias:
+            grad_bias = g.sum_to_size(ctx.shape).to(ctx.bias_dtype)  # (3)
+        return grad_x, None, grad_weight, grad_bias, None
+
+    @staticmethod
+    def jvp(
+        ctx: Context,
+        tangent_x: Tensor | None,
+        _shape: None,
+        tangent_weight: Tensor | None,
+        tangent_bias: Tensor | None,
+        _eps: None,
+    ) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        dims = tuple(range(-len(ctx.shape), 0))
+        normalized, r = _normalize(x, dims, ctx.eps)
+        tangent_y = torch.zeros_like(normalized)  # (4)
+        if tangent_x is not None:
+            t = tangent_x.float() if is_half(tangent_x) else tangent_x
+            t = _project(t, normalized, r, dims)
+            tangent_y = tangent_y + (t if weight is None else t * weight)
+        if tangent_weight is not None:
+            tangent_y = tangent_y + normalized * tangent_weight
+        if tangent_bias is not None:
+            tangent_y = tangent_y + tangent_bias
+        return tangent_y.to(x.dtype), None, None
+
+
+def _normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
+    """Return x̂ and r; half precision in float32."""
+    x = x.float() if is_half(x) else x
+    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    r = torch.rsqrt(variance + eps)
+    return (x - mean) * r, r
+
+
+def _project(s: Tensor, normalized: Tensor, r: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Apply ∂x̂/∂x, which is symmetric, to ``s``: takes out what the mean and the scale absorb."""
+    along = (s * normalized).mean(dims, keepdim=True)
+    return r * (s - s.mean(dims, keepdim=True) - normalized * along)
+
+
+_layer_norm = entry(LayerNormFunction)
+
+
+@public
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Normalize over the last dimensions: :math:`y = (x - \mu) / \sqrt{v + \epsilon} \cdot w + b`.
+
+    Args:
+        input: ``(*, *normalized_shape)``, floating point.
+        normalized_shape: Sizes of the last dimensions, over which mean :math:`\mu` and variance :math:`v` are taken.
+        weight: ``normalized_shape``, or ``None`` for ones.
+        bias: ``normalized_shape``, or ``None`` for zeros.
+        eps: Added to the variance.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``. Gradients of half-precision parameters are summed in float32.
+
+    Raises:
+        RuntimeError: Shapes do not fit, or ``input`` is no floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import layer_norm
+        >>> layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), (3,))
+        tensor([[-1.2247,  0.0000,  1.2247]])
+    """
+    return _layer_norm(input, tuple(normalized_shape), weight, bias, eps)[0]
+
+
+class LayerNorm(nn.LayerNorm):
+    """Module form of :func:`layer_norm`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    for shape in ((4, 3), (3,), (2, 4, 3), (0, 3), (4, 1)):
+        last = shape[-1:]
+        args = (make.normal(*shape), last, make.normal(*last), make.normal(*last))
+        yield Sample(args, name="x".join(map(str, shape)))
+    args = (make.normal(2, 3, 4), (3, 4), make.normal(3, 4), make.normal(3, 4))
+    yield Sample(args, name="two-dims")
+    yield Sample((make.normal(4, 3), [3]), {"eps": 1e-2}, name="plain")
+    yield Sample((make.normal(4, 3), (3,), make.normal(3)), name="no-bias")
+    yield Sample((make.normal(4, 3), (3,)), {"bias": make.normal(3)}, name="no-weight")
+    frozen = make.normal(3, requires_grad=False)
+    yield Sample((make.normal(4, 3), (3,), frozen, make.normal(3)), name="frozen-weight")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    x = make.normal(2, 4, 3)
+    yield LayerNorm, Sample((3,)), Sample((x,))
+    yield LayerNorm, Sample(((4, 3),), {"eps": 1e-3}), Sample((x,), name="two-dims")
+    yield LayerNorm, Sample((3,), {"elementwise_affine": False}), Sample((x,), name="not-affine")
+    yield LayerNorm, Sample((3,), {"bias": False}), Sample((x,), name="no-bias")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    yield Sample((make.normal(4, 3), (4,)), name="shape")
+    yield Sample((make.normal(4, 3), ()), name="no-shape")
+    yield Sample((make.normal(4, 3), (3,), make.normal(4)), name="weight")
+    yield Sample((make.labels(4, 3, classes=5), (3,)), name="integers")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    (x,) = _square(make, n).args
+    last = x.shape[-1:]
+    return Sample((x, tuple(last), make.normal(*last), make.normal(*last)))
+
+
+def _saved_bytes(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+) -> int:
+    size = x.element_size()
+    rows = x[(..., *(0 for _ in shape))].numel() if x.numel() else 0
+    statistics = 0 if is_half(x) else 2 * rows * size
+    return x.numel() * size + (0 if weight is None else weight.numel() * size) + statistics
+
+
+OP = Op(
+    function=layer_norm,
+    modules=(LayerNorm,),
+    reference=F.layer_norm,
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=_saved_bytes,
+    benchmark=_benchmark,
+    fused="aten::native_layer_norm_backward",
+)
