@@ -1,0 +1,189 @@
+"""The call, the report, the exception."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from torch.autograd import Function
+from torch.autograd.gradcheck import GradcheckError
+
+import torchbp
+from torchbp.verify import GradientError
+
+
+class Scaled(Function):
+    """y = 3 x, with a gradient that is off by a factor of 2."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return 6 * grad_y
+
+
+def sample(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def test_right_function_gives_a_truthy_report():
+    report = torchbp.gradcheck(torch.tanh, (sample(3, 4),))
+    assert report
+    assert not report.wrong
+    assert report.capabilities["values"].status == "ok"
+    assert "no fault found" in str(report)
+
+
+def test_wrong_function_raises_an_exception_that_carries_the_report():
+    with pytest.raises(GradcheckError) as caught:
+        torchbp.gradcheck(Scaled.apply, (sample(3, 4),))
+    assert isinstance(caught.value, GradientError)
+    assert not caught.value.report
+    assert not pickle.loads(pickle.dumps(caught.value)).report
+    for part in ("[values] grad of input 0 wrong in 12/12 elements", "got", "expected", "factor 2"):
+        assert part in str(caught.value)
+
+
+def test_finding_says_where_and_how_far():
+    report = torchbp.gradcheck(Scaled.apply, sample(5), raise_exception=False)
+    assert not report
+    first = report.findings[0]
+    assert (first.check, first.severity, first.input) == ("values", "wrong", "input 0")
+    assert len(first.index) == 1
+    assert first.ratio == pytest.approx(2.0)
+    assert abs(first.got) == pytest.approx(2 * abs(first.expected))
+    assert first.cause == "factor 2 too large"
+    assert "checks='values'" in first.repeat
+    assert "seed=0" in first.repeat
+
+
+def test_json_and_markdown_say_the_same():
+    report = torchbp.gradcheck(Scaled.apply, sample(5), raise_exception=False)
+    record = json.loads(report.to_json())
+    assert record["ok"] is False
+    assert record["findings"][0]["cause"] == "factor 2 too large"
+    assert record["capabilities"]["values"]["status"] == "wrong"
+    assert "| values | wrong |" in report.to_markdown()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_low_precision_inputs_are_checked_in_float64(dtype):
+    assert torchbp.gradcheck(torch.tanh, sample(4, dtype=dtype), checks="values")
+
+
+def test_module_parameters_are_checked_and_left_alone():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh())
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    report = torchbp.gradcheck(module, torch.randn(5, 3))
+    assert report
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_wrong_parameter_gradient_is_named():
+    class Wrong(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            return x + Scaled.apply(self.weight)
+
+    report = torchbp.gradcheck(Wrong(), sample(3, 4), raise_exception=False)
+    assert [f.input for f in report.wrong] == ["parameter weight"]
+
+
+def test_nested_inputs_and_outputs():
+    def function(pair, *, scale, flag):
+        return {"a": pair["x"] * scale if flag else None, "b": [pair["y"].sin()]}
+
+    inputs = ({"x": sample(2), "y": sample(3)},)
+    assert torchbp.gradcheck(function, inputs, kwargs={"scale": sample(2), "flag": True})
+
+
+def test_random_function_draws_the_same_numbers_and_leaves_the_state():
+    x = sample(20)
+    state = torch.get_rng_state()
+    assert torchbp.gradcheck(lambda x: torch.nn.functional.dropout(x, 0.5), x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_large_input_needs_no_more_calls():
+    calls = []
+
+    def function(x):
+        calls.append(1)
+        return (x * x.roll(1)).tanh()
+
+    assert torchbp.gradcheck(function, sample(200, 200), checks="values")
+    assert len(calls) < 30
+
+
+def test_one_wrong_element_of_many_is_found():
+    class Last(Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            (x,) = ctx.saved_tensors
+            grad_x = grad_y * x.cos()
+            grad_x[3, 57] *= 1.01
+            return grad_x
+
+    report = torchbp.gradcheck(Last.apply, sample(60, 70), checks="values", raise_exception=False)
+    assert report.wrong[0].index == (3, 57)
+    assert report.wrong[0].ratio == pytest.approx(1.01)
+
+
+def test_kink_in_the_sample_is_no_fault():
+    x = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    assert torchbp.gradcheck(torch.relu, x, checks="values")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: torchbp.gradcheck(torch.tanh, torch.randn(3)), "requires grad"),
+        (lambda: torchbp.gradcheck(torch.tanh, 3.0), "requires grad"),
+        (lambda: torchbp.gradcheck(lambda x: x.argmax(), sample(3)), "output"),
+        (lambda: torchbp.gradcheck(torch.tanh, sample(3), checks="nope"), "nope"),
+        (lambda: torchbp.gradcheck(torch.tanh, sample(3), level="some"), "level"),
+        (
+            lambda: torchbp.gradcheck(torch.tanh, sample(3), checks="values", skip=["values"]),
+            "none",
+        ),
+        (lambda: torchbp.gradcheck(torch.tanh, sample(3), deadline=-1.0), "deadline"),
+    ],
+)
+def test_never_passes_on_nothing(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_error_of_the_function_itself_is_raised_as_it_is():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        torchbp.gradcheck(torch.mm, (sample(2, 3), sample(2, 3)))
+
+
+def test_torch_arguments_are_accepted():
+    assert torchbp.gradcheck(
+        torch.tanh,
+        (sample(3),),
+        eps=1e-6,
+        atol=1e-5,
+        rtol=1e-3,
+        nondet_tol=0.0,
+        check_undefined_grad=True,
+        check_grad_dtypes=True,
+        check_batched_grad=False,
+        check_batched_forward_grad=False,
+        check_forward_ad=False,
+        check_backward_ad=True,
+        fast_mode=True,
+        masked=False,
+    )

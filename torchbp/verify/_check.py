@@ -1,0 +1,54 @@
+"""The record that every check file ends with, and the catalogue of all of them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Literal
+
+from torchbp.verify.cases import Case
+from torchbp.verify.report import Finding
+
+__all__ = ["Check", "Level", "NotApplicable", "Refused", "all_checks"]
+
+Level = Literal["quick", "full"]
+
+
+class NotApplicable(Exception):  # noqa: N818  # an outcome, not an error
+    """Says why a check has nothing to test in this function."""
+
+
+class Refused(Exception):  # noqa: N818  # an outcome, not an error
+    """Says how the function refused, loudly, what a check asked of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One property of a right backward pass.
+
+    Attributes:
+        name: What `checks=` and `skip=` call it.
+        tests: What must hold, in one line.
+        run: Yields what contradicts it. May raise :class:`NotApplicable` or :class:`Refused`. An exception of the
+            function under test in its forward is a refusal, in its backward a finding; neither is caught here.
+        order: Place in the report: where several checks see one fault, the first names it.
+        level: "quick" checks run always, "full" ones at `level="full"`.
+    """
+
+    name: str
+    tests: str
+    run: Callable[[Case], Iterable[Finding]]
+    order: int
+    level: Level = "quick"
+
+
+@cache
+def all_checks() -> dict[str, Check]:
+    """Return every check by name, read from the files of `checks/`, in the order of the report."""
+    from torchbp.verify import checks
+
+    found = [
+        import_module(f"{checks.__name__}.{m.name}").CHECK for m in iter_modules(checks.__path__)
+    ]
+    return {check.name: check for check in sorted(found, key=lambda c: (c.order, c.name))}

@@ -1,0 +1,217 @@
+"""The public function: runs the checks and gathers what they find."""
+
+import time
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from torchbp.verify._check import Check, Level, NotApplicable, Refused, all_checks
+from torchbp.verify.cases import BackwardRaised, Case, build, is_deliberate, reason
+from torchbp.verify.report import Capability, Finding, GradientError, Report, Status
+
+__all__ = ["gradcheck"]
+
+
+def gradcheck(
+    func: Callable[..., Any],
+    inputs: Any,
+    *,
+    reference: Callable[..., Any] | None = None,
+    level: Level = "full",
+    checks: str | Collection[str] | None = None,
+    skip: Collection[str] = (),
+    seed: int = 0,
+    kwargs: Mapping[str, Any] | None = None,
+    deadline: float | None = None,
+    repeat: str | None = None,
+    raise_exception: bool = True,
+    eps: float | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    nondet_tol: float = 0.0,
+    check_undefined_grad: bool = True,
+    check_grad_dtypes: bool = False,
+    check_batched_grad: bool = False,
+    check_batched_forward_grad: bool = False,
+    check_forward_ad: bool = False,
+    check_backward_ad: bool = True,
+    fast_mode: bool = False,
+    masked: bool | None = None,
+) -> Report:
+    """Check that the gradient of ``func`` is right, in all the ways in which it will be used.
+
+    Takes the call of :func:`torch.autograd.gradcheck`. Inputs in lower precision are checked in float64 copies.
+
+    Args:
+        func: A Function's ``apply``, any callable of tensors, or a Module, whose parameters are checked too.
+        inputs: A tensor, or a tuple of positional arguments: tensors, nested structures of them, anything else. Those
+            that require grad are checked.
+        reference: A trusted function of the same arguments; its values and gradients are compared too.
+        level: "quick" for the cheap checks, "full" for all.
+        checks: Names of the checks to run; ``"torch"`` runs exactly torch's own gradcheck.
+        skip: Names of checks to leave out.
+        seed: Of every random number drawn here.
+        kwargs: Keyword arguments of ``func``.
+        deadline: Seconds after which no further check begins.
+        repeat: The line to paste that repeats a finding, with ``{check}`` in the place of the check's name; by default
+            a call of this function.
+        raise_exception: Raise :class:`GradientError` where a gradient is wrong; otherwise only return the report.
+        eps: First step of finite differences, relative to the size of the input; by default fitted to the precision.
+        atol: Absolute tolerance of values; by default derived from the measured error of the differences.
+        rtol: Relative tolerance of values; by default 3e-9 for a function that computes in float64.
+        nondet_tol: Largest difference allowed between two runs of the same backward.
+        check_undefined_grad: ``False`` leaves out the check with an output that is not used.
+        check_grad_dtypes: Accepted; the dtype that backward returns is always checked.
+        check_batched_grad: ``True``: a refusal under ``vmap`` over backward counts as wrong.
+        check_batched_forward_grad: ``True``: a refusal under ``vmap`` over forward mode counts as wrong.
+        check_forward_ad: ``True``: a refusal in forward mode counts as wrong.
+        check_backward_ad: ``False`` leaves out all that needs a backward pass.
+        fast_mode: Accepted; the number of calls never grows with the size of the inputs.
+        masked: Handed on to torch's own; sparse gradients are not checked here.
+
+    Returns:
+        The report, falsy exactly when something is wrong.
+
+    Raises:
+        GradientError: A gradient is wrong (also a torch ``GradcheckError``); the exception carries the report.
+        ValueError: There is nothing to check: no input requires grad, no output does, or no such check.
+        Exception: Whatever ``func`` raises on ``inputs`` as given.
+
+    Example:
+        >>> import torch, torchbp
+        >>> x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+        >>> bool(torchbp.gradcheck(torch.tanh, (x,), level="quick"))
+        True
+    """
+    options = {
+        "repeat": repeat,
+        "reference": reference,
+        "eps": eps,
+        "atol": atol,
+        "rtol": rtol,
+        "nondet_tol": nondet_tol,
+        "check_undefined_grad": check_undefined_grad,
+        "check_grad_dtypes": check_grad_dtypes,
+        "check_batched_grad": check_batched_grad,
+        "check_batched_forward_grad": check_batched_forward_grad,
+        "check_forward_ad": check_forward_ad,
+        "check_backward_ad": check_backward_ad,
+        "fast_mode": fast_mode,
+        "masked": masked,
+    }
+    chosen = _choose(level, checks, skip)
+    report = _run_all(func, inputs, kwargs, chosen, seed, deadline, options)
+    if raise_exception and not report:
+        raise GradientError(report)
+    return report
+
+
+def _choose(
+    level: Level, names: str | Collection[str] | None, skip: Collection[str]
+) -> list[Check]:
+    known = all_checks()
+    if level not in ("quick", "full"):
+        raise ValueError(f"gradcheck: expected level 'quick' or 'full', got {level!r}")
+    wanted = [names] if isinstance(names, str) else names
+    for name in [*(wanted or ()), *skip]:
+        if name not in known:
+            raise ValueError(f"gradcheck: expected checks among {', '.join(known)}, got {name!r}")
+    if wanted is not None:
+        chosen = [c for c in known.values() if c.name in wanted]
+    else:
+        chosen = [c for c in known.values() if c.level in ("quick", level)]
+    chosen = [c for c in chosen if c.name not in skip]
+    if not chosen:
+        raise ValueError("gradcheck: expected at least one check, got none; skip fewer")
+    return chosen
+
+
+def _run_all(
+    func: Callable[..., Any],
+    inputs: Any,
+    kwargs: Mapping[str, Any] | None,
+    chosen: list[Check],
+    seed: int,
+    deadline: float | None,
+    options: Mapping[str, Any],
+) -> Report:
+    start = time.perf_counter()
+    findings: list[Finding] = []
+    capabilities: dict[str, Capability] = {}
+    with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        case = build(func, inputs, kwargs, seed=seed, options=options)
+        if not case.differentiable:
+            raise ValueError(
+                f"gradcheck: expected an output of {case.name} that requires grad, got none; "
+                "there is nothing to check"
+            )
+        broken = ""
+        for check in chosen:
+            begun = time.perf_counter()
+            if broken:
+                capabilities[check.name] = Capability(
+                    status="not run", seconds=0.0, detail=broken, tests=check.tests
+                )
+                continue
+            if deadline is not None and begun - start > deadline:
+                capabilities[check.name] = Capability(
+                    status="not run",
+                    seconds=0.0,
+                    detail=f"past the deadline of {deadline:g} s",
+                    tests=check.tests,
+                )
+                continue
+            found, status, detail = _run_one(check, case)
+            findings += found
+            if status in ("wrong", "refuses") and "plain" not in case.__dict__:
+                broken = f"there is no gradient to compare with: {detail}"
+            capabilities[check.name] = Capability(
+                status=status, seconds=time.perf_counter() - begun, detail=detail, tests=check.tests
+            )
+    if not any(c.status in ("ok", "wrong") for c in capabilities.values()):
+        first = next(iter(capabilities.values()))
+        raise ValueError(f"gradcheck: nothing could be checked in {case.name}: {first.detail}")
+    return Report(case.name, tuple(findings), capabilities)
+
+
+def _run_one(check: Check, case: Case) -> tuple[list[Finding], Status, str]:
+    found: list[Finding] = []
+    status: Status = "ok"
+    detail = ""
+    try:
+        for finding in check.run(case):
+            found.append(finding)  # noqa: PERF402  # what was found before an exception counts
+    except NotApplicable as why:
+        status, detail = "not applicable", str(why)
+    except Refused as why:
+        status, detail = "refuses", str(why)
+    except BackwardRaised as error:
+        cause = error.__cause__ or error
+        if is_deliberate(cause):
+            status, detail = "refuses", reason(cause)
+        else:
+            found.append(
+                Finding(
+                    check=check.name,
+                    severity="wrong",
+                    message=f"backward raised {reason(cause)}",
+                    cause="crash",
+                )
+            )
+    except Exception as error:  # the function's forward, or ours: never a false alarm
+        status, detail = "refuses", reason(error)
+    found = [replace(f, repeat=f.repeat or _repeat(check, case)) for f in found]
+    if any(f.severity == "wrong" for f in found):
+        status, detail = "wrong", found[0].message
+    return found, status, detail
+
+
+def _repeat(check: Check, case: Case) -> str:
+    line = case.options["repeat"]
+    if line:
+        return line.replace("{check}", check.name)
+    return f"torchbp.gradcheck({case.name}, inputs, checks={check.name!r}, seed={case.seed})"

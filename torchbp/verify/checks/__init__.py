@@ -1,0 +1,1 @@
+"""One check = one file, each ending in the record ``CHECK``."""

@@ -1,0 +1,54 @@
+"""Linearity: the gradient is linear in grad_output, whatever the function.
+
+backward(v) = Jᵀ v, so backward(-v) = -backward(v), backward(1000 v) = 1000 backward(v), and
+backward(v + w) = backward(v) + backward(w), no differences needed. torch.autograd.gradcheck sends grad_outputs of 0 and
+1 only, and so misses a backward that clamps grad_output or takes its magnitude.
+"""
+
+from collections.abc import Iterator
+
+from torchbp.verify._check import Check
+from torchbp.verify.cases import Case
+from torchbp.verify.report import Finding
+from torchbp.verify.tolerance import compare_all
+
+NAME = "linearity"
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    v = case.plain.cotangents
+    g = case.plain.grads
+    scales = {
+        -1.0: "|·| of grad_output, or one of its signs dropped",
+        1024.0: "grad_output clamped, or rounded",  # powers of 2: exact
+        2.0**-30: "something added to grad_output, or a small one dropped",
+    }
+    for scale, cause in scales.items():
+        got = case.vjp([scale * t for t in v])
+        expected = [scale * t for t in g]
+        found = compare_all(
+            NAME,
+            case,
+            got,
+            expected,
+            when=f" for grad_output times {scale:g}",
+            cause=cause,
+            also=2 * abs(scale),
+        )
+        yield from found
+        if found:
+            return
+    w = case.cotangents(case.plain.outputs, NAME)
+    got = case.vjp([a + b for a, b in zip(v, w, strict=True)])
+    expected = [a + b for a, b in zip(g, case.vjp(w), strict=True)]
+    yield from compare_all(
+        NAME, case, got, expected, when=" for the sum of two grad_outputs", also=3.0
+    )
+
+
+CHECK = Check(
+    name=NAME,
+    tests="the gradient is linear in grad_output: negative, large, small, a sum",
+    run=_run,
+    order=20,
+)

@@ -1,0 +1,63 @@
+"""Derivatives from values alone: central differences, extrapolated, with an error bound that is measured.
+
+Sources:
+    C. Ridders, "Accurate computation of F'(x) and F'(x) F''(x)", Advances in Engineering Software 4(2), 1982,
+    doi:10.1016/S0141-1195(82)80057-0.
+"""
+
+import math
+from collections.abc import Callable
+
+__all__ = ["Slope", "one_sided", "slope"]
+
+Slope = tuple[float, float]  # value, error bound
+
+
+def slope(phi: Callable[[float], float], step: float, noise: float, levels: int = 2) -> Slope:
+    """Return φ'(0) and a bound of its error.
+
+    φ is evaluated at ±step, ±step/4, ... (2·``levels`` calls) and the differences are extrapolated to step 0. The bound
+    is what the last extrapolation changed, plus the rounding of φ.
+
+    Args:
+        phi: The function of one variable, centred: φ(t) - φ(0) will do.
+        step: First step, in units of the variable.
+        noise: Rounding error of one value of φ, absolute.
+        levels: How many step sizes, at least 2.
+    """
+    best: Slope = (math.nan, math.inf)
+    previous: list[float] = []
+    h = step
+    for _ in range(levels):
+        row = [(phi(h) - phi(-h)) / (2 * h)]
+        factor = 1.0
+        for k, older in enumerate(previous):
+            factor *= 16.0  # the step shrinks by 4, the error terms are even powers of it
+            row.append((factor * row[k] - older) / (factor - 1))
+            # h^2 f'''/6 falls by 16 a level, so the change of one level bounds what is left 15 times over.
+            change = max(abs(row[-1] - row[-2]), abs(row[-1] - older)) / (1 if k else 15)
+            bound = change + 2 * noise / h
+            if math.isfinite(row[-1]) and bound < best[1]:
+                best = (row[-1], bound)
+        previous = row
+        h /= 4
+    return best
+
+
+def one_sided(
+    phi: Callable[[float], float], step: float, noise: float, levels: int = 3
+) -> tuple[Slope, Slope]:
+    """Return the slopes to the left and to the right of 0, each with a bound of its error."""
+
+    def side(sign: float) -> Slope:
+        at_zero, h = phi(0.0), step
+        best, older = (math.nan, math.inf), math.nan
+        for _ in range(levels):
+            here = sign * (phi(sign * h) - at_zero) / h
+            bound = abs(here - older) + 2 * noise / h
+            if math.isfinite(bound) and bound < best[1]:
+                best = (here, bound)
+            older, h = here, h / 8
+        return best
+
+    return side(-1.0), side(1.0)

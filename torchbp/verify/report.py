@@ -1,0 +1,171 @@
+"""What gradcheck hands back: findings, capabilities, and how they read."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from torch.autograd.gradcheck import GradcheckError
+
+__all__ = ["Capability", "Finding", "GradientError", "Report", "Severity", "Status"]
+
+Severity = Literal["wrong", "refusal", "note"]
+Status = Literal["ok", "wrong", "refuses", "not applicable", "not run"]
+_MARKS: dict[Status, str] = {
+    "ok": "ok",
+    "wrong": "WRONG",
+    "refuses": "refuses",
+    "not applicable": "-",
+    "not run": "not run",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing a check has to say.
+
+    Attributes:
+        check: Name of the check.
+        severity: "wrong": a number contradicts another that is trusted. "refusal": the function refused loudly.
+            "note": worth knowing, no more.
+        message: What is wrong, how much of it and where it is worst, in one line.
+        input: Which input's gradient, such as ``input 0`` or ``parameter weight``; ``None`` where no single one.
+        index: Index of the worst element in that input.
+        got: Value found there.
+        expected: Value trusted there.
+        ratio: ``got / expected``; ``None`` where it says nothing.
+        cause: The likely cause, read from got and expected over all elements.
+        repeat: A line to paste that runs this check alone, with its seed.
+    """
+
+    check: str
+    severity: Severity
+    message: str
+    input: str | None = None
+    index: tuple[int, ...] | None = None
+    got: float | complex | None = None
+    expected: float | complex | None = None
+    ratio: float | complex | None = None
+    cause: str | None = None
+    repeat: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"[{self.check}] {self.message}"]
+        if self.cause:
+            lines.append(f"    likely cause: {self.cause}")
+        if self.repeat and self.severity == "wrong":
+            lines.append(f"    repeat:       {self.repeat}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capability:
+    """The outcome of one check.
+
+    Attributes:
+        status: "ok", "wrong", "refuses" (loudly), "not applicable" or "not run".
+        seconds: Wall time the check took.
+        detail: Why, where the status is not "ok".
+        tests: What the check tests, in one line.
+    """
+
+    status: Status
+    seconds: float
+    detail: str = ""
+    tests: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of :func:`torchbp.gradcheck`; falsy exactly when a finding is "wrong".
+
+    Attributes:
+        name: What was checked.
+        findings: In the order of the checks: the first names the fault best.
+        capabilities: Outcome of each check, by name.
+    """
+
+    name: str
+    findings: tuple[Finding, ...] = ()
+    capabilities: dict[str, Capability] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return not self.wrong
+
+    @property
+    def wrong(self) -> tuple[Finding, ...]:
+        """The findings that are "wrong"."""
+        return tuple(f for f in self.findings if f.severity == "wrong")
+
+    def __str__(self) -> str:
+        """One screen: what is wrong, then what refuses, then the outcome of every check."""
+        lines = [f"{self.name}: {self._verdict()}", ""]
+        for finding in self.wrong:
+            lines += [str(finding), ""]
+        lines += [f"note: {f}" for f in self.findings if f.severity == "note"]
+        for status, mark in _MARKS.items():
+            names = [n for n, c in self.capabilities.items() if c.status == status]
+            if not names:
+                continue
+            if status in ("refuses", "not run"):
+                lines += [f"{mark:8} {n}: {self.capabilities[n].detail}" for n in names]
+            else:
+                lines.append(f"{mark:8} {', '.join(names)}")
+        return "\n".join(lines).rstrip()
+
+    def _verdict(self) -> str:
+        ran = sum(c.status in ("ok", "wrong") for c in self.capabilities.values())
+        seconds = sum(c.seconds for c in self.capabilities.values())
+        bad = len({f.check for f in self.wrong})
+        if bad:
+            return f"gradient wrong in {bad} of {ran} checks ({seconds:.2f} s)"
+        return f"no fault found in {ran} checks ({seconds:.2f} s)"
+
+    def to_json(self) -> str:
+        """Return the whole report as a JSON object; complex numbers are written as text."""
+        record = {
+            "name": self.name,
+            "ok": bool(self),
+            "findings": [asdict(f) for f in self.findings],
+            "capabilities": {n: asdict(c) for n, c in self.capabilities.items()},
+        }
+        return json.dumps(_plain(record), indent=2)
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown: the findings, then one table row a check."""
+        lines = [f"## `{self.name}`: {self._verdict()}", ""]
+        for finding in self.wrong:
+            lines.append(f"- **{finding.check}**: {finding.message}")
+            lines += [f"  - likely cause: {finding.cause}"] if finding.cause else []
+            lines += [f"  - repeat: `{finding.repeat}`"] if finding.repeat else []
+        lines += [f"- note: {f.message}" for f in self.findings if f.severity == "note"]
+        lines += ["", "| check | outcome | ms | what |", "|---|---|---|---|"]
+        for name, c in self.capabilities.items():
+            what = (c.detail or c.tests).replace("|", "\\|")
+            lines.append(f"| {name} | {c.status} | {1000 * c.seconds:.0f} | {what} |")
+        return "\n".join(lines)
+
+
+class GradientError(GradcheckError):
+    """A wrong gradient; also a torch ``GradcheckError``.
+
+    Attributes:
+        report: The full :class:`Report`.
+    """
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+    def __reduce__(self) -> tuple[type["GradientError"], tuple[Report]]:
+        return type(self), (self.report,)
+
+
+def _plain(value: object) -> object:
+    """Return ``value`` in JSON's types; NaN and infinities, which JSON lacks, as text."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, complex) or (isinstance(value, float) and abs(value) == float("inf")):
+        return str(value)
+    return str(value) if value != value else value  # noqa: PLR0124  # NaN
