@@ -17,7 +17,7 @@ FUNCTIONAL = '''\
 Below the line are the functions with a backward written by hand; every other name is torch's own object.
 """
 
-from torch.nn.functional import *  # noqa: F403
+from torch.nn.functional import *  # pyright: ignore[reportWildcardImportFromLibrary]
 
 # ---------------------------------------------------------------------------------------------- by hand
 '''
@@ -28,7 +28,7 @@ NN = '''\
 Below the line are the modules with a backward written by hand; every other name is torch's own object.
 """
 
-from torch.nn import *  # noqa: F403
+from torch.nn import *  # pyright: ignore[reportWildcardImportFromLibrary]
 
 from torchbp import functional as functional
 from torchbp.nn import _submodules as _submodules

@@ -3,7 +3,7 @@
 Below the line are the functions with a backward written by hand; every other name is torch's own object.
 """
 
-from torch.nn.functional import *  # noqa: F403
+from torch.nn.functional import *  # pyright: ignore[reportWildcardImportFromLibrary]
 
 # ---------------------------------------------------------------------------------------------- by hand
 from torchbp.ops.activations.leaky_relu import leaky_relu as leaky_relu

@@ -54,8 +54,7 @@ class Case:
             args, kwargs = list(sample.args), dict(sample.kwargs)
             for i, t in zip(slots, tensors, strict=False):
                 args[i] = t
-            for k, t in zip(names, tensors[len(slots) :], strict=True):
-                kwargs[k] = t
+            kwargs |= dict(zip(names, tensors[len(slots) :], strict=True))
             return function(*args, **kwargs)
 
         return f, (*(sample.args[i] for i in slots), *(sample.kwargs[k] for k in names))
@@ -90,12 +89,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "op" in metafunc.fixturenames:
         metafunc.parametrize("op", all_ops().values(), ids=repr)
     if "case" in metafunc.fixturenames:  # every sample
-        metafunc.parametrize("case", _cases(), ids=repr)
+        heavy = metafunc.definition.get_closest_marker("heavy") is not None
+        params = [
+            pytest.param(c, id=repr(c), marks=[pytest.mark.slow] if heavy and c.index >= 3 else [])
+            for c in _cases()
+        ]
+        metafunc.parametrize("case", params)
     if "first" in metafunc.fixturenames:  # the first sample of each op: for what is slow
         metafunc.parametrize("first", _cases(one_each=True), ids=repr)
     if "constructed" in metafunc.fixturenames:
         params = [
-            (op, i) for op in all_ops().values() for i in range(len(list(op.module_samples(Make()))))
+            (op, i)
+            for op in all_ops().values()
+            for i in range(len(list(op.module_samples(Make()))))
         ]
         ids = [
             f"{cls.__name__}-{x.name or i}"
@@ -104,7 +110,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ]
         metafunc.parametrize("constructed", params, ids=ids)
     if "wrong" in metafunc.fixturenames:
-        wrong = [(op, i, s.name) for op in all_ops().values() for i, s in enumerate(op.errors(Make()))]
+        wrong = [
+            (op, i, s.name) for op in all_ops().values() for i, s in enumerate(op.errors(Make()))
+        ]
         metafunc.parametrize(
             "wrong", [w[:2] for w in wrong], ids=[f"{op.name}-{name}" for op, _, name in wrong]
         )

@@ -46,12 +46,16 @@ def test_gradient_against_float64(case, dtype):
     exact = with_args(sample, lambda t: widened(t) if t.is_floating_point() else t)
     g, wide = case.of_tensors(exact, case.reference)
     unit = torch.finfo(dtype).eps
-    for tensor, a, b in zip(tensors, ours, gradients(g, wide), strict=True):
-        assert a.dtype == tensor.dtype
-        # v is rounded to dtype once, the result once, and a float32 formula has its own few roundings
+    h, again = case.of_tensors(case.sample(dtype), case.reference)
+    for a, b, torchs in zip(ours, gradients(g, wide), gradients(h, again), strict=True):
+        assert a.dtype == dtype
+        # A few roundings, of v, of the result and of the formula; where terms cancel, what torch loses itself.
         scale = b.abs().max().item() if b.numel() else 0.0
+        cancelled = (
+            (torchs.double() - b).abs().max().item() if dtype not in HALF and b.numel() else 0
+        )
         torch.testing.assert_close(
-            a.double(), b, rtol=2 * unit, atol=4 * unit * scale, equal_nan=True
+            a.double(), b, rtol=2 * unit, atol=4 * unit * scale + cancelled + 1e-12, equal_nan=True
         )
 
 
@@ -99,4 +103,6 @@ def test_edge_values(op, dtype):
     torch.testing.assert_close(
         x.grad.double()[normal], wide.grad[normal], rtol=limits.eps, atol=atol, equal_nan=True
     )
-    assert (x.grad[~normal].abs() <= limits.smallest_normal).all()
+    # 1 - y² in float64 is 0 where the derivative is below its rounding
+    bound = max(limits.smallest_normal, torch.finfo(torch.float64).eps)
+    assert (x.grad[~normal].abs() <= bound).all()

@@ -3,7 +3,7 @@
 Below the line are the modules with a backward written by hand; every other name is torch's own object.
 """
 
-from torch.nn import *  # noqa: F403
+from torch.nn import *  # pyright: ignore[reportWildcardImportFromLibrary]
 
 from torchbp import functional as functional
 from torchbp.nn import _submodules as _submodules

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.function import Function
 from torch.overrides import handle_torch_function, has_torch_function
@@ -31,11 +32,13 @@ _formula_only = False
 
 
 class Context(Protocol):
-    """The parts of autograd's ``ctx`` that ops use."""
+    """The parts of autograd's ``ctx`` that ops use; what is not a tensor is set as an attribute."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
+    def __getattr__(self, name: str) -> Any: ...
+    def __setattr__(self, name: str, value: Any) -> None: ...
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
     def save_for_forward(self, *tensors: Tensor | None) -> None: ...
     def mark_dirty(self, *tensors: Tensor) -> None: ...
@@ -58,7 +61,7 @@ def entry(function: type[Function]) -> Callable[..., Tensor]:
         A callable with the arguments of ``function.forward``, all positional.
     """
     traced = type(function.__name__, (function,), {"jvp": staticmethod(Function.jvp)})
-    bare = super(Function, function).apply
+    bare = super(Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
     def apply(*args: object) -> Tensor:
         if torch.compiler.is_compiling():
@@ -111,7 +114,7 @@ def in_float32(formula: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return formula(*(t.float() for t in tensors)).to(tensors[0].dtype)
 
 
-def in_autocast_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def in_autocast_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast as autocast does for its lower-precision ops: float16, bfloat16 and float32 become autocast's dtype.
 
     Outside the Function, so that autograd differentiates the cast, and what is saved is small; and not by autocast
@@ -119,8 +122,9 @@ def in_autocast_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """
 
     def cast(t: Tensor | None) -> Tensor | None:
-        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(torch.get_autocast_dtype(t.device.type)) if eligible else t
+        if t is None or not t.is_floating_point() or t.dtype == torch.float64:
+            return t
+        return t.to(torch.get_autocast_dtype(t.device.type))
 
     return tuple(cast(t) for t in tensors)
 
@@ -136,7 +140,7 @@ def fused(*tensors: Tensor) -> bool:
         or torch.is_grad_enabled()  # in backward: exactly when create_graph was asked for
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or any(is_half(t) or torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+        or any(is_half(t) or is_legacy_batchedtensor(t) for t in tensors)
     )
 
 
@@ -147,7 +151,7 @@ def scale_fresh(fresh: Tensor, factor: Tensor) -> Tensor:
         fresh: A tensor that the caller has just made, and does not use any more.
         factor: A number, or a tensor that can be broadcast to ``fresh``.
     """
-    return fresh.mul_(factor) if fused(fresh) else fresh * factor
+    return fresh.mul_(factor) if fused(fresh, factor) else fresh * factor
 
 
 @contextmanager

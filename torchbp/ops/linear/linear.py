@@ -17,6 +17,7 @@ Sources:
     Rumelhart, Hinton, Williams, "Learning representations by back-propagating errors", 1986, doi:10.1038/323533a0.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -91,7 +92,7 @@ class LinearFunction(Function):
 
 
 def _rows(t: Tensor) -> Tensor:  # (*, D) -> (N, D)
-    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 _linear = entry(LinearFunction)

@@ -55,6 +55,8 @@ class IndexCrossEntropyFunction(Function):
     def forward(
         x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int, smoothing: float
     ) -> Tensor:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *)
+        if target.dtype == torch.uint8:  # torch has no batching rule for it
+            target = target.long()
         return F.cross_entropy(
             x, target, w, ignore_index=ignored, reduction=reduction, label_smoothing=smoothing
         )
@@ -70,18 +72,18 @@ class IndexCrossEntropyFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, target, w = ctx.saved_tensors
-        _, counted, total = _counted(x, target, w, ctx.ignored)
-        s = spread(grad.to(counted.dtype), ctx.reduction, total)
+        _, w_t, total = _counted(x, target, w, ctx.ignored)
+        s = spread(grad.to(w_t.dtype), ctx.reduction, total)
         if ctx.reduction == "mean":
             s = s.masked_fill(total == 0, 0)  # nothing counted: 0, as in torch, not 0/0
         grad_x = _gradient(x, s, target, w, ctx.ignored, ctx.smoothing).to(x.dtype)
         return grad_x, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
+    def jvp(ctx: Context, tangent_x: Tensor, *_others: None) -> Tensor:
         x, target, w = ctx.saved_tensors
-        _, counted, total = _counted(x, target, w, ctx.ignored)
-        gradient = _gradient(x, counted.new_ones(()), target, w, ctx.ignored, ctx.smoothing)
+        _, w_t, total = _counted(x, target, w, ctx.ignored)
+        gradient = _gradient(x, w_t.new_ones(()), target, w, ctx.ignored, ctx.smoothing)
         values = (gradient * tangent_x).sum(_class_dim(x))  # (5)
         values = values if ctx.reduction == "none" else spread(values.sum(), ctx.reduction, total)
         return values.to(x.dtype)
@@ -124,7 +126,8 @@ class ProbabilityCrossEntropyFunction(Function):
         if need_target:
             grad_target = (-s * (1 - ctx.smoothing) * wide_w * log_p).to(target.dtype)  # (3)
         if need_w:
-            grad_w = (-s * q * log_p).movedim(dim, 0).flatten(1).sum(1).to(w.dtype)  # (4)
+            grad_w = (-s * q * log_p).sum_to_size(wide_w.shape)  # (4)
+            grad_w = grad_w.reshape(w.shape).to(w.dtype)
         return grad_x, grad_target, grad_w, None, None
 
     @staticmethod
@@ -193,7 +196,7 @@ def _gradient(
         gradient = scale_fresh(p, (a + b * (classes if w is None else w.sum())).unsqueeze(dim))
         b = b.unsqueeze(dim)
         gradient = gradient - (b if w is None else b * _along_classes(w, x))
-    subtract = gradient.scatter_add_ if fused(gradient) else gradient.scatter_add
+    subtract = gradient.scatter_add_ if fused(gradient, a) else gradient.scatter_add
     return subtract(dim, index.unsqueeze(dim), -a.unsqueeze(dim))
 
 

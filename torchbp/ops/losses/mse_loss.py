@@ -1,12 +1,14 @@
-r"""Mean squared error: ℓ = (x - t)², then the mean, the sum, or nothing ("reduction").
+r"""Mean squared error: ℓ = w · (x - t)², then the mean, the sum, or nothing ("reduction"); w is 1 unless given.
 
 Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"):
-    grad_x = 2 s · (x - t)                                                                    (1)
+    grad_x = 2 s · w · (x - t)                                                                (1)
     grad_t = -grad_x                                                                          (2)
-    tangent_ℓ = 2 (x - t) · (tangent_x - tangent_t)                                           (3)
+    grad_w = s · (x - t)²                                                                     (3)
+    tangent_ℓ = 2 w · (x - t) · (tangent_x - tangent_t) + (x - t)² · tangent_w                (4)
+    The weighted mean divides the sum by Σ w; that quotient is autograd's own.
 
 Saves:
-    x and t, which are inputs.
+    x, t and w, which are inputs.
 
 Edge values:
     No elements: the mean is NaN, the gradient empty.   x = t = ±∞: NaN.
@@ -38,33 +40,51 @@ class MSELossFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, target: Tensor, reduction: str) -> Tensor:  # (*), (*) -> () or (*)
-        return F.mse_loss(x, target, reduction=reduction)
+    def forward(x: Tensor, target: Tensor, w: Tensor | None, reduction: str) -> Tensor:
+        if w is None:
+            return F.mse_loss(x, target, reduction=reduction)  # (*), (*) -> () or (*)
+        return reduce((x - target).square() * w, reduction)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-        x, target, ctx.reduction = inputs
-        ctx.save_for_backward(x, target)
-        ctx.save_for_forward(x, target)
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str], output: Tensor
+    ) -> None:
+        *tensors, ctx.reduction = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, target = ctx.saved_tensors
-        need_x, need_target, _ = ctx.needs_input_grad
+    def backward(
+        ctx: Context, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, target, w = ctx.saved_tensors
+        need_x, need_target, need_w, _ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, x.numel())
-        grad_x = in_float32(_gradient, x, target, s)
-        grad_target = (-grad_x).to(target.dtype) if need_target else None  # (2)
-        return (grad_x.to(x.dtype) if need_x else None), grad_target, None
+        grad_x = grad_target = grad_w = None
+        if need_x or need_target:
+            gradient = in_float32(_gradient, x, target, s if w is None else s * w)
+            grad_x = gradient.to(x.dtype) if need_x else None
+            grad_target = (-gradient).to(target.dtype) if need_target else None  # (2)
+        if need_w:
+            grad_w = (s * (x - target).square()).to(w.dtype)  # (3)
+        return grad_x, grad_target, grad_w, None
 
     @staticmethod
     def jvp(
-        ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, _: None
+        ctx: Context,
+        tangent_x: Tensor | None,
+        tangent_target: Tensor | None,
+        tangent_w: Tensor | None,
+        _: None,
     ) -> Tensor:
-        x, target = ctx.saved_tensors
+        x, target, w = ctx.saved_tensors
         tangent = torch.zeros_like(x) if tangent_x is None else tangent_x
         if tangent_target is not None:
             tangent = tangent - tangent_target
-        return reduce(_gradient(x, target, tangent), ctx.reduction)  # (3)
+        tangent = _gradient(x, target, tangent if w is None else tangent * w)
+        if tangent_w is not None:
+            tangent = tangent + (x - target).square() * tangent_w
+        return reduce(tangent, ctx.reduction)  # (4)
 
 
 def _gradient(x: Tensor, target: Tensor, s: Tensor) -> Tensor:
@@ -113,14 +133,13 @@ def mse_loss(
         warnings.warn(wrong("mse_loss", rule, shape(target), advice), UserWarning, stacklevel=3)
         input, target = torch.broadcast_tensors(input, target)
     if weight is None:
-        return _mse_loss(input, target, reduction)
+        return _mse_loss(input, target, None, reduction)
     if weight.size() != input.size():
         rule = f"weight of the input's shape {shape(input)}"
         raise ValueError(wrong("mse_loss", rule, shape(weight), "expand it first"))
-    weighted = _mse_loss(input, target, "none") * weight
-    if reduction == "none":
-        return weighted
-    return weighted.sum() / weight.sum() if reduction == "mean" else weighted.sum()
+    if reduction == "mean":
+        return _mse_loss(input, target, weight, "sum") / weight.sum()
+    return _mse_loss(input, target, weight, reduction)
 
 
 class MSELoss(nn.MSELoss):
@@ -167,12 +186,12 @@ def _benchmark(make: Make, n: int) -> Sample:
 
 
 def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
-    inputs = x.numel() * x.element_size() + target.numel() * target.element_size()
+    inputs = 2 * x.numel() * x.element_size()
     weight = kwargs.get("weight")
     if not isinstance(weight, Tensor):
         return inputs
-    scalars = 2 if kwargs["reduction"] == "mean" else 0  # of the division
-    return inputs + (2 * weight.numel() + scalars) * weight.element_size()
+    quotient = 2 if kwargs["reduction"] == "mean" else 0  # Σ w · ℓ and Σ w
+    return inputs + (weight.numel() + quotient) * weight.element_size()
 
 
 OP = Op(

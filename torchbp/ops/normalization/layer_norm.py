@@ -63,7 +63,7 @@ class LayerNormFunction(Function):
 
     @staticmethod
     def backward(
-        ctx: Context, grad_y: Tensor | None, *_: None
+        ctx: Context, grad_y: Tensor | None, *_statistics: None
     ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         if grad_y is None:
             return None, None, None, None, None
@@ -79,8 +79,7 @@ class LayerNormFunction(Function):
         grad_x = grad_weight = grad_bias = None
         dims = tuple(range(-len(ctx.shape), 0))
         g = grad_y.float() if is_half(grad_y) else grad_y
-        if need_x or need_weight:
-            normalized, r = _normalize(x, dims, ctx.eps)
+        normalized, r = _normalize(x, dims, ctx.eps)
         if need_x:
             s = g if weight is None else g * weight
             grad_x = _project(s, normalized, r, dims).to(x.dtype)  # (1)
@@ -117,9 +116,9 @@ class LayerNormFunction(Function):
 def _normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
     """Return x̂ and r; half precision in float32."""
     x = x.float() if is_half(x) else x
-    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-    r = torch.rsqrt(variance + eps)
-    return (x - mean) * r, r
+    centred = x - x.mean(dims, keepdim=True)
+    r = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
+    return centred * r, r
 
 
 def _project(s: Tensor, normalized: Tensor, r: Tensor, dims: tuple[int, ...]) -> Tensor:
