@@ -12,9 +12,7 @@ from torchbp.ops.activations.sigmoid import sigmoid as sigmoid
 from torchbp.ops.activations.tanh import tanh as tanh
 from torchbp.ops.dropout.dropout import dropout as dropout
 from torchbp.ops.linear.linear import linear as linear
-from torchbp.ops.losses.binary_cross_entropy_with_logits import (
-    binary_cross_entropy_with_logits as binary_cross_entropy_with_logits,
-)
+from torchbp.ops.losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from torchbp.ops.losses.cross_entropy import cross_entropy as cross_entropy
 from torchbp.ops.losses.mse_loss import mse_loss as mse_loss
 from torchbp.ops.normalization.layer_norm import layer_norm as layer_norm

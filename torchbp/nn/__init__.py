@@ -15,9 +15,7 @@ from torchbp.ops.activations.sigmoid import Sigmoid as Sigmoid
 from torchbp.ops.activations.tanh import Tanh as Tanh
 from torchbp.ops.dropout.dropout import Dropout as Dropout
 from torchbp.ops.linear.linear import Linear as Linear
-from torchbp.ops.losses.binary_cross_entropy_with_logits import (
-    BCEWithLogitsLoss as BCEWithLogitsLoss,
-)
+from torchbp.ops.losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss as BCEWithLogitsLoss
 from torchbp.ops.losses.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from torchbp.ops.losses.mse_loss import MSELoss as MSELoss
 from torchbp.ops.normalization.layer_norm import LayerNorm as LayerNorm
