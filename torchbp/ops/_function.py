@@ -129,18 +129,22 @@ def in_autocast_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(cast(t) for t in tensors)
 
 
-def fused(*tensors: Tensor) -> bool:
+def fused(*tensors: Tensor, half: bool = False) -> bool:
     """Whether a backward may run a fused kernel, or write into a tensor it has just made.
 
     Under double backward, ``torch.func``, ``torch.compile`` and batched gradients (``is_grads_batched``) only the
     formula is differentiable, traceable and batched; in half precision it alone computes in float32.
+
+    Args:
+        tensors: What the kernel would read.
+        half: Whether the kernel rounds no more than once in half precision.
     """
     return not (
         _formula_only
         or torch.is_grad_enabled()  # in backward: exactly when create_graph was asked for
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or any(is_half(t) or is_legacy_batchedtensor(t) for t in tensors)
+        or any((is_half(t) and not half) or is_legacy_batchedtensor(t) for t in tensors)
     )
 
 
