@@ -1,6 +1,7 @@
 """``torchbp demo`` as a newcomer runs it: a process of its own, on real images, small."""
 
 import gzip
+import os
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from torchbp.cli import main
 from torchbp.tensorboard import read
 
 SMALL = ("--depth", "12", "--steps", "140", "--width", "32")
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def torchbp(*arguments: object, **options) -> subprocess.CompletedProcess:
+def torchbp(*arguments: object) -> subprocess.CompletedProcess:
     code = "import sys; from torchbp.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,7 @@ def test_an_interrupt_keeps_what_was_logged(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=ONE_THREAD,
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
