@@ -121,3 +121,29 @@ def test_messages_say_what_to_do():
         UserWarning, match=r"mse_loss: expected target of the input's shape \(3, 4\), got \(4,\)"
     ):
         F.mse_loss(torch.ones(3, 4), torch.ones(4))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("name", ["relu", "linear", "layer_norm"])
+def test_nested_tensors_are_torchs_own(name, layout):
+    """A nested batch, as in a padded-free transformer, trains as with torch's functions."""
+    w, b = torch.randn(4, 4, requires_grad=True), torch.randn(4)
+    rest = {"relu": (), "linear": (w, b), "layer_norm": ((4,), b + 3, b)}[name]
+    grads = []
+    for functional in (F, torch.nn.functional):
+        rows = [torch.ones(2, 4, requires_grad=True), torch.ones(3, 4, requires_grad=True)]
+        x = torch.nested.as_nested_tensor([2 * r for r in rows], layout=layout)
+        getattr(functional, name)(x, *rest).to_padded_tensor(0.0).sin().sum().backward()
+        grads.append([r.grad for r in rows])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_sparse_tensors_are_torchs_own():
+    x = torch.eye(3).to_sparse().requires_grad_()
+    F.relu(x).to_dense().sum().backward()
+    assert torch.equal(x.grad.to_dense(), torch.eye(3))
+    w = torch.randn(2, 3, requires_grad=True)
+    F.linear(torch.eye(3).to_sparse(), w).sum().backward()
+    assert torch.equal(w.grad, torch.ones(2, 3))

@@ -77,11 +77,15 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     """Make ``function`` a citizen of ``torchbp.functional``.
 
     It answers ``__torch_function__`` (tensor subclasses, modes, ``torch.fx`` proxies) as torch's own functions do,
-    and is pickled by its public name, whatever the file tree.
+    and is pickled by its public name, whatever the file tree. Nested and sparse tensors go to torch's own function:
+    formulas and samples are those of strided ones.
     """
+    own = getattr(torch.nn.functional, function.__name__, None)
 
     @wraps(function)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
+        if own is not None and any(isinstance(a, Tensor) and _is_irregular(a) for a in args):
+            return own(*args, **kwargs)
         if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
             relevant = (*args, *kwargs.values())
             return handle_torch_function(dispatch, relevant, *args, **kwargs)
@@ -89,6 +93,10 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     dispatch.__module__ = "torchbp.functional"
     return dispatch
+
+
+def _is_irregular(tensor: Tensor) -> bool:
+    return tensor.layout is not torch.strided or tensor.is_nested
 
 
 def is_half(tensor: Tensor) -> bool:
