@@ -147,3 +147,12 @@ def test_sparse_tensors_are_torchs_own():
     w = torch.randn(2, 3, requires_grad=True)
     F.linear(torch.eye(3).to_sparse(), w).sum().backward()
     assert torch.equal(w.grad, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh", "relu", "leaky_relu"])
+def test_keeps_its_output_which_the_next_layer_keeps_anyway(name):
+    from tests.ops.test_autograd import kept_storages
+
+    x = torch.randn(4, 3, requires_grad=True)
+    y, kept = kept_storages(getattr(F, name), (x,))
+    assert [t.data_ptr() for t in kept] == [y.data_ptr()]

@@ -1,5 +1,7 @@
 """Values and gradients, first order, of every op on every sample: against torch, and in every dtype against float64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,8 @@ from torch import Tensor
 from tests.ops.conftest import HALF, with_args
 from torchbp.ops._function import formula_only
 from torchbp.ops._samples import EDGES
+
+ENGINES = {"fused": nullcontext, "formula": formula_only}  # what may run a backward
 
 
 def gradients(function, tensors, seed=0) -> list[Tensor | None]:
@@ -23,26 +27,25 @@ def test_forward_equals_torch(case, dtype):
     torch.testing.assert_close(ours, theirs, equal_nan=True, check_stride=True)
 
 
-@pytest.mark.parametrize("engine", ["default", "formula"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_gradient_equals_torch(case, engine):
     sample = case.sample()
     f, tensors = case.of_tensors(sample)
     g, _ = case.of_tensors(sample, case.reference)
-    if engine == "formula":
-        with formula_only():
-            ours = gradients(f, tensors)
-    else:
+    with ENGINES[engine]():
         ours = gradients(f, tensors)
     for a, b in zip(ours, gradients(g, tensors), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_gradient_against_float64(case, dtype):
+def test_gradient_against_float64(case, dtype, engine):
     """In every precision: the gradient is that of float64 on the same (rounded) numbers, to a few roundings."""
     sample = case.sample(dtype)
     f, tensors = case.of_tensors(sample)
-    ours = gradients(f, tensors)
+    with ENGINES[engine]():
+        ours = gradients(f, tensors)
     exact = with_args(sample, lambda t: widened(t) if t.is_floating_point() else t)
     g, wide = case.of_tensors(exact, case.reference)
     unit = torch.finfo(dtype).eps
@@ -80,13 +83,19 @@ def test_complex_and_integer_inputs_as_in_torch(first):
             f, tensors = first.of_tensors(live)
             g, _ = first.of_tensors(live, first.reference)
             v = torch.randn_like(theirs)
-            ours = torch.autograd.grad(f(*tensors), tensors, v)
-            for a, b in zip(ours, torch.autograd.grad(g(*tensors), tensors, v), strict=True):
-                torch.testing.assert_close(a, b)
+            want = torch.autograd.grad(g(*tensors), tensors, v)
+            for engine in ENGINES.values():
+                with engine():
+                    ours = torch.autograd.grad(f(*tensors), tensors, v)
+                for a, b in zip(ours, want, strict=True):
+                    torch.testing.assert_close(a, b)
+            assert torch.autograd.gradcheck(f, tensors, check_forward_ad=True)
+            assert torch.autograd.gradgradcheck(f, tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
-def test_edge_values(op, dtype):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_edge_values(op, dtype, engine):
     """Elementwise ops: forward as torch's, and the derivative as torch's in float64 wherever that is a number."""
     if not op.elementwise or op.random:
         pytest.skip("not a function of single elements")
@@ -94,7 +103,8 @@ def test_edge_values(op, dtype):
     wide = x.detach().double().requires_grad_()
     y, exact = op.function(x), op.reference(wide)
     torch.testing.assert_close(y, op.reference(x), equal_nan=True, rtol=0, atol=0)
-    y.backward(torch.ones_like(y))
+    with ENGINES[engine]():
+        y.backward(torch.ones_like(y))
     exact.backward(torch.ones_like(exact))
     limits = torch.finfo(dtype)
     normal = (wide.grad.abs() >= limits.smallest_normal) | wide.grad.isnan()

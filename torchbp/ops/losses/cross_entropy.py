@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, is_half, public, scale_fresh
+from torchbp.ops._function import Context, entry, is_half, public, scale_fresh
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import named, spread
 from torchbp.ops._samples import Make, Sample, square
@@ -196,8 +196,7 @@ def _gradient(
         gradient = scale_fresh(p, (a + b * (classes if w is None else w.sum())).unsqueeze(dim))
         b = b.unsqueeze(dim)
         gradient = gradient - (b if w is None else b * _along_classes(w, x))
-    subtract = gradient.scatter_add_ if fused(gradient, a) else gradient.scatter_add
-    return subtract(dim, index.unsqueeze(dim), -a.unsqueeze(dim))
+    return gradient.scatter_add_(dim, index.unsqueeze(dim), -a.unsqueeze(dim))
 
 
 def _terms(
