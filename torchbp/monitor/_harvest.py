@@ -101,7 +101,7 @@ def _fill(row: Row, values: Iterator[Vector], parameters: int, layers: int) -> S
         numbers = [float(next(values)[0]) if isinstance(v, Tensor) else float(v) for v in items]
         sums.host[name] = np.array(numbers)
     _unscale(sums, scale)
-    _note_skips(sums, earlier)
+    _look_back(sums, earlier)
     row.parameters, row.layers, row.earlier = {}, {}, []  # let the device's memory go
     return sums
 
@@ -123,9 +123,11 @@ def _unscale(sums: Sums, scale: float) -> None:
         sums.layers["error_signal"] = (total / scale**2, count)
 
 
-def _note_skips(sums: Sums, earlier: list[Vector]) -> None:
-    """Count the backward passes that a GradScaler threw away."""
+def _look_back(sums: Sums, earlier: list[Vector]) -> None:
+    """Keep what the first micro-batch had; count the backward passes a GradScaler threw away."""
     skipped = sum(not np.isfinite(vector).all() for vector in earlier)
+    if earlier and not skipped:
+        sums.host["first_square"] = np.array([earlier[0].sum()])
     found_inf = sums.host.pop("found_inf", None)
     if found_inf is not None and found_inf[0]:
         skipped += 1

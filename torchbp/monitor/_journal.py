@@ -98,6 +98,8 @@ class Journal:
             kinds: tuple[str, ...] = ()
             if quantity.axis == "layer":
                 names, kinds = layers.names, layers.kinds
+            elif quantity.axis == "estimate":
+                names = ("value", "low", "high")
             elif quantity.axis == "parameter":
                 names = layers.parameters
             self._layouts[key] = Layout(quantity.name, quantity.axis, names, kinds, quantity.unit)

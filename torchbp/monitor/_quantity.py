@@ -21,7 +21,8 @@ class Quantity:
         name: The name in files and in ``Reading.values``.
         title: What a chart of it is called.
         unit: The unit of its values.
-        axis: What an entry of its vector stands for; ``"run"`` for one number a step.
+        axis: What an entry of its vector stands for; ``"run"`` for one number a step,
+            ``"estimate"`` for value, low and high.
         at: Where it is measured:
             ``"gradient"``: the gradients of all parameters, final and before clipping;
             ``"stepped"``: the same as the optimizer sees them, after clipping, sampled;
@@ -45,7 +46,7 @@ class Quantity:
     name: str
     title: str
     unit: str
-    axis: Literal["parameter", "layer", "group", "run"]
+    axis: Literal["parameter", "layer", "group", "estimate", "run"]
     at: Literal[
         "gradient",
         "stepped",

@@ -34,9 +34,8 @@ __all__ = ["Capture"]
 
 _DENSE_START = 5  # so many first steps are all sampled: trouble may be there from the beginning
 _KEPT_EARLIER = 64
-_SCALER_STEPS = frozenset(
-    {torch.amp.GradScaler.step.__code__, torch.amp.GradScaler._maybe_opt_step.__code__}
-)
+_SCALER = torch.amp.GradScaler
+_SCALER_STEPS = {_SCALER.step.__code__, _SCALER._maybe_opt_step.__code__}  # noqa: SLF001
 
 Optimizer = torch.optim.Optimizer
 
