@@ -93,6 +93,12 @@ def settle(
     kink = abs(left - right) > 10 * (left_bound + right_bound)
     if kink and low <= got <= high:
         return got, False  # any slope between the two is right
-    return value, math.isfinite(value) and (
-        not math.isfinite(got) or bound < 0.1 * abs(value - got)
-    )
+    if not math.isfinite(value):
+        return value, False
+    if not math.isfinite(got):
+        return value, True
+    again, bound_again = slope(
+        phi, 1.3 * step, noise, DEEP
+    )  # near a jump other steps say another thing
+    off = abs(value - got)
+    return value, abs(again - value) < 0.05 * off and max(bound, bound_again) < 0.1 * off

@@ -191,7 +191,7 @@ def like(flat: Tensor, t: Tensor) -> Tensor:
 
 def like_mask(flat: Tensor, t: Tensor) -> Tensor:
     """Give a flat mask of real numbers the shape of ``t``."""
-    return flat.view(*t.shape, 2).all(-1) if t.is_complex() else flat.view(t.shape)
+    return flat.view(*t.shape, 2).any(-1) if t.is_complex() else flat.view(t.shape)
 
 
 def _each(t: Tensor, g: Tensor) -> Tensor:

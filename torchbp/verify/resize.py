@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchbp.verify.cases import Case, ForwardRaised
+from torchbp.verify.tolerance import largest
 
 __all__ = ["accepts", "fits", "free_sizes", "resized"]
 
@@ -13,24 +14,23 @@ __all__ = ["accepts", "fits", "free_sizes", "resized"]
 def resized(case: Case, sizes: dict[int, int]) -> Case:
     """Return the case with every dimension of size ``old`` made ``new``, for each ``old: new`` of ``sizes``.
 
-    Elements are repeated; floating-point ones a little moved, so that there are no ties.
+    Elements are repeated; those of the leaves a little moved, so that there are no ties.
     """
     generator = case.generator("resize")
 
-    def change(t: Tensor) -> Tensor:
+    def change(i: int, t: Tensor) -> Tensor:
         grown = False
         for d, n in enumerate(t.shape):
             if n in sizes:
                 at = torch.arange(sizes[n], device=t.device) % max(n, 1)
                 t = t.index_select(d, at)
                 grown = True
-        if grown and (t.is_floating_point() or t.is_complex()):
-            t = t * (1 + 0.05 * torch.rand(t.shape, generator=generator, dtype=torch.float64)).to(
-                t.real.dtype
-            )
+        if grown and i in case.where and t.numel():
+            r = torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.real)
+            t = t * (1 + 0.05 * r) + 0.01 * r * largest(t)
         return t
 
-    return case.variant(change)
+    return case.edited(change)
 
 
 def free_sizes(case: Case, most: int = 3) -> list[int]:
@@ -38,8 +38,8 @@ def free_sizes(case: Case, most: int = 3) -> list[int]:
     return list(_growth(case, most))
 
 
-def fits(case: Case, sizes: dict[int, int], largest: int) -> bool:
-    """Whether inputs and outputs at these sizes would have at most ``largest`` elements.
+def fits(case: Case, sizes: dict[int, int], most: int) -> bool:
+    """Whether inputs and outputs at these sizes would have at most ``most`` elements.
 
     The outputs' growth is read from what one more row makes of them, before anything large is computed.
     """
@@ -49,7 +49,7 @@ def fits(case: Case, sizes: dict[int, int], largest: int) -> bool:
         inputs_by, outputs_by = growth.get(old, (1.0, 1.0))
         inputs *= (new / old) ** inputs_by
         outputs *= (new / old) ** outputs_by
-    return max(inputs * _count(_arguments(case)), outputs * _count(case.all_outputs)) <= largest
+    return max(inputs * _count(_arguments(case)), outputs * _count(case.all_outputs)) <= most
 
 
 def _growth(case: Case, most: int) -> dict[int, tuple[float, float]]:
@@ -58,7 +58,15 @@ def _growth(case: Case, most: int) -> dict[int, tuple[float, float]]:
     if not known and not case.memo.get("grown"):
         case.memo["grown"] = True
         _ = case.differentiable
-        candidates = list(dict.fromkeys(n for t in _arguments(case) for n in t.shape if n > 1))
+        # An integer input of several dimensions indexes single elements, one size of integers alone is that of
+        # offsets or lengths: repeated, they would mean something else.
+        values = [t for t in _arguments(case) if t.is_floating_point() or t.is_complex()]
+        indexes = any(
+            t.dim() > 1 for t in _arguments(case) if not (t.is_floating_point() or t.is_complex())
+        )
+        candidates = (
+            [] if indexes else list(dict.fromkeys(n for t in values for n in t.shape if n > 1))
+        )
         for n in candidates[:most]:
             other = resized(case, {n: n + 1})
             if accepts(other):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case, ForwardRaised
-from torchbp.verify.conditioning import rounded_norm_error, spread, terms
+from torchbp.verify.conditioning import is_real, rounded_norm_error, spread, terms
 from torchbp.verify.report import Finding
 
 NAME = "autocast"
@@ -19,8 +19,8 @@ LOW = torch.bfloat16
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    if case.draws or not case.steady or any(leaf.is_complex() for leaf in case.leaves):
-        raise NotApplicable("forward draws random numbers, or the input is complex")
+    if case.draws or not case.steady or not is_real(case):
+        raise NotApplicable("forward draws random numbers, or works with complex ones")
     single = case.variant(lambda t: t.float() if t.is_floating_point() else t, parameters=True)
     try:
         exact = single.plain

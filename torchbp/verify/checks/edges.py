@@ -32,8 +32,8 @@ POINTS = (
     -30.0,
     800.0,
     -800.0,
-    1e10,
-    -1e10,
+    1e4,
+    -1e4,
 )
 INFINITE = (torch.inf, -torch.inf)
 STEPS = (2.0**-12, 2.0**-15)
@@ -68,7 +68,7 @@ def _at(case: Case, which: int, points: Tensor) -> Iterator[Finding]:
             for p in points:
                 yield from _at(case, which, p[None])
         return
-    size = points.abs().clamp(min=1.0)
+    size = points.abs().clamp(min=1.0).sqrt()
     slopes = [
         [(_value(case, which, points + s * h * size) - y) / (s * h * size) for s in (-1, 1)]
         for h in STEPS

@@ -17,7 +17,10 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("no dimension in the sample")
     first = arguments[0][1].shape[0]
     rows = tuple(i for i, t in arguments if t.shape[0] == first)
-    for chosen in (rows[:1], rows):
+    integers = {i for i, t in case.arguments if not (t.is_floating_point() or t.is_complex())}
+    if not integers <= set(rows):  # indices into nothing: undefined, torch itself crashes on some
+        raise NotApplicable("integer inputs that do not go with the rows")
+    for chosen in (rows,) if integers else (rows[:1], rows):
         other = case.edited(lambda i, t, chosen=chosen: t[:0] if i in chosen else t)
         if accepts(other):
             break

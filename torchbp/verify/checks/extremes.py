@@ -43,10 +43,9 @@ def _run(case: Case) -> Iterator[Finding]:
             if not accepts(other):
                 continue
             tested += 1
-            found = _not_finite(other, which)
-            if found is not None and _smooth(other, found):
+            if _not_finite(other, which) and _smooth(other, which):
                 yield _finding(
-                    other, found, f" where {name} is {text}, where forward is finite and smooth"
+                    other, which, f" where {name} is {text}, where forward is finite and smooth"
                 )
                 return
         masked, deep = (
@@ -55,10 +54,9 @@ def _run(case: Case) -> Iterator[Finding]:
         )
         if accepts(masked) and accepts(deep):
             tested += 1
-            found = _not_finite(masked, which)
-            if found is not None and _not_finite(deep, which) is None:
+            if _not_finite(masked, which) and not _not_finite(deep, which):
                 yield _finding(
-                    masked, found, f" where an element of {name} is -inf; it is finite at -1e6"
+                    masked, which, f" where an element of {name} is -inf; it is finite at -1e6"
                 )
                 return
     if not tested:
@@ -69,10 +67,8 @@ def _changed(case: Case, which: int, change: Callable[[Tensor], Tensor]) -> Case
     return case.edited(lambda i, t: change(t) if i == case.where[which] else t)
 
 
-def _not_finite(case: Case, which: int) -> int | None:
-    """Return the leaf whose gradient is not finite, this one first."""
-    order = [which, *(i for i in range(len(case.leaves)) if i != which)]
-    return next((i for i in order if not bool(case.plain.grads[i].isfinite().all())), None)
+def _not_finite(case: Case, which: int) -> bool:
+    return not bool(case.plain.grads[which].isfinite().all())
 
 
 def _smooth(case: Case, which: int) -> bool:

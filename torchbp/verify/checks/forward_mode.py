@@ -32,12 +32,12 @@ def _run(case: Case) -> Iterator[Finding]:
         for g, d in zip(case.plain.grads, u, strict=True):
             reverse += float((g.conj() * d).real.double().sum())
             size += float((g.abs() * d.abs()).double().sum())
-        allowed = 4096 * case.epsilon * size
+        allowed = max(1e-6, 4096 * case.epsilon) * size
         if abs(forward - reverse) <= allowed or (forward != forward and reverse != reverse):  # noqa: PLR0124
             continue
         directions = {i: real(d).cpu() for i, d in enumerate(u)}
-        truth, settled = lines.measure(directions, forward, max(allowed, lines.relative * size))
-        if settled and not abs(truth - forward) <= max(allowed, lines.relative * size):
+        truth, settled = lines.measure(directions, forward, allowed)
+        if settled and not abs(truth - forward) <= allowed:
             none = all(t is None or not t.any() for t in tangents)
             yield Finding(
                 check=NAME,

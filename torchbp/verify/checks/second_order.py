@@ -62,6 +62,7 @@ def _compare(
     ]
     size = sum(float((a.abs() * g.abs()).sum()) for a, g in zip(w, case.plain.grads, strict=True))
     noise = 4 * case.epsilon * size
+    terms = max(float(a.norm()) for a in w) * max(float(a.norm()) for a in case.plain.cotangents)
 
     def along(chosen: list[int]) -> tuple[float, float, bool]:
         parts = [float((real(got[i]) * real(directions[i])).sum()) for i in chosen]
@@ -85,7 +86,7 @@ def _compare(
             return total
 
         relative = 1e-6 if case.epsilon < 1e-12 else 1e5 * case.epsilon
-        allowed = relative * norm + 10 * noise
+        allowed = relative * norm + 10 * noise + 1e5 * case.epsilon * terms
         step = 2.0**-8 if case.epsilon < 1e-12 else 2.0**-4
         value, settled = settle(phi, sum(parts), allowed, step, noise)
         return sum(parts), value, settled and abs(value - sum(parts)) > allowed
