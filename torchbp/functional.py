@@ -14,5 +14,8 @@ from torchbp.ops.dropout.dropout import dropout as dropout
 from torchbp.ops.linear.linear import linear as linear
 from torchbp.ops.losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from torchbp.ops.losses.cross_entropy import cross_entropy as cross_entropy
+from torchbp.ops.losses.huber_loss import huber_loss as huber_loss
+from torchbp.ops.losses.l1_loss import l1_loss as l1_loss
 from torchbp.ops.losses.mse_loss import mse_loss as mse_loss
+from torchbp.ops.losses.smooth_l1_loss import smooth_l1_loss as smooth_l1_loss
 from torchbp.ops.normalization.layer_norm import layer_norm as layer_norm

@@ -17,5 +17,8 @@ from torchbp.ops.dropout.dropout import Dropout as Dropout
 from torchbp.ops.linear.linear import Linear as Linear
 from torchbp.ops.losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss as BCEWithLogitsLoss
 from torchbp.ops.losses.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
+from torchbp.ops.losses.huber_loss import HuberLoss as HuberLoss
+from torchbp.ops.losses.l1_loss import L1Loss as L1Loss
 from torchbp.ops.losses.mse_loss import MSELoss as MSELoss
+from torchbp.ops.losses.smooth_l1_loss import SmoothL1Loss as SmoothL1Loss
 from torchbp.ops.normalization.layer_norm import LayerNorm as LayerNorm

@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 __all__ = [
     "Context",
+    "directional",
     "entry",
     "formula_only",
     "fused",
@@ -152,6 +153,12 @@ def scale_fresh(fresh: Tensor, factor: Tensor) -> Tensor:
         factor: A number, or a tensor that can be broadcast to ``fresh``.
     """
     return fresh.mul_(factor) if fused(fresh, factor) else fresh * factor
+
+
+def directional(*terms: tuple[Tensor | None, Tensor]) -> Tensor:
+    """Return Σ tangent · derivative over the inputs that have a tangent: what a ``jvp`` of single elements is."""
+    products = [tangent * derivative for tangent, derivative in terms if tangent is not None]
+    return sum(products[1:], start=products[0])
 
 
 @contextmanager
