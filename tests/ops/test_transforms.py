@@ -11,12 +11,14 @@ from torchbp.ops._samples import Make
 
 
 def closed(case: Case, function=None):
-    """A scalar function of one tensor, and a batch of three inputs for it, along the first dimension."""
+    """A scalar function of one tensor, and a batch of three inputs for it, along the first dimension.
+
+    They stay in the domain of a function of probabilities or of positive numbers.
+    """
     sample = case.sample()
     f, tensors = case.of_tensors(sample, function)
     x = tensors[0].detach()
-    generator = torch.Generator().manual_seed(3)
-    batch = torch.stack([x, x + 0.25, torch.randn(x.shape, generator=generator).to(x)])
+    batch = torch.stack([x, x * 0.75, x.flatten().roll(1).view_as(x) * 0.9])
     others = [t.detach() for t in tensors[1:]]
     return (lambda x: f(x, *others).sin().sum()), batch
 

@@ -15,11 +15,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 __all__ = [
     "Context",
     "directional",
+    "eager",
     "entry",
     "formula_only",
     "fused",
     "in_autocast_dtype",
+    "in_autocast_float32",
     "in_float32",
+    "in_place",
     "is_half",
     "public",
     "scale_fresh",
@@ -130,6 +133,20 @@ def in_autocast_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(cast(t) for t in tensors)
 
 
+def in_autocast_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast does for its float32 ops, losses among them: half precision becomes float32, outside the op."""
+
+    def cast(t: Tensor) -> Tensor:
+        return t.float() if is_half(t) and torch.is_autocast_enabled(t.device.type) else t
+
+    return tuple(cast(t) for t in tensors)
+
+
+def eager() -> bool:
+    """Whether values may be looked at here: neither traced by ``torch.compile`` nor transformed by ``torch.func``."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
 def fused(*tensors: Tensor) -> bool:
     """Whether a backward may run a fused kernel, or write into a tensor it has just made.
 
@@ -139,10 +156,14 @@ def fused(*tensors: Tensor) -> bool:
     return not (
         _formula_only
         or torch.is_grad_enabled()  # in backward: exactly when create_graph was asked for
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or not eager()
         or any(is_half(t) or is_legacy_batchedtensor(t) for t in tensors)
     )
+
+
+def in_place(*tensors: Tensor) -> bool:
+    """Whether a step between these tensors may write into one of them that was just made."""
+    return fused(*tensors) and all(t.dtype == tensors[0].dtype for t in tensors)
 
 
 def scale_fresh(fresh: Tensor, factor: Tensor) -> Tensor:

@@ -76,7 +76,9 @@ class HuberLossFunction(Function):
     ) -> Tensor:
         x, target = ctx.saved_tensors
         slope = (x - target).clamp(-ctx.delta, ctx.delta)
-        return reduce(directional((tangent_x, slope), (tangent_target, -slope)), ctx.reduction)  # (3)
+        return reduce(
+            directional((tangent_x, slope), (tangent_target, -slope)), ctx.reduction
+        )  # (3)
 
 
 def _gradient(d: Tensor, s: Tensor, delta: float) -> Tensor:

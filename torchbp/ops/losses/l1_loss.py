@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, public, scale_fresh
+from torchbp.ops._function import Context, entry, in_autocast_float32, public, scale_fresh
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import matched, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
@@ -99,10 +99,10 @@ def l1_loss(
         rule = f"weight of the input's shape {shape(input)}"
         raise ValueError(wrong("l1_loss", rule, shape(weight), "expand it first"))
     input, target = matched("l1_loss", input, target)
-    d = input - target
     if weight is None:
-        return _l1_loss(d, reduction)
-    weighted = _l1_loss(d, "none") * weight
+        input, target = in_autocast_float32(input, target)
+        return _l1_loss(input - target, reduction)
+    weighted = _l1_loss(input - target, "none") * weight
     if reduction == "none":
         return weighted
     return weighted.sum() / weight.sum() if reduction == "mean" else weighted.sum()
