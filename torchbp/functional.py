@@ -14,7 +14,9 @@ from torchbp.ops.dropout.dropout import dropout as dropout
 from torchbp.ops.linear.linear import linear as linear
 from torchbp.ops.losses.binary_cross_entropy import binary_cross_entropy as binary_cross_entropy
 from torchbp.ops.losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from torchbp.ops.losses.cosine_embedding_loss import cosine_embedding_loss as cosine_embedding_loss
 from torchbp.ops.losses.cross_entropy import cross_entropy as cross_entropy
+from torchbp.ops.losses.focal_loss import focal_loss as focal_loss
 from torchbp.ops.losses.gaussian_nll_loss import gaussian_nll_loss as gaussian_nll_loss
 from torchbp.ops.losses.hinge_embedding_loss import hinge_embedding_loss as hinge_embedding_loss
 from torchbp.ops.losses.huber_loss import huber_loss as huber_loss
@@ -24,9 +26,13 @@ from torchbp.ops.losses.log_cosh_loss import log_cosh_loss as log_cosh_loss
 from torchbp.ops.losses.margin_ranking_loss import margin_ranking_loss as margin_ranking_loss
 from torchbp.ops.losses.mse_loss import mse_loss as mse_loss
 from torchbp.ops.losses.multi_margin_loss import multi_margin_loss as multi_margin_loss
+from torchbp.ops.losses.multilabel_margin_loss import multilabel_margin_loss as multilabel_margin_loss
 from torchbp.ops.losses.multilabel_soft_margin_loss import multilabel_soft_margin_loss as multilabel_soft_margin_loss
 from torchbp.ops.losses.nll_loss import nll_loss as nll_loss
 from torchbp.ops.losses.poisson_nll_loss import poisson_nll_loss as poisson_nll_loss
+from torchbp.ops.losses.sigmoid_focal_loss import sigmoid_focal_loss as sigmoid_focal_loss
 from torchbp.ops.losses.smooth_l1_loss import smooth_l1_loss as smooth_l1_loss
 from torchbp.ops.losses.soft_margin_loss import soft_margin_loss as soft_margin_loss
+from torchbp.ops.losses.triplet_margin_loss import triplet_margin_loss as triplet_margin_loss
+from torchbp.ops.losses.triplet_margin_with_distance_loss import triplet_margin_with_distance_loss as triplet_margin_with_distance_loss
 from torchbp.ops.normalization.layer_norm import layer_norm as layer_norm

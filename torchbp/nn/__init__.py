@@ -17,7 +17,9 @@ from torchbp.ops.dropout.dropout import Dropout as Dropout
 from torchbp.ops.linear.linear import Linear as Linear
 from torchbp.ops.losses.binary_cross_entropy import BCELoss as BCELoss
 from torchbp.ops.losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss as BCEWithLogitsLoss
+from torchbp.ops.losses.cosine_embedding_loss import CosineEmbeddingLoss as CosineEmbeddingLoss
 from torchbp.ops.losses.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
+from torchbp.ops.losses.focal_loss import FocalLoss as FocalLoss
 from torchbp.ops.losses.gaussian_nll_loss import GaussianNLLLoss as GaussianNLLLoss
 from torchbp.ops.losses.hinge_embedding_loss import HingeEmbeddingLoss as HingeEmbeddingLoss
 from torchbp.ops.losses.huber_loss import HuberLoss as HuberLoss
@@ -27,9 +29,13 @@ from torchbp.ops.losses.log_cosh_loss import LogCoshLoss as LogCoshLoss
 from torchbp.ops.losses.margin_ranking_loss import MarginRankingLoss as MarginRankingLoss
 from torchbp.ops.losses.mse_loss import MSELoss as MSELoss
 from torchbp.ops.losses.multi_margin_loss import MultiMarginLoss as MultiMarginLoss
+from torchbp.ops.losses.multilabel_margin_loss import MultiLabelMarginLoss as MultiLabelMarginLoss
 from torchbp.ops.losses.multilabel_soft_margin_loss import MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss
 from torchbp.ops.losses.nll_loss import NLLLoss as NLLLoss
 from torchbp.ops.losses.poisson_nll_loss import PoissonNLLLoss as PoissonNLLLoss
+from torchbp.ops.losses.sigmoid_focal_loss import SigmoidFocalLoss as SigmoidFocalLoss
 from torchbp.ops.losses.smooth_l1_loss import SmoothL1Loss as SmoothL1Loss
 from torchbp.ops.losses.soft_margin_loss import SoftMarginLoss as SoftMarginLoss
+from torchbp.ops.losses.triplet_margin_loss import TripletMarginLoss as TripletMarginLoss
+from torchbp.ops.losses.triplet_margin_with_distance_loss import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
 from torchbp.ops.normalization.layer_norm import LayerNorm as LayerNorm

@@ -20,6 +20,7 @@ Sources:
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,10 @@ from torchbp.ops._function import (
     in_autocast_float32,
     in_float32,
     in_place,
+    is_half,
     public,
 )
-from torchbp.ops._op import Op
+from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
@@ -217,10 +219,18 @@ def _benchmark(make: Make, n: int) -> Sample:
     return Sample((x, target, make.uniform(*x.shape, low=0.1, requires_grad=True)))
 
 
+def _reference(input: Tensor, target: Tensor, var: Tensor | float, **kwargs: Any) -> Tensor:
+    """Torch's; in half precision with the difference rounded, as torch rounds it, and then once more at the end."""
+    if not is_half(input):
+        return F.gaussian_nll_loss(input, target, var, **kwargs)
+    d = input - target
+    return rounded_once(F.gaussian_nll_loss)(d, torch.zeros_like(d), var, **kwargs)
+
+
 OP = Op(
     function=gaussian_nll_loss,
     modules=(GaussianNLLLoss,),
-    reference=F.gaussian_nll_loss,
+    reference=_reference,
     samples=_samples,
     module_samples=_module_samples,
     errors=_errors,

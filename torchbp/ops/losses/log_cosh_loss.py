@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops._errors import wrong
 from torchbp.ops._function import (
     Context,
     entry,
@@ -93,6 +94,7 @@ def log_cosh_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Ten
 
     Raises:
         ValueError: An unknown reduction.
+        NotImplementedError: Integers or complex numbers.
         RuntimeError: Shapes that cannot be broadcast.
 
     Example:
@@ -102,8 +104,16 @@ def log_cosh_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Ten
         tensor(0.6625)
     """
     reduction = named("log_cosh_loss", reduction, None, None)
+    _check(input, target)
     input, target = in_autocast_float32(*matched("log_cosh_loss", input, target))
     return _log_cosh_loss(input - target, reduction)
+
+
+def _check(*tensors: Tensor) -> None:
+    for t in tensors:
+        if not t.is_floating_point():
+            rule = "floating-point tensors"
+            raise NotImplementedError(wrong("log_cosh_loss", rule, t.dtype, "cast it"))
 
 
 class LogCoshLoss(nn.Module):
@@ -137,6 +147,7 @@ def _benchmark(make: Make, n: int) -> Sample:
 
 
 def _reference(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    _check(input, target)
     d = input - target
     return reduce(
         torch.logaddexp(d, -d) - math.log(2), named("log_cosh_loss", reduction, None, None)

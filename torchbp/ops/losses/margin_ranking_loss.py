@@ -100,7 +100,11 @@ class MarginRankingLossFunction(Function):
 
 def _left(x1: Tensor, x2: Tensor, target: Tensor, margin: float) -> Tensor:
     d = x1 - x2
-    return d.mul_(target).neg_().add_(margin) if in_place(d, target) else margin - target * d
+    return (
+        d.mul_(target).neg_().add_(margin)
+        if in_place(d, target) and d.is_floating_point()
+        else margin - target * d
+    )
 
 
 def _gradient(active: Tensor, target: Tensor, s: Tensor) -> Tensor:
@@ -176,7 +180,7 @@ def _samples(make: Make) -> Iterator[Sample]:
         yield Sample(_triple(make, 3, 4), {"reduction": reduction, "margin": 0.3}, reduction)
     yield Sample(_triple(make, 3, 4, target=True), {"margin": 0.2}, "target")
     x1, _, t = _triple(make, 3, 4)
-    yield Sample((x1, make.normal(3, 1), t[:1]), name="broadcast")
+    yield Sample((x1, make.normal(3, 1), t[:1].clone()), {"margin": 0.3}, name="broadcast")
     yield Sample(_triple(make), {"margin": 0.3}, name="scalar")
     yield Sample(_triple(make, 0, 3), {"reduction": "sum"}, name="empty")
 

@@ -204,7 +204,7 @@ def _samples(make: Make) -> Iterator[Sample]:
         yield Sample(args, {"reduction": reduction}, reduction)
     kwargs = {"p": 2, "margin": 0.7, "weight": make.uniform(4), "reduction": "none"}
     yield Sample((make.normal(5, 4), make.labels(5, classes=4)), kwargs, "squared-weight")
-    yield Sample((make.normal(4), make.labels(classes=4)), {"reduction": "none"}, "1d")
+    yield Sample((make.normal(13), make.labels(classes=13)), {"reduction": "none"}, "1d")
 
 
 def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:

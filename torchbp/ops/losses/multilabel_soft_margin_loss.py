@@ -1,8 +1,8 @@
 r"""Multi-label soft margin: ℓ_n = -1/C Σ_c w_c [t_c log σ(x_c) + (1 - t_c) log σ(-x_c)], then reduced over n.
 
 Derivation:
-    Each term of the sum is the binary cross entropy b_c of logits, whose gradients
-    binary_cross_entropy_with_logits.py derives; so
+    Each term of the sum is w_c times the binary cross entropy b_c of logits, whose gradients
+    binary_cross_entropy_with_logits.py derives; the product with w is autograd's own. Without w:
     ℓ_n  = mean over c of b_nc                                                                (1)
     mean = mean over all b                                                                    (2)
     sum  = sum over all b, divided by C                                                       (3)
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchbp.ops._function import public
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import named
+from torchbp.ops._reduction import reduce as reduced
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
 
@@ -69,13 +70,11 @@ def multilabel_soft_margin_loss(
         return F.multilabel_soft_margin_loss(input, target, weight, reduction=reduction)
     classes = input.size(-1)
     input, target = torch.broadcast_tensors(input, target)
-    trained = weight is not None and weight.requires_grad
-    if reduction == "none" or trained:
-        fixed = None if trained else weight
-        b = binary_cross_entropy_with_logits(input, target, fixed, reduction="none")
-        values = (b if weight is None or not trained else b * weight).sum(-1) / classes  # (1)
-        return {"none": lambda v: v, "mean": torch.mean, "sum": torch.sum}[reduction](values)
-    loss = binary_cross_entropy_with_logits(input, target, weight, reduction=reduction)  # (2)
+    if reduction == "none" or weight is not None:
+        b = binary_cross_entropy_with_logits(input, target, reduction="none")
+        values = (b if weight is None else b * weight).sum(-1) / classes  # (1)
+        return reduced(values, reduction)
+    loss = binary_cross_entropy_with_logits(input, target, reduction=reduction)  # (2)
     return loss / classes if reduction == "sum" else loss  # (3)
 
 
