@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import torchbp
+from tests.ops.conftest import twin
 from torchbp.ops._samples import Make
 
 
@@ -17,7 +18,7 @@ def twins(constructed):
     """The module and torch's, made with the same arguments after the same seed, and an input."""
     op, i = constructed
     cls, ctor, inputs = list(op.module_samples(Make(torch.float32)))[i]
-    theirs = getattr(torch.nn, cls.__name__)
+    theirs = twin(cls)
     torch.manual_seed(0)
     ours = cls(*ctor.args, **ctor.kwargs)
     torch.manual_seed(0)
@@ -26,7 +27,7 @@ def twins(constructed):
 
 def test_signature(op):
     """Names, order, defaults and kinds of torch's arguments; extras are keyword-only."""
-    theirs = getattr(torch.nn.functional, op.name)
+    theirs = getattr(torch.nn.functional, op.name, op.reference)
     try:
         wanted = inspect.signature(theirs).parameters
     except ValueError:  # a builtin: torch.nn.functional.linear says its signature in its docstring
@@ -59,7 +60,11 @@ def test_public_names(op):
     assert pickle.loads(pickle.dumps(op.function)) is op.function
     for module in op.modules:
         assert getattr(torchbp.nn, module.__name__) is module
-        assert issubclass(module, getattr(torch.nn, module.__name__))
+        assert module.__module__ == "torchbp.nn"
+        if twin(module) is module:  # beyond torch
+            assert issubclass(module, torch.nn.Module)
+            continue
+        assert issubclass(module, twin(module))
         own = set(vars(module)) - {"__module__", "__doc__", "forward"}
         own -= {"__firstlineno__", "__static_attributes__", "__annotations__"}
         assert not own, "a Module overrides forward only"
@@ -137,13 +142,13 @@ def test_module_copies_and_pickles(constructed):
     buffer = io.BytesIO()
     torch.save(ours, buffer)
     buffer.seek(0)
-    for twin in (
+    for other in (
         copy.deepcopy(ours),
         pickle.loads(pickled),
         torch.load(buffer, weights_only=False),
     ):
-        assert type(twin) is type(ours)
-        torch.testing.assert_close(twin(*copy.deepcopy(args)), want)
+        assert type(other) is type(ours)
+        torch.testing.assert_close(other(*copy.deepcopy(args)), want)
 
 
 def test_inplace_as_in_torch(op):

@@ -1,14 +1,23 @@
 """Inputs that ops are tested, documented and benchmarked on."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["EDGES", "Make", "Sample", "elementwise", "elementwise_errors", "square"]
+__all__ = [
+    "EDGES",
+    "Make",
+    "Sample",
+    "elementwise",
+    "elementwise_errors",
+    "pairs",
+    "square",
+    "stored",
+]
 
 # Zeros of both signs, kinks and saturation of the usual activations, overflow, and what is not a number.
 EDGES = (
@@ -82,3 +91,26 @@ def square(make: Make, n: int) -> Sample:
     """Return one tensor of about ``n`` elements, rows no longer than 1024."""
     width = min(1024, max(8, math.isqrt(n)))
     return Sample((make.normal(max(1, n // width), width),))
+
+
+def pairs(
+    inputs: Callable[..., Tensor], targets: Callable[..., Tensor], **kwargs: object
+) -> Iterator[Sample]:
+    """Yield inputs and targets of one shape, in every reduction, for a loss of two tensors.
+
+    Args:
+        inputs: Makes a tensor of a shape, as ``Make.normal`` does.
+        targets: The same, for the targets.
+        kwargs: More arguments of the loss.
+    """
+    for reduction in ("mean", "sum", "none"):
+        options = {"reduction": reduction, **kwargs}
+        yield Sample((inputs(3, 4), targets(3, 4)), options, reduction)
+    yield Sample((inputs(), targets()), {"reduction": "sum", **kwargs}, "scalar")
+    yield Sample((inputs(0, 3), targets(0, 3)), {"reduction": "sum", **kwargs}, "empty-sum")
+    yield Sample((inputs(3, 4), targets(3, 4).detach()), dict(kwargs), "data-target")
+
+
+def stored(*values: object) -> int:
+    """Return the bytes of the tensors among ``values``."""
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
