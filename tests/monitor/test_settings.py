@@ -373,3 +373,37 @@ def test_functional_activations_are_seen_too(tmp_path):
             loss_of(model).backward()
         runs.append(read(tmp_path / name).vectors["saturated_share"].values)
     np.testing.assert_array_equal(*runs)
+
+
+def test_a_backward_through_other_parameters_is_found_too(tmp_path):
+    torch.manual_seed(0)
+    both = nn.ModuleDict({name: mlp() for name in "ab"})
+    pair = {name: torch.optim.SGD(both[name].parameters(), lr=0.1) for name in "ab"}
+    want = []
+    with torchbp.watch(both, pair.values(), log_dir=tmp_path):
+        for step in range(6):
+            name = "ab"[step % 2]
+            both.zero_grad()
+            loss_of(both[name]).backward()
+            want.append(
+                [0.0 if p.grad is None else p.grad.norm().item() for p in both.parameters()]
+            )
+            pair[name].step()
+    np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+
+
+def test_the_noise_scale_of_a_known_truth(tmp_path):
+    """A linear loss g·w with g ~ N(m, I): S = dimensions, |G|² = |m|²."""
+    torch.manual_seed(0)
+    model = nn.Linear(100, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    mean = torch.full((100,), 0.2)
+    with torchbp.watch(model, optimizer, log_dir=tmp_path):
+        for _ in range(200):
+            optimizer.zero_grad()
+            for _micro in range(4):
+                (model(mean + torch.randn(8, 100)).mean() / 4).backward()
+            optimizer.step()
+    value, low, high = read(tmp_path).vectors["noise_scale"].values[-1]
+    assert low < 100 / 4.0 < high
+    assert high - low < 0.5 * value

@@ -71,7 +71,7 @@ def _tensors(row: Row) -> Iterator[Tensor]:
             yield values
     for places in row.layers.values():
         for parts in places.values():
-            for total, _ in parts:
+            for total, _, _ in parts:
                 yield total
     yield from _host_tensors(row)
 
@@ -89,10 +89,10 @@ def _fill(row: Row, values: Iterator[Vector], parameters: int, layers: int) -> S
         sums.parameters[name] = _scattered(pieces, values, parameters)
     earlier = [_scattered(pieces, values, parameters) for pieces in row.earlier]
     for name, places in row.layers.items():
-        total, count = np.zeros(layers), np.zeros(layers)
+        total, count, power = np.zeros(layers), np.zeros(layers), all_quantities()[name].power
         for place, parts in places.items():
-            for _, size in parts:
-                total[place] += next(values)[0]
+            for _, factor, size in parts:
+                total[place] += (factor * next(values)[0]) ** power
                 count[place] += size
         sums.layers[name] = (total, count)
     scale = 1.0 if row.scale is None else float(next(values)[0])

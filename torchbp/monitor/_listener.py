@@ -129,8 +129,8 @@ class Listener:
 
         def note(delta: Tensor) -> None:
             with torch.no_grad():
-                total = _measured(quantity, delta) * batch**2
-            row.add(quantity.name, place, total, delta.numel())
+                total = _measured(quantity, delta)
+            row.add(quantity.name, place, total, delta.numel(), batch)
 
         output.register_hook(note)
 

@@ -25,12 +25,12 @@ class Quantity:
             ``"estimate"`` for value, low and high.
         at: Where it is measured:
             ``"gradient"``: the gradients of all parameters, final and before clipping;
-            ``"stepped"``: the same as the optimizer sees them, after clipping, sampled;
-            ``"weight"``: the parameters before the update, sampled;
-            ``"update"``: what the optimizer added to them, sampled;
-            ``"error"``: the gradient of a layer's output, sampled;
-            ``"output"``: a layer's output, sampled;
-            ``"activation"``, ``"units"``: the output of the activation behind a layer, sampled;
+            ``"stepped"``: the same as the optimizer sees them, after clipping;
+            ``"weight"``: the parameters before the update;
+            ``"update"``: what the optimizer added to them;
+            ``"error"``: the gradient of a layer's output;
+            ``"output"``: a layer's output;
+            ``"activation"``, ``"units"``: the output of the activation behind a layer;
             ``"derived"``: on the host, from other quantities;
             ``"host"``: a number that the training loop or the optimizer knows.
         measure: On the device, without synchronisation. For parameters: a list of n dense tensors
@@ -40,7 +40,9 @@ class Quantity:
         finish: On the host, in numpy float64: ``(sums, counts)`` -> values; for ``"derived"``:
             ``(reading)`` -> values, or None where it can't be had.
         logarithm: Stock charts show log10 of it.
-        sampled: Measured in sampled steps only, though its place would be reached in every one.
+        power: The host raises what ``"error"`` and ``"output"`` measure to it before it adds up: one
+            operation less on the device.
+        often: ``"every step"``, ``"sampled"``, or ``"rarely"``: every fifth sampled step.
     """
 
     name: str
@@ -62,7 +64,8 @@ class Quantity:
     measure: Callable[..., Any] | None = None
     finish: Callable[..., Any] | None = None
     logarithm: bool = False
-    sampled: bool = True
+    power: int = 1
+    often: Literal["every step", "sampled", "rarely"] = "sampled"
 
 
 def precise(tensor: Tensor) -> torch.dtype:

@@ -19,9 +19,11 @@ class Row:
         step: The step.
         when: Wall time at its end, in seconds since 1970.
         sampled: Whether the layers were listened to.
+        rare: Whether what is measured rarely is measured.
         backwards: Number of backward passes so far.
         parameters: By quantity, sums.
-        layers: By quantity and layer, 0-d sums and their numbers of elements.
+        layers: By quantity and layer, 0-d tensors, what to multiply them by, and their numbers of
+            elements.
         earlier: Gradients that a later backward of the same step replaced.
         scale: What the loss was multiplied by (GradScaler).
         host: Numbers known to the host, or 0-d tensors.
@@ -29,17 +31,21 @@ class Row:
 
     step: int
     sampled: bool = False
+    rare: bool = False
     when: float = 0.0
     backwards: int = 0
     parameters: dict[str, Pieces] = field(default_factory=dict)
-    layers: dict[str, dict[int, list[tuple[Tensor, int]]]] = field(default_factory=dict)
+    layers: dict[str, dict[int, list[tuple[Tensor, float, int]]]] = field(default_factory=dict)
     earlier: list[Pieces] = field(default_factory=list)
     scale: Tensor | None = None
     host: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, quantity: str, place: int, total: Tensor, count: int) -> None:
+    def add(
+        self, quantity: str, place: int, total: Tensor, count: int, factor: float = 1.0
+    ) -> None:
         """Add a sum over ``count`` elements of a layer."""
-        self.layers.setdefault(quantity, {}).setdefault(place, []).append((total, count))
+        parts = self.layers.setdefault(quantity, {}).setdefault(place, [])
+        parts.append((total, factor, count))
 
     def absorb(self, later: "Row") -> None:
         """Take over what was seen of the layers since."""

@@ -26,7 +26,8 @@ from torch.utils.hooks import RemovableHandle
 
 from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._listener import Listener
-from torchbp.monitor._norms import squares
+from torchbp.monitor._norms import changes, copies, squares
+from torchbp.monitor._quantity import Quantity
 from torchbp.monitor._registry import all_quantities
 from torchbp.monitor._row import Row
 
@@ -34,6 +35,7 @@ __all__ = ["Capture"]
 
 _DENSE_START = 5  # so many first steps are all sampled: trouble may be there from the beginning
 _KEPT_EARLIER = 64
+_RARELY = 5
 _SCALER = torch.amp.GradScaler
 _SCALER_STEPS = {_SCALER.step.__code__, _SCALER._maybe_opt_step.__code__}  # noqa: SLF001
 
@@ -86,6 +88,7 @@ class Capture:
         self._task = -1
         self._scaler: Callable[[], Any] = lambda: None
         self._steps_in_backward: set[int] | None = None  # not known before the first backward
+        self._marks_only = False
         self._early: dict[int, Tensor] = {}
         self._optimizers: set[int] = set()
         self._closure = False  # whether a step that runs backward itself is under way
@@ -123,6 +126,9 @@ class Capture:
 
     # -------------------------------------------------------------------------------- gradients
     def _accumulated(self, index: int, parameter: Tensor) -> None:
+        # Most calls end here: they come once a parameter and backward.
+        if self._marks_only and torch._C._current_graph_task_id() == self._task:  # noqa: SLF001
+            return
         if self.step % self._every and self._optimizers:
             return
         known = self._steps_in_backward
@@ -169,16 +175,20 @@ class Capture:
         self._early = {}
         if self._steps_in_backward is None:
             self._steps_in_backward = set(early)
+            self._marks_only = not early
         for index, square in early.items():
             row.parameters.setdefault("gradient_norm", []).append(((index,), square))
 
     def _present_gradients(self) -> list[tuple[int, Tensor]]:
         found = []
-        for index, parameter in self._catalogue.alive():
-            if parameter.grad is not None:
-                local = _local(parameter.grad)
-                if local.numel():
-                    found.append((index, local))
+        for index, reference in enumerate(self._catalogue.parameters):
+            parameter = reference()
+            gradient = None if parameter is None else parameter.grad
+            if gradient is not None:
+                if type(gradient) is not Tensor or gradient.layout is not torch.strided:
+                    gradient = _local(gradient)
+                if gradient.numel():
+                    found.append((index, gradient))
         return found
 
     def _measure(self, row: Row, at: str, tensors: list[tuple[int, Tensor]]) -> None:
@@ -187,7 +197,7 @@ class Capture:
             devices.setdefault(tensor.device, []).append((index, tensor))
         with torch.no_grad():
             for quantity in self._measures[at]:
-                if quantity.sampled and not row.sampled:
+                if not _is_due(quantity, row):
                     continue
                 assert quantity.measure is not None
                 row.parameters[quantity.name] = [
@@ -250,7 +260,7 @@ class Capture:
             if not self._closure:
                 self._measure_stepped(row, optimizer, mine)
             self._measure_more(row, "weight", mine)
-            self._before = tuple(i for i, _ in mine), [p.clone() for _, p in mine]
+            self._before = tuple(i for i, _ in mine), copies([p for _, p in mine])
         self.own_time += time.perf_counter() - start
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
@@ -263,8 +273,8 @@ class Capture:
             indices, before = self._before
             after = dict(self._parameters_of(optimizer))
             with torch.no_grad():
-                changes = torch._foreach_sub([after[i] for i in indices], before)  # noqa: SLF001
-            self._measure_more(row, "update", list(zip(indices, changes, strict=True)))
+                difference = changes([after[i] for i in indices], before)
+            self._measure_more(row, "update", list(zip(indices, difference, strict=True)))
         self._before = None
         if self.row.backwards or self.step % self._every:
             row = self.row
@@ -327,7 +337,7 @@ class Capture:
             and step % self._every == 0
             and (step < _DENSE_START or step % self._sample_every == 0)
         )
-        self.row = Row(step, sampled)
+        self.row = Row(step, sampled, sampled and step % (_RARELY * self._sample_every) == 0)
         self._listener.listen(sampled)
 
     def _hand_over(self, row: Row) -> None:
@@ -337,6 +347,10 @@ class Capture:
         row.host["backwards"] = row.backwards
         self.last = row
         self._deliver(row)
+
+
+def _is_due(quantity: Quantity, row: Row) -> bool:
+    return {"every step": True, "sampled": row.sampled, "rarely": row.rare}[quantity.often]
 
 
 def _put_first(hooks: Any, key: int) -> None:

@@ -1,7 +1,7 @@
 """Dead units: ReLU units that no sample makes positive; they get no gradient and stay dead.
 
 Deep ReLU networks without normalization have some from the start, so a layer counts only where two
-windows in a row (:mod:`torchbp.monitor.quantities.dead_share`) find two fifths of it dead.
+fifths of it are dead over a whole window (:mod:`torchbp.monitor.quantities.dead_share`).
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,9 @@ _WARN, _ALERT, _CLEAR = 0.4, 0.5, 0.3
 
 def examine(reading: Reading) -> Iterator[Suspicion]:
     """Yield one suspicion a layer."""
-    shares, told = reading.values["dead_share"], reading.memory.setdefault("told", {})
-    # Layers complete their windows at different steps: one that has no news is as it was.
-    told.update({int(i): float(shares[i]) for i in np.flatnonzero(reading.present["dead_share"])})
+    shares = reading.values["dead_share"]
     for index in np.flatnonzero(reading.present["dead_share"]):
-        share, layer = told[int(index)], reading.layers.names[index]
+        share, layer = shares[index], reading.layers.names[index]
         if share > _CLEAR:
             severity = "alert" if share > _ALERT else "warning" if share > _WARN else None
             yield Suspicion(
@@ -39,9 +37,8 @@ DIAGNOSIS = Diagnosis(
     name="dead",
     reads=("dead_share",),
     examine=examine,
-    threshold="40 % of a layer's units are dead (alert: 50 %), in two windows of 1024 samples",
+    threshold="40 % of a layer's units are dead (alert: 50 %), over 1024 samples and more",
     source="Stanford CS231n, notes on neural networks 1: as much as 40 % may die where the learning "
     "rate is too high",
-    begins=2,
     ends=2,
 )

@@ -4,15 +4,14 @@ import torch
 from torch import Tensor
 
 from torchbp.monitor._norms import root_mean
-from torchbp.monitor._quantity import Quantity, precise
+from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
 
 
 def measure(output: Tensor) -> Tensor:
-    """Return Σ z²."""
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    return torch.linalg.vector_norm(output, dtype=dtype).to(precise(output)).square()
+    """Return √Σ z², in float32 at least."""
+    return torch.linalg.vector_norm(output, dtype=torch.promote_types(output.dtype, torch.float32))
 
 
 QUANTITY = Quantity(
@@ -23,5 +22,6 @@ QUANTITY = Quantity(
     at="output",
     measure=measure,
     finish=root_mean,
+    power=2,
     logarithm=True,
 )

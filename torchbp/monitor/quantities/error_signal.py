@@ -14,8 +14,8 @@ __all__ = ["QUANTITY"]
 
 
 def measure(delta: Tensor) -> Tensor:
-    """Return Σ δ². In double: deep down a vanished δ² is 0 in float32."""
-    return torch.linalg.vector_norm(delta, dtype=precise(delta)).square()
+    """Return √Σ δ². In double: deep down a vanished δ² is 0 in float32."""
+    return torch.linalg.vector_norm(delta, dtype=precise(delta))
 
 
 QUANTITY = Quantity(
@@ -26,5 +26,6 @@ QUANTITY = Quantity(
     at="error",
     measure=measure,
     finish=root_mean,
+    power=2,
     logarithm=True,
 )

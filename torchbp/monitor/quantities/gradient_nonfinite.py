@@ -28,4 +28,5 @@ QUANTITY = Quantity(
     at="gradient",
     measure=measure,
     finish=finish,
+    often="rarely",
 )

@@ -18,5 +18,5 @@ QUANTITY = Quantity(
     measure=squares,
     finish=root,
     logarithm=True,
-    sampled=False,
+    often="every step",
 )
