@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import signal
 import subprocess
 import sys
 import weakref
@@ -231,6 +232,44 @@ raise SystemExit(3)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 3
     assert read(tmp_path).vectors["gradient_norm"].steps.tolist() == list(range(7))
+
+
+def test_a_terminated_script_loses_nothing(tmp_path):
+    code = f"""
+import os, signal, torch, torchbp
+model = torch.nn.Linear(3, 1)
+monitor = torchbp.watch(model, log_dir={str(tmp_path)!r})
+for _ in range(7):
+    model.zero_grad()
+    model(torch.ones(2, 3)).sum().backward()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -15
+    assert read(tmp_path).vectors["gradient_norm"].steps.tolist() == list(range(7))
+
+
+def test_the_signal_handler_is_put_back(tmp_path):
+    code = f"""
+import signal, torch, torchbp
+with torchbp.watch(torch.nn.Linear(3, 1), log_dir={str(tmp_path)!r}):
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with torchbp.watch(torch.nn.Linear(3, 1), log_dir={str(tmp_path)!r}):
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_full_disk_ends_the_files_and_not_the_training(tmp_path):
+    model = mlp()
+    monitor = torchbp.watch(model, log_dir=tmp_path)
+    monitor._journal._writer._file.close()
+    with pytest.warns(RuntimeWarning, match="lost some of its readings"):
+        train(model, monitor, steps=30)
+        monitor.close()
+    assert monitor.verdicts == []
+    assert count_hooks(model) == 0
 
 
 def test_an_exception_in_backward_and_a_retry(tmp_path):

@@ -15,15 +15,25 @@ _SPEC = importlib.util.spec_from_file_location("torchbp_zoo", Path(__file__).wit
 zoo = sys.modules["torchbp_zoo"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(zoo)
 
-pytestmark = pytest.mark.slow
+# One quick run of each kind is part of the ordinary suite.
+QUICK = ("dead-bias", "tanh-large-weights", "rate-too-small", "rate-too-large-adam", "detached")
+QUICK += ("overfits", "always-clipped", "spiky-batch", "sigmoid-12", "relu-12-gain-3-nan")
+
+
+def runs(names):
+    slow = pytest.mark.slow
+    return [
+        pytest.param(n, s, marks=() if n in QUICK and not s else slow)
+        for n in names
+        for s in (0, 1)
+    ]
 
 
 def alarms(monitor):
     return {v.kind: v for v in monitor.verdicts if v.severity != "info"}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", zoo.SICK)
+@pytest.mark.parametrize(("name", "seed"), runs(zoo.SICK))
 def test_the_sick_are_diagnosed(name, seed):
     run = zoo.SICK[name]
     _, monitor = zoo.train(run, seed)
@@ -32,6 +42,7 @@ def test_the_sick_are_diagnosed(name, seed):
     assert kinds <= {run.kind, *run.also}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", zoo.HEALTHY)
 def test_no_alarm_on_the_healthy(name, seed):

@@ -22,6 +22,7 @@ from torchbp.monitor._judge import Judge
 from torchbp.monitor._reader import Reader
 from torchbp.monitor._registry import all_diagnoses
 from torchbp.monitor._row import Row
+from torchbp.monitor._signals import attend, leave
 from torchbp.monitor.capture import Capture
 
 __all__ = ["Monitor", "watch"]
@@ -79,6 +80,8 @@ class Monitor:
         )
         # When the model goes, and when the process ends, nothing that was measured is lost.
         self._finalizer = weakref.finalize(model, self.close, local=True)
+        if journal is not None:
+            attend(id(self), partial(self.close, local=True))
 
     # --------------------------------------------------------------------------------- the user
     @property
@@ -162,6 +165,7 @@ class Monitor:
             return
         self._closed = True
         self._finalizer.detach()
+        leave(id(self))
         self._capture.close()
         try:
             self._drain(local=local)
