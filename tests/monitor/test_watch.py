@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-import signal
 import subprocess
 import sys
 import weakref
@@ -251,11 +250,12 @@ os.kill(os.getpid(), signal.SIGTERM)
 def test_the_signal_handler_is_put_back(tmp_path):
     code = f"""
 import signal, torch, torchbp
-with torchbp.watch(torch.nn.Linear(3, 1), log_dir={str(tmp_path)!r}):
+model = torch.nn.Linear(3, 1)
+with torchbp.watch(model, log_dir={str(tmp_path)!r}):
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
 assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-with torchbp.watch(torch.nn.Linear(3, 1), log_dir={str(tmp_path)!r}):
+with torchbp.watch(model, log_dir={str(tmp_path)!r}):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -265,9 +265,13 @@ def test_a_full_disk_ends_the_files_and_not_the_training(tmp_path):
     model = mlp()
     monitor = torchbp.watch(model, log_dir=tmp_path)
     monitor._journal._writer._file.close()
-    with pytest.warns(RuntimeWarning, match="lost some of its readings"):
+
+    def go_on():
         train(model, monitor, steps=30)
         monitor.close()
+
+    with pytest.warns(RuntimeWarning, match="lost some of its readings"):
+        go_on()
     assert monitor.verdicts == []
     assert count_hooks(model) == 0
 
