@@ -40,6 +40,9 @@ examples: .venv/demo ## Run every example in full
 zoo: .venv/test ## Hold torchbp.watch against some 75 small runs, sick and healthy
 	$(BIN)/python -m pytest -n $(WORKERS) tests/monitor/test_zoo.py $(ARGS)
 
+mutation: .venv/test ## Count the wrong functions gradcheck catches, and its false alarms
+	@$(BIN)/python -m tests.verify.mutation $(ARGS)
+
 clean: ## Remove what was built or installed here; logs in runs/ stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

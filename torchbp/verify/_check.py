@@ -10,13 +10,17 @@ from typing import Literal
 from torchbp.verify.cases import Case
 from torchbp.verify.report import Finding
 
-__all__ = ["Check", "Level", "NotApplicable", "Refused", "all_checks"]
+__all__ = ["Check", "Level", "NotApplicable", "NothingChecked", "Refused", "all_checks"]
 
 Level = Literal["quick", "full"]  # of a run
 
 
 class NotApplicable(Exception):  # noqa: N818  # an outcome, not an error
     """Says why a check has nothing to test in this function."""
+
+
+class NothingChecked(ValueError):  # noqa: N818  # as NotApplicable
+    """No check could be made: none applies, or the function refuses all of them."""
 
 
 class Refused(Exception):  # noqa: N818  # an outcome, not an error

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchbp.verify._check import Check, Level, NotApplicable, Refused, all_checks
+from torchbp.verify._check import Check, Level, NotApplicable, NothingChecked, Refused, all_checks
 from torchbp.verify.cases import BackwardRaised, Case, ForwardRaised, build, is_deliberate, reason
 from torchbp.verify.report import Capability, Finding, GradientError, Report, Status
 
@@ -178,7 +178,7 @@ def _run_all(
             )
     if not any(c.status in ("ok", "wrong") for c in capabilities.values()):
         first = next(iter(capabilities.values()))
-        raise ValueError(f"gradcheck: nothing could be checked in {case.name}: {first.detail}")
+        raise NothingChecked(f"gradcheck: nothing could be checked in {case.name}: {first.detail}")
     return Report(case.name, tuple(findings), capabilities)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "Plain",
     "build",
     "double",
+    "graph",
     "is_deliberate",
     "reason",
 ]
@@ -389,6 +390,18 @@ def signed_like(t: Tensor, generator: torch.Generator) -> Tensor:
 def tensors_in(structure: object) -> list[Tensor]:
     """Return the tensors of a nested structure, in order."""
     return [x for x in pytree.tree_leaves(structure) if isinstance(x, Tensor)]
+
+
+def graph(outputs: Sequence[Tensor]) -> list[Any]:
+    """Return the nodes of the autograd graph behind ``outputs``."""
+    found: dict[Any, None] = {}
+    queue: list[Any] = [y.grad_fn for y in outputs]
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            queue += [before for before, _ in node.next_functions]
+    return list(found)
 
 
 def name_of(func: object) -> str:

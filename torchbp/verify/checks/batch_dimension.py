@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchbp.verify._check import Check, NotApplicable
-from torchbp.verify.cases import Case
+from torchbp.verify._check import Check, NotApplicable, Refused
+from torchbp.verify.cases import BackwardRaised, Case
 from torchbp.verify.lines import check_lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
@@ -27,21 +27,40 @@ def _run(case: Case) -> Iterator[Finding]:
     tested = False
     for chosen in dict.fromkeys(map(tuple, (rows, every, first))):
         other = case.edited(lambda i, t, chosen=chosen: _stack(t) if i in chosen else t)
-        if not accepts(other):
+        rolled = case.edited(lambda i, t, chosen=chosen: _rolled(t) if i in chosen else t)
+        if not accepts(other) or not accepts(rolled) or not _means_a_batch(other, case, rolled):
             continue
         tested = True
         shapes = ", ".join(str(tuple(t.shape)) for _, t in other.arguments)
-        found = check_lines(other, NAME, f" with a leading dimension more, at shapes {shapes}")
+        try:
+            found = check_lines(other, NAME, f" with a leading dimension more, at shapes {shapes}")
+        except BackwardRaised as error:
+            raise Refused(f"with a leading dimension more backward raises {error}") from error
         if found:
             yield found
             return
         break
     if not tested:
-        raise NotApplicable("forward takes no further dimension")
+        raise NotApplicable("forward takes no further dimension, or not as a batch")
 
 
 def _stack(t: Tensor) -> Tensor:
-    return torch.stack([t, t.roll(1, 0) if t.dim() else t])
+    return torch.stack([t, _rolled(t)])
+
+
+def _rolled(t: Tensor) -> Tensor:
+    return t.roll(1, 0) if t.dim() else t
+
+
+def _means_a_batch(both: Case, one: Case, other: Case) -> bool:
+    """Whether forward makes of a batch what it makes of its samples: their stack, sum or mean."""
+    for y, a, b in zip(both.all_outputs, one.all_outputs, other.all_outputs, strict=True):
+        wanted = [torch.stack([a, b]), a + b, (a + b) / 2]
+        if not any(
+            y.shape == w.shape and torch.allclose(y, w.to(y), rtol=1e-6, atol=1e-9) for w in wanted
+        ):
+            return False
+    return True
 
 
 CHECK = Check(

@@ -51,6 +51,9 @@ def _compare(long: Case, dtype: torch.dtype) -> Finding | None:
     got, expected, single = (_for_ones(c) for c in (low, exact, _single(low)))
     if not all(bool(y.isfinite().all()) for y in low.plain.outputs):
         return None
+    pairs = zip(low.plain.outputs, exact.plain.outputs, strict=True)
+    if any(rounded_norm_error(y, e) > 2 * torch.finfo(dtype).eps for y, e in pairs):
+        return None  # forward loses as much: a recurrence or a sum in this dtype, by its own definition
     floor = terms(exact) / 3
     for name, g, e, s in zip(long.names, got, expected, single, strict=True):
         error = rounded_norm_error(g, e, floor)

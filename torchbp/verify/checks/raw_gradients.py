@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from torchbp.verify._check import Check, NotApplicable
-from torchbp.verify.cases import BackwardRaised, Case, reason
+from torchbp.verify.cases import BackwardRaised, Case, graph, reason
 from torchbp.verify.report import Finding
 
 NAME = "raw_gradients"
@@ -21,7 +21,7 @@ NAME = "raw_gradients"
 def _run(case: Case) -> Iterator[Finding]:
     leaves = case.fresh()
     outputs = case.forward(leaves)
-    nodes = _nodes(outputs)
+    nodes = [n for n in graph(outputs) if isinstance(n, BackwardCFunction)]
     if not nodes:
         raise NotApplicable("no autograd.Function written in Python")
     incoming: dict[Any, tuple[Any, ...]] = {}
@@ -66,20 +66,6 @@ def _compare(case: Case, function: str, number: int, g: Tensor, meta: Any) -> Fi
         return None
     cause = "autograd casts without a word; the bits are lost" if wrong else None
     return Finding(check=NAME, severity="wrong" if wrong else "note", message=said, cause=cause)
-
-
-def _nodes(outputs: tuple[Tensor, ...]) -> list[Any]:
-    """Return the Python Functions of the graph."""
-    found, seen, queue = [], set(), [y.grad_fn for y in outputs]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            found.append(node)
-        queue += [f for f, _ in node.next_functions]
-    return found
 
 
 def _bits(dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable, Refused
-from torchbp.verify.cases import Case, ForwardRaised, signed_like
+from torchbp.verify.cases import Case, ForwardRaised, graph, signed_like
 from torchbp.verify.differences import settle
 from torchbp.verify.lines import like, real, scale_of
 from torchbp.verify.report import Finding
@@ -30,6 +30,8 @@ def _run(case: Case) -> Iterator[Finding]:
     wanted = [g for g in first if g.requires_grad]
     if not wanted:
         raise Refused("backward leaves no graph: it can be differentiated once only")
+    if any("Error" in node.name() for node in graph(wanted)):
+        raise Refused("once_differentiable")
     inner = [w[i] for i, g in enumerate(first) if g.requires_grad]
     case.calls.backward += 1
     try:
@@ -40,6 +42,8 @@ def _run(case: Case) -> Iterator[Finding]:
         raise Refused(
             f"double backward raises {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
+    if all(s is None for s in second):
+        raise Refused("backward leaves no graph: it can be differentiated once only")
     got = [
         torch.zeros_like(t) if s is None else s for s, t in zip(second, [*leaves, *v], strict=True)
     ]
