@@ -92,9 +92,14 @@ def launch(tmp_path, kind, ranks, fails="fine"):
     return read(folder), said
 
 
+@pytest.fixture(scope="module")
+def want(tmp_path_factory):
+    run, _ = launch(tmp_path_factory.mktemp("plain"), "plain", 1)
+    return run
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_ranks_equal_one(tmp_path, kind):
-    want, _ = launch(tmp_path, "plain", 1)
+def test_two_ranks_equal_one(tmp_path, want, kind):
     got, said = launch(tmp_path, kind, 2)
     quantities = ("gradient_norm", "stepped_gradient_norm", "weight_norm", "update_norm")
     for quantity in (*quantities, "error_signal", "activation_rms"):
@@ -109,8 +114,8 @@ def test_two_ranks_equal_one(tmp_path, kind):
         assert verdicts == []
 
 
-def test_mixed_precision_shards(tmp_path):
-    want, _ = launch(tmp_path, "plain", 1)
+@pytest.mark.slow
+def test_mixed_precision_shards(tmp_path, want):
     got, _ = launch(tmp_path, "fsdp-mixed", 2)
     a, b = (run.vectors["gradient_norm"].values[0] for run in (want, got))
     np.testing.assert_allclose(b, a, rtol=0.05)

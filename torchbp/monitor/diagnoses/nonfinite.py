@@ -26,8 +26,8 @@ def examine(reading: Reading) -> Iterator[Suspicion]:
     said = "the training loss is not finite" if loss is not None and lost else ""
     layer = ""
     if len(bad):
-        layer = layers.names[bad[-1]]
         every = len(bad) == len(with_parameters)
+        layer = "" if every else layers.names[bad[-1]]
         kind = "NaN" if np.isnan(norms[bad]).any() else "inf"
         where = "every layer" if every else f"{len(bad)} of {len(with_parameters)} layers"
         said = f"{said}; " if said else ""
