@@ -1,6 +1,7 @@
 """Extremes: where forward is finite and smooth, so is the gradient: large inputs, all zero, a masked (-inf) element."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,9 +56,12 @@ def _run(case: Case) -> Iterator[Finding]:
         if accepts(masked) and accepts(deep):
             tested += 1
             if _not_finite(masked, which) and not _not_finite(deep, which):
-                yield _finding(
+                note = _finding(
                     masked, which, f" where an element of {name} is -inf; it is finite at -1e6"
                 )
+                yield replace(
+                    note, severity="note"
+                )  # a composition of right functions does that too
                 return
     if not tested:
         raise NotApplicable("forward is finite at no extreme")
