@@ -16,6 +16,7 @@ from torchbp.ops.losses.binary_cross_entropy import binary_cross_entropy as bina
 from torchbp.ops.losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from torchbp.ops.losses.cosine_embedding_loss import cosine_embedding_loss as cosine_embedding_loss
 from torchbp.ops.losses.cross_entropy import cross_entropy as cross_entropy
+from torchbp.ops.losses.ctc_loss import ctc_loss as ctc_loss
 from torchbp.ops.losses.dice_loss import dice_loss as dice_loss
 from torchbp.ops.losses.distillation_loss import distillation_loss as distillation_loss
 from torchbp.ops.losses.focal_loss import focal_loss as focal_loss

@@ -19,6 +19,7 @@ from torchbp.ops.losses.binary_cross_entropy import BCELoss as BCELoss
 from torchbp.ops.losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss as BCEWithLogitsLoss
 from torchbp.ops.losses.cosine_embedding_loss import CosineEmbeddingLoss as CosineEmbeddingLoss
 from torchbp.ops.losses.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
+from torchbp.ops.losses.ctc_loss import CTCLoss as CTCLoss
 from torchbp.ops.losses.dice_loss import DiceLoss as DiceLoss
 from torchbp.ops.losses.distillation_loss import DistillationLoss as DistillationLoss
 from torchbp.ops.losses.focal_loss import FocalLoss as FocalLoss

@@ -101,7 +101,7 @@ def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weights(unit_a: Tensor, unit_b: Tensor, s: Tensor, temperature: float) -> Tensor:
-    p = torch.softmax(scale_fresh(unit_a @ unit_b.mT, s.new_tensor(1 / temperature)), 1)
+    p = torch.softmax(scale_fresh(unit_a @ unit_b.mT, unit_a.new_tensor(1 / temperature)), 1)
     if fused(p, s):
         p.diagonal().sub_(1)
     else:
