@@ -167,6 +167,7 @@ class FocalLoss(nn.Module):
     """Module form of :func:`focal_loss`; ``alpha`` is a buffer."""
 
     __module__ = "torchbp.nn"
+    alpha: Tensor | None
 
     def __init__(
         self,
