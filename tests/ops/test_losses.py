@@ -7,6 +7,12 @@ import torch
 
 import torchbp.functional as F
 from torchbp import nn
+from torchbp.ops._op import all_ops
+from torchbp.ops._samples import Make
+
+LOSSES = [
+    op for op in all_ops().values() if ".losses." in op.modules[0].forward.__globals__["__name__"]
+]
 
 INF = math.inf
 
@@ -16,6 +22,23 @@ def gradient(function, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     function(x, *args, **kwargs).sum().backward()
     assert x.grad is not None
     return x.grad
+
+
+@pytest.mark.parametrize("large", [op for op in LOSSES if not op.other_gradient], ids=repr)
+def test_many_elements(large):
+    """Above the size from which values are summed by pieces: value and gradients of torch's loss in float64."""
+    results = []
+    for function, dtype in ((large.function, torch.float32), (large.reference, torch.float64)):
+        sample = large.benchmark(Make(dtype), 300_000)
+        live = [t for t in sample.args if isinstance(t, torch.Tensor) and t.requires_grad]
+        loss = function(*sample.args, **sample.kwargs)
+        results.append(
+            (loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, live)))
+        )
+    (ours, *gradients), (exact, *wanted) = results
+    torch.testing.assert_close(ours, exact, rtol=1e-6, atol=0)
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss"])

@@ -50,6 +50,9 @@ __all__ = [
 ]
 
 
+_PIECE = 1 << 17  # elements: half a megabyte of float32
+
+
 class IndexCrossEntropyFunction(Function):
     """Cross entropy of class indices. Call it through :func:`cross_entropy`."""
 
@@ -61,6 +64,8 @@ class IndexCrossEntropyFunction(Function):
     ) -> Tensor:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *)
         if target.dtype == torch.uint8:  # torch has no batching rule for it
             target = target.long()
+        if _by_rows(x):
+            return _values_by_rows(x, target, w, reduction, ignored, smoothing)
         return F.cross_entropy(
             x, target, w, ignore_index=ignored, reduction=reduction, label_smoothing=smoothing
         )
@@ -157,6 +162,26 @@ class ProbabilityCrossEntropyFunction(Function):
         if ctx.reduction != "none":
             values = spread(values.sum(), ctx.reduction, positions(x))
         return values.to(torch.result_type(x, target))
+
+
+def _by_rows(x: Tensor) -> bool:
+    return x.dim() == 2 and x.numel() >= 2 * _PIECE and fused(x) and x.is_floating_point()
+
+
+def _values_by_rows(
+    x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int, smoothing: float
+) -> Tensor:
+    """Return torch's values, some rows at a time: log p stays in the cache, and no tensor of its size is made."""
+    rows = max(1, _PIECE // x.shape[1])
+    options: dict[str, Any] = {"ignore_index": ignored, "label_smoothing": smoothing}
+    values = [
+        F.cross_entropy(part, t, w, reduction="none", **options)
+        for part, t in zip(x.split(rows), target.split(rows), strict=True)
+    ]
+    loss = torch.cat(values)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / counted(x, target, w, ignored)[2]
 
 
 def _gradient(

@@ -54,7 +54,8 @@ class InfoNCELossFunction(Function):
     def forward(a: Tensor, b: Tensor, temperature: float, reduction: str) -> Tensor:
         (unit_a, _), (unit_b, _) = _unit(a), _unit(b)
         z = scale_fresh(unit_a @ unit_b.mT, unit_a.new_tensor(1 / temperature))
-        return reduce(z.logsumexp(1) - z.diagonal(), reduction).to(a.dtype)
+        positives = (unit_a * unit_b).sum(1) / temperature
+        return reduce(z.logsumexp(1) - positives, reduction).to(a.dtype)
 
     @staticmethod
     def setup_context(

@@ -39,7 +39,7 @@ from torchbp.ops._function import (
     scale_fresh,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["SigmoidFocalLoss", "SigmoidFocalLossFunction", "sigmoid_focal_loss"]
@@ -62,7 +62,7 @@ class SigmoidFocalLossFunction(Function):
                 return of_positive.mul_(t).add_(of_negative.mul_(1 - t))
             return t * of_positive + (1 - t) * of_negative
 
-        return reduce(in_float32(values, x, target), reduction)  # (*), (*) -> () or (*)
+        return reduced(values, reduction, x, target)  # (*), (*) -> () or (*)
 
     @staticmethod
     def setup_context(
