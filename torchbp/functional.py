@@ -16,10 +16,14 @@ from torchbp.ops.losses.binary_cross_entropy import binary_cross_entropy as bina
 from torchbp.ops.losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from torchbp.ops.losses.cosine_embedding_loss import cosine_embedding_loss as cosine_embedding_loss
 from torchbp.ops.losses.cross_entropy import cross_entropy as cross_entropy
+from torchbp.ops.losses.ctc_loss import ctc_loss as ctc_loss
+from torchbp.ops.losses.dice_loss import dice_loss as dice_loss
+from torchbp.ops.losses.distillation_loss import distillation_loss as distillation_loss
 from torchbp.ops.losses.focal_loss import focal_loss as focal_loss
 from torchbp.ops.losses.gaussian_nll_loss import gaussian_nll_loss as gaussian_nll_loss
 from torchbp.ops.losses.hinge_embedding_loss import hinge_embedding_loss as hinge_embedding_loss
 from torchbp.ops.losses.huber_loss import huber_loss as huber_loss
+from torchbp.ops.losses.info_nce_loss import info_nce_loss as info_nce_loss
 from torchbp.ops.losses.kl_div import kl_div as kl_div
 from torchbp.ops.losses.l1_loss import l1_loss as l1_loss
 from torchbp.ops.losses.log_cosh_loss import log_cosh_loss as log_cosh_loss

@@ -116,6 +116,8 @@ def test_module_value_and_gradient(constructed):
         results.append((y, [t.grad for t in (*args, *module.parameters())]))
     (y, ours_grads), (z, their_grads) = results
     torch.testing.assert_close(y, z)
+    if constructed[0].other_gradient:
+        return
     for a, b in zip(ours_grads, their_grads, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -19,10 +19,14 @@ from torchbp.ops.losses.binary_cross_entropy import BCELoss as BCELoss
 from torchbp.ops.losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss as BCEWithLogitsLoss
 from torchbp.ops.losses.cosine_embedding_loss import CosineEmbeddingLoss as CosineEmbeddingLoss
 from torchbp.ops.losses.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
+from torchbp.ops.losses.ctc_loss import CTCLoss as CTCLoss
+from torchbp.ops.losses.dice_loss import DiceLoss as DiceLoss
+from torchbp.ops.losses.distillation_loss import DistillationLoss as DistillationLoss
 from torchbp.ops.losses.focal_loss import FocalLoss as FocalLoss
 from torchbp.ops.losses.gaussian_nll_loss import GaussianNLLLoss as GaussianNLLLoss
 from torchbp.ops.losses.hinge_embedding_loss import HingeEmbeddingLoss as HingeEmbeddingLoss
 from torchbp.ops.losses.huber_loss import HuberLoss as HuberLoss
+from torchbp.ops.losses.info_nce_loss import InfoNCELoss as InfoNCELoss
 from torchbp.ops.losses.kl_div import KLDivLoss as KLDivLoss
 from torchbp.ops.losses.l1_loss import L1Loss as L1Loss
 from torchbp.ops.losses.log_cosh_loss import LogCoshLoss as LogCoshLoss

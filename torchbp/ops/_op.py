@@ -33,6 +33,7 @@ class Op:
         elementwise: Whether output element i depends on input element i of the first argument only; edge values are
             then tested one by one.
         random: Whether it draws random numbers. ``reference`` is then ``None``: the test makes one from the drawn mask.
+        other_gradient: Why torch's gradient is not the derivative, where it is not; a test of its own compares then.
         fused: What runs the backward in plain eager mode: ``""`` for the formula, else the fused kernel's name.
     """
 
@@ -47,6 +48,7 @@ class Op:
     elementwise: bool = False
     random: bool = False
     fused: str = ""
+    other_gradient: str = ""
 
     @property
     def name(self) -> str:

@@ -38,7 +38,7 @@ from torchbp.ops._function import (
     scale_fresh,
 )
 from torchbp.ops._op import Op
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["BCELoss", "BCELossFunction", "binary_cross_entropy"]
@@ -55,8 +55,9 @@ class BCELossFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-        values = in_float32(_values, x, target)  # (*), (*) -> () or (*)
-        return reduce(values if weight is None else scale_fresh(values, weight), reduction)
+        if weight is None:
+            return reduced(_values, reduction, x, target)  # (*), (*) -> () or (*)
+        return reduce(scale_fresh(in_float32(_values, x, target), weight), reduction)
 
     @staticmethod
     def setup_context(

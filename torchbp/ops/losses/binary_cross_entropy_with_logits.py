@@ -36,7 +36,7 @@ from torchbp.ops._function import (
     scale_fresh,
 )
 from torchbp.ops._op import Op
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square
 
 __all__ = [
@@ -61,8 +61,9 @@ class BCEWithLogitsLossFunction(Function):
             return F.binary_cross_entropy_with_logits(
                 x, target, weight, pos_weight=pos_weight, reduction=reduction
             )
-        values = in_float32(_values, x, target)
-        return reduce(values if weight is None else values * weight, reduction)
+        if weight is None:
+            return reduced(_values, reduction, x, target)
+        return reduce(in_float32(_values, x, target) * weight, reduction)
 
     @staticmethod
     def setup_context(

@@ -3,6 +3,7 @@ r"""Cross entropy of logits: ℓ = -Σ_c w_c q_c log p_c with p = softmax(x), th
 x (N, C, *) are the logits, w the class weights, q the target distribution, smoothed by ε ("label_smoothing").
 Of probabilities q': q = (1 - ε) q' + ε/C. Of a class index t, where the weight is that of the class t:
     ℓ = -(1 - ε) w_t log p_t - ε/C Σ_c w_c log p_c,  and ℓ = 0 where t is ignored.
+"softcap" and "z_loss" are in _logits.py.
 "mean" divides by the number of positions, for indices by the sum of w_t over those not ignored.
 
 Derivation, with ∂log p_c/∂x_j = [c = j] - p_j and s the gradient of each ℓ:
@@ -26,6 +27,7 @@ Sources:
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._reduction import named, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.losses._classes import along_classes, class_dim, counted, positions
+from torchbp.ops.losses._logits import capped, log_partition_penalty
 
 __all__ = [
     "CrossEntropyLoss",
@@ -45,6 +48,9 @@ __all__ = [
     "ProbabilityCrossEntropyFunction",
     "cross_entropy",
 ]
+
+
+_PIECE = 1 << 17  # elements: half a megabyte of float32
 
 
 class IndexCrossEntropyFunction(Function):
@@ -58,6 +64,8 @@ class IndexCrossEntropyFunction(Function):
     ) -> Tensor:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *)
         if target.dtype == torch.uint8:  # torch has no batching rule for it
             target = target.long()
+        if _by_rows(x):
+            return _values_by_rows(x, target, w, reduction, ignored, smoothing)
         return F.cross_entropy(
             x, target, w, ignore_index=ignored, reduction=reduction, label_smoothing=smoothing
         )
@@ -156,6 +164,26 @@ class ProbabilityCrossEntropyFunction(Function):
         return values.to(torch.result_type(x, target))
 
 
+def _by_rows(x: Tensor) -> bool:
+    return x.dim() == 2 and x.numel() >= 2 * _PIECE and fused(x) and x.is_floating_point()
+
+
+def _values_by_rows(
+    x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int, smoothing: float
+) -> Tensor:
+    """Return torch's values, some rows at a time: log p stays in the cache, and no tensor of its size is made."""
+    rows = max(1, _PIECE // x.shape[1])
+    options: dict[str, Any] = {"ignore_index": ignored, "label_smoothing": smoothing}
+    values = [
+        F.cross_entropy(part, t, w, reduction="none", **options)
+        for part, t in zip(x.split(rows), target.split(rows), strict=True)
+    ]
+    loss = torch.cat(values)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / counted(x, target, w, ignored)[2]
+
+
 def _gradient(
     x: Tensor, s: Tensor, target: Tensor, w: Tensor | None, ignored: int, smoothing: float
 ) -> Tensor:
@@ -201,6 +229,9 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     r"""Cross entropy of logits against class indices or class probabilities: :math:`\ell = -\log p_t`, reduced.
 
@@ -214,13 +245,16 @@ def cross_entropy(
         reduce: Deprecated in torch; see ``reduction``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``; the mean is weighted.
         label_smoothing: The share :math:`\epsilon` of the target that is spread evenly over all classes, in ``[0, 1]``.
+        z_loss: The factor of :math:`\log^2 \sum_c e^{x_c}`, added at each position that counts and reduced like
+            the loss, but without class weights; it keeps the logits from drifting.
+        softcap: The bound c, positive, of the logits: :math:`c \tanh(x / c)` takes their place.
 
     Returns:
         The loss in nats: a scalar, or the shape of ``input`` without ``C`` for ``"none"``.
 
     Raises:
         IndexError: A class index outside ``[0, C)``.
-        ValueError: ``target`` of another batch size, or an unknown reduction.
+        ValueError: ``target`` of another batch size, an unknown reduction, or a ``softcap`` that is not positive.
         RuntimeError: Other shapes or dtypes that do not fit; a smoothing outside ``[0, 1]``; ``ignore_index`` with
             probabilities; a ``weight`` that requires grad with indices.
 
@@ -231,6 +265,26 @@ def cross_entropy(
         tensor(0.4100)
     """
     reduction = named("cross_entropy", reduction, size_average, reduce)
+    if softcap is not None:
+        if not softcap > 0:
+            rule = "a positive softcap"
+            raise ValueError(wrong("cross_entropy", rule, softcap, "None does not cap"))
+        input = capped(input, softcap)
+    loss = _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    if z_loss == 0:
+        return loss
+    counts = None if target.shape == input.shape else target != ignore_index
+    return loss + log_partition_penalty(input, counts, z_loss, reduction)
+
+
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
     if target.shape == input.shape:
         if not target.is_floating_point():
             rule = "floating-point probabilities where target has the input's shape"
@@ -296,6 +350,14 @@ def _samples(make: Make) -> Iterator[Sample]:
             yield Sample((make.normal(5, 4), ignored), kwargs, f"{reduction}-all-ignored")
             yield Sample((make.normal(0, 4), ignored[:0]), kwargs, f"{reduction}-empty")
     yield Sample((make.normal(5, 4), make.labels(5, classes=4).to(torch.uint8)), name="uint8")
+    for reduction in ("mean", "none"):
+        kwargs = {"z_loss": 0.1, "ignore_index": 1, "reduction": reduction}
+        yield Sample((make.normal(5, 4), make.labels(5, classes=4)), kwargs, f"z-loss-{reduction}")
+    kwargs = {"z_loss": 0.1, "softcap": 2.0, "reduction": "sum"}
+    probabilities = make.probabilities(2, 4, 3, dim=1)
+    yield Sample((make.normal(2, 4, 3), probabilities), kwargs, "z-loss-softcap-probabilities")
+    kwargs = {"softcap": 2.0, "weight": make.uniform(4, low=0.2)}
+    yield Sample((make.normal(5, 4), make.labels(5, classes=4)), kwargs, "softcap")
 
 
 def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
@@ -326,13 +388,42 @@ def _benchmark(make: Make, n: int) -> Sample:
 
 
 def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
-    return stored(x, target, kwargs.get("weight"))
+    mask = target.numel() if "z_loss" in kwargs and target.shape != x.shape else 0
+    uncapped = x if "softcap" in kwargs and is_half(x) else None
+    return mask + stored(x, target, kwargs.get("weight"), uncapped)
+
+
+def _reference(
+    input: Tensor,
+    target: Tensor,
+    *args: Any,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Torch's, and the two additions as they are usually written."""
+    if softcap is not None:
+        input = softcap * torch.tanh(input / softcap)
+    loss = F.cross_entropy(input, target, *args, **kwargs)
+    if z_loss == 0:
+        return loss
+    penalty = z_loss * input.logsumexp(class_dim(input)).square()
+    if target.shape != input.shape:
+        ignore = target == kwargs.get("ignore_index", -100)
+        penalty = penalty.masked_fill(ignore, 0)
+        count = (~ignore).sum()
+    else:
+        count = penalty.numel()
+    reduction = kwargs.get("reduction", "mean")
+    if reduction == "none":
+        return loss + penalty
+    return loss + (penalty.sum() / count if reduction == "mean" else penalty.sum())
 
 
 OP = Op(
     function=cross_entropy,
     modules=(CrossEntropyLoss,),
-    reference=F.cross_entropy,
+    reference=_reference,
     samples=_samples,
     module_samples=_module_samples,
     errors=_errors,

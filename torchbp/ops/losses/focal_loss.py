@@ -7,7 +7,7 @@ Derivation, with L = log p_t, u = 1 - p_t and s the gradient of each ℓ:
     -dℓ/dL = α_t [u^γ - γ p_t u^(γ-1) L]
            = α_t u^γ (1 - γ p_t L / u) = k, where L / u → -1 for u → 0                        (1)
     ∂L/∂x_j = [j = t] - p_j
-    grad_x_j = s k p_j, but for j = t -s k u                                                           (2)
+    grad_x_j = s k p_j, but -s k u for j = t                                                  (2)
     tangent_ℓ = Σ_j gradient_j · tangent_j, with s = 1                                        (3)
 
 Saves:
@@ -167,6 +167,7 @@ class FocalLoss(nn.Module):
     """Module form of :func:`focal_loss`; ``alpha`` is a buffer."""
 
     __module__ = "torchbp.nn"
+    alpha: Tensor | None
 
     def __init__(
         self,

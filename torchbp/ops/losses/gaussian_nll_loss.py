@@ -40,7 +40,7 @@ from torchbp.ops._function import (
     public,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["GaussianNLLLoss", "GaussianNLLLossFunction", "gaussian_nll_loss"]
@@ -56,7 +56,7 @@ class GaussianNLLLossFunction(Function):
     @staticmethod
     def forward(d: Tensor, var: Tensor, full: bool, eps: float, reduction: str) -> Tensor:
         constant = 0.5 * math.log(2 * math.pi) if full else 0.0
-        return reduce(in_float32(lambda d, var: _values(d, var, eps, constant), d, var), reduction)
+        return reduced(lambda d, var: _values(d, var, eps, constant), reduction, d, var)
 
     @staticmethod
     def setup_context(

@@ -36,7 +36,7 @@ from torchbp.ops._function import (
     scale_fresh,
 )
 from torchbp.ops._op import Op
-from torchbp.ops._reduction import matched, named, reduce, spread
+from torchbp.ops._reduction import matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["HuberLoss", "HuberLossFunction", "huber_loss"]
@@ -49,7 +49,10 @@ class HuberLossFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, target: Tensor, delta: float, reduction: str) -> Tensor:
-        return F.huber_loss(x, target, reduction, delta)  # (*), (*) -> () or (*)
+        def values(x: Tensor, t: Tensor) -> Tensor:  # (*), (*) -> (*)
+            return F.huber_loss(x, t, "none", delta)
+
+        return reduced(values, reduction, x, target)
 
     @staticmethod
     def setup_context(

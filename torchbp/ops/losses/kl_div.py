@@ -38,7 +38,7 @@ from torchbp.ops._function import (
     public,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["KLDivLoss", "KLDivLossFunction", "kl_div"]
@@ -51,8 +51,8 @@ class KLDivLossFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, target: Tensor, log_target: bool, reduction: str) -> Tensor:
-        values = in_float32(_of_logarithms if log_target else _of_probabilities, x, target)
-        return reduce(values, reduction)  # (*), (*) -> () or (*)
+        values = _of_logarithms if log_target else _of_probabilities
+        return reduced(values, reduction, x, target)  # (*), (*) -> () or (*)
 
     @staticmethod
     def setup_context(

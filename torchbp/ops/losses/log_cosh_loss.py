@@ -37,7 +37,7 @@ from torchbp.ops._function import (
     scale_fresh,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import matched, named, reduce, spread
+from torchbp.ops._reduction import matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["LogCoshLoss", "LogCoshLossFunction", "log_cosh_loss"]
@@ -50,7 +50,7 @@ class LogCoshLossFunction(Function):
 
     @staticmethod
     def forward(d: Tensor, reduction: str) -> Tensor:  # (*) -> () or (*)
-        return reduce(in_float32(_values, d), reduction)
+        return reduced(_values, reduction, d)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, str], output: Tensor) -> None:

@@ -52,7 +52,7 @@ class MarginRankingLossFunction(Function):
     def forward(
         x1: Tensor, x2: Tensor, target: Tensor, margin: float, reduction: str
     ) -> tuple[Tensor, Tensor]:  # (*), (*), (*) -> () or (*), (*) bool
-        left = in_float32(lambda *xs: _left(*xs, margin), x1, x2, target)
+        left = in_float32(lambda a, b, t: _left(a, b, t, margin), x1, x2, target)
         active = left >= 0
         return reduce(
             left.clamp_min_(0) if in_place(left) else left.clamp(min=0), reduction

@@ -27,7 +27,7 @@ from torch.autograd.function import Function
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, in_float32, public, scale_fresh
 from torchbp.ops._op import Op
-from torchbp.ops._reduction import matched, named, reduce, spread
+from torchbp.ops._reduction import matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square
 
 __all__ = ["MSELoss", "MSELossFunction", "mse_loss"]
@@ -41,7 +41,11 @@ class MSELossFunction(Function):
     @staticmethod
     def forward(x: Tensor, target: Tensor, w: Tensor | None, reduction: str) -> Tensor:
         if w is None:
-            return F.mse_loss(x, target, reduction=reduction)  # (*), (*) -> () or (*)
+            if not (
+                x.is_floating_point() and x.dtype == target.dtype
+            ):  # torch's rules and refusals
+                return F.mse_loss(x, target, reduction=reduction)
+            return reduced(lambda x, t: (x - t).square_(), reduction, x, target)  # -> () or (*)
         return reduce((x - target).square() * w, reduction)
 
     @staticmethod

@@ -38,7 +38,7 @@ from torchbp.ops._function import (
     scale_fresh,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["PoissonNLLLoss", "PoissonNLLLossFunction", "poisson_nll_loss"]
@@ -55,9 +55,7 @@ class PoissonNLLLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: str
     ) -> Tensor:  # (*), (*) -> () or (*)
-        return reduce(
-            in_float32(lambda x, t: _values(x, t, log_input, full, eps), x, target), reduction
-        )
+        return reduced(lambda x, t: _values(x, t, log_input, full, eps), reduction, x, target)
 
     @staticmethod
     def setup_context(

@@ -31,12 +31,15 @@ from torchbp.ops._function import (
     Context,
     directional,
     entry,
+    fused,
     in_autocast_float32,
     in_float32,
+    in_place,
     public,
+    scale_fresh,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["SigmoidFocalLoss", "SigmoidFocalLossFunction", "sigmoid_focal_loss"]
@@ -55,9 +58,11 @@ class SigmoidFocalLossFunction(Function):
     ) -> Tensor:
         def values(x: Tensor, t: Tensor) -> Tensor:
             of_positive, of_negative = _terms(x, alpha, gamma)
+            if in_place(x, t):
+                return of_positive.mul_(t).add_(of_negative.mul_(1 - t))
             return t * of_positive + (1 - t) * of_negative
 
-        return reduce(in_float32(values, x, target), reduction)  # (*), (*) -> () or (*)
+        return reduced(values, reduction, x, target)  # (*), (*) -> () or (*)
 
     @staticmethod
     def setup_context(
@@ -77,7 +82,7 @@ class SigmoidFocalLossFunction(Function):
         grad_x = grad_target = None
         if need_x:
             grad_x = in_float32(
-                lambda x, t, s: s * _slope_x(x, t, ctx.alpha, ctx.gamma), x, target, s
+                lambda x, t, s: scale_fresh(_slope_x(x, t, ctx.alpha, ctx.gamma), s), x, target, s
             )
         if need_target:
             grad_target = in_float32(lambda x, s: s * _slope_target(x, ctx.alpha, ctx.gamma), x, s)
@@ -100,20 +105,25 @@ def _factors(alpha: float | None) -> tuple[float, float]:
 def _terms(x: Tensor, alpha: float | None, gamma: float) -> tuple[Tensor, Tensor]:
     """Return -α q^γ log p and -(1 - α) p^γ log q."""
     positive, negative = _factors(alpha)
-    of_positive = -positive * torch.sigmoid(-x).pow(gamma) * F.softplus(x, -1, 40)
-    return of_positive, negative * torch.sigmoid(x).pow(gamma) * F.softplus(x, 1, 40)
+    q, p = torch.sigmoid(-x).pow(gamma), torch.sigmoid(x).pow(gamma)
+    log_p, minus_log_q = F.softplus(x, -1, 40), F.softplus(x, 1, 40)
+    if fused(x):
+        return q.mul_(log_p).mul_(-positive), p.mul_(minus_log_q).mul_(negative)
+    return -positive * q * log_p, negative * p * minus_log_q
 
 
-def _one_sided(x: Tensor, gamma: float) -> Tensor:
-    """Return q^γ (γ p log p - q); log p is floored, so that p log p is 0, not NaN, at x = -∞."""
+def _one_sided(x: Tensor, gamma: float, weight: Tensor) -> Tensor:
+    """Return q^γ (γ p log p - q), weighted; log p is floored, so that p log p is 0, not NaN, at x = -∞."""
     p, q = torch.sigmoid(x), torch.sigmoid(-x)
     log_p = F.softplus(x, -1, 40).clamp(min=torch.finfo(x.dtype).min)
-    return q.pow(gamma) * (gamma * p * log_p - q)
+    if in_place(x, weight):
+        return log_p.mul_(p).mul_(gamma).sub_(q).mul_(q.pow_(gamma)).mul_(weight)
+    return weight * q.pow(gamma) * (gamma * p * log_p - q)
 
 
 def _slope_x(x: Tensor, t: Tensor, alpha: float | None, gamma: float) -> Tensor:  # (1)
     positive, negative = _factors(alpha)
-    return positive * t * _one_sided(x, gamma) - negative * (1 - t) * _one_sided(-x, gamma)
+    return _one_sided(x, gamma, positive * t) - _one_sided(-x, gamma, negative * (1 - t))
 
 
 def _slope_target(x: Tensor, alpha: float | None, gamma: float) -> Tensor:  # (2)

@@ -114,7 +114,7 @@ def _benchmark(make: Make, n: int) -> Sample:
 
 
 def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
-    return stored(x) if kwargs.get("beta") == 0 else stored(x, target)
+    return x.numel() if kwargs.get("beta") == 0 else stored(x, target)
 
 
 OP = Op(

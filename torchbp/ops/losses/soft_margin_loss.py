@@ -33,7 +33,7 @@ from torchbp.ops._function import (
     public,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["SoftMarginLoss", "SoftMarginLossFunction", "soft_margin_loss"]
@@ -46,7 +46,7 @@ class SoftMarginLossFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, target: Tensor, reduction: str) -> Tensor:  # (*), (*) -> () or (*)
-        return -reduce(in_float32(_log_sigmoid, x, target), reduction)
+        return -reduced(_log_sigmoid, reduction, x, target)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:

@@ -1,0 +1,211 @@
+"""What is special about single losses: limits, warnings, bytes, and where torch's own values are not the reference."""
+
+import math
+
+import pytest
+import torch
+
+import torchbp.functional as F
+from torchbp import nn
+from torchbp.ops._op import all_ops
+from torchbp.ops._samples import Make
+
+LOSSES = [
+    op for op in all_ops().values() if ".losses." in op.modules[0].forward.__globals__["__name__"]
+]
+
+INF = math.inf
+
+
+def gradient(function, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    x = x.detach().requires_grad_()
+    function(x, *args, **kwargs).sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+@pytest.mark.parametrize("large", [op for op in LOSSES if not op.other_gradient], ids=repr)
+def test_many_elements(large):
+    """Above the size from which values are summed by pieces: value and gradients of torch's loss in float64."""
+    results = []
+    for function, dtype in ((large.function, torch.float32), (large.reference, torch.float64)):
+        sample = large.benchmark(Make(dtype), 300_000)
+        live = [t for t in sample.args if isinstance(t, torch.Tensor) and t.requires_grad]
+        loss = function(*sample.args, **sample.kwargs)
+        results.append(
+            (loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, live)))
+        )
+    (ours, *gradients), (exact, *wanted) = results
+    torch.testing.assert_close(ours, exact, rtol=1e-6, atol=0)
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss"])
+def test_broadcast_targets_warn_as_in_torch(name):
+    x, t = torch.randn(3, 4), torch.randn(4)
+    with pytest.warns(UserWarning, match=f"{name}: expected target of the input's shape"):
+        ours = getattr(F, name)(x, t)
+    with pytest.warns(UserWarning, match="Using a target size"):
+        theirs = getattr(torch.nn.functional, name)(x, t)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_kl_div_mean_warns_as_in_torch():
+    x, t = torch.randn(3, 4).log_softmax(1), torch.rand(3, 4)
+    with pytest.warns(UserWarning, match="batchmean"):
+        ours = F.kl_div(x, t)
+    with pytest.warns(UserWarning, match="batchmean"):
+        theirs = torch.nn.functional.kl_div(x, t)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_kl_div_of_an_impossible_class():
+    """t = 0: no loss, no gradient for x, and the limit -∞ (torch: NaN) for t."""
+    x, t = torch.tensor([-1.0, -2.0]), torch.tensor([0.0, 1.0])
+    torch.testing.assert_close(F.kl_div(x, t, reduction="none"), torch.tensor([0.0, 2.0]))
+    assert gradient(F.kl_div, x, t, reduction="sum").tolist() == [0.0, -1.0]
+    of_target = gradient(lambda t: F.kl_div(x, t, reduction="sum"), t)
+    assert of_target[0] == -INF
+
+
+def test_binary_cross_entropy_at_zero_and_one():
+    """Where x = t is 0 or 1 the slope is ±1, not torch's 0; at the wrong end both are as in torch."""
+    x, t = torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    kwargs = {"reduction": "none"}
+    ours = F.binary_cross_entropy(x, t, **kwargs)
+    torch.testing.assert_close(ours, torch.nn.functional.binary_cross_entropy(x, t, **kwargs))
+    slopes = gradient(F.binary_cross_entropy, x, t, reduction="sum")
+    torch.testing.assert_close(slopes, torch.tensor([1.0, -1.0, -1e12, 1e12]))
+
+
+def test_soft_margin_does_not_overflow():
+    x = torch.tensor([-1e30, -100.0, 100.0, INF, -INF])
+    values = F.soft_margin_loss(x, torch.ones(5), reduction="none")
+    torch.testing.assert_close(values, torch.tensor([1e30, 100.0, 0.0, 0.0, INF]))
+    slopes = gradient(F.soft_margin_loss, x, torch.ones(5), reduction="sum")
+    torch.testing.assert_close(slopes, torch.tensor([-1.0, -1.0, 0.0, 0.0, -1.0]))
+
+
+def test_binary_cross_entropy_with_logits_keeps_small_gradients():
+    """For t = 1 the slope is -σ(-x), far beyond the x where σ(x) rounds to 1."""
+    x = torch.tensor([20.0, 30.0, 80.0])
+    slopes = gradient(F.binary_cross_entropy_with_logits, x, torch.ones(3), reduction="sum")
+    torch.testing.assert_close(slopes, -torch.sigmoid(-x), rtol=1e-6, atol=0)
+    slopes = gradient(F.binary_cross_entropy_with_logits, -x, torch.zeros(3), reduction="sum")
+    torch.testing.assert_close(slopes, torch.sigmoid(-x), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [1e30, INF])
+def test_robust_losses_far_away(value):
+    x, zero = torch.tensor([value, -value]), torch.zeros(2)
+    for name, slope in (("l1_loss", 1), ("huber_loss", 1), ("log_cosh_loss", 1)):
+        function = getattr(F, name)
+        assert gradient(function, x, zero, reduction="sum").tolist() == [slope, -slope]
+        assert function(x, zero, reduction="none").tolist() == pytest.approx([value, value])
+
+
+def test_hinge_embedding_of_infinite_distances():
+    x = torch.tensor([INF, INF, -INF, -INF])
+    t = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    assert F.hinge_embedding_loss(x, t, reduction="none").tolist() == [INF, 0.0, -INF, INF]
+    assert gradient(F.hinge_embedding_loss, x, t, reduction="sum").tolist() == [1, 0, 1, -1]
+
+
+def test_gaussian_variance_below_its_floor():
+    """As in torch the floor counts in the value, and lets the gradient through; second derivatives follow."""
+    x, t = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    var = torch.full((5,), 1e-3, dtype=torch.float64)
+    for function in (F.gaussian_nll_loss, torch.nn.functional.gaussian_nll_loss):
+        v = var.clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(x, t, v, eps=0.1), v, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), v)
+        if function is F.gaussian_nll_loss:
+            ours = first.detach(), second
+    torch.testing.assert_close(ours, (first.detach(), second))
+
+
+def test_focal_loss_without_focus_is_cross_entropy():
+    x, t, w = torch.randn(6, 4), torch.randint(4, (6,)), torch.rand(4)
+    ours, theirs = F.focal_loss(x, t, w, gamma=0.0), F.cross_entropy(x, t, w)
+    torch.testing.assert_close(ours, theirs)
+    ours = gradient(F.focal_loss, x, t, w, gamma=0.0)
+    torch.testing.assert_close(ours, gradient(F.cross_entropy, x, t, w))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_loss_of_certain_classes(gamma):
+    """p_t = 1 and p_t = 0 give the limits, without NaN."""
+    x = torch.tensor([[200.0, 0.0], [0.0, 200.0]])
+    slopes = gradient(F.focal_loss, x, torch.tensor([0, 0]), gamma=gamma, reduction="sum")
+    torch.testing.assert_close(slopes, torch.tensor([[0.0, 0.0], [-1.0, 1.0]]))
+    logits, labels = torch.tensor([INF, -INF, 1e30, -1e30]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    right = gradient(F.sigmoid_focal_loss, logits, labels, alpha=None, gamma=gamma)
+    assert right.tolist() == [0, 0, 0, 0]
+    wrong = gradient(
+        F.sigmoid_focal_loss, logits, 1 - labels, alpha=None, gamma=gamma, reduction="sum"
+    )
+    assert wrong.tolist() == [1, -1, 1, -1]
+
+
+def test_z_loss_and_softcap_off_leave_no_trace():
+    x, t = torch.randn(6, 4, requires_grad=True), torch.randint(4, (6,))
+    plain = F.cross_entropy(x, t)
+    off = F.cross_entropy(x, t, z_loss=0.0, softcap=None)
+    assert plain.grad_fn.name() == off.grad_fn.name()
+    assert torch.equal(plain, off)
+    with pytest.raises(ValueError, match="softcap"):
+        F.cross_entropy(x, t, softcap=0.0)
+
+
+def test_z_loss_of_nothing_that_counts():
+    x = torch.randn(3, 4)
+    ignored = torch.full((3,), -100)
+    assert (
+        gradient(F.cross_entropy, x, ignored, z_loss=0.1, reduction="sum").tolist() == [[0] * 4] * 3
+    )
+
+
+def test_ctc_equals_torchs_behind_a_log_softmax():
+    """Values and gradients of the logits, with torch, for sequences of all lengths; and its targets in a row."""
+    steps, batch, classes = 30, 6, 8
+    logits = torch.randn(steps, batch, classes, dtype=torch.float64)
+    labels = torch.randint(1, classes, (batch, 10))
+    times, lengths = torch.randint(22, steps + 1, (batch,)), torch.tensor([10, 0, 3, 10, 1, 7])
+    row = torch.cat([v[:n] for v, n in zip(labels, lengths, strict=True)])
+    for reduction in ("mean", "sum", "none"):
+        for targets in (labels, row):
+            args = (targets, times, lengths, 0, reduction)
+            results = []
+            for function in (F.ctc_loss, torch.nn.functional.ctc_loss):
+                x = logits.clone().requires_grad_()
+                loss = function(x.log_softmax(2), *args)
+                loss.sum().backward()
+                results.append((loss.detach(), x.grad))
+            torch.testing.assert_close(*results)
+
+
+def test_ctc_without_a_path():
+    x = torch.randn(2, 1, 3).log_softmax(2)
+    args = (torch.tensor([[1, 1]]), torch.tensor([2]), torch.tensor([2]))
+    assert F.ctc_loss(x, *args) == INF
+    assert gradient(F.ctc_loss, x, *args).isnan().any()
+    assert nn.CTCLoss(zero_infinity=True)(x, *args) == 0
+    assert not gradient(F.ctc_loss, x, *args, zero_infinity=True).any()
+
+
+def test_ctc_of_impossible_classes():
+    """log 0 among the inputs gives no NaN."""
+    x = torch.tensor([[[0.0, -INF]], [[-INF, 0.0]], [[math.log(0.5), math.log(0.5)]]])
+    args = (torch.tensor([[1]]), torch.tensor([3]), torch.tensor([1]))
+    assert F.ctc_loss(x, *args).item() == pytest.approx(0, abs=1e-6)
+    assert gradient(F.ctc_loss, x, *args).isfinite().all()
+
+
+def test_margin_losses_name_a_wrong_index():
+    with pytest.raises(
+        RuntimeError, match=r"multi_margin_loss: expected class indices in \[0, 4\)"
+    ):
+        F.multi_margin_loss(torch.randn(2, 4), torch.tensor([0, 4]))
+    with pytest.raises(RuntimeError, match=r"multilabel_margin_loss: expected class indices in"):
+        F.multilabel_margin_loss(torch.randn(4), torch.tensor([0, 4, -1, -1]))
