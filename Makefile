@@ -24,10 +24,12 @@ check: .venv/dev ## Lint, format, types, generated files, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python tools/sync.py --check
+	$(BIN)/torchbp ops --markdown | diff -u docs/ops.md - || { echo "docs/ops.md is stale: run make sync"; exit 1; }
 	$(MAKE) test
 
 sync: .venv/test ## Write the generated files: functional.py, nn/__init__.py, docs/ops.md
 	$(BIN)/python tools/sync.py
+	$(BIN)/torchbp ops --markdown >docs/ops.md
 
 bench: .venv/test ## Time every op against torch, one thread and all; write benchmarks/data
 	$(BIN)/python benchmarks/run.py $(ARGS)

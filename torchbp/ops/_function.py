@@ -77,11 +77,15 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     """Make ``function`` a citizen of ``torchbp.functional``.
 
     It answers ``__torch_function__`` (tensor subclasses, modes, ``torch.fx`` proxies) as torch's own functions do,
-    and is pickled by its public name, whatever the file tree.
+    and is pickled by its public name, whatever the file tree. Nested and sparse tensors go to torch's own function:
+    formulas and samples are those of strided ones.
     """
+    own = getattr(torch.nn.functional, function.__name__, None)
 
     @wraps(function)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
+        if own is not None and any(isinstance(a, Tensor) and _is_irregular(a) for a in args):
+            return own(*args, **kwargs)
         if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
             relevant = (*args, *kwargs.values())
             return handle_torch_function(dispatch, relevant, *args, **kwargs)
@@ -89,6 +93,10 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     dispatch.__module__ = "torchbp.functional"
     return dispatch
+
+
+def _is_irregular(tensor: Tensor) -> bool:
+    return tensor.layout is not torch.strided or tensor.is_nested
 
 
 def is_half(tensor: Tensor) -> bool:
@@ -129,18 +137,22 @@ def in_autocast_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(cast(t) for t in tensors)
 
 
-def fused(*tensors: Tensor) -> bool:
+def fused(*tensors: Tensor, half: bool = False) -> bool:
     """Whether a backward may run a fused kernel, or write into a tensor it has just made.
 
     Under double backward, ``torch.func``, ``torch.compile`` and batched gradients (``is_grads_batched``) only the
     formula is differentiable, traceable and batched; in half precision it alone computes in float32.
+
+    Args:
+        tensors: What the kernel would read.
+        half: Whether the kernel rounds no more than once in half precision.
     """
     return not (
         _formula_only
         or torch.is_grad_enabled()  # in backward: exactly when create_graph was asked for
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or any(is_half(t) or is_legacy_batchedtensor(t) for t in tensors)
+        or any((is_half(t) and not half) or is_legacy_batchedtensor(t) for t in tensors)
     )
 
 

@@ -35,6 +35,9 @@ from torchbp.ops._samples import square as _square
 __all__ = ["LayerNorm", "LayerNormFunction", "layer_norm"]
 
 
+_fused = torch.ops.aten.native_layer_norm_backward
+
+
 class LayerNormFunction(Function):
     """Layer normalization with hand-written gradients. Call it through :func:`layer_norm`."""
 
@@ -69,10 +72,20 @@ class LayerNormFunction(Function):
             return None, None, None, None, None
         x, weight, mean, rstd = ctx.saved_tensors
         need_x, _, need_weight, need_bias, _ = ctx.needs_input_grad
-        stand_in = weight  # the kernel reads no more of the bias than its shape
-        if fused(grad_y, x) and not (need_bias and stand_in is None):
-            grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-                grad_y, x, ctx.shape, mean, rstd, weight, stand_in, [need_x, need_weight, need_bias]
+        if fused(grad_y, x, half=True) and not (need_bias and weight is None):
+            need = [need_x, need_weight, need_bias]
+            if not is_half(x):
+                grad_x, grad_weight, grad_bias = _fused(
+                    grad_y, x, ctx.shape, mean, rstd, weight, weight, need
+                )
+                return grad_x, None, grad_weight, grad_bias, None
+            # On the CPU the kernel sums the parameters' gradients in their own dtype: 8192 rows of ones give 256.
+            wide, w = x.float(), None if weight is None else weight.float()
+            _, mean, rstd = torch.native_layer_norm(wide, ctx.shape, None, None, ctx.eps)
+            grads = _fused(grad_y.float(), wide, ctx.shape, mean, rstd, w, w, need)
+            dtypes = (x.dtype, weight.dtype if need_weight else None, ctx.bias_dtype)
+            grad_x, grad_weight, grad_bias = (
+                g.to(dtype) if n else None for g, dtype, n in zip(grads, dtypes, need, strict=True)
             )
             return grad_x, None, grad_weight, grad_bias, None
 

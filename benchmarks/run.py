@@ -1,0 +1,197 @@
+"""Times every op, forward and backward, against torch's, and counts what both keep for backward.
+
+Method: README.md beside this file. ``make bench`` writes benchmarks/data/<device>-<date>.json and prints the table.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchbp.ops._capabilities import kept_bytes
+from torchbp.ops._op import Op, all_ops
+from torchbp.ops._samples import Make, Sample
+
+DATA = Path(__file__).parent / "data"
+SIZES = (64, 4096, 65536, 1 << 20, 1 << 25)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def step(function: Callable[..., Tensor], sample: Sample) -> Callable[[], None]:
+    """Return one forward and backward, leaving nothing behind."""
+    leaves = [t for t in sample.tensors() if t.requires_grad]
+    seed = torch.ones_like(function(*sample.args, **sample.kwargs)).contiguous()
+
+    def run() -> None:
+        y = function(*sample.args, **sample.kwargs)
+        torch.autograd.grad(y, leaves, seed)
+
+    return run
+
+
+def clock(device: str, threads: int) -> Callable[[], float]:
+    """Return what time is read from: of the process on one thread, else on the wall."""
+    if device == "cpu":
+        return time.process_time if threads == 1 else time.perf_counter
+
+    def synchronized() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return synchronized
+
+
+def interleaved(
+    ours: Callable[[], None], theirs: Callable[[], None], now: Callable[[], float], seconds: float
+) -> tuple[list[float], list[float]]:
+    """Time the two in turns, at least 5 times each, for about ``seconds``."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for run in (ours, theirs):  # warm both
+        run()
+        run()
+    start = time.perf_counter()
+    run_both = 0
+    inner = 1
+    while run_both < 5 or (time.perf_counter() - start < seconds and run_both < 400):
+        for i, run in enumerate((ours, theirs) if run_both % 2 else (theirs, ours)):
+            before = now()
+            for _ in range(inner):
+                run()
+            took = (now() - before) / inner
+            times[i if run_both % 2 else 1 - i].append(took)
+        if run_both == 0:  # long enough for the clock's resolution
+            inner = max(1, math.ceil(2e-3 / max(times[0][0], 1e-7)))
+            times[0].clear()
+            times[1].clear()
+        run_both += 1
+    return times
+
+
+def measure(
+    op: Op, n: int, dtype: str, device: str, threads: int, seconds: float
+) -> dict[str, Any]:
+    """Return one row: medians in microseconds, the ratio with its quartiles, and the bytes kept."""
+    reference = op.reference or getattr(torch.nn.functional, op.name)
+    sample = op.benchmark(Make(DTYPES[dtype], device), n)
+    torch.set_num_threads(threads)
+    ours, theirs = interleaved(
+        step(op.function, sample), step(reference, sample), clock(device, threads), seconds
+    )
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    quartiles = statistics.quantiles(ratios, n=4)
+    return {
+        "op": op.name,
+        "n": n,
+        "dtype": dtype,
+        "threads": threads,
+        "ratio": statistics.median(ours) / statistics.median(theirs),
+        "ratio_q25": quartiles[0],
+        "ratio_q75": quartiles[2],
+        "torchbp_us": statistics.median(ours) * 1e6,
+        "torch_us": statistics.median(theirs) * 1e6,
+        "repeats": len(ours),
+        "torchbp_bytes": kept_bytes(op.function, sample),
+        "torch_bytes": kept_bytes(reference, sample),
+        "backward": op.fused if op.fused and dtype == "float32" else "formula",
+    }
+
+
+def processor() -> str:
+    """Return the processor's name as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as text: one line an op, dtype and thread count, one column a size."""
+    sizes = sorted({r["n"] for r in rows})
+    lines = [
+        f"{'time, torchbp / torch':44}" + "".join(f"{_size(n):>8}" for n in sizes) + "   bytes kept"
+    ]
+    keys = list(dict.fromkeys((r["op"], r["dtype"], r["threads"]) for r in rows))
+    for op, dtype, threads in keys:
+        mine = {
+            r["n"]: r for r in rows if (r["op"], r["dtype"], r["threads"]) == (op, dtype, threads)
+        }
+        cells = "".join(f"{mine[n]['ratio']:8.2f}" if n in mine else " " * 8 for n in sizes)
+        last = mine[max(mine)]
+        kept = f"{last['torchbp_bytes'] / max(1, last['torch_bytes']):.2f}"
+        lines.append(
+            f"{op[:26]:27}{dtype:9}{threads:2} thread{'s' if threads > 1 else ' '}{cells}   {kept}"
+        )
+    large = [r["ratio"] for r in rows if r["n"] >= 1 << 20 and r["dtype"] == "float32"]
+    if large:
+        mean = math.exp(statistics.fmean(map(math.log, large)))
+        lines.append(
+            f"float32, 1M elements and more: geometric mean {mean:.2f}, worst {max(large):.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _size(n: int) -> str:
+    return f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}k" if n >= 1024 else str(n)
+
+
+def main() -> int:
+    """Run the benchmark and write its rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="these only")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, nargs="+", default=None, help="1 and all by default")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    args = parser.parse_args()
+    cores = torch.get_num_threads()
+    threads = args.threads or (sorted({1, cores}) if args.device == "cpu" else [1])
+    unknown = sorted(set(args.ops) - set(all_ops()))
+    if unknown:
+        parser.error(f"expected names of ops, got {', '.join(unknown)}; `torchbp ops` lists them")
+    ops = [all_ops()[name] for name in args.ops or all_ops()]
+    rows = []
+    for op in ops:
+        for dtype in args.dtypes:
+            for count in threads:
+                for n in args.sizes:
+                    rows.append(measure(op, n, dtype, args.device, count, args.seconds))
+                    print(
+                        f"\r{op.name} {dtype} {n} on {count}: {rows[-1]['ratio']:.2f}\033[K",
+                        end="",
+                        file=sys.stderr,
+                    )
+    print("\r\033[K", end="", file=sys.stderr)
+    print(table(rows))
+    if not args.no_write:
+        DATA.mkdir(exist_ok=True)
+        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        name = torch.cuda.get_device_name() if args.device == "cuda" else processor()
+        about = {
+            "date": date,
+            "device": name,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        path = DATA / f"ops-{args.device}-{date}.json"
+        text = ",\n".join(json.dumps(r) for r in rows)
+        path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""The monitor in an ordinary training loop."""
+
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+import torchbp
+from torchbp.tensorboard import read
+
+
+def mlp(depth=3, width=8, activation=nn.ReLU):
+    torch.manual_seed(0)
+    hidden = [part for _ in range(depth) for part in (nn.Linear(width, width), activation())]
+    return nn.Sequential(*hidden, nn.Linear(width, 4))
+
+
+def data(size=16, width=8):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(size, width, generator=g), torch.randint(0, 4, (size,), generator=g)
+
+
+def train(model, monitor=None, steps=20, optimizer=None, clip=None, lr=0.1):
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
+    x, y = data()
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        if monitor:
+            monitor.log_loss(train=loss)
+    return loss
+
+
+def watched(tmp_path, model, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchbp.watch(model, optimizer, log_dir=tmp_path, **options) as monitor:
+        train(model, monitor, optimizer=optimizer)
+    return read(tmp_path), monitor
+
+
+def count_hooks(model, *optimizers):
+    hooks = len(torch_module._global_forward_hooks) + len(torch_module._global_forward_pre_hooks)
+    hooks += sum(len(o._optimizer_step_pre_hooks) for o in optimizers)
+    hooks += sum(len(p._post_accumulate_grad_hooks or {}) for p in model.parameters())
+    return hooks + sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_gradient_norms_are_the_final_ones_before_clipping(tmp_path, clip):
+    model, reference = mlp(), mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchbp.watch(model, optimizer, log_dir=tmp_path):
+        train(model, optimizer=optimizer, clip=clip, steps=1)
+    x, y = data()
+    nn.functional.cross_entropy(reference(x), y).backward()
+    want = {name: p.grad.norm().item() for name, p in reference.named_parameters()}
+    run = read(tmp_path)
+    got = run.vectors["gradient_norm"]
+    assert got.names == tuple(want)
+    np.testing.assert_allclose(got.values[0], list(want.values()), rtol=1e-5)
+    layers = run.vectors["layer_gradient_norm"]
+    assert layers.names == ("0", "2", "4", "6")
+    pairs = np.reshape(list(want.values()), (-1, 2))
+    np.testing.assert_allclose(layers.values[0], np.hypot(*pairs.T), rtol=1e-5)
+    total = np.log10(np.linalg.norm(list(want.values())))
+    got = run.scalars["run/global_gradient_norm_log10"].values[0]
+    np.testing.assert_allclose(got, total, rtol=1e-5)
+
+
+def test_error_signals_are_the_outputs_gradients_times_the_batch(tmp_path):
+    model = mlp()
+    x, y = data()
+    outputs = []
+    for layer in model:
+        x = layer(x)
+        x.retain_grad()
+        outputs.append(x)
+    nn.functional.cross_entropy(x, y).backward()
+    want = [outputs[i].grad.square().mean().sqrt().item() * 16 for i in (0, 2, 4, 6)]
+    run, _ = watched(tmp_path, mlp())
+    series = run.vectors["error_signal"]
+    assert series.steps.tolist() == [0, 1, 2, 3, 4, 10]
+    np.testing.assert_allclose(series.values[0], want, rtol=1e-5)
+
+
+def test_layers_stand_in_the_order_in_which_they_run(tmp_path):
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.idle, self.first = (nn.Linear(8, n) for n in (4, 3, 8))
+
+        def forward(self, x):
+            return self.last(self.first(x))
+
+    run, _ = watched(tmp_path, Backwards())
+    names = run.vectors["layer_gradient_norm"].names
+    assert names.index("first") < names.index("last")
+    assert set(names) == {"first", "last", "idle"}
+    norms = dict(zip(names, run.vectors["layer_gradient_norm"].values[0], strict=True))
+    assert norms["idle"] == 0
+    assert norms["first"] > 0
+
+
+def test_accumulated_gradients_count_once_a_step(tmp_path):
+    model, reference = mlp(), mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = data()
+    with torchbp.watch(model, optimizer, log_dir=tmp_path) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            for part in (slice(0, 8), slice(8, 16)):
+                (nn.functional.cross_entropy(model(x[part]), y[part]) / 2).backward()
+            optimizer.step()
+    assert monitor.step == 3
+    series = read(tmp_path).vectors["gradient_norm"]
+    assert series.steps.tolist() == [0, 1, 2]
+    nn.functional.cross_entropy(reference(x), y).backward()
+    want = [p.grad.norm().item() for p in reference.parameters()]
+    np.testing.assert_allclose(series.values[0], want, rtol=1e-5)
+
+
+def test_without_an_optimizer_a_step_is_a_backward():
+    model = mlp()
+    monitor = torchbp.watch(model)
+    train(model, steps=7)
+    assert monitor.step == 7
+    monitor.close()
+
+
+def test_periods(tmp_path):
+    run, _ = watched(tmp_path, mlp(), every=2, sample_every=4)
+    assert run.vectors["gradient_norm"].steps.tolist() == list(range(0, 20, 2))
+    assert run.vectors["error_signal"].steps.tolist() == [0, 2, 4, 8, 12, 16]
+
+
+def test_layers_can_be_chosen(tmp_path):
+    run, _ = watched(tmp_path, mlp(), layers=["[24]"])
+    assert run.vectors["layer_gradient_norm"].names == ("2", "4")
+
+
+def test_numbers_of_the_loop(tmp_path):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchbp.watch(model, optimizer, log_dir=tmp_path) as monitor:
+        loss = train(model, monitor, optimizer=optimizer, steps=3)
+        monitor.log_loss(val=0.25)
+        monitor.log("accuracy", torch.tensor(0.5))
+        with pytest.raises(ValueError, match="expected one number"):
+            monitor.log("x", torch.zeros(2))
+    run = read(tmp_path)
+    assert run.scalars["loss/train"].steps.tolist() == [0, 1, 2]
+    assert run.scalars["loss/train"].values[-1] == np.float32(loss.item())
+    assert run.scalars["loss/val"].steps.tolist() == [2]
+    assert run.scalars["accuracy"].values.tolist() == [0.5]
+    np.testing.assert_allclose(run.vectors["learning_rate"].values, 0.1)
+
+
+def test_close_takes_every_hook_away():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = count_hooks(model, optimizer)
+    monitor = torchbp.watch(model, optimizer)
+    train(model, steps=1, optimizer=optimizer)
+    assert count_hooks(model, optimizer) > before
+    monitor.close()
+    monitor.close()
+    assert count_hooks(model, optimizer) == before == 0
+
+
+def test_training_is_unchanged(tmp_path):
+    plain, seen = mlp(), mlp()
+    train(plain)
+    with torchbp.watch(seen, log_dir=tmp_path):
+        train(seen)
+    for a, b in zip(plain.parameters(), seen.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_copies_carry_no_hooks():
+    model = mlp()
+    with torchbp.watch(model):
+        train(model, steps=1)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert not any(p._post_accumulate_grad_hooks for p in twin.parameters())
+            assert not any(m._forward_hooks for m in twin.modules())
+
+
+def test_a_dropped_model_is_freed():
+    model = mlp()
+    monitor = torchbp.watch(model)
+    train(model, steps=2)
+    gone = weakref.ref(model), weakref.ref(model[0].weight)
+    del model
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+    assert monitor.verdicts == []
+
+
+def test_an_unkept_monitor_goes_on(tmp_path):
+    model = mlp()
+    torchbp.watch(model, log_dir=tmp_path)
+    gc.collect()
+    train(model, steps=13)
+    del model
+    gc.collect()
+    assert read(tmp_path).vectors["gradient_norm"].steps.tolist() == list(range(13))
+    assert not torch_module._global_forward_hooks
+
+
+def test_a_script_that_just_ends_loses_nothing(tmp_path):
+    code = f"""
+import torch, torchbp
+model = torch.nn.Linear(3, 1)
+monitor = torchbp.watch(model, log_dir={str(tmp_path)!r})
+for _ in range(7):
+    model.zero_grad()
+    model(torch.ones(2, 3)).sum().backward()
+raise SystemExit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 3
+    assert read(tmp_path).vectors["gradient_norm"].steps.tolist() == list(range(7))
+
+
+def test_an_exception_in_backward_and_a_retry(tmp_path):
+    class Fails(torch.autograd.Function):
+        armed = True
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if Fails.armed:
+                raise RuntimeError("on purpose")
+            return grad
+
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, _ = data()
+    with torchbp.watch(model, optimizer, log_dir=tmp_path):
+        for Fails.armed in (True, False):
+            optimizer.zero_grad()
+            loss = model[2:](Fails.apply(model[:2](x))).square().mean()
+            if Fails.armed:
+                with pytest.raises(RuntimeError, match="on purpose"):
+                    loss.backward()
+            else:
+                loss.backward()
+                want = [p.grad.norm().item() for p in model.parameters()]
+                optimizer.step()
+    series = read(tmp_path).vectors["gradient_norm"]
+    np.testing.assert_allclose(series.values, [want], rtol=1e-5)
+
+
+def test_an_interrupted_loop_keeps_what_was_logged(tmp_path):
+    model = mlp()
+
+    def interrupted():
+        with torchbp.watch(model, log_dir=tmp_path):
+            train(model, steps=13)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert read(tmp_path).vectors["gradient_norm"].steps.tolist() == list(range(13))
+    assert count_hooks(model) == 0
+
+
+def test_a_users_summary_writer(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    model = mlp()
+    with SummaryWriter(str(tmp_path)) as writer:
+        with torchbp.watch(model, writer=writer):
+            train(model, steps=3)
+        writer.add_scalar("mine", 1.0, 0)
+    run = read(tmp_path)
+    assert run.vectors["gradient_norm"].steps.tolist() == [0, 1, 2]
+    assert run.scalars["mine"].values.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"every": 0}, ValueError, "every >= 1"),
+        ({"layers": ["nothing"]}, ValueError, "trainable layers"),
+        ({"log_dir": "/proc/nowhere"}, OSError, "log_dir that can be written"),
+        ({"log_dir": __file__}, OSError, "log_dir that can be written"),
+        ({"log_dir": ".", "writer": 1}, ValueError, "got both"),
+    ],
+)
+def test_bad_input_is_refused_before_any_hook(options, error, said):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(error, match=said):
+        torchbp.watch(model, optimizer, **options)
+    assert count_hooks(model, optimizer) == 0
+
+
+def test_stock_tabs_get_few_tags(tmp_path):
+    run, _ = watched(tmp_path, mlp())
+    assert len(run.scalars) <= 20
+    assert all("/" in tag for tag in run.scalars)

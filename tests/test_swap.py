@@ -1,0 +1,161 @@
+"""convert() and revert() change classes and nothing else."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import torchbp
+from torchbp.swap import report, twins
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 8),
+        nn.LayerNorm(8),
+        nn.ReLU(),
+        nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.0)),
+        nn.Sigmoid(),
+        nn.Linear(8, 3),
+    )
+
+
+def trained(model: nn.Module, steps: int = 20) -> list[float]:
+    torch.manual_seed(1)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    x, y = torch.randn(32, 6), torch.randint(3, (32,))
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_every_module_has_a_twin():
+    assert twins()[nn.Linear] is torchbp.nn.Linear
+    assert all(theirs.__module__.startswith("torch.nn") for theirs in twins())
+
+
+def test_trains_to_the_same_losses():
+    torch.testing.assert_close(
+        trained(torchbp.convert(network())), trained(network()), rtol=0, atol=1e-5
+    )
+
+
+def test_converts_in_place_and_reverts():
+    model = network()
+    classes = [type(m) for m in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    parameters = list(model.parameters())
+    assert torchbp.convert(model) is model
+    converted = [type(m) for m in model.modules()]
+    assert sum(c.__module__ == "torchbp.nn" for c in converted) == 8
+    assert torchbp.convert(model) is model
+    assert [type(m) for m in model.modules()] == converted, "twice is once"
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert list(state) == list(model.state_dict())
+    torchbp.revert(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert all(
+        torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True)
+    )
+
+
+def test_the_root_itself_is_converted():
+    layer = nn.Linear(2, 2)
+    torchbp.convert(layer)
+    assert type(layer) is torchbp.nn.Linear
+
+
+def test_keeps_hooks_and_optimizer():
+    model = network()
+    seen = []
+    model[0].register_forward_hook(lambda m, a, y: seen.append(type(m)))
+    model[5].weight.register_hook(lambda g: seen.append("grad"))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    torchbp.convert(model)
+    before = model[0].weight.detach().clone()
+    model(torch.randn(4, 6)).sum().backward()
+    optimizer.step()
+    assert seen == [torchbp.nn.Linear, "grad"]
+    assert not torch.equal(before, model[0].weight)
+
+
+def test_converted_models_copy_and_pickle():
+    model = torchbp.convert(network()).eval()
+    x = torch.randn(2, 6)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        assert type(twin[0]) is torchbp.nn.Linear
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_leaves_what_is_not_plainly_torchs():
+    replaced = nn.Linear(3, 3)
+    replaced.forward = lambda x: x
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    model = nn.Sequential(
+        Doubled(3, 3), replaced, parametrized, nn.Conv1d(1, 1, 1), nn.Linear(3, 3)
+    )
+    torchbp.convert(model)
+    assert [type(m).__module__ == "torchbp.nn" for m in model] == [False] * 4 + [True]
+    left = {name: reason for name, _, reason in report(model).left}
+    assert "subclass of Linear" in left["0"]
+    assert "replaced on the instance" in left["1"]
+    assert "subclass of Linear" in left["2"]
+    assert "no hand-written twin" in left["3"]
+    assert report(model).hand_written == (("4", "Linear"),)
+
+
+def test_report_before_and_after():
+    model = network()
+    before, after = report(model), report(torchbp.convert(model))
+    assert before.convertible == after.hand_written
+    assert not before.hand_written
+    assert not after.convertible
+    assert "8 layers are torchbp's, 0 can be converted, 0 stay torch's own" in str(after)
+
+
+@pytest.mark.parametrize("verb", [torchbp.convert, torchbp.revert], ids=["convert", "revert"])
+def test_refuses_what_is_no_module(verb):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got type"):
+        verb(nn.Linear)
+
+
+def test_refuses_a_sharded_model(single_process_group):
+    from torch.distributed.fsdp import fully_shard
+
+    model = network()
+    fully_shard(model[0])
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(RuntimeError, match=r"after fully_shard; convert it first"):
+        torchbp.convert(model)
+    assert [type(m) for m in model.modules()] == classes, "nothing is half-done"
+
+
+def test_converted_before_sharding_trains(single_process_group):
+    from torch.distributed.fsdp import fully_shard
+
+    model = torchbp.convert(network())
+    fully_shard(model)
+    torch.testing.assert_close(trained(model), trained(network()), rtol=0, atol=1e-5)
+
+
+def test_converting_after_compile_recompiles():
+    model = network().eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(2, 6)
+    want = compiled(x)
+    torchbp.convert(compiled)
+    assert type(model[0]) is torchbp.nn.Linear
+    torch.testing.assert_close(compiled(x), want)

@@ -1,0 +1,118 @@
+"""Which layers and parameters are watched. Holds nothing alive."""
+
+import weakref
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+from torch import Tensor, nn
+
+from torchbp.monitor._diagnosis import Layers
+
+__all__ = ["Catalogue"]
+
+# What wrappers put into names: torch.compile, DDP, activation checkpointing, FSDP1.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+class Catalogue:
+    """The layers of a model: the modules that own a trainable parameter themselves.
+
+    Args:
+        model: The model.
+        patterns: Shell patterns of layer names; None for all.
+
+    Attributes:
+        parameters: Weak references, in the order of ``model.named_parameters()``.
+    """
+
+    def __init__(self, model: nn.Module, patterns: Sequence[str] | None) -> None:
+        self._names: list[str] = []
+        self._kinds: list[str] = []
+        self._weighted: list[bool] = []
+        self._places: dict[int, int] = {}
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._owner: list[int] = []
+        self._parameter_names: list[str] = []
+        self.parameters: list[weakref.ref[Tensor]] = []
+        self._sizes: list[int] = []
+        self._matrices: list[bool] = []
+        self._ran: dict[int, None] = {}
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        seen: set[int] = set()
+        for path, module in model.named_modules():
+            own = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
+            name = _plain(path, wrapped) or type(module).__name__
+            if not own or not _matches(name, patterns):
+                continue
+            place = len(self._names)
+            self._names.append(name)
+            self._kinds.append(type(module).__name__)
+            self._weighted.append(any(p.ndim >= 2 for p in own.values()))
+            self._modules.append(weakref.ref(module))
+            self._places[id(module)] = place
+            for key, parameter in own.items():
+                if id(parameter) not in seen:  # tied weights count where they stand first
+                    seen.add(id(parameter))
+                    self._owner.append(place)
+                    self._sizes.append(parameter.numel())
+                    self._matrices.append(parameter.ndim >= 2)
+                    self._parameter_names.append(f"{_plain(path, wrapped)}.{key}".lstrip("."))
+                    self.parameters.append(weakref.ref(parameter))
+        if not self._names:
+            said = "none" if patterns is None else f"none that matches {list(patterns)}"
+            message = (
+                f"watch: expected a model with trainable layers, got {said} in "
+                f"{type(model).__name__}; set requires_grad, or give other layers"
+            )
+            raise ValueError(message)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def alive(self) -> list[tuple[int, Tensor]]:
+        """Return the parameters that still exist, with their indices."""
+        return [(i, p) for i, ref in enumerate(self.parameters) if (p := ref()) is not None]
+
+    def place(self, module: nn.Module) -> int | None:
+        """Return the layer's index by registration; None for a module that is no layer."""
+        place = self._places.get(id(module))
+        return place if place is not None and self._modules[place]() is module else None
+
+    def note_run(self, place: int) -> None:
+        """Remember that the layer runs now."""
+        self._ran.setdefault(place)
+
+    def layers(self) -> tuple[Layers, np.ndarray, np.ndarray]:
+        """Return the layers as they ran, and the orders of layers and of parameters.
+
+        A layer that has not run is put behind the one registered before it.
+        """
+        order = list(self._ran)
+        for place in range(len(self._names)):
+            if place not in self._ran:
+                order.insert(order.index(place - 1) + 1 if place else 0, place)
+        rank = np.argsort(order)
+        owners = rank[np.array(self._owner, np.int64)]
+        columns = np.argsort(owners, kind="stable")
+        layers = Layers(
+            names=tuple(self._names[i] for i in order),
+            kinds=tuple(self._kinds[i] for i in order),
+            weighted=np.array([self._weighted[i] for i in order]),
+            parameters=tuple(self._parameter_names[i] for i in columns),
+            owner=owners[columns],
+            sizes=np.array(self._sizes, np.float64)[columns],
+            matrices=np.array(self._matrices)[columns],
+        )
+        return layers, np.array(order), columns
+
+
+def _plain(path: str, wrapped: bool) -> str:
+    parts = path.split(".")
+    if wrapped and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(part for part in parts if part not in _WRAPPERS)
+
+
+def _matches(name: str, patterns: Sequence[str] | None) -> bool:
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,69 @@
+"""The record that every quantity file ends with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Quantity", "precise"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is measured, where, and in which unit.
+
+    What is measured on a device are sums over elements. Sums add up over the shards of a tensor,
+    over ranks and over the micro-batches of a step; ``finish`` makes the quantity of them.
+
+    Attributes:
+        name: The name in files and in ``Reading.values``.
+        title: What a chart of it is called.
+        unit: The unit of its values.
+        axis: What an entry of its vector stands for; ``"run"`` for one number a step.
+        at: Where it is measured:
+            ``"gradient"``: the gradients of all parameters, final and before clipping;
+            ``"stepped"``: the same as the optimizer sees them, after clipping, sampled;
+            ``"weight"``: the parameters before the update, sampled;
+            ``"update"``: what the optimizer added to them, sampled;
+            ``"error"``: the gradient of a layer's output, sampled;
+            ``"output"``: a layer's output, sampled;
+            ``"activation"``, ``"units"``: the output of the activation behind a layer, sampled;
+            ``"derived"``: on the host, from other quantities;
+            ``"host"``: a number that the training loop or the optimizer knows.
+        measure: On the device, without synchronisation. For parameters: a list of n dense tensors
+            -> ``(n,)``; for ``"error"`` and ``"output"``: one tensor -> 0-d;
+            for ``"activation"``: tensor and function's name -> 0-d, or None where it doesn't apply;
+            for ``"units"`` the same -> bool ``(units,)``.
+        finish: On the host, in numpy float64: ``(sums, counts)`` -> values; for ``"derived"``:
+            ``(reading)`` -> values, or None where it can't be had.
+        logarithm: Stock charts show log10 of it.
+        sampled: Measured in sampled steps only, though its place would be reached in every one.
+    """
+
+    name: str
+    title: str
+    unit: str
+    axis: Literal["parameter", "layer", "group", "run"]
+    at: Literal[
+        "gradient",
+        "stepped",
+        "weight",
+        "update",
+        "error",
+        "output",
+        "activation",
+        "units",
+        "derived",
+        "host",
+    ]
+    measure: Callable[..., Any] | None = None
+    finish: Callable[..., Any] | None = None
+    logarithm: bool = False
+    sampled: bool = True
+
+
+def precise(tensor: Tensor) -> torch.dtype:
+    """Return the dtype to sum in. Squares below 1e-45 are 0 in float32; some devices have no more."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -1,0 +1,60 @@
+"""Vanishing gradient: the error signal dies out on its way back through the layers.
+
+Compared are error signals, e_l = RMS(∂L/∂z_l)·B, not weight-gradient norms: those also hold the
+activations, and a network whose signal has vanished can have a first layer with a large one.
+A layer counts as lost when neither it nor any layer before it receives 1e-3 of the output's signal.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from torchbp.monitor._depth import profile
+from torchbp.monitor._diagnosis import Diagnosis, Reading, Suspicion
+
+__all__ = ["DIAGNOSIS"]
+
+_WARN, _ALERT, _CLEAR = 1e-3, 1e-5, 3e-3
+
+
+def examine(reading: Reading) -> Iterator[Suspicion]:
+    """Yield at most one suspicion, at the last layer that is cut off."""
+    found = profile(reading)
+    if found is None or found.reached[0] >= _CLEAR * found.output:
+        return
+    ratio = found.reached[0] / found.output
+    cut_off = np.flatnonzero(found.reached < _WARN * found.output)
+    last = int(cut_off[-1]) if len(cut_off) else 0
+    severity = "alert" if ratio < _ALERT else "warning" if ratio < _WARN else None
+    below = (
+        "nothing (less than double precision holds)"
+        if ratio == 0
+        else f"{ratio:.1e} of the output's"
+    )
+    per_layer = (
+        ""
+        if ratio == 0
+        else f"; a factor {ratio ** (1 / max(len(found.names) - 1, 1)):.2g} per layer"
+    )
+    yield Suspicion(
+        severity,
+        found.names[last],
+        f"the error signal is {found.output:.1e} at {found.names[-1]}, "
+        f"{found.signals[last]:.1e} at {found.names[last]} and {found.signals[0]:.1e} at "
+        f"{found.names[0]}: the first layer receives {below}{per_layer}",
+        "residual connections around every one or two layers with a normalization in them; ReLU "
+        "or GELU instead of sigmoid or tanh, with He initialisation (Xavier for tanh); fewer "
+        "layers; LSTM or GRU instead of a plain recurrent cell",
+    )
+
+
+DIAGNOSIS = Diagnosis(
+    name="vanishing",
+    reads=("error_signal",),
+    examine=examine,
+    threshold="no layer up to here receives 1e-3 of the output's error signal (alert: the first "
+    "layer 1e-5), in 10 readings",
+    source="chosen between measured healthy networks (0.02 to 3.6) and sick ones (1e-8 and less)",
+    begins=10,
+    ends=5,
+)

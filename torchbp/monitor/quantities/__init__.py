@@ -1,0 +1,1 @@
+"""What is measured: one quantity = one file, each ending in a record ``QUANTITY``."""

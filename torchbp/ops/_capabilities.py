@@ -1,0 +1,118 @@
+"""What an op can do, found by running it: the columns of docs/ops.md. Nothing here is declared."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import grad, vmap
+
+from torchbp.ops._op import Op
+from torchbp.ops._samples import Make, Sample
+
+__all__ = ["CAPABILITIES", "Capabilities", "kept_bytes", "measure"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What was found of one op.
+
+    Attributes:
+        kept: Bytes kept for backward an element of the first input, ``{dtype: (torch, torchbp)}``; torch's is ``None``
+            where it has no such op.
+        can: Capability -> whether it works.
+    """
+
+    kept: dict[torch.dtype, tuple[float | None, float]]
+    can: dict[str, bool]
+
+
+def kept_bytes(function: Callable[..., Tensor], sample: Sample) -> int:
+    """Return the bytes of the distinct storages that autograd keeps for the backward of one call."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return t.detach()
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        output = function(*sample.args, **sample.kwargs)  # alive: its storage must not be another's
+    del output
+    return sum(kept.values())
+
+
+def _closed(op: Op) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """Return the op on its first sample as a function of its differentiable tensors alone, drawing alike each time."""
+    sample = next(iter(op.samples(Make())))
+    slots = [i for i, a in enumerate(sample.args) if isinstance(a, Tensor) and a.requires_grad]
+
+    def f(*tensors: Tensor) -> Tensor:
+        args: list[Any] = list(sample.args)
+        for i, t in zip(slots, tensors, strict=True):
+            args[i] = t
+        if op.random and not torch.compiler.is_compiling():
+            torch.manual_seed(0)
+        return op.function(*args, **sample.kwargs)
+
+    return f, tuple(sample.args[i] for i in slots)
+
+
+def _forward_mode(f: Callable[..., Tensor], x: tuple[Tensor, ...]) -> None:
+    gradcheck(f, x, check_forward_ad=True, check_backward_ad=False)
+
+
+def _batched(f: Callable[..., Tensor], x: tuple[Tensor, ...]) -> None:
+    gradcheck(f, x, check_batched_grad=True)
+
+
+def _vmap(f: Callable[..., Tensor], x: tuple[Tensor, ...]) -> None:
+    batch = torch.stack([x[0].detach(), x[0].detach() + 1])
+    vmap(grad(lambda t: f(t, *x[1:]).sum()), randomness="different")(batch)
+
+
+def _compile(f: Callable[..., Tensor], x: tuple[Tensor, ...]) -> None:
+    torch._dynamo.reset()
+    torch.compile(f, fullgraph=True, backend="aot_eager")(*x).sum().backward()
+
+
+def _autocast(f: Callable[..., Tensor], x: tuple[Tensor, ...]) -> None:
+    low = tuple(t.detach().float().requires_grad_() for t in x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = f(*low)
+    torch.autograd.grad(y.sum(), low)
+
+
+CAPABILITIES: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], object]] = {
+    "gradcheck": gradcheck,
+    "second order": gradgradcheck,
+    "forward mode": _forward_mode,
+    "batched": _batched,
+    "vmap": _vmap,
+    "compile": _compile,
+    "autocast": _autocast,
+}
+
+
+def measure(op: Op) -> Capabilities:
+    """Run ``op`` in every way of :data:`CAPABILITIES`, and count what it keeps."""
+    can = {}
+    for name, attempt in CAPABILITIES.items():
+        f, x = _closed(op)
+        try:
+            attempt(f, x)
+        except Exception:  # whatever it raises, it cannot do this
+            can[name] = False
+        else:
+            can[name] = True
+    kept = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        sample = op.benchmark(Make(dtype), 1 << 14)
+        n = sample.args[0].numel()
+        theirs = getattr(torch.nn.functional, op.name, None)
+        torchs = None if theirs is None else kept_bytes(theirs, sample) / n
+        kept[dtype] = (torchs, kept_bytes(op.function, sample) / n)
+    return Capabilities(kept, can)
