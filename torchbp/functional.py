@@ -16,3 +16,7 @@ from torchbp.ops.losses.binary_cross_entropy_with_logits import binary_cross_ent
 from torchbp.ops.losses.cross_entropy import cross_entropy as cross_entropy
 from torchbp.ops.losses.mse_loss import mse_loss as mse_loss
 from torchbp.ops.normalization.layer_norm import layer_norm as layer_norm
+from torchbp.ops.recurrent.gru import gru_cell as gru_cell
+from torchbp.ops.recurrent.lstm import lstm_cell as lstm_cell
+from torchbp.ops.recurrent.rnn import rnn_relu_cell as rnn_relu_cell
+from torchbp.ops.recurrent.rnn import rnn_tanh_cell as rnn_tanh_cell

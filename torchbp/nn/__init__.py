@@ -19,3 +19,9 @@ from torchbp.ops.losses.binary_cross_entropy_with_logits import BCEWithLogitsLos
 from torchbp.ops.losses.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from torchbp.ops.losses.mse_loss import MSELoss as MSELoss
 from torchbp.ops.normalization.layer_norm import LayerNorm as LayerNorm
+from torchbp.ops.recurrent.gru import GRU as GRU
+from torchbp.ops.recurrent.gru import GRUCell as GRUCell
+from torchbp.ops.recurrent.lstm import LSTM as LSTM
+from torchbp.ops.recurrent.lstm import LSTMCell as LSTMCell
+from torchbp.ops.recurrent.rnn import RNN as RNN
+from torchbp.ops.recurrent.rnn import RNNCell as RNNCell

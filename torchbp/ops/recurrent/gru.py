@@ -42,33 +42,36 @@ from torch.nn.utils.rnn import PackedSequence
 from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
-    add,
     advance,
     affine_gradients,
     affine_tangents,
     before,
     cast,
-    cell,
-    check_cell,
-    check_dtypes,
     conjugate,
     dtypes,
     eager,
+    factors,
     first,
     join,
-    layers,
     through_sigmoid,
     through_tanh,
     walk,
     wide,
     without_autocast,
 )
+from torchbp.ops.recurrent._samples import (
+    cell_benchmark,
+    cell_errors,
+    cell_samples,
+    cell_saved_bytes,
+    layer_samples,
+    rounded_once,
+)
 
 __all__ = ["GRU", "GRUCell", "GRUFunction", "gru_cell"]
-
-Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class GRUFunction(Function):
@@ -90,7 +93,8 @@ class GRUFunction(Function):
         sizes: Sizes,
         reverse: bool,
     ) -> tuple[Tensor, ...]:  # y (R, H), h_n (N, H), (r, z, n) (R, 3H), q (R, H)
-        y, h_n, gates, q = _states(*wide(x, h0, w_ih, w_hh, b_ih, b_hh), sizes, reverse)
+        tensors = wide(x, h0, w_ih, w_hh, b_ih, b_hh)
+        y, h_n, gates, q = _states(*tensors, sizes=sizes, reverse=reverse)
         dtype = torch.promote_types(x.dtype, h0.dtype)  # under autocast the state keeps its own
         return y.to(dtype), h_n.to(dtype), gates, q
 
@@ -130,7 +134,8 @@ class GRUFunction(Function):
         sizes, reverse = ctx.sizes, ctx.reverse
         need_x, need_h0, *need_weights = ctx.needs_input_grad[:6]
         with without_autocast(ctx.device):
-            x, h0, w_ih, w_hh, y, gates, q = conjugate(*_saved(ctx))
+            *given, y, gates, q = _saved(ctx)
+            (x, h0, w_ih, w_hh), (y, gates, q) = factors(*given), conjugate(y, gates, q)
             grad_y, carried = wide(grad_y, grad_h_n)
             if carried is None:
                 carried = torch.zeros_like(h0)
@@ -154,7 +159,8 @@ class GRUFunction(Function):
                 states.append(g)
                 if w_hh is not None:
                     carried = advance(carried, torch.addcmul(d @ w_hh, g, z_t))  # (2)
-            d_h = join(steps, back)
+            wrote_all = write and e is None
+            d_h = k.reshape(k.shape[0], 3 * k.shape[2]) if wrote_all else join(steps, back)
             d_n = join(states, back) * k_n
             d_n = d_n if e_n is None else d_n + e_n
             d_x = torch.cat((d_h[:, : -d_n.shape[1]], d_n), 1)
@@ -195,6 +201,7 @@ def _states(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    *,
     sizes: Sizes,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -233,14 +240,12 @@ def _second_order(
     if grad_gates is None and grad_q is None:
         return None, None
     r, z, n = gates.chunk(3, 1)
-    if grad_gates is None:
-        zero = torch.zeros_like(r)
-        return torch.cat((zero, zero, grad_q), 1), zero
+    grad_q = torch.zeros_like(q) if grad_q is None else grad_q
+    grad_gates = torch.zeros_like(gates) if grad_gates is None else grad_gates
     grad_r, grad_z, grad_n = grad_gates.chunk(3, 1)
     e_n = through_tanh(grad_n, n)
     e_r = through_sigmoid(grad_r + e_n * q, r)
-    e_q = e_n * r if grad_q is None else grad_q + e_n * r
-    return torch.cat((e_r, through_sigmoid(grad_z, z), e_q), 1), e_n  # (4)
+    return torch.cat((e_r, through_sigmoid(grad_z, z), grad_q + e_n * r), 1), e_n  # (4)
 
 
 def _saved(ctx: Context) -> tuple[Any, ...]:
@@ -248,7 +253,7 @@ def _saved(ctx: Context) -> tuple[Any, ...]:
     *tensors, y, gates, q = ctx.saved_tensors
     if ctx.half:
         tensors = wide(*tensors)
-        y, _, gates, q = _states(*tensors, ctx.sizes, ctx.reverse)
+        y, _, gates, q = _states(*tensors, sizes=ctx.sizes, reverse=ctx.reverse)
     return *tensors[:4], y, gates, q
 
 
@@ -270,7 +275,8 @@ def _layer(
     else:
         check_dtypes("GRU", x, (h0, *weights))
     with without_autocast(x.device.type):
-        return _gru(x, h0, *weights, sizes, reverse)[:2]
+        y, h_n, _, _ = _gru(x, h0, *weights, sizes, reverse)
+        return y, h_n
 
 
 @public
@@ -332,3 +338,21 @@ class GRUCell(nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return cell(gru_cell, self, input, hx, states=1)
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield from layer_samples(make, GRU)
+    yield GRUCell, Sample((3, 5)), Sample((make.normal(4, 3), make.normal(4, 5)))
+    yield GRUCell, Sample((3, 5), {"bias": False}), Sample((make.normal(3),), name="one-sequence")
+
+
+OP = Op(
+    function=gru_cell,
+    modules=(GRU, GRUCell),
+    reference=rounded_once(torch.gru_cell),
+    samples=cell_samples(3, 1),
+    module_samples=_module_samples,
+    errors=cell_errors(3, 1),
+    saved_bytes=cell_saved_bytes(4, reads_h=True),
+    benchmark=cell_benchmark(3, 1),
+)

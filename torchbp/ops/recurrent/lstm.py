@@ -43,6 +43,7 @@ from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
     add,
@@ -51,20 +52,25 @@ from torchbp.ops.recurrent._recurrence import (
     affine_tangents,
     before,
     cast,
-    cell,
-    check_cell,
-    check_dtypes,
     conjugate,
     dtypes,
     eager,
+    factors,
     first,
     join,
-    layers,
     through_sigmoid,
     through_tanh,
     walk,
     wide,
     without_autocast,
+)
+from torchbp.ops.recurrent._samples import (
+    cell_benchmark,
+    cell_errors,
+    cell_samples,
+    cell_saved_bytes,
+    layer_samples,
+    rounded_once,
 )
 
 __all__ = ["LSTM", "LSTMCell", "LSTMFunction", "lstm_cell"]
@@ -92,7 +98,7 @@ class LSTMFunction(Function):
         reverse: bool,
     ) -> tuple[Tensor, ...]:  # y (R, H or P), h_n (N, H or P), c_n (N, H), c (R, H), gates (R, 4H)
         tensors = wide(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-        y, h_n, c_n, c, gates = _states(*tensors, sizes, reverse)
+        y, h_n, c_n, c, gates = _states(*tensors, sizes=sizes, reverse=reverse)
         dtype = torch.promote_types(x.dtype, c0.dtype)  # under autocast the state c keeps its own
         y_dtype = dtype if w_hr is None else x.dtype
         return y.to(y_dtype), h_n.to(y_dtype), c_n.to(dtype), c, gates
@@ -133,11 +139,17 @@ class LSTMFunction(Function):
         sizes, reverse = ctx.sizes, ctx.reverse
         need_x, need_h0, need_c0, *need_weights, need_w_hr = ctx.needs_input_grad[:8]
         with without_autocast(ctx.device):
-            x, h0, c0, w_ih, w_hh, w_hr, y, c, gates = conjugate(*_saved(ctx))
+            x, h0, c0, w_ih, w_hh, w_hr, *made = _saved(ctx)
+            x, h0, w_ih, w_hh, w_hr = factors(x, h0, w_ih, w_hh, w_hr)
+            c0, y, c, gates = conjugate(c0, *made)
             grad_y, g_h, g_c = wide(grad_y, grad_h_n, grad_c_n)
             g_c = torch.zeros_like(c0) if g_c is None else g_c
             if g_h is None:
-                g_h = torch.zeros_like(c0) if w_hr is None else g_c.new_zeros(g_c.shape[0], w_hr.shape[0])
+                g_h = (
+                    torch.zeros_like(c0)
+                    if w_hr is None
+                    else g_c.new_zeros(g_c.shape[0], w_hr.shape[0])
+                )
             m, k, k_c = _slopes(before(c0, c if len(sizes) > 1 else None, sizes, reverse), c, gates)
             e = None if grad_gates is None else _through_gates(grad_gates, gates)  # (5)
             f = gates.chunk(4, 1)[1]
@@ -160,7 +172,8 @@ class LSTMFunction(Function):
                 g_c = advance(g_c, of_c * f_t)
                 if w_hh is not None:
                     g_h = advance(g_h, d @ w_hh)  # (2)
-            d = join(steps, back)
+            wrote_all = write and e is None
+            d = k.reshape(k.shape[0], 4 * k.shape[2]) if wrote_all else join(steps, back)
             h = before(h0, y, sizes, reverse) if need_weights[1] else None
             grad_x, *grads = affine_gradients((need_x, *need_weights), d, d, x, h, w_ih)  # (3)
             grad_w_hr = join(hidden, back).mT @ m if need_w_hr else None  # (4)
@@ -217,6 +230,7 @@ def _states(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
+    *,
     sizes: Sizes,
     reverse: bool,
 ) -> tuple[Tensor, ...]:
@@ -288,7 +302,7 @@ def _saved(ctx: Context) -> tuple[Any, ...]:
     *tensors, y, c, gates = ctx.saved_tensors
     if ctx.half:
         tensors = wide(*tensors)
-        y, _, _, c, gates = _states(*tensors, ctx.sizes, ctx.reverse)
+        y, _, _, c, gates = _states(*tensors, sizes=ctx.sizes, reverse=ctx.reverse)
     x, h0, c0, w_ih, w_hh, _, _, w_hr = tensors
     return x, h0, c0, w_ih, w_hh, w_hr, y, c, gates
 
@@ -313,7 +327,8 @@ def _layer(
     w_ih, w_hh, b_ih, b_hh, *projection = weights
     with without_autocast(x.device.type):
         w_hr = projection[0] if projection else None
-        return _lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, sizes, reverse)[:3]
+        y, h_n, c_n, _, _ = _lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, sizes, reverse)
+        return y, h_n, c_n
 
 
 @public
@@ -355,7 +370,9 @@ def lstm_cell(
     if not isinstance(hx, (tuple, list)):
         raise TypeError(wrong("lstm_cell", "hx to be a pair", type(hx).__name__, "pass (h, c)"))
     if len(hx) != 2:
-        raise RuntimeError(wrong("lstm_cell", "hx to be a pair", f"{len(hx)} tensors", "pass (h, c)"))
+        raise RuntimeError(
+            wrong("lstm_cell", "hx to be a pair", f"{len(hx)} tensors", "pass (h, c)")
+        )
     weights = (w_ih, w_hh, b_ih, b_hh)
     check_cell("lstm_cell", 4, input, hx, weights)
     h, _, c = _layer(input, (hx[0], hx[1]), weights, (input.shape[0],), False)
@@ -382,3 +399,25 @@ class LSTMCell(nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         return cell(lstm_cell, self, input, hx, states=2)
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield from layer_samples(make, LSTM)
+    states = (make.normal(4, 4, 2), make.normal(4, 4, 5))
+    ctor = Sample((3, 5, 2), {"proj_size": 2, "bidirectional": True})
+    yield LSTM, ctor, Sample((make.normal(2, 4, 3), states), name="projection")
+    states = (make.normal(4, 5), make.normal(4, 5))
+    yield LSTMCell, Sample((3, 5)), Sample((make.normal(4, 3), states))
+    yield LSTMCell, Sample((3, 5), {"bias": False}), Sample((make.normal(3),), name="one-sequence")
+
+
+OP = Op(
+    function=lstm_cell,
+    modules=(LSTM, LSTMCell),
+    reference=rounded_once(torch.lstm_cell),
+    samples=cell_samples(4, 2),
+    module_samples=_module_samples,
+    errors=cell_errors(4, 2),
+    saved_bytes=cell_saved_bytes(5, reads_h=False),
+    benchmark=cell_benchmark(4, 2),
+)

@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.recurrent import _recurrence
+from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
     add,
@@ -44,19 +44,24 @@ from torchbp.ops.recurrent._recurrence import (
     affine_tangents,
     before,
     cast,
-    cell,
-    check_cell,
-    check_dtypes,
     conjugate,
     dtypes,
     eager,
+    factors,
     first,
     join,
-    layers,
     through_tanh,
     walk,
     wide,
     without_autocast,
+)
+from torchbp.ops.recurrent._samples import (
+    cell_benchmark,
+    cell_errors,
+    cell_samples,
+    cell_saved_bytes,
+    layer_samples,
+    rounded_once,
 )
 
 __all__ = ["RNN", "RNNCell", "RNNFunction", "rnn_relu_cell", "rnn_tanh_cell"]
@@ -82,15 +87,12 @@ class RNNFunction(Function):
         sizes: Sizes,
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:  # y (R, H), h_n (N, H)
-        y, h_n = _states(*wide(x, h0, w_ih, w_hh, b_ih, b_hh), relu, sizes, reverse)
-        return y.to(x.dtype), h_n.to(x.dtype)
+        tensors = wide(x, h0, w_ih, w_hh, b_ih, b_hh)
+        y, h_n = _states(*tensors, relu=relu, sizes=sizes, reverse=reverse)
+        return (y.to(x.dtype), h_n.to(x.dtype)) if is_half(x) else (y, h_n)
 
     @staticmethod
-    def setup_context(
-        ctx: Context,
-        inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool, Sizes, bool],
-        output: tuple[Tensor, Tensor],
-    ) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.relu, ctx.sizes, ctx.reverse = inputs
         x, h0, w_ih, w_hh, *_ = tensors
         ctx.half, ctx.device = is_half(x), x.device.type
@@ -116,7 +118,8 @@ class RNNFunction(Function):
         sizes, reverse = ctx.sizes, ctx.reverse
         need_x, need_h0, *need_weights = ctx.needs_input_grad[:6]
         with without_autocast(ctx.device):
-            x, h0, w_ih, w_hh, y = conjugate(*_saved(ctx))
+            *given, y = _saved(ctx)
+            (x, h0, w_ih, w_hh), (y,) = factors(*given), conjugate(y)
             grad_y, grad_h_n = wide(grad_y, grad_h_n)
             slope = _through(torch.ones_like(y), y, ctx.relu)  # (1)
             carried = y.new_zeros(sizes[0], y.shape[1]) if grad_h_n is None else grad_h_n
@@ -131,7 +134,12 @@ class RNNFunction(Function):
             d = slope if write else join(steps, back)
             h = before(h0, y, sizes, reverse) if need_weights[1] else None
             grad_x, *grads = affine_gradients((need_x, *need_weights), d, d, x, h, w_ih)  # (3)
-            return *cast((grad_x, carried if need_h0 else None, *grads), ctx.dtypes), None, None, None
+            return (
+                *cast((grad_x, carried if need_h0 else None, *grads), ctx.dtypes),
+                None,
+                None,
+                None,
+            )
 
     @staticmethod
     def jvp(
@@ -144,9 +152,7 @@ class RNNFunction(Function):
         a_x, a_h = affine_tangents(x, h, w_ih, (tangent_x, *of_weights), y)
         carried = torch.zeros_like(h0) if carried is None else carried
         steps = []
-        for a, state in zip(
-            walk(a_x + a_h, sizes, reverse), walk(y, sizes, reverse), strict=True
-        ):
+        for a, state in zip(walk(a_x + a_h, sizes, reverse), walk(y, sizes, reverse), strict=True):
             tangent_a = a + first(carried, a.shape[0]) @ w_hh.mT
             steps.append(_through(tangent_a, state, ctx.relu))  # (4)
             carried = advance(carried, steps[-1])
@@ -160,6 +166,7 @@ def _states(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    *,
     relu: bool,
     sizes: Sizes,
     reverse: bool,
@@ -185,7 +192,7 @@ def _saved(ctx: Context) -> tuple[Tensor, ...]:
     *tensors, y = ctx.saved_tensors
     if ctx.half:
         tensors = wide(*tensors)
-        y, _ = _states(*tensors, ctx.relu, ctx.sizes, ctx.reverse)
+        y, _ = _states(*tensors, relu=ctx.relu, sizes=ctx.sizes, reverse=ctx.reverse)
     return *tensors[:4], y
 
 
@@ -207,7 +214,8 @@ def _layer(
         x, h0, *weights = in_autocast_dtype(x, h0, *weights)
     check_dtypes("RNN", x, (h0, *weights))
     with without_autocast(x.device.type):
-        return _rnn(x, h0, *weights, relu, sizes, reverse)
+        y, h_n = _rnn(x, h0, *weights, relu, sizes, reverse)
+        return y, h_n
 
 
 @public
@@ -282,9 +290,7 @@ def rnn_relu_cell(
     return _cell("rnn_relu_cell", input, hx, (w_ih, w_hh, b_ih, b_hh), relu=True)
 
 
-def _cell(
-    op: str, x: Tensor, h: Tensor, weights: Sequence[Tensor | None], *, relu: bool
-) -> Tensor:
+def _cell(op: str, x: Tensor, h: Tensor, weights: Sequence[Tensor | None], *, relu: bool) -> Tensor:
     check_cell(op, 1, x, (h,), weights)
     return _layer(x, (h,), weights, (x.shape[0],), False, relu=relu)[0]
 
@@ -306,3 +312,31 @@ class RNNCell(nn.RNNCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         function = rnn_relu_cell if self.nonlinearity == "relu" else rnn_tanh_cell
         return cell(function, self, input, hx, states=1)
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield from layer_samples(make, RNN)
+    h = make.normal(1, 4, 5)
+    yield RNN, Sample((3, 5, 1, "relu")), Sample((make.normal(3, 4, 3), h), name="relu")
+    for nonlinearity in ("tanh", "relu"):
+        ctor = Sample((3, 5), {"nonlinearity": nonlinearity})
+        yield RNNCell, ctor, Sample((make.normal(4, 3), make.normal(4, 5)), name=nonlinearity)
+    yield RNNCell, Sample((3, 5), {"bias": False}), Sample((make.normal(3),), name="one-sequence")
+
+
+OPS = tuple(
+    Op(
+        function=function,
+        modules=modules,
+        reference=rounded_once(reference),
+        samples=cell_samples(1, 1),
+        module_samples=module_samples,
+        errors=cell_errors(1, 1),
+        saved_bytes=cell_saved_bytes(1, reads_h=False),
+        benchmark=cell_benchmark(1, 1),
+    )
+    for function, modules, reference, module_samples in (
+        (rnn_tanh_cell, (RNN, RNNCell), torch.rnn_tanh_cell, _module_samples),
+        (rnn_relu_cell, (), torch.rnn_relu_cell, lambda make: ()),  # noqa: ARG005
+    )
+)
