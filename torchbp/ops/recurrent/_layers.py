@@ -90,8 +90,10 @@ def layers(layer: Layer, module: nn.RNNBase, input: Any, hx: Any) -> tuple[Any, 
     Returns:
         What the Module returns: output, final states.
     """
-    run = _packed if isinstance(input, PackedSequence) else _padded
-    output, final = run(layer, module, input, hx)
+    if isinstance(input, PackedSequence):
+        output, final = _packed(layer, module, input, hx)
+    else:
+        output, final = _padded(layer, module, input, hx)
     return output, final if isinstance(module, nn.LSTM) else final[0]
 
 

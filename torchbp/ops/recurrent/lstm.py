@@ -31,6 +31,7 @@ Sources:
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -316,11 +317,15 @@ def _layer(
     weights: Sequence[Tensor | None],
     sizes: Sizes,
     reverse: bool,
+    *,
+    cast_c: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Run one layer in one direction; autocast casts all but the state c, as in torch."""
+    """Run one layer in one direction; autocast casts all, the state c only where it is told to."""
     h0, c0 = states
     if torch.is_autocast_enabled(x.device.type):
         x, h0, *weights = in_autocast_dtype(x, h0, *weights)
+        if cast_c:
+            (c0,) = in_autocast_dtype(c0)
         check_dtypes("LSTM", x, (h0, *weights))
     else:
         check_dtypes("LSTM", x, (h0, c0, *weights))
@@ -387,7 +392,8 @@ class LSTM(nn.LSTM):
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        return layers(_layer, self, input, hx)
+        # As in torch, whose own layer casts c under autocast; a projection or a cell is a composition, which does not.
+        return layers(partial(_layer, cast_c=not self.proj_size), self, input, hx)
 
 
 class LSTMCell(nn.LSTMCell):
