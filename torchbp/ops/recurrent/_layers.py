@@ -67,7 +67,8 @@ def cell(
     batched = input.dim() == 2
     rows = input if batched else input.unsqueeze(0)
     if hx is None:
-        given = [rows.new_zeros(rows.shape[0], module.hidden_size) for _ in range(states)]
+        size = (rows.shape[0], module.hidden_size)
+        given = [rows.new_zeros(()).expand(size) for _ in range(states)]
     elif not batched:
         given = [s.unsqueeze(0) for s in given]
     weights = (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
@@ -158,7 +159,7 @@ def _initial(module: nn.RNNBase, rows: Tensor, hx: Any, n: int, *, dims: int) ->
         widths = (module.proj_size or module.hidden_size, module.hidden_size)
     count = module.num_layers * (1 + module.bidirectional)
     if hx is None:
-        return tuple(rows.new_zeros(count, n, width) for width in widths)
+        return tuple(rows.new_zeros(()).expand(count, n, width) for width in widths)
     states = (hx,) if len(widths) == 1 else (hx[0], hx[1])
     for state, width in zip(states, widths, strict=True):
         rule = (count, n, width) if dims == 3 else (count, width)

@@ -321,7 +321,10 @@ def gru_cell(
 
 
 class GRU(nn.GRU):
-    """:func:`gru_cell` over whole sequences, in layers and directions."""
+    """:func:`gru_cell` over whole sequences, in layers and directions.
+
+    On a GPU every step is launched by itself, where torch's own layer runs cuDNN's kernel for all of them.
+    """
 
     __module__ = "torchbp.nn"
 

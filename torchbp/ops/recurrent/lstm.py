@@ -151,33 +151,41 @@ class LSTMFunction(Function):
                     if w_hr is None
                     else g_c.new_zeros(g_c.shape[0], w_hr.shape[0])
                 )
-            m, k, k_c = _slopes(before(c0, c if len(sizes) > 1 else None, sizes, reverse), c, gates)
+            tanh_c = torch.tanh(c)
+            c_before = before(c0, c if len(sizes) > 1 else None, sizes, reverse)
+            k_c, k, k_ifg, k_o = _slopes(c_before, tanh_c, gates)
             e = None if grad_gates is None else _through_gates(grad_gates, gates)  # (5)
-            f = gates.chunk(4, 1)[1]
+            _, f, _, o = gates.chunk(4, 1)
             back = not reverse
             write = eager(k, g_h, g_c, grad_y, grad_c, e)
+            parts = (k, k_ifg, k_o, k_c, f, grad_y, grad_c, e)
             steps, hidden = [], []
-            for k_t, k_c_t, f_t, grad, grad_c_t, e_t in zip(
-                *(walk(rows, sizes, back) for rows in (k, k_c, f, grad_y, grad_c, e)), strict=True
+            for k_t, ifg_t, o_t, c_t, f_t, grad, grad_c_t, e_t in zip(
+                *(walk(rows, sizes, back) for rows in parts), strict=True
             ):
                 n = k_t.shape[0]
                 of_h = first(g_h, n)
                 of_h = of_h if grad is None else of_h + grad
                 of_m = of_h if w_hr is None else of_h @ w_hr
-                of_c = torch.addcmul(first(g_c, n), of_m, k_c_t)
+                of_c = torch.addcmul(first(g_c, n), of_m, c_t)
                 of_c = of_c if grad_c_t is None else of_c + grad_c_t
-                d = _scaled(k_t, of_c, of_m, write)
+                if write:  # into k, of which these are views
+                    ifg_t.mul_(of_c.unsqueeze(1))
+                    o_t.mul_(of_m)
+                    d = k_t
+                else:
+                    of_ifg = (ifg_t * of_c.unsqueeze(1)).reshape(n, 3 * of_c.shape[1])
+                    d = torch.cat((of_ifg, o_t * of_m), 1)
                 d = d if e_t is None else d + e_t
                 steps.append(d)
                 hidden.append(of_h)
                 g_c = advance(g_c, of_c * f_t)
                 if w_hh is not None:
                     g_h = advance(g_h, d @ w_hh)  # (2)
-            wrote_all = write and e is None
-            d = k.reshape(k.shape[0], 4 * k.shape[2]) if wrote_all else join(steps, back)
+            d = k if write and e is None else join(steps, back)
             h = before(h0, y, sizes, reverse) if need_weights[1] else None
             grad_x, *grads = affine_gradients((need_x, *need_weights), d, d, x, h, w_ih)  # (3)
-            grad_w_hr = join(hidden, back).mT @ m if need_w_hr else None  # (4)
+            grad_w_hr = join(hidden, back).mT @ (o * tanh_c) if need_w_hr else None  # (4)
             states = (g_h if need_h0 else None, g_c if need_c0 else None)
             return *cast((grad_x, *states, *grads, grad_w_hr), ctx.dtypes), None, None
 
@@ -197,7 +205,9 @@ class LSTMFunction(Function):
         a_x, a_h = affine_tangents(
             x, before(h0, y, sizes, reverse), w_ih, (tangent_x, *of_weights), gates
         )
-        m, k, k_c = _slopes(before(c0, c, sizes, reverse), c, gates)
+        tanh_c = torch.tanh(c)
+        m = gates.chunk(4, 1)[3] * tanh_c
+        k_c, k, _, _ = _slopes(before(c0, c, sizes, reverse), tanh_c, gates)
         t_h = torch.zeros_like(h0) if t_h is None else t_h
         t_c = torch.zeros_like(c0) if t_c is None else t_c
         of_y, of_c, of_a = [], [], []
@@ -207,7 +217,7 @@ class LSTMFunction(Function):
             n = a.shape[0]
             t_a = a + first(t_h, n) @ w_hh.mT
             f = gates_t.chunk(4, 1)[1]
-            t_i, t_f, t_g, t_o = (k_t.reshape(t_a.shape) * t_a).chunk(4, 1)
+            t_i, t_f, t_g, t_o = (k_t * t_a).chunk(4, 1)
             of_c.append(f * first(t_c, n) + t_i + t_f + t_g)
             t_m = k_c_t * of_c[-1] + t_o  # (6)
             if w_hr is not None:
@@ -239,12 +249,15 @@ def _states(
     a = F.linear(x, w_ih, add(b_ih, b_hh))
     size, write = c0.shape[1], eager(a, h0, c0)
     widths = (2 * size, size, size)
+    a_parts = a.split(widths, 1)
     h, c, w, outputs, states, gates = h0, c0, w_hh.mT, [], [], []
-    for a_t in walk(a, sizes, reverse):
+    for a_t, if_t, g_t, o_t in zip(
+        *(walk(rows, sizes, reverse) for rows in (a, *a_parts)), strict=True
+    ):
         n = a_t.shape[0]
-        if write:
-            a_if, a_g, a_o = a_t.addmm_(first(h, n), w).split(widths, 1)
-            i_f, g, o = a_if.sigmoid_(), a_g.tanh_(), a_o.sigmoid_()
+        if write:  # into a, whose parts are i and f, g, o
+            a_t.addmm_(first(h, n), w)
+            i_f, g, o = if_t.sigmoid_(), g_t.tanh_(), o_t.sigmoid_()
         else:
             a_if, a_g, a_o = (a_t + first(h, n) @ w).split(widths, 1)
             i_f, g, o = torch.sigmoid(a_if), torch.tanh(a_g), torch.sigmoid(a_o)
@@ -258,32 +271,24 @@ def _states(
     return join(outputs, reverse), h, c, join(states, reverse), kept
 
 
-def _slopes(before: Tensor, c: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return m, (R, H), (k^i, k^f, k^g, k^o), (R, 4, H), and k^c, (R, H), of all steps at once."""
+def _slopes(before: Tensor, tanh_c: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return of all steps at once k^c, (R, H), and (k^i, k^f, k^g, k^o), (R, 4H), and of the latter two views.
+
+    The views are (k^i, k^f, k^g), (R, 3, H), which g^c is to scale, and k^o, (R, H), which g^m is.
+    """
     i, f, g, o = gates.chunk(4, 1)
-    tanh_c = torch.tanh(c)
-    k = torch.stack(
-        (
-            through_sigmoid(g, i),
-            through_sigmoid(before, f),
-            through_tanh(i, g),
-            through_sigmoid(tanh_c, o),
-        ),
-        1,
+    k = torch.empty_like(gates) if eager(before, gates) else None
+    out = (None,) * 4 if k is None else k.chunk(4, 1)
+    parts = (
+        through_sigmoid(g, i, out[0]),
+        through_sigmoid(before, f, out[1]),
+        through_tanh(i, g, out[2]),
+        through_sigmoid(tanh_c, o, out[3]),
     )  # (1)
-    return o * tanh_c, k, through_tanh(o, tanh_c)
-
-
-def _scaled(k: Tensor, of_c: Tensor, of_m: Tensor, write: bool) -> Tensor:
-    """Return (g^c k^i, g^c k^f, g^c k^g, g^m k^o), (N, 4H), written into k where that is allowed."""
-    k_ifg, k_o = k[:, :3], k[:, 3]
-    of_ifg = of_c.unsqueeze(1)
-    if write:
-        k_ifg.mul_(of_ifg)
-        k_o.mul_(of_m)
-    else:
-        k = torch.cat((k_ifg * of_ifg, (k_o * of_m).unsqueeze(1)), 1)
-    return k.reshape(k.shape[0], 4 * k.shape[2])
+    k = torch.cat(parts, 1) if k is None else k
+    rows, size = tanh_c.shape
+    k_ifg, k_o = k[:, : 3 * size].reshape(rows, 3, size), k[:, 3 * size :]
+    return through_tanh(o, tanh_c), k, k_ifg, k_o
 
 
 def _through_gates(v: Tensor, gates: Tensor) -> Tensor:
@@ -385,7 +390,10 @@ def lstm_cell(
 
 
 class LSTM(nn.LSTM):
-    """:func:`lstm_cell` over whole sequences, in layers and directions, with a projection where ``proj_size`` > 0."""
+    """:func:`lstm_cell` over whole sequences, in layers and directions, with a projection where ``proj_size`` > 0.
+
+    On a GPU every step is launched by itself, where torch's own layer runs cuDNN's kernel for all of them.
+    """
 
     __module__ = "torchbp.nn"
 

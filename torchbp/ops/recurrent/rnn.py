@@ -296,7 +296,10 @@ def _cell(op: str, x: Tensor, h: Tensor, weights: Sequence[Tensor | None], *, re
 
 
 class RNN(nn.RNN):
-    """Elman's network over whole sequences: :func:`rnn_tanh_cell` or :func:`rnn_relu_cell` at every step."""
+    """Elman's network over whole sequences: :func:`rnn_tanh_cell` or :func:`rnn_relu_cell` at every step.
+
+    On a GPU every step is launched by itself, where torch's own layer runs cuDNN's kernel for all of them.
+    """
 
     __module__ = "torchbp.nn"
 
