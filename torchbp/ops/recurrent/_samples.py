@@ -96,7 +96,6 @@ def cell_errors(gates: int, states: int) -> Callable[[Make], Iterator[Sample]]:
         yield Sample((x, hx(4, 2), w_ih, make.normal(gates * 2 + 1, 2)), name="gates")
         yield Sample((x, hx(4, 2), w_ih, w_hh, make.normal(gates * 2 + 1)), name="bias")
         yield Sample((x.float(), hx(4, 2), w_ih, w_hh), name="dtypes")
-        yield Sample((x.bfloat16(), hx(4, 2), w_ih, w_hh), name="half-input")
         yield Sample((x[0], hx(2), w_ih, w_hh), name="one-dimension")
         yield Sample((x, "text", w_ih, w_hh), name="text")
 
