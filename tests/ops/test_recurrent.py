@@ -258,9 +258,18 @@ def test_writes_to_nothing_it_was_given(name):
 def test_each_parameter_has_a_gradient_of_its_own(name):
     """b_ih and b_hh have equal gradients in RNN and LSTM, but not one tensor: clipping scales in place."""
     module, _ = pair(name)
-    module(random(4, 6, 3))[0].sum().backward()
-    storages = {p.grad.untyped_storage()._cdata for p in module.parameters()}
-    assert len(storages) == len(list(module.parameters()))
+    grads = torch.autograd.grad(module(random(4, 6, 3))[0].sum(), list(module.parameters()))
+    assert len({g.untyped_storage()._cdata for g in grads}) == len(grads)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_batch_of_no_sequence(name):
+    module, theirs = pair(name, bidirectional=True)
+    x = random(3, 0, 3)
+    output, want = tensors_of(module(x)), tensors_of(theirs(x))
+    assert [t.shape for t in output] == [t.shape for t in want]
+    for g in torch.autograd.grad(output[0].sum(), list(module.parameters())):
+        assert torch.equal(g, torch.zeros_like(g))
 
 
 @pytest.mark.parametrize("name", LAYERS)

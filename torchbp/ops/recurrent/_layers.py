@@ -178,15 +178,14 @@ def _stacked(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run layer upon layer, each in all its directions, with dropout between them."""
     starts = list(zip(*(s.unbind(0) for s in states), strict=True))
-    directions = 1 + module.bidirectional
-    final = []
+    directions, parameters, final = 1 + module.bidirectional, module.all_weights, []
     for which in range(module.num_layers):
         if which and module.training and module.dropout:
             rows = dropout(rows, module.dropout)
         outputs = []
         for reverse in range(directions):
             k = which * directions + reverse
-            weights = module.all_weights[k]
+            weights = parameters[k]
             if not module.bias:
                 weights = (*weights[:2], None, None, *weights[2:])
             y, *after = layer(rows, starts[k], weights, sizes, bool(reverse))

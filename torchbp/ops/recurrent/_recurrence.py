@@ -146,14 +146,14 @@ def affine_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, W_ih, W_hh, b_ih, b_hh where they are needed: one product each over all steps."""
     need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh = needed
-    b_ih = d_x.sum(0) if need_b_ih else None
-    b_hh = b_ih if d_h is d_x and need_b_ih else d_h.sum(0) if need_b_hh else None
     return (
         d_x @ w_ih if need_x else None,  # (2)
         d_x.mT @ x if need_w_ih else None,
         d_h.mT @ h if need_w_hh and h is not None else None,  # (3)
-        b_ih,
-        b_hh if need_b_hh else None,
+        d_x.sum(0) if need_b_ih else None,
+        d_h.sum(0)
+        if need_b_hh
+        else None,  # where it is d_x's, still a tensor of its own: each may be scaled in place
     )
 
 

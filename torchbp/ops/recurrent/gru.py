@@ -19,7 +19,8 @@ Derivation, for one sequence; a^r, a^z, a^n are the arguments of σ and tanh; al
     tangent_h_t = (1 - z) tangent_n + tangent_z (h_{t-1} - n) + z tangent_h_{t-1}             (5)
 
 Saves:
-    float32 and wider: x, h_0, the weights, y, the gates r, z, n, and q: six times 4 bytes a unit and step.
+    float32 and wider: x, h_0, the weights, y, the gates r, z, n, and q: five times 4 bytes a unit
+    and step, besides x.
     bfloat16, float16: what came in alone; the states are made again in float32, which is how they were made at first.
 
 Edge values:

@@ -18,7 +18,8 @@ Derivation, for one sequence; a^i, a^f, a^g, a^o are the arguments of σ and tan
     tangent_c_t = f tangent_c_{t-1} + k^i t^i + k^f t^f + k^g t^g,   tangent_m_t = k^c tangent_c_t + k^o t^o     (6)
 
 Saves:
-    float32 and wider: x, h_0, c_0, the weights, y, the states c and the gates: seven times 4 bytes a unit and step.
+    float32 and wider: x, h_0, c_0, the weights, y, the states c and the gates:
+    six times 4 bytes a unit and step, besides x.
     bfloat16, float16: what came in alone; the states are made again in float32, which is how they were made at first.
 
 Edge values:
@@ -144,13 +145,10 @@ class LSTMFunction(Function):
             x, h0, w_ih, w_hh, w_hr = factors(x, h0, w_ih, w_hh, w_hr)
             c0, y, c, gates = conjugate(c0, *made)
             grad_y, g_h, g_c = wide(grad_y, grad_h_n, grad_c_n)
-            g_c = torch.zeros_like(c0) if g_c is None else g_c
+            n, size = c0.shape
+            g_c = c0.new_zeros(n, size) if g_c is None else g_c
             if g_h is None:
-                g_h = (
-                    torch.zeros_like(c0)
-                    if w_hr is None
-                    else g_c.new_zeros(g_c.shape[0], w_hr.shape[0])
-                )
+                g_h = c0.new_zeros(n, size if w_hr is None else w_hr.shape[0])
             tanh_c = torch.tanh(c)
             c_before = before(c0, c if len(sizes) > 1 else None, sizes, reverse)
             k_c, k, k_ifg, k_o = _slopes(c_before, tanh_c, gates)
@@ -174,7 +172,7 @@ class LSTMFunction(Function):
                     o_t.mul_(of_m)
                     d = k_t
                 else:
-                    of_ifg = (ifg_t * of_c.unsqueeze(1)).reshape(n, 3 * of_c.shape[1])
+                    of_ifg = (ifg_t * of_c.unsqueeze(1)).reshape(n, 3 * size)
                     d = torch.cat((of_ifg, o_t * of_m), 1)
                 d = d if e_t is None else d + e_t
                 steps.append(d)
@@ -271,17 +269,19 @@ def _states(
     return join(outputs, reverse), h, c, join(states, reverse), kept
 
 
-def _slopes(before: Tensor, tanh_c: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _slopes(
+    c_before: Tensor, tanh_c: Tensor, gates: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return of all steps at once k^c, (R, H), and (k^i, k^f, k^g, k^o), (R, 4H), and of the latter two views.
 
     The views are (k^i, k^f, k^g), (R, 3, H), which g^c is to scale, and k^o, (R, H), which g^m is.
     """
     i, f, g, o = gates.chunk(4, 1)
-    k = torch.empty_like(gates) if eager(before, gates) else None
+    k = torch.empty_like(gates) if eager(c_before, gates) else None
     out = (None,) * 4 if k is None else k.chunk(4, 1)
     parts = (
         through_sigmoid(g, i, out[0]),
-        through_sigmoid(before, f, out[1]),
+        through_sigmoid(c_before, f, out[1]),
         through_tanh(i, g, out[2]),
         through_sigmoid(tanh_c, o, out[3]),
     )  # (1)
