@@ -27,13 +27,20 @@ SIZES = (64, 4096, 65536, 1 << 20, 1 << 25)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def step(function: Callable[..., Tensor], sample: Sample) -> Callable[[], None]:
+def step(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], sample: Sample
+) -> Callable[[], None]:
     """Return one forward and backward, leaving nothing behind."""
     leaves = [t for t in sample.tensors() if t.requires_grad]
-    seed = torch.ones_like(function(*sample.args, **sample.kwargs)).contiguous()
+
+    def forward() -> Tensor:
+        y = function(*sample.args, **sample.kwargs)
+        return y if isinstance(y, Tensor) else y[0]
+
+    seed = torch.ones_like(forward()).contiguous()
 
     def run() -> None:
-        y = function(*sample.args, **sample.kwargs)
+        y = forward()
         torch.autograd.grad(y, leaves, seed)
 
     return run

@@ -40,3 +40,7 @@ from torchbp.ops.losses.soft_margin_loss import soft_margin_loss as soft_margin_
 from torchbp.ops.losses.triplet_margin_loss import triplet_margin_loss as triplet_margin_loss
 from torchbp.ops.losses.triplet_margin_with_distance_loss import triplet_margin_with_distance_loss as triplet_margin_with_distance_loss
 from torchbp.ops.normalization.layer_norm import layer_norm as layer_norm
+from torchbp.ops.recurrent.gru import gru_cell as gru_cell
+from torchbp.ops.recurrent.lstm import lstm_cell as lstm_cell
+from torchbp.ops.recurrent.rnn import rnn_relu_cell as rnn_relu_cell
+from torchbp.ops.recurrent.rnn import rnn_tanh_cell as rnn_tanh_cell

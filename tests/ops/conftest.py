@@ -1,13 +1,11 @@
 """Parametrises the generic tests: ``op`` is every op, ``sample`` every sample of every op; ids are names."""
 
-import dataclasses
-
 import pytest
 import torch
-from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchbp.ops._op import Op, all_ops
-from torchbp.ops._samples import Make, Sample
+from torchbp.ops._samples import Make, Sample, one_tensor, over_tensors
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -36,11 +34,11 @@ class Case:
     def function(self, *args, **kwargs):
         if self.op.random:
             torch.manual_seed(1)
-        return self.op.function(*args, **kwargs)
+        return one_tensor(self.op.function(*args, **kwargs))
 
     def reference(self, x, *args, **kwargs):
         if not self.op.random:
-            return self.op.reference(x, *args, **kwargs)
+            return one_tensor(self.op.reference(x, *args, **kwargs))
         return x * self.function(torch.ones_like(x), *args, **kwargs)
 
     def call(self, sample: Sample):
@@ -52,34 +50,37 @@ class Case:
     def of_tensors(self, sample: Sample, function=None):
         """Return (f, tensors): ``f(*tensors)`` is the call as a function of its differentiable tensors alone."""
         function = function or self.function
-        slots = [i for i, a in enumerate(sample.args) if _differentiable(a)]
-        names = [k for k, a in sample.kwargs.items() if _differentiable(a)]
+        leaves, structure = tree_flatten((sample.args, sample.kwargs))
+        slots = [i for i, a in enumerate(leaves) if isinstance(a, torch.Tensor) and a.requires_grad]
 
         def f(*tensors):
-            args, kwargs = list(sample.args), dict(sample.kwargs)
-            for i, t in zip(slots, tensors, strict=False):
-                args[i] = t
-            kwargs |= dict(zip(names, tensors[len(slots) :], strict=True))
-            return function(*args, **kwargs)
+            filled = list(leaves)
+            for i, t in zip(slots, tensors, strict=True):
+                filled[i] = t
+            args, kwargs = tree_unflatten(filled, structure)
+            return one_tensor(function(*args, **kwargs))
 
-        return f, (*(sample.args[i] for i in slots), *(sample.kwargs[k] for k in names))
-
-
-def _differentiable(a) -> bool:
-    return isinstance(a, Tensor) and a.requires_grad
+        return f, tuple(leaves[i] for i in slots)
 
 
 def with_args(sample: Sample, change) -> Sample:
     """Return the sample with ``change`` applied to each of its tensors."""
+    return sample.over_tensors(change)
 
-    def on(a):
-        return change(a) if isinstance(a, Tensor) else a
 
-    return dataclasses.replace(
-        sample,
-        args=tuple(map(on, sample.args)),
-        kwargs={k: on(a) for k, a in sample.kwargs.items()},
-    )
+def torchs(op: Op):
+    """Return torch's function of the op's name, of ``torch.nn.functional`` or of ``torch``."""
+    return getattr(torch.nn.functional, op.name, None) or getattr(torch, op.name, op.reference)
+
+
+def changed(value, change):
+    """Return an output or input, nested or packed, with ``change`` applied to each of its floating-point tensors."""
+    return over_tensors(lambda t: change(t) if t.is_floating_point() else t, value)
+
+
+def tensors_of(value) -> list[torch.Tensor]:
+    """Return the floating-point tensors of an output or input, nested or packed."""
+    return [t for t in Sample((value,)).tensors() if t.is_floating_point()]
 
 
 def _cases(one_each: bool = False) -> list[Case]:

@@ -43,3 +43,9 @@ from torchbp.ops.losses.soft_margin_loss import SoftMarginLoss as SoftMarginLoss
 from torchbp.ops.losses.triplet_margin_loss import TripletMarginLoss as TripletMarginLoss
 from torchbp.ops.losses.triplet_margin_with_distance_loss import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
 from torchbp.ops.normalization.layer_norm import LayerNorm as LayerNorm
+from torchbp.ops.recurrent.gru import GRU as GRU
+from torchbp.ops.recurrent.gru import GRUCell as GRUCell
+from torchbp.ops.recurrent.lstm import LSTM as LSTM
+from torchbp.ops.recurrent.lstm import LSTMCell as LSTMCell
+from torchbp.ops.recurrent.rnn import RNN as RNN
+from torchbp.ops.recurrent.rnn import RNNCell as RNNCell

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import grad, vmap
 
 from torchbp.ops._op import Op
-from torchbp.ops._samples import Make, Sample
+from torchbp.ops._samples import Make, Sample, one_tensor
 
 __all__ = ["CAPABILITIES", "Capabilities", "kept_bytes", "measure"]
 
@@ -30,7 +30,7 @@ class Capabilities:
     can: dict[str, bool]
 
 
-def kept_bytes(function: Callable[..., Tensor], sample: Sample) -> int:
+def kept_bytes(function: Callable[..., Tensor | tuple[Tensor, ...]], sample: Sample) -> int:
     """Return the bytes of the distinct storages that autograd keeps for the backward of one call."""
     kept: dict[int, int] = {}
 
@@ -56,7 +56,7 @@ def _closed(op: Op) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
             args[i] = t
         if op.random and not torch.compiler.is_compiling():
             torch.manual_seed(0)
-        return op.function(*args, **sample.kwargs)
+        return one_tensor(op.function(*args, **sample.kwargs))
 
     return f, tuple(sample.args[i] for i in slots)
 
@@ -112,7 +112,7 @@ def measure(op: Op) -> Capabilities:
     for dtype in (torch.float32, torch.bfloat16):
         sample = op.benchmark(Make(dtype), 1 << 14)
         n = sample.args[0].numel()
-        theirs = getattr(torch.nn.functional, op.name, None)
+        theirs = getattr(torch.nn.functional, op.name, getattr(torch, op.name, None))
         torchs = None if theirs is None else kept_bytes(theirs, sample) / n
         kept[dtype] = (torchs, kept_bytes(op.function, sample) / n)
     return Capabilities(kept, can)

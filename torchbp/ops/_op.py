@@ -22,7 +22,8 @@ class Op:
     """What an op declares about itself; tests, benchmarks, docs and the command line read it.
 
     Attributes:
-        function: The public function.
+        function: The public function; the cell's, where torch has none for the whole recurrent layer. Of an output of
+            several tensors the tests make one, side by side.
         modules: The Module forms.
         reference: A function of the same signature, torch's own, that ``function`` must equal.
         samples: Right inputs, in every way the op can be called.
@@ -37,9 +38,9 @@ class Op:
         fused: What runs the backward in plain eager mode: ``""`` for the formula, else the fused kernel's name.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
     modules: tuple[type[nn.Module], ...]
-    reference: Callable[..., Tensor] | None
+    reference: Callable[..., Tensor | tuple[Tensor, ...]] | None
     samples: Callable[[Make], Iterable[Sample]]
     module_samples: Callable[[Make], Iterable[tuple[type[nn.Module], Sample, Sample]]]
     saved_bytes: Callable[..., int]
@@ -81,12 +82,16 @@ def rounded_once(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @cache
 def all_ops() -> dict[str, Op]:
-    """Return every op by name, read from the folder's files; sorted by folder and name."""
+    """Return every op by name, read from the folder's files; sorted by folder and name.
+
+    A file ends with one record ``OP``, or with several, ``OPS``, of functions that share all but their name.
+    """
     found: dict[str, Op] = {}
     for info in walk_packages(ops.__path__, f"{ops.__name__}."):
         if any(part.startswith("_") for part in info.name.split(".")) or ".kernels" in info.name:
             continue
-        op: Any = getattr(import_module(info.name), "OP", None)
-        if op is not None:
-            found[op.name] = op
+        module: Any = import_module(info.name)
+        for op in getattr(module, "OPS", None) or (getattr(module, "OP", None),):
+            if op is not None:
+                found[op.name] = op
     return found

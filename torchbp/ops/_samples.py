@@ -14,6 +14,8 @@ __all__ = [
     "Sample",
     "elementwise",
     "elementwise_errors",
+    "one_tensor",
+    "over_tensors",
     "pairs",
     "square",
     "stored",
@@ -35,8 +37,37 @@ class Sample:
     name: str = ""
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the tensors among the arguments."""
-        yield from (a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor))
+        """Yield the tensors among the arguments, nested ones too."""
+        found: list[Tensor] = []
+
+        def note(t: Tensor) -> Tensor:
+            found.append(t)
+            return t
+
+        over_tensors(note, (self.args, self.kwargs))
+        yield from found
+
+    def over_tensors(self, change: Callable[[Tensor], Any]) -> "Sample":
+        """Return the sample with ``change`` applied to each of its tensors."""
+        args, kwargs = over_tensors(change, (self.args, self.kwargs))
+        return Sample(args, kwargs, self.name)
+
+
+def over_tensors(change: Callable[[Tensor], Any], values: Any) -> Any:
+    """Return ``values``, tuples (named ones, such as a PackedSequence), lists and dicts, with their tensors changed."""
+    if isinstance(values, Tensor):
+        return change(values)
+    if isinstance(values, dict):
+        return {k: over_tensors(change, v) for k, v in values.items()}
+    if isinstance(values, (tuple, list)):
+        changed = [over_tensors(change, v) for v in values]
+        return type(values)(*changed) if hasattr(values, "_fields") else type(values)(changed)
+    return values
+
+
+def one_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return the output of an op as one tensor: several of one shape stand side by side."""
+    return output if isinstance(output, Tensor) else torch.cat(output, -1)
 
 
 class Make:

@@ -1,0 +1,213 @@
+r"""What RNN, LSTM and GRU share: how time is laid out and walked, and the maths around the gates.
+
+Rows. The sequences of a batch lie in one matrix (R, D), time step after time step, as in a ``PackedSequence``:
+``sizes[t]`` rows belong to step t, those of the sequences still running; sizes never rise. A padded batch has N at
+every step. A direction walks from the first step to the last or, reversed, from the last to the first, and carries
+N rows of state; a step changes the first ``sizes[t]`` of them. So h_0 enters where a sequence begins, whenever that
+is, and what is carried in the end is h_n. A gradient is carried the same way against the walk: it begins as that of
+h_n and ends as that of h_0.
+
+Before the gates stand two affine maps, of the rows and of the states before each step; with d_x and d_h the
+gradients of their values, all steps at once:
+    a_x = x W_ihᵀ + b_ih,   a_h = h W_hhᵀ + b_hh                                              (1)
+    grad_x = d_x · W_ih,   grad_W_ih = d_xᵀ · x,   grad_b_ih = Σ d_x                          (2)
+                           grad_W_hh = d_hᵀ · h,   grad_b_hh = Σ d_h                          (3)
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchbp.ops._function import fused, is_half
+
+__all__ = [
+    "Sizes",
+    "add",
+    "advance",
+    "affine_gradients",
+    "affine_tangents",
+    "before",
+    "cast",
+    "conjugate",
+    "dtypes",
+    "eager",
+    "factors",
+    "first",
+    "join",
+    "through_sigmoid",
+    "through_tanh",
+    "walk",
+    "wide",
+    "without_autocast",
+]
+
+Sizes = tuple[int, ...]
+
+
+# ------------------------------------------------------------------------------------------------------ time
+
+
+def walk(rows: Tensor | None, sizes: Sizes, reverse: bool) -> Iterable[Any]:
+    """Return the rows of each step, a view each, in the order of the walk; ``None`` for each of nothing."""
+    if rows is None:
+        return repeat(None, len(sizes))
+    if len(sizes) == 1:
+        return (rows,)
+    steps = rows.split_with_sizes(sizes)  # Tensor.split is the same behind 8 µs of Python
+    return steps[::-1] if reverse else steps
+
+
+def join(steps: list[Tensor], reverse: bool) -> Tensor:
+    """Return one matrix of the rows of each step, given in the order of the walk."""
+    return torch.cat(steps[::-1] if reverse else steps)
+
+
+def first(carried: Tensor, n: int) -> Tensor:
+    """Return the carried rows that a step of ``n`` rows starts from."""
+    return carried if n == carried.shape[0] else carried[:n]
+
+
+def advance(carried: Tensor, new: Tensor) -> Tensor:
+    """Return what is carried on after a step that made ``new`` of the first rows."""
+    n = new.shape[0]
+    return new if n == carried.shape[0] else torch.cat((new, carried[n:]))
+
+
+def before(start: Tensor, states: Tensor | None, sizes: Sizes, reverse: bool) -> Tensor:
+    """Return the state that each step started from, from the states after each step, (R, H)."""
+    if states is None:  # one step alone
+        return start
+    carried, found = start, []
+    for state in walk(states, sizes, reverse):
+        found.append(first(carried, state.shape[0]))
+        carried = advance(carried, state)
+    return join(found, reverse)
+
+
+# ----------------------------------------------------------------------------------------------------- maths
+
+
+def wide(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return the tensors, half precision in float32: a recurrence is computed so, and rounded once, at the end."""
+    return tuple(t.float() if t is not None and is_half(t) else t for t in tensors)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Keep autocast out of a computation that has chosen its precision."""
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
+def eager(*tensors: Tensor | None) -> bool:
+    """Whether a step may write into tensors just made, and run torch's fused kernels of its derivatives."""
+    given = [t for t in tensors if t is not None]
+    return fused(*given) and not any(t.is_complex() for t in given)
+
+
+def through_sigmoid(v: Tensor, s: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return v · s(1 - s): a gradient, or a factor of one, from a sigmoid's output to its input.
+
+    Args:
+        v: Gradient of the output.
+        s: The output.
+        out: Where to write it, for a caller that is :func:`eager`.
+    """
+    if out is not None:
+        return torch.ops.aten.sigmoid_backward.grad_input(v, s, grad_input=out)
+    return torch.ops.aten.sigmoid_backward(v, s) if eager(v, s) else v * (s * (1 - s))
+
+
+def through_tanh(v: Tensor, t: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return v · (1 - t²): the same for tanh."""
+    if out is not None:
+        return torch.ops.aten.tanh_backward.grad_input(v, t, grad_input=out)
+    return torch.ops.aten.tanh_backward(v, t) if eager(v, t) else v * (1 - t * t)
+
+
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return the sum of what is there."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def total(terms: Iterable[Tensor | None], otherwise: Tensor) -> Tensor:
+    """Return the sum of the terms that are there, or zeros like ``otherwise``."""
+    found = [t for t in terms if t is not None]
+    return sum(found[1:], found[0]) if found else torch.zeros_like(otherwise)
+
+
+def affine_gradients(
+    needed: Sequence[bool], d_x: Tensor, d_h: Tensor, x: Tensor, h: Tensor | None, w_ih: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, W_ih, W_hh, b_ih, b_hh where they are needed: one product each over all steps."""
+    need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh = needed
+    return (
+        d_x @ w_ih if need_x else None,  # (2)
+        d_x.mT @ x if need_w_ih else None,
+        d_h.mT @ h if need_w_hh and h is not None else None,  # (3)
+        d_x.sum(0) if need_b_ih else None,
+        d_h.sum(0)
+        if need_b_hh
+        else None,  # where it is d_x's, still a tensor of its own: each may be scaled in place
+    )
+
+
+def affine_tangents(
+    x: Tensor, h: Tensor, w_ih: Tensor, tangents: Sequence[Tensor | None], rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the tangents of a_x and, all but the part of the state's own tangent, of a_h; of the shape of ``rows``."""
+    tangent_x, tangent_w_ih, tangent_w_hh, tangent_b_ih, tangent_b_hh = tangents
+    of_x = total(
+        (
+            None if tangent_x is None else tangent_x @ w_ih.mT,
+            None if tangent_w_ih is None else x @ tangent_w_ih.mT,
+            None if tangent_b_ih is None else tangent_b_ih.expand_as(rows),
+        ),
+        rows,
+    )
+    of_h = total(
+        (
+            None if tangent_w_hh is None else h @ tangent_w_hh.mT,
+            None if tangent_b_hh is None else tangent_b_hh.expand_as(rows),
+        ),
+        rows,
+    )
+    return of_x, of_h
+
+
+def conjugate(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return the tensors' conjugates: a gradient meets the conjugate of the derivative."""
+    return tuple(None if t is None else t.conj() for t in tensors)
+
+
+def factors(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return what the gradients are multiplied by: conjugates, and their infinities at the largest number.
+
+    A unit that an infinity saturates has the gradient 0, which times that infinity would be NaN; its limit is 0.
+    """
+
+    def factor(t: Tensor | None) -> Tensor | None:
+        if t is None or t.is_complex():
+            return t if t is None else t.conj()
+        largest = torch.finfo(t.dtype).max
+        return t.clamp(-largest, largest)
+
+    return tuple(factor(t) for t in tensors)
+
+
+def dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """Return the dtype of each tensor."""
+    return tuple(None if t is None else t.dtype for t in tensors)
+
+
+def cast(tensors: Iterable[Tensor | None], to: Iterable[torch.dtype | None]) -> tuple[Any, ...]:
+    """Return each tensor in its dtype: the one rounding of half precision."""
+    return tuple(
+        t if t is None or dtype is None else t.to(dtype)
+        for t, dtype in zip(tensors, to, strict=True)
+    )

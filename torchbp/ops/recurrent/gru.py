@@ -1,0 +1,362 @@
+r"""GRU: h_t = (1 - z_t) n_t + z_t h_{t-1}, with reset gate r, update gate z and candidate n, elementwise products.
+
+    r_t = σ(x_t W_irᵀ + b_ir + h_{t-1} W_hrᵀ + b_hr)
+    z_t = σ(x_t W_izᵀ + b_iz + h_{t-1} W_hzᵀ + b_hz)
+    q_t =                      h_{t-1} W_hnᵀ + b_hn
+    n_t = tanh(x_t W_inᵀ + b_in + r_t q_t)
+
+Derivation, for one sequence; a^r, a^z, a^n are the arguments of σ and tanh; all derivatives are of h_t:
+    k^n = ∂h/∂a^n = (1 - z)(1 - n²)              k^z = ∂h/∂a^z = (h_{t-1} - n) z(1 - z)
+    k^q = ∂h/∂q   = k^n r                        k^r = ∂h/∂a^r = k^n q r(1 - r)                (1)
+    the gradient of all that follows, from the last step to the first; ḡ_t comes in for h_t:
+    g_t = ḡ_t + g_{t+1} z_{t+1} + d_{t+1} · W_hh,   d_t = g_t (k^r, k^z, k^q)_t                (2)
+    x, the weights and the biases: from the d_t of all steps at once (``_recurrence.py``), where what comes by x
+    has g_t k^n instead of g_t k^q                                                            (3)
+    gradients of the gates themselves, which only a second derivative brings, come in as
+    e^n = ḡ^n (1 - n²),   e^z = ḡ^z z(1 - z),   e^q = ḡ^q + e^n r,   e^r = (ḡ^r + e^n q) r(1 - r)     (4)
+    forward mode, from the first step to the last, with tangents of a^r, a^z, q and of x W_inᵀ + b_in as t:
+    tangent_n = (1 - n²)(t^n + tangent_r q + r t^q),
+    tangent_h_t = (1 - z) tangent_n + tangent_z (h_{t-1} - n) + z tangent_h_{t-1}             (5)
+
+Saves:
+    float32 and wider: x, h_0, the weights, y, the gates r, z, n, and q: five times 4 bytes a unit
+    and step, besides x.
+    bfloat16, float16: what came in alone; the states are made again in float32, which is how they were made at first.
+
+Edge values:
+    z → 1 keeps the state, and all of its gradient.   NaN gives NaN from its step on.
+
+Sources:
+    Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation", 2014,
+    arXiv:1406.1078; with r applied after the product, as in cuDNN.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+from torch.nn.utils.rnn import PackedSequence
+
+from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, public
+from torchbp.ops._op import Op
+from torchbp.ops._samples import Make, Sample
+from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
+from torchbp.ops.recurrent._recurrence import (
+    Sizes,
+    advance,
+    affine_gradients,
+    affine_tangents,
+    before,
+    cast,
+    conjugate,
+    dtypes,
+    eager,
+    factors,
+    first,
+    join,
+    through_sigmoid,
+    through_tanh,
+    walk,
+    wide,
+    without_autocast,
+)
+from torchbp.ops.recurrent._samples import (
+    cell_benchmark,
+    cell_errors,
+    cell_samples,
+    cell_saved_bytes,
+    layer_samples,
+    rounded_once,
+)
+
+__all__ = ["GRU", "GRUCell", "GRUFunction", "gru_cell"]
+
+
+class GRUFunction(Function):
+    """One layer in one direction, with backpropagation through time written by hand.
+
+    Call it through :func:`gru_cell` or :class:`GRU`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,  # (R, I); the rows of all steps: see _recurrence.py
+        h0: Tensor,  # (N, H)
+        w_ih: Tensor,  # (3H, I)
+        w_hh: Tensor,  # (3H, H)
+        b_ih: Tensor | None,  # (3H,)
+        b_hh: Tensor | None,
+        sizes: Sizes,
+        reverse: bool,
+    ) -> tuple[Tensor, ...]:  # y (R, H), h_n (N, H), (r, z, n) (R, 3H), q (R, H)
+        tensors = wide(x, h0, w_ih, w_hh, b_ih, b_hh)
+        y, h_n, gates, q = _states(*tensors, sizes=sizes, reverse=reverse)
+        dtype = torch.promote_types(x.dtype, h0.dtype)  # under autocast the state keeps its own
+        return y.to(dtype), h_n.to(dtype), gates, q
+
+    @staticmethod
+    def setup_context(
+        ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> None:
+        *tensors, ctx.sizes, ctx.reverse = inputs
+        x, h0, w_ih, w_hh, *_ = tensors
+        y, h_n, gates, q = output
+        ctx.half, ctx.device = is_half(x), x.device.type
+        ctx.dtypes, ctx.state_dtype = dtypes(*tensors), h_n.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_forward(*tensors, y, gates, q)
+        if ctx.half:
+            ctx.save_for_backward(*tensors, None, None, None)
+            return
+        need_x, need_h0, need_w_ih, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_w_ih else None,
+            h0,
+            w_ih if need_x else None,
+            w_hh if need_h0 or len(ctx.sizes) > 1 else None,
+            *(None, None),
+            y if len(ctx.sizes) > 1 else None,
+            *(gates, q),
+        )
+
+    @staticmethod
+    def backward(
+        ctx: Context,
+        grad_y: Tensor | None,
+        grad_h_n: Tensor | None,
+        grad_gates: Tensor | None,
+        grad_q: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        sizes, reverse = ctx.sizes, ctx.reverse
+        need_x, need_h0, *need_weights = ctx.needs_input_grad[:6]
+        with without_autocast(ctx.device):
+            *given, y, gates, q = _saved(ctx)
+            (x, h0, w_ih, w_hh), (y, gates, q) = factors(*given), conjugate(y, gates, q)
+            grad_y, carried = wide(grad_y, grad_h_n)
+            if carried is None:
+                carried = torch.zeros_like(h0)
+            h = before(h0, y, sizes, reverse)
+            k, k_n = _slopes(h, gates, q)
+            e, e_n = _second_order(grad_gates, grad_q, gates, q)
+            z = gates.chunk(3, 1)[1]
+            back = not reverse
+            write = eager(k, carried, grad_y, e)
+            steps, states = [], []
+            for k_t, z_t, grad, e_t in zip(
+                *(walk(rows, sizes, back) for rows in (k, z, grad_y, e)), strict=True
+            ):
+                g = first(carried, k_t.shape[0])
+                g = g if grad is None else g + grad
+                d = k_t.mul_(g.unsqueeze(1)) if write else k_t * g.unsqueeze(1)
+                d = d.reshape(d.shape[0], 3 * d.shape[2])
+                if e_t is not None:
+                    d = d + e_t
+                steps.append(d)
+                states.append(g)
+                if w_hh is not None:
+                    carried = advance(carried, torch.addcmul(d @ w_hh, g, z_t))  # (2)
+            wrote_all = write and e is None
+            d_h = k.reshape(k.shape[0], 3 * k.shape[2]) if wrote_all else join(steps, back)
+            d_n = join(states, back) * k_n
+            d_n = d_n if e_n is None else d_n + e_n
+            d_x = torch.cat((d_h[:, : -d_n.shape[1]], d_n), 1)
+            grad_x, *grads = affine_gradients((need_x, *need_weights), d_x, d_h, x, h, w_ih)  # (3)
+            return *cast((grad_x, carried if need_h0 else None, *grads), ctx.dtypes), None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Context, tangent_x: Tensor | None, tangent_h0: Tensor | None, *others: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        sizes, reverse = ctx.sizes, ctx.reverse
+        x, h0, w_ih, w_hh, y, gates, q = _saved(ctx)
+        tangent_x, carried, *of_weights = wide(tangent_x, tangent_h0, *others[:4])
+        h = before(h0, y, sizes, reverse)
+        a_x, a_h = affine_tangents(x, h, w_ih, (tangent_x, *of_weights), gates)
+        carried = torch.zeros_like(h0) if carried is None else carried
+        states, of_gates, of_q = [], [], []
+        for t_x, t_h, before_t, gates_t, q_t in zip(
+            *(walk(rows, sizes, reverse) for rows in (a_x, a_h, h, gates, q)), strict=True
+        ):
+            r, z, n = gates_t.chunk(3, 1)
+            held = first(carried, r.shape[0])
+            (x_r, x_z, x_n), (h_r, h_z, t_q) = t_x.chunk(3, 1), (t_h + held @ w_hh.mT).chunk(3, 1)
+            t_r, t_z = through_sigmoid(x_r + h_r, r), through_sigmoid(x_z + h_z, z)
+            t_n = through_tanh(x_n + t_r * q_t + r * t_q, n)
+            states.append((1 - z) * t_n + t_z * (before_t - n) + z * held)  # (5)
+            of_gates.append(torch.cat((t_r, t_z, t_n), 1))
+            of_q.append(t_q)
+            carried = advance(carried, states[-1])
+        found = (join(states, reverse), carried, join(of_gates, reverse), join(of_q, reverse))
+        return cast(found, (ctx.state_dtype, ctx.state_dtype, gates.dtype, q.dtype))
+
+
+def _states(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    *,
+    sizes: Sizes,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, h_n, the gates (r, z, n) side by side, and q, of every step."""
+    a_x = F.linear(x, w_ih, b_ih)
+    hidden, write = h0.shape[1], eager(a_x, h0)
+    h, states, gates, linear = h0, [], [], []
+    for a in walk(a_x, sizes, reverse):
+        held = first(h, a.shape[0])
+        a_rz, a_n = a.split((2 * hidden, hidden), 1)
+        h_rz, q = F.linear(held, w_hh, b_hh).split((2 * hidden, hidden), 1)
+        rz = a_rz.add_(h_rz).sigmoid_() if write else torch.sigmoid(a_rz + h_rz)
+        r, z = rz.chunk(2, 1)
+        n = a_n.addcmul_(r, q).tanh_() if write else torch.tanh(a_n + r * q)
+        states.append(torch.addcmul(n, z, held - n))
+        gates.append(a if write else torch.cat((rz, n), 1))
+        linear.append(q)
+        h = advance(h, states[-1])
+    kept = a_x if write else join(gates, reverse)
+    return join(states, reverse), h, kept, join(linear, reverse)
+
+
+def _slopes(h: Tensor, gates: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (k^r, k^z, k^q), (R, 3, H), and k^n, (R, H), of all steps at once."""
+    r, z, n = gates.chunk(3, 1)
+    k_n = through_tanh(1 - z, n)
+    k_r = through_sigmoid(k_n * q, r)
+    k_z = through_sigmoid(h - n, z)
+    return torch.stack((k_r, k_z, k_n * r), 1), k_n  # (1)
+
+
+def _second_order(
+    grad_gates: Tensor | None, grad_q: Tensor | None, gates: Tensor, q: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (e^r, e^z, e^q), (R, 3H), and e^n, (R, H): nothing, but under double backward."""
+    if grad_gates is None and grad_q is None:
+        return None, None
+    r, z, n = gates.chunk(3, 1)
+    grad_q = torch.zeros_like(q) if grad_q is None else grad_q
+    grad_gates = torch.zeros_like(gates) if grad_gates is None else grad_gates
+    grad_r, grad_z, grad_n = grad_gates.chunk(3, 1)
+    e_n = through_tanh(grad_n, n)
+    e_r = through_sigmoid(grad_r + e_n * q, r)
+    return torch.cat((e_r, through_sigmoid(grad_z, z), grad_q + e_n * r), 1), e_n  # (4)
+
+
+def _saved(ctx: Context) -> tuple[Any, ...]:
+    """Return x, h_0, the weights, y, the gates and q: what half precision did not keep, made again."""
+    *tensors, y, gates, q = ctx.saved_tensors
+    if ctx.half:
+        tensors = wide(*tensors)
+        y, _, gates, q = _states(*tensors, sizes=ctx.sizes, reverse=ctx.reverse)
+    return *tensors[:4], y, gates, q
+
+
+_gru = entry(GRUFunction)
+
+
+def _layer(
+    x: Tensor,
+    states: tuple[Tensor],
+    weights: Sequence[Tensor | None],
+    sizes: Sizes,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run one layer in one direction; autocast casts all but the state, as in torch."""
+    (h0,) = states
+    if torch.is_autocast_enabled(x.device.type):
+        x, *weights = in_autocast_dtype(x, *weights)
+        check_dtypes("GRU", x, weights)
+    else:
+        check_dtypes("GRU", x, (h0, *weights))
+    with without_autocast(x.device.type):
+        y, h_n, _, _ = _gru(x, h0, *weights, sizes, reverse)
+        return y, h_n
+
+
+@public
+def gru_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    r"""One step of a gated recurrent unit: :math:`h' = (1 - z) n + z h`.
+
+    With :math:`r = \sigma(x W_{ir}^T + b_{ir} + h W_{hr}^T + b_{hr})`, z likewise, and
+    :math:`n = \tanh(x W_{in}^T + b_{in} + r (h W_{hn}^T + b_{hn}))`.
+
+    Args:
+        input: x, ``(N, I)``, floating point or complex.
+        hx: h, ``(N, H)``, of the dtype of ``input``.
+        w_ih: ``(3H, I)``: the rows of r, z, n.
+        w_hh: ``(3H, H)``, likewise.
+        b_ih: ``(3H,)`` or ``None``.
+        b_hh: ``(3H,)`` or ``None``.
+
+    Returns:
+        h', ``(N, H)``.
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit.
+        IndexError: ``input`` or ``hx`` has no dimension N.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import gru_cell
+        >>> zero = torch.zeros(3, 1)
+        >>> gru_cell(torch.ones(1, 1), torch.ones(1, 1), w_ih=zero, w_hh=zero)
+        tensor([[0.5000]])
+    """
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    check_cell("gru_cell", 3, input, (hx,), weights)
+    return _layer(input, (hx,), weights, (input.shape[0],), False)[0]
+
+
+class GRU(nn.GRU):
+    """:func:`gru_cell` over whole sequences, in layers and directions.
+
+    On a GPU every step is launched by itself, where torch's own layer runs cuDNN's kernel for all of them.
+    """
+
+    __module__ = "torchbp.nn"
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        return layers(_layer, self, input, hx)
+
+
+class GRUCell(nn.GRUCell):
+    """Module form of :func:`gru_cell`; the state is zeros by default."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return cell(gru_cell, self, input, hx, states=1)
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield from layer_samples(make, GRU)
+    yield GRUCell, Sample((3, 5)), Sample((make.normal(4, 3), make.normal(4, 5)))
+    yield GRUCell, Sample((3, 5), {"bias": False}), Sample((make.normal(3),), name="one-sequence")
+
+
+OP = Op(
+    function=gru_cell,
+    modules=(GRU, GRUCell),
+    reference=rounded_once(torch.gru_cell),
+    samples=cell_samples(3, 1),
+    module_samples=_module_samples,
+    errors=cell_errors(3, 1),
+    saved_bytes=cell_saved_bytes(4, reads_h=True),
+    benchmark=cell_benchmark(3, 1),
+)
