@@ -12,11 +12,17 @@ from torchbp.ops._samples import Make, Sample
 HALF = (torch.bfloat16, torch.float16)
 
 
+def twin(cls):
+    """Return torch's class of the name, or the class itself where torch has none."""
+    return getattr(torch.nn, cls.__name__, cls)
+
+
 class Case:
     """One sample of one op, made anew in any dtype; ``reference`` is torch's function on the same arguments.
 
-    A random op is made a function by seeding it at each call; its reference multiplies by the mask that the same seed
-    draws over ones, so it is independent of what the op does to its values, gradients included.
+    A random op is made a function by seeding it at each call. Its reference draws the same after the same seed; where
+    it declares none, it multiplies by what the same seed draws over ones. So it is independent of what the op does to
+    its values, gradients included.
     """
 
     def __init__(self, op: Op, index: int) -> None:
@@ -34,7 +40,9 @@ class Case:
         return self.op.function(*args, **kwargs)
 
     def reference(self, x, *args, **kwargs):
-        if not self.op.random:
+        if self.op.random:
+            torch.manual_seed(1)
+        if self.op.reference is not None:
             return self.op.reference(x, *args, **kwargs)
         return x * self.function(torch.ones_like(x), *args, **kwargs)
 

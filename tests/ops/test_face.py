@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import torchbp
+from tests.ops.conftest import twin
 from torchbp.ops._samples import Make
 
 
@@ -17,7 +18,7 @@ def twins(constructed):
     """The module and torch's, made with the same arguments after the same seed, and an input."""
     op, i = constructed
     cls, ctor, inputs = list(op.module_samples(Make(torch.float32)))[i]
-    theirs = getattr(torch.nn, cls.__name__)
+    theirs = twin(cls)
     torch.manual_seed(0)
     ours = cls(*ctor.args, **ctor.kwargs)
     torch.manual_seed(0)
@@ -26,7 +27,7 @@ def twins(constructed):
 
 def test_signature(op):
     """Names, order, defaults and kinds of torch's arguments; extras are keyword-only."""
-    theirs = getattr(torch.nn.functional, op.name)
+    theirs = getattr(torch.nn.functional, op.name, op.reference)
     try:
         wanted = inspect.signature(theirs).parameters
     except ValueError:  # a builtin: torch.nn.functional.linear says its signature in its docstring
@@ -45,7 +46,7 @@ def test_signature(op):
 def test_wrong_arguments(wrong):
     op, i = wrong
     sample = list(op.errors(Make()))[i]
-    reference = op.reference or getattr(torch.nn.functional, op.name)
+    reference = getattr(torch.nn.functional, op.name, op.reference)
     with pytest.raises(Exception) as theirs:  # noqa: PT011  # the type is what is compared
         reference(*sample.args, **sample.kwargs)
     with pytest.raises(Exception) as ours:  # noqa: PT011
@@ -59,7 +60,11 @@ def test_public_names(op):
     assert pickle.loads(pickle.dumps(op.function)) is op.function
     for module in op.modules:
         assert getattr(torchbp.nn, module.__name__) is module
-        assert issubclass(module, getattr(torch.nn, module.__name__))
+        assert module.__module__ == "torchbp.nn"
+        if twin(module) is module:  # beyond torch
+            assert issubclass(module, torch.nn.Module)
+            continue
+        assert issubclass(module, twin(module))
         own = set(vars(module)) - {"__module__", "__doc__", "forward"}
         own -= {"__firstlineno__", "__static_attributes__", "__annotations__"}
         assert not own, "a Module overrides forward only"
@@ -103,7 +108,7 @@ def test_module_value_and_gradient(constructed):
     results = []
     for module in (ours, theirs):
         args = [t.detach().clone() for t in inputs.args]
-        if not getattr(module, "inplace", False):
+        if not getattr(module, "inplace", False) and args[0].is_floating_point():
             args[0].requires_grad_()
         y = module(*args)
         if y.requires_grad:
@@ -137,26 +142,29 @@ def test_module_copies_and_pickles(constructed):
     buffer = io.BytesIO()
     torch.save(ours, buffer)
     buffer.seek(0)
-    for twin in (
+    for other in (
         copy.deepcopy(ours),
         pickle.loads(pickled),
         torch.load(buffer, weights_only=False),
     ):
-        assert type(twin) is type(ours)
-        torch.testing.assert_close(twin(*copy.deepcopy(args)), want)
+        assert type(other) is type(ours)
+        torch.testing.assert_close(other(*copy.deepcopy(args)), want)
 
 
 def test_inplace_as_in_torch(op):
     """``inplace=True`` writes the result where torch writes it, with torch's gradient; a leaf raises as in torch."""
     if "inplace" not in inspect.signature(op.function).parameters:
         pytest.skip("no inplace form")
-    leaf = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    shape = next(iter(op.samples(Make()))).args[0].shape
+    leaf = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    arguments = inspect.signature(op.function).parameters
+    active = {"training": True} if "training" in arguments else {}
     for view in (lambda t: t, lambda t: t[1:], lambda t: t.mT):
         results = []
         for inplace in (False, True):
             torch.manual_seed(1)
             x = leaf * 1
-            y = op.function(view(x), inplace=inplace)
+            y = op.function(view(x), inplace=inplace, **active)
             if inplace:
                 assert y.data_ptr() == view(x).data_ptr()
                 assert torch.equal(view(x), y)
@@ -167,10 +175,10 @@ def test_inplace_as_in_torch(op):
         torch.testing.assert_close(y, z)
         torch.testing.assert_close(g, h)
     with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
-        op.function(leaf, inplace=True)
+        op.function(leaf, inplace=True, **active)
     with torch.no_grad():
         data = leaf.detach().clone()
-        assert op.function(data, inplace=True) is data
+        assert op.function(data, inplace=True, **active) is data
 
 
 def test_module_to_dtype(constructed):

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from pkgutil import walk_packages
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchbp import ops
+from torchbp.ops._function import is_half
 from torchbp.ops._samples import Make, Sample
 
-__all__ = ["Op", "all_ops"]
+__all__ = ["Op", "all_ops", "rounded_once"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,8 @@ class Op:
     Attributes:
         function: The public function.
         modules: The Module forms.
-        reference: A function of the same signature, torch's own, that ``function`` must equal.
+        reference: A function of the same signature that ``function`` must equal: torch's own, or where torch has none
+            of that name (or not the exact derivative), a plain composition of torch's ops.
         samples: Right inputs, in every way the op can be called.
         module_samples: Constructor arguments of each Module worth a test, with an input for it.
         errors: Wrong inputs: ``function`` must raise what ``reference`` raises on them.
@@ -30,7 +33,8 @@ class Op:
         benchmark: One input of about ``n`` elements.
         elementwise: Whether output element i depends on input element i of the first argument only; edge values are
             then tested one by one.
-        random: Whether it draws random numbers. ``reference`` is then ``None``: the test makes one from the drawn mask.
+        random: Whether it draws random numbers. ``reference`` then draws the same after the same seed; where it is
+            ``None``, the test makes one from the drawn mask.
         fused: What runs the backward in plain eager mode: ``""`` for the formula, else the fused kernel's name.
     """
 
@@ -55,6 +59,26 @@ class Op:
         return f"Op({self.name})"
 
 
+def rounded_once(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return ``reference`` in float32 for half precision, rounded at the end.
+
+    For ops that torch does not have in half precision, or where it loses more than a rounding by rounding each step.
+    """
+
+    @wraps(reference)
+    def function(*args: Any, **kwargs: Any) -> Tensor:
+        if not is_half(args[0]):
+            return reference(*args, **kwargs)
+        wide = [a.float() if isinstance(a, Tensor) and is_half(a) else a for a in args]
+        kwargs = {
+            k: a.float() if isinstance(a, Tensor) and is_half(a) else a for k, a in kwargs.items()
+        }
+        y = reference(*wide, **kwargs)
+        return y if torch.is_autocast_enabled(y.device.type) else y.to(args[0].dtype)
+
+    return function
+
+
 @cache
 def all_ops() -> dict[str, Op]:
     """Return every op by name, read from the folder's files; sorted by folder and name."""
@@ -62,7 +86,7 @@ def all_ops() -> dict[str, Op]:
     for info in walk_packages(ops.__path__, f"{ops.__name__}."):
         if any(part.startswith("_") for part in info.name.split(".")) or ".kernels" in info.name:
             continue
-        op: Any = getattr(import_module(info.name), "OP", None)
-        if op is not None:
-            found[op.name] = op
+        module: Any = import_module(info.name)
+        ops_of_file = getattr(module, "OPS", None) or (getattr(module, "OP", None),)
+        found.update((op.name, op) for op in ops_of_file if op is not None)
     return found
