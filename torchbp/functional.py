@@ -16,6 +16,8 @@ from torchbp.ops.dropout.channel_dropout import dropout1d as dropout1d
 from torchbp.ops.dropout.channel_dropout import dropout2d as dropout2d
 from torchbp.ops.dropout.channel_dropout import dropout3d as dropout3d
 from torchbp.ops.dropout.dropout import dropout as dropout
+from torchbp.ops.linear.bilinear import bilinear as bilinear
+from torchbp.ops.linear.embedding import embedding as embedding
 from torchbp.ops.linear.linear import linear as linear
 from torchbp.ops.losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from torchbp.ops.losses.cross_entropy import cross_entropy as cross_entropy

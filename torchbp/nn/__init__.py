@@ -19,6 +19,8 @@ from torchbp.ops.dropout.channel_dropout import Dropout1d as Dropout1d
 from torchbp.ops.dropout.channel_dropout import Dropout2d as Dropout2d
 from torchbp.ops.dropout.channel_dropout import Dropout3d as Dropout3d
 from torchbp.ops.dropout.dropout import Dropout as Dropout
+from torchbp.ops.linear.bilinear import Bilinear as Bilinear
+from torchbp.ops.linear.embedding import Embedding as Embedding
 from torchbp.ops.linear.linear import Linear as Linear
 from torchbp.ops.losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss as BCEWithLogitsLoss
 from torchbp.ops.losses.cross_entropy import CrossEntropyLoss as CrossEntropyLoss

@@ -199,9 +199,9 @@ def _reference(one_for: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 def _samples_of_both(make: Make) -> Iterator[Sample]:
-    for dims in ((3, 4), (2, 3, 2), (2, 3, 2, 2), (0, 3, 2)):
+    for dims in ((3, 4), (2, 3, 2, 2), (0, 3, 2)):
         yield Sample((make.normal(*dims), 0.5, True), name="x".join(map(str, dims)))
-    for p in (0.1, 0.9, 1.0, 0.0):
+    for p in (0.1, 1.0):
         yield Sample((make.normal(3, 4), p, True), name=f"p{p}")
     yield Sample((make.normal(3, 4),), name="eval")
 
