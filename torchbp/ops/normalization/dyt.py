@@ -62,7 +62,9 @@ class DyTFunction(Function):
         need_x, need_alpha, need_weight, need_bias = ctx.needs_input_grad
         grad_x = grad_alpha = grad_weight = grad_bias = None
         g, wide = widened(grad_y), widened(x)
-        z = torch.tanh(wide * alpha)
+        in_place = fused(grad_y, x)
+        z = wide * alpha
+        z = z.tanh_() if in_place else z.tanh()
         if need_weight:
             grad_weight = (g * z).sum_to_size(weight.shape).to(weight.dtype)  # (3)
         if need_bias:
@@ -70,10 +72,10 @@ class DyTFunction(Function):
             grad_bias = g.sum_to_size(bias_shape).to(bias_dtype)  # (4)
         if need_x or need_alpha:
             s = g if weight is None else g * weight
-            if fused(grad_y, x):
+            if in_place:
                 s = torch.ops.aten.tanh_backward(s, z)
                 if need_alpha:
-                    grad_alpha = torch.mul(s, x, out=z).sum().reshape(alpha.shape)  # (2)
+                    grad_alpha = torch.dot(s.reshape(-1), x.reshape(-1)).reshape(alpha.shape)  # (2)
                 grad_x = s.mul_(alpha) if need_x else None  # (1)
             else:
                 s = s * (1 - z * z)

@@ -87,7 +87,7 @@ def _tangent(t: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: floa
 
 
 def _divisor(x: Tensor, size: int, alpha: float, k: float) -> Tensor:
-    return _window_sum(x * x, size) * (alpha / size) + k
+    return _window_sum(x * x, size).mul_(alpha / size).add_(k)
 
 
 def _power(n: Tensor, beta: float) -> Tensor:
@@ -104,10 +104,12 @@ def _window_sum(t: Tensor, size: int, mirrored: bool = False) -> Tensor:
     if mirrored:
         before, after = after, before
     channels = t.shape[1]
-    padded = F.pad(t, (*(0, 0) * (t.dim() - 2), before, after))
-    total = padded.narrow(1, 0, channels)
-    for shift in range(1, size):
-        total = total + padded.narrow(1, shift, channels)
+    total = t.clone()
+    for offset in range(max(-before, 1 - channels), min(after, channels - 1) + 1):
+        if offset:
+            count = channels - abs(offset)
+            part = total.narrow(1, max(0, -offset), count)
+            part.add_(t.narrow(1, max(0, offset), count))
     return total
 
 
