@@ -30,6 +30,7 @@ from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.normalization._group_rows import grouped, rows_backward, rows_forward
 from torchbp.ops.normalization._standardize import (
     along_channels,
     channel_sum,
@@ -50,6 +51,8 @@ class GroupNormFunction(Function):
     def forward(  # (N, C, *), (C,), (C,) -> (N, C, *); mean, rstd: (N, G)
         x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if x.dim() == 2 and not is_half(x):
+            return rows_forward(x, groups, weight, bias, eps)
         if is_half(x):  # else the kernel would round mean and deviation before they are used
             weight = torch.ones(x.shape[1], device=x.device) if weight is None else weight.float()
             bias = torch.zeros_like(weight) if bias is None else bias.float()
@@ -83,6 +86,10 @@ class GroupNormFunction(Function):
             return None, None, None, None, None
         x, weight, mean, rstd = ctx.saved_tensors
         need_x, _, need_weight, need_bias, _ = ctx.needs_input_grad
+        if x is not None and x.dim() == 2 and fused(grad_y, x):
+            needs = (need_x, need_weight, need_bias)
+            grad_x, grad_weight, grad_bias = rows_backward(grad_y, x, weight, mean, rstd, needs)
+            return grad_x, None, grad_weight, grad_bias, None
         if x is not None and x.numel() and fused(grad_y, x) and not (need_bias and weight is None):
             dense = _centred(_dense(x), mean, ctx.groups)
             dense = (*dense, rstd, None if weight is None else weight.contiguous())
@@ -95,10 +102,10 @@ class GroupNormFunction(Function):
         grad_x = grad_weight = grad_bias = None
         g = widened(grad_y)
         if x is not None:
-            normalized, r = standardize(_grouped(x, ctx.groups), (2,), ctx.eps)
+            normalized, r = standardize(grouped(x, ctx.groups), (2,), ctx.eps)
             if need_x:
                 s = g if weight is None else g * along_channels(weight, g)
-                grad_x = project(_grouped(s, ctx.groups), normalized, r, (2,))  # (1)
+                grad_x = project(grouped(s, ctx.groups), normalized, r, (2,))  # (1)
                 grad_x = grad_x.reshape(g.shape).to(grad_y.dtype)
             if need_weight:
                 grad_weight = channel_sum(g * normalized.reshape(g.shape)).to(weight_dtype)  # (2)
@@ -116,10 +123,10 @@ class GroupNormFunction(Function):
         _eps: None,
     ) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        normalized, r = standardize(_grouped(x, ctx.groups), (2,), ctx.eps)
+        normalized, r = standardize(grouped(x, ctx.groups), (2,), ctx.eps)
         tangent_y = torch.zeros_like(normalized).reshape(x.shape)  # (4)
         if tangent_x is not None:
-            t = project(_grouped(widened(tangent_x), ctx.groups), normalized, r, (2,))
+            t = project(grouped(widened(tangent_x), ctx.groups), normalized, r, (2,))
             t = t.reshape(x.shape)
             tangent_y = tangent_y + (t if weight is None else t * along_channels(weight, x))
         if tangent_weight is not None:
@@ -132,11 +139,6 @@ class GroupNormFunction(Function):
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], math.prod(x.shape[2:])
-
-
-def _grouped(x: Tensor, groups: int) -> Tensor:  # (N, C, *) -> (N, G, D)
-    n, channels, positions = _sizes(x)
-    return x.reshape(n, groups, channels // groups * positions)
 
 
 def _dense(x: Tensor) -> Tensor:
