@@ -93,7 +93,7 @@ def test_one_gradient_at_a_time(case):
     for i, t in enumerate(tensors):
         alone = [u if u is t else u.detach() for u in tensors]
         y = f(*alone)
-        v = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        v = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
         (grad,) = torch.autograd.grad(y, t, v)
         torch.testing.assert_close(grad, together[i], rtol=1e-9, atol=1e-12)
 

@@ -56,7 +56,9 @@ def test_signature(op):
 def test_wrong_arguments(wrong):
     op, i = wrong
     sample = list(op.errors(Make()))[i]
-    reference = op.reference or getattr(torch.nn.functional, op.name)
+    reference = op.reference
+    if op.random:  # the reference of the values, if any, draws our mask
+        reference = getattr(torch.nn.functional, op.name, reference)
     with pytest.raises(Exception) as theirs:  # noqa: PT011  # the type is what is compared
         reference(*sample.args, **sample.kwargs)
     with pytest.raises(Exception) as ours:  # noqa: PT011
@@ -170,13 +172,16 @@ def test_inplace_as_in_torch(op):
     """``inplace=True`` writes the result where torch writes it, with torch's gradient; a leaf raises as in torch."""
     if "inplace" not in inspect.signature(op.function).parameters:
         pytest.skip("no inplace form")
-    leaf = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    shape = next(iter(op.samples(Make()))).args[0].shape
+    leaf = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    arguments = inspect.signature(op.function).parameters
+    active = {"training": True} if "training" in arguments else {}
     for view in (lambda t: t, lambda t: t[1:], lambda t: t.mT):
         results = []
         for inplace in (False, True):
             torch.manual_seed(1)
             x = leaf * 1
-            y = op.function(view(x), inplace=inplace)
+            y = op.function(view(x), inplace=inplace, **active)
             if inplace:
                 assert y.data_ptr() == view(x).data_ptr()
                 assert torch.equal(view(x), y)
@@ -187,10 +192,10 @@ def test_inplace_as_in_torch(op):
         torch.testing.assert_close(y, z)
         torch.testing.assert_close(g, h)
     with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
-        op.function(leaf, inplace=True)
+        op.function(leaf, inplace=True, **active)
     with torch.no_grad():
         data = leaf.detach().clone()
-        assert op.function(data, inplace=True) is data
+        assert op.function(data, inplace=True, **active) is data
 
 
 def test_module_to_dtype(constructed):

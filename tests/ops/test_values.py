@@ -13,18 +13,26 @@ from torchbp.ops._samples import EDGES
 ENGINES = {"fused": nullcontext, "formula": formula_only}  # what may run a backward
 
 
-def gradients(function, tensors, seed=0) -> list[Tensor | None]:
+def gradients(function, tensors) -> list[Tensor | None]:
     y = function(*tensors)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(7)  # not that of Make: v would be x
     v = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
     return list(torch.autograd.grad(y, tensors, v, allow_unused=True)) if tensors else []
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 def test_forward_equals_torch(case, dtype):
+    """Torch's values; in half precision those that torch has in float64, since torch itself may round on the way."""
     ours, theirs = case.call(case.sample(dtype)), case.call_reference(case.sample(dtype))
     assert ours.dtype == theirs.dtype
-    torch.testing.assert_close(ours, theirs, equal_nan=True, check_stride=True)
+    assert ours.stride() == theirs.stride()
+    if dtype in HALF:
+        exact = with_args(case.sample(dtype), lambda t: widened(t) if t.is_floating_point() else t)
+        theirs = case.call_reference(exact).to(theirs.dtype)
+        two_units = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-5}
+        torch.testing.assert_close(ours, theirs, equal_nan=True, **two_units)
+    else:
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -86,7 +94,10 @@ def test_complex_and_integer_inputs_as_in_torch(first):
             f, tensors = first.of_tensors(changed)
             g, _ = first.of_tensors(changed, first.reference)
             v = torch.randn_like(theirs)
-            want = torch.autograd.grad(g(*tensors), tensors, v)
+            try:
+                want = torch.autograd.grad(g(*tensors), tensors, v)
+            except RuntimeError:  # torch has the value, but no gradient
+                continue
             for engine in ENGINES.values():
                 with engine():
                     ours = torch.autograd.grad(f(*tensors), tensors, v)

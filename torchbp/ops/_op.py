@@ -25,7 +25,8 @@ class Op:
         function: The public function; the cell's, where torch has none for the whole recurrent layer. Of an output of
             several tensors the tests make one, side by side.
         modules: The Module forms.
-        reference: A function of the same signature, torch's own, that ``function`` must equal.
+        reference: A function of the same signature that ``function`` must equal: torch's own, or where torch has none
+            of that name (or not the exact derivative), a plain composition of torch's ops.
         samples: Right inputs, in every way the op can be called.
         module_samples: Constructor arguments of each Module worth a test, with an input for it.
         errors: Wrong inputs: ``function`` must raise what ``reference`` raises on them.
@@ -33,7 +34,8 @@ class Op:
         benchmark: One input of about ``n`` elements.
         elementwise: Whether output element i depends on input element i of the first argument only; edge values are
             then tested one by one.
-        random: Whether it draws random numbers. ``reference`` is then ``None``: the test makes one from the drawn mask.
+        random: Whether it draws random numbers. ``reference`` then draws the same after the same seed; where it is
+            ``None``, the test makes one from the drawn mask.
         other_gradient: Why torch's gradient is not the derivative, where it is not; a test of its own compares then.
         fused: What runs the backward in plain eager mode: ``""`` for the formula, else the fused kernel's name.
     """
@@ -91,7 +93,6 @@ def all_ops() -> dict[str, Op]:
         if any(part.startswith("_") for part in info.name.split(".")) or ".kernels" in info.name:
             continue
         module: Any = import_module(info.name)
-        for op in getattr(module, "OPS", None) or (getattr(module, "OP", None),):
-            if op is not None:
-                found[op.name] = op
+        ops_of_file = getattr(module, "OPS", None) or (getattr(module, "OP", None),)
+        found.update((op.name, op) for op in ops_of_file if op is not None)
     return found

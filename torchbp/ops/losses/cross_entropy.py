@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, is_half, public, scale_fresh
+from torchbp.ops._function import Context, entry, fused, is_half, public, scale_fresh
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import named, spread
 from torchbp.ops._samples import Make, Sample, square, stored

@@ -1,8 +1,7 @@
 r"""Layer normalization: y = x̂ · w + b with x̂ = (x - μ) · r, over the last dimensions ("normalized_shape", D elements).
 
-Derivation, for one row; μ = mean(x), v = mean((x - μ)²), r = 1/√(v + ε):
-    ∂μ/∂x_i = 1/D,   ∂v/∂x_i = 2 (x_i - μ)/D,   ∂r/∂x_i = -r³ (x_i - μ)/D = -r² x̂_i/D
-    ∂x̂_j/∂x_i = r (δ_ij - 1/D) - r x̂_i x̂_j/D
+Derivation, for one row; μ = mean(x), v = mean((x - μ)²), r = 1/√(v + ε)
+    (∂x̂/∂x: _standardize.py),
     with s = grad_y · w, the gradient of x̂:
     grad_x  = r · (s - mean(s) - x̂ · mean(s · x̂))                                            (1)
     grad_w  = Σ over rows of grad_y · x̂                                                       (2)
@@ -31,6 +30,7 @@ from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops._samples import square as _square
+from torchbp.ops.normalization._standardize import project, standardize, widened
 
 __all__ = ["LayerNorm", "LayerNormFunction", "layer_norm"]
 
@@ -91,11 +91,11 @@ class LayerNormFunction(Function):
 
         grad_x = grad_weight = grad_bias = None
         dims = tuple(range(-len(ctx.shape), 0))
-        g = grad_y.float() if is_half(grad_y) else grad_y
-        normalized, r = _normalize(x, dims, ctx.eps)
+        g = widened(grad_y)
+        normalized, r = standardize(x, dims, ctx.eps)
         if need_x:
             s = g if weight is None else g * weight
-            grad_x = _project(s, normalized, r, dims).to(x.dtype)  # (1)
+            grad_x = project(s, normalized, r, dims).to(x.dtype)  # (1)
         if need_weight:
             grad_weight = (g * normalized).sum_to_size(ctx.shape).to(weight.dtype)  # (2)
         if need_bias:
@@ -113,31 +113,16 @@ class LayerNormFunction(Function):
     ) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
         dims = tuple(range(-len(ctx.shape), 0))
-        normalized, r = _normalize(x, dims, ctx.eps)
+        normalized, r = standardize(x, dims, ctx.eps)
         tangent_y = torch.zeros_like(normalized)  # (4)
         if tangent_x is not None:
-            t = tangent_x.float() if is_half(tangent_x) else tangent_x
-            t = _project(t, normalized, r, dims)
+            t = project(widened(tangent_x), normalized, r, dims)
             tangent_y = tangent_y + (t if weight is None else t * weight)
         if tangent_weight is not None:
             tangent_y = tangent_y + normalized * tangent_weight
         if tangent_bias is not None:
             tangent_y = tangent_y + tangent_bias
         return tangent_y.to(x.dtype), None, None
-
-
-def _normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
-    """Return x̂ and r; half precision in float32."""
-    x = x.float() if is_half(x) else x
-    centred = x - x.mean(dims, keepdim=True)
-    r = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
-    return centred * r, r
-
-
-def _project(s: Tensor, normalized: Tensor, r: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Apply ∂x̂/∂x, which is symmetric, to ``s``: takes out what the mean and the scale absorb."""
-    along = (s * normalized).mean(dims, keepdim=True)
-    return r * (s - s.mean(dims, keepdim=True) - normalized * along)
 
 
 _layer_norm = entry(LayerNormFunction)

@@ -1,0 +1,374 @@
+r"""Batch normalization: y = x̂ · w + b with x̂ = (x - μ) · r, r = 1/√(v + ε), each channel by itself.
+
+μ and v are those of the batch (training), over D = N · L elements a channel, or the running ones m and u (evaluation).
+
+Derivation, for one channel:
+    evaluation: m and u are constants,
+        grad_x = r · w · grad_y                                                               (1)
+    training: μ and v depend on x (∂x̂/∂x: _standardize.py); with s = grad_y · w, the gradient of x̂,
+        grad_x = r · (s - mean(s) - x̂ · mean(s · x̂))                                         (2)
+    grad_w = Σ grad_y · x̂                                                                     (3)
+    grad_b = Σ grad_y                                                                         (4)
+    tangent_y = w · t + x̂ · tangent_w + tangent_b, t = r · tangent_x or (2) with s = tangent_x     (5)
+
+Saves:
+    Training: x (4 bytes per float32 element), w, and μ and r, one of each a channel, which only the fused kernel uses.
+    Half precision: x (2 bytes) and w alone; statistics and sums are made again in float32.
+    Evaluation: w and u; x and m only where w needs a gradient: frozen, 0 bytes an element.
+
+Edge values:
+    A constant channel: x̂ = 0, r = 1/√ε.   ±inf or NaN: NaN in that channel.   No elements: y is empty, statistics stay.
+
+Sources:
+    Ioffe, Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+    2015, arXiv:1502.03167.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from torchbp.ops._errors import shape, wrong
+from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._op import Op
+from torchbp.ops._samples import Make, Sample
+from torchbp.ops.normalization._standardize import (
+    along_channels,
+    channel_sum,
+    project,
+    standardize,
+    widened,
+)
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormFunction", "batch_norm"]
+
+
+class BatchNormFunction(Function):
+    """Batch normalization with hand-written gradients. Call it through :func:`batch_norm`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # (N, C, *), (C,) four times -> (N, C, *); mean, rstd: (C,), empty in evaluation
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if x.numel() == 0:
+            return x.clone(), x.new_empty(0), x.new_empty(0)
+        rule = (training, momentum, eps)
+        if not is_half(x):
+            return torch.native_batch_norm(x, weight, bias, running_mean, running_var, *rule)
+        # With parameters of half precision the kernel would round mean and deviation to it before they are used
+        ones = torch.ones(x.shape[1], device=x.device)
+        weight = ones if weight is None else weight.float()
+        bias = torch.zeros_like(ones) if bias is None else bias.float()
+        if running_mean is None or running_var is None:
+            return torch.native_batch_norm(x, weight, bias, None, None, *rule)
+        mean, var = running_mean.float(), running_var.float()
+        output = torch.native_batch_norm(x, weight, bias, mean, var, *rule)
+        if training and mean is not running_mean:
+            running_mean.copy_(mean)
+            running_var.copy_(var)
+        return output
+
+    @staticmethod
+    def setup_context(
+        ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        x, weight, bias, running_mean, running_var, ctx.training, _, ctx.eps = inputs
+        _, mean, rstd = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        kept_weight = weight if need_x else None
+        if ctx.training:
+            needed = need_x or need_weight
+            statistics = (mean, rstd) if needed and not is_half(x) else (None, None)
+            ctx.save_for_backward(x if needed else None, kept_weight, *statistics)
+        else:
+            kept_x, kept_mean = (x, running_mean) if need_weight else (None, None)
+            kept_var = running_var if need_x or need_weight else None
+            ctx.save_for_backward(kept_x, kept_weight, kept_mean, kept_var)
+        ctx.save_for_forward(x, weight, running_mean, running_var)
+
+    @staticmethod
+    def backward(
+        ctx: Context, grad_y: Tensor | None, *_statistics: None
+    ) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * 8
+        if grad_y is None:
+            return tuple(grads)
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        # a, b: μ and r of the batch in training, the running mean and variance in evaluation
+        x, weight, a, b = ctx.saved_tensors
+        if x is not None and x.numel() and fused(grad_y, x):
+            statistics = (None, None, a, b) if ctx.training else (a, b, None, None)
+            # contiguous: with two dimensions the CPU kernel (torch 2.13) reads them as if they were
+            dense = [None if t is None else t.contiguous() for t in (weight, *statistics)]
+            grads[:3] = torch.ops.aten.native_batch_norm_backward(
+                grad_y, x, *dense, ctx.training, ctx.eps, [need_x, need_weight, need_bias]
+            )
+            return tuple(grads)
+
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        g = widened(grad_y)
+        if need_x and not ctx.training:
+            r = _running_rstd(g, b, ctx.eps)
+            grads[0] = (g * (r if weight is None else r * along_channels(weight, g))).to(
+                x_dtype
+            )  # (1)
+        if x is not None:
+            normalized, r = _normalize(x, ctx.training, a, b, ctx.eps)
+            if need_x and ctx.training:
+                s = g if weight is None else g * along_channels(weight, g)
+                grads[0] = project(s, normalized, r, _dims(g)).to(x_dtype)  # (2)
+            if need_weight:
+                grads[1] = channel_sum(g * normalized).to(weight_dtype)  # (3)
+        if need_bias:
+            grads[2] = channel_sum(g).to(bias_dtype)  # (4)
+        return tuple(grads)
+
+    @staticmethod
+    def jvp(
+        ctx: Context,
+        tangent_x: Tensor | None,
+        tangent_weight: Tensor | None,
+        tangent_bias: Tensor | None,
+        *_: None,
+    ) -> tuple[Tensor, None, None]:
+        x, weight, running_mean, running_var = ctx.saved_tensors
+        normalized, r = _normalize(x, ctx.training, running_mean, running_var, ctx.eps)
+        tangent_y = torch.zeros_like(normalized)  # (5)
+        if tangent_x is not None:
+            t = widened(tangent_x)
+            t = project(t, normalized, r, _dims(x)) if ctx.training else t * r
+            tangent_y = tangent_y + (t if weight is None else t * along_channels(weight, x))
+        if tangent_weight is not None:
+            tangent_y = tangent_y + normalized * along_channels(tangent_weight, x)
+        if tangent_bias is not None:
+            tangent_y = tangent_y + along_channels(tangent_bias, x)
+        return tangent_y.to(x.dtype), None, None
+
+
+def _dims(x: Tensor) -> tuple[int, ...]:
+    return (0, *range(2, x.dim()))
+
+
+def _running_rstd(x: Tensor, running_var: Tensor, eps: float) -> Tensor:
+    return along_channels(torch.rsqrt(widened(running_var) + eps), x)
+
+
+def _normalize(
+    x: Tensor, training: bool, running_mean: Tensor, running_var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return x̂ and r; half precision in float32."""
+    if training:
+        return standardize(x, _dims(x), eps)
+    r = _running_rstd(x, running_var, eps)
+    return (widened(x) - along_channels(running_mean, x)) * r, r
+
+
+_batch_norm = entry(BatchNormFunction)
+
+
+@public
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Normalize each channel over the batch: :math:`y = (x - \mu) / \sqrt{v + \epsilon} \cdot w + b`.
+
+    Args:
+        input: ``(N, C, *)``, floating point.
+        running_mean: ``(C,)``: the mean :math:`\mu` in evaluation; in training it is updated in place, or ``None``.
+        running_var: ``(C,)``, as ``running_mean``; it is updated with the unbiased variance.
+        weight: ``(C,)``, or ``None`` for ones.
+        bias: ``(C,)``, or ``None`` for zeros.
+        training: Normalize by the batch's own mean and (biased) variance instead of the running ones.
+        momentum: Weight of the new value in the update of the running statistics.
+        eps: Added to the variance; positive in training.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``. In half precision statistics and sums are taken in float32.
+
+    Raises:
+        ValueError: One value a channel in training; ``eps`` out of range; one of the running statistics alone.
+        RuntimeError: Shapes or dtypes do not fit, or evaluation without running statistics.
+        NotImplementedError: ``input`` is no floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import batch_norm
+        >>> batch_norm(torch.tensor([[1.0], [2.0], [3.0]]), None, None, training=True)
+        tensor([[-1.2247],
+                [ 0.0000],
+                [ 1.2247]])
+    """
+    if training and math.prod((*input.shape[:1], *input.shape[2:])) == 1:
+        rule = "more than 1 value per channel when training"
+        raise ValueError(wrong("batch_norm", rule, shape(input), "the variance of one value is 0"))
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(wrong("batch_norm", "eps >= 0, > 0 in training", eps, "use 1e-5"))
+    if (running_mean is None) != (running_var is None) and training:
+        advice = "pass both or neither"
+        raise ValueError(wrong("batch_norm", "two running statistics", "one", advice))
+    if (running_mean is None or running_var is None) and not training:
+        advice = "pass running_mean and running_var, or training=True"
+        raise RuntimeError(wrong("batch_norm", "running statistics in evaluation", None, advice))
+    channels = input.shape[1] if input.dim() > 1 else 0
+    for name, t in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if t is not None and t.numel() != channels:
+            rule = f"{name} of {channels} elements for an input of shape {shape(input)}"
+            raise RuntimeError(wrong("batch_norm", rule, shape(t), "one a channel"))
+    return _batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
+
+
+def _forward(module: _BatchNorm, input: Tensor) -> Tensor:
+    """Keep count of the batches and choose the statistics, as torch's module does around its function."""
+    if isinstance(input, Tensor):  # a torch.fx proxy does not know its dimensions
+        module._check_input_dim(input)
+    momentum = 0.0 if module.momentum is None else module.momentum
+    if module.training and module.track_running_stats and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:  # the cumulative average
+            momentum = 1.0 / float(module.num_batches_tracked)
+    mean, var = module.running_mean, module.running_var
+    training = module.training or (mean is None and var is None)
+    if module.training and not module.track_running_stats:
+        mean = var = None
+    return batch_norm(input, mean, var, module.weight, module.bias, training, momentum, module.eps)
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """Module form of :func:`batch_norm` for ``(N, C)`` or ``(N, C, L)``, with running statistics as in torch."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Module form of :func:`batch_norm` for ``(N, C, H, W)``, with running statistics as in torch."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input)
+
+
+class BatchNorm3d(nn.BatchNorm3d):
+    """Module form of :func:`batch_norm` for ``(N, C, D, H, W)``, with running statistics as in torch."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input)
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    for dims in ((4, 3), (2, 3, 4), (2, 3, 2, 2), (0, 3)):
+        args = (make.normal(*dims), None, None, make.normal(3), make.normal(3), True)
+        yield Sample(args, name="x".join(map(str, dims)))
+    yield Sample((make.normal(4, 3), None, None), {"training": True, "eps": 1e-2}, name="plain")
+    no_bias = {"weight": make.normal(3), "training": True}
+    yield Sample((make.normal(4, 3), None, None), no_bias, name="no-bias")
+    frozen = make.normal(3, requires_grad=False)
+    args = (make.normal(4, 3), None, None, frozen, make.normal(3), True)
+    yield Sample(args, name="frozen-weight")
+    mean = make.normal(3, requires_grad=False)
+    var = make.uniform(3, low=0.5, high=2.0)
+    args = (make.normal(2, 3, 2), mean, var, make.normal(3), make.normal(3))
+    yield Sample(args, name="eval")
+    args = (make.normal(2, 3, 2), mean, var, frozen, make.normal(3, requires_grad=False))
+    yield Sample(args, name="eval-frozen")
+    yield Sample((make.normal(2, 3, 2), mean, var), name="eval-plain")
+    data = make.normal(4, 3, requires_grad=False)
+    kwargs = {"bias": make.normal(3), "training": True}
+    yield Sample((data, None, None), kwargs, name="bias-only")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield BatchNorm1d, Sample((3,)), Sample((make.normal(4, 3),))
+    yield BatchNorm1d, Sample((3,), {"momentum": None}), Sample((make.normal(4, 3, 2),), name="3d")
+    untracked = Sample((3,), {"track_running_stats": False})
+    yield BatchNorm1d, untracked, Sample((make.normal(4, 3),), name="untracked")
+    x = make.normal(2, 3, 2, 2)
+    yield BatchNorm2d, Sample((3,)), Sample((x,))
+    yield BatchNorm2d, Sample((3,), {"affine": False}), Sample((x,), name="not-affine")
+    yield BatchNorm3d, Sample((3, 1e-3)), Sample((make.normal(2, 3, 2, 2, 1),))
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x, c = make.normal(4, 3), make.normal(3, requires_grad=False)
+    yield Sample((x, None, None), name="no-statistics")
+    yield Sample((x, c, None, None, None, True), name="one-statistic")
+    yield Sample((x[:1], c, c, None, None, True), name="one-value")
+    yield Sample((x, None, None, None, None, True, 0.1, 0.0), name="eps")
+    yield Sample((x, c, c, make.normal(4)), name="weight")
+    yield Sample((x, c[:2], c), name="mean")
+    yield Sample((make.normal(3), c, c), name="vector")
+    yield Sample((make.labels(4, 3, classes=5), c, c), name="integers")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    side = max(1, math.isqrt(n // 256))
+    x = make.normal(8, 32, side, side)
+    return Sample((x, None, None, make.normal(32), make.normal(32), True))
+
+
+def _saved_bytes(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    **_: object,
+) -> int:
+    size, channels = x.element_size(), x.shape[1]
+    need_weight = weight is not None and weight.requires_grad
+    if not (x.requires_grad or need_weight):
+        return 0
+    kept_weight = 0 if weight is None or not x.requires_grad else channels * size
+    if training:
+        statistics = 0 if is_half(x) or not x.numel() else 2 * channels * size
+        return x.numel() * size + kept_weight + statistics
+    return (x.numel() + channels) * size * need_weight + channels * size + kept_weight
+
+
+OP = Op(
+    function=batch_norm,
+    modules=(BatchNorm1d, BatchNorm2d, BatchNorm3d),
+    reference=F.batch_norm,
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=_saved_bytes,
+    benchmark=_benchmark,
+    fused="aten::native_batch_norm_backward",
+)
