@@ -6,10 +6,47 @@ Below the line are the functions with a backward written by hand; every other na
 from torch.nn.functional import *  # pyright: ignore[reportWildcardImportFromLibrary]
 
 # ---------------------------------------------------------------------------------------------- by hand
+from torchbp.ops.activations.celu import celu as celu
+from torchbp.ops.activations.celu import celu_ as celu_
+from torchbp.ops.activations.elu import elu as elu
+from torchbp.ops.activations.elu import elu_ as elu_
+from torchbp.ops.activations.geglu import geglu as geglu
+from torchbp.ops.activations.gelu import gelu as gelu
+from torchbp.ops.activations.glu import glu as glu
+from torchbp.ops.activations.gumbel_softmax import gumbel_softmax as gumbel_softmax
+from torchbp.ops.activations.hardshrink import hardshrink as hardshrink
+from torchbp.ops.activations.hardsigmoid import hardsigmoid as hardsigmoid
+from torchbp.ops.activations.hardswish import hardswish as hardswish
+from torchbp.ops.activations.hardtanh import hardtanh as hardtanh
+from torchbp.ops.activations.hardtanh import hardtanh_ as hardtanh_
 from torchbp.ops.activations.leaky_relu import leaky_relu as leaky_relu
+from torchbp.ops.activations.log_softmax import log_softmax as log_softmax
+from torchbp.ops.activations.logsigmoid import logsigmoid as logsigmoid
+from torchbp.ops.activations.mish import mish as mish
+from torchbp.ops.activations.prelu import prelu as prelu
+from torchbp.ops.activations.quick_gelu import quick_gelu as quick_gelu
+from torchbp.ops.activations.reglu import reglu as reglu
 from torchbp.ops.activations.relu import relu as relu
+from torchbp.ops.activations.relu6 import relu6 as relu6
+from torchbp.ops.activations.rrelu import rrelu as rrelu
+from torchbp.ops.activations.rrelu import rrelu_ as rrelu_
+from torchbp.ops.activations.selu import selu as selu
+from torchbp.ops.activations.selu import selu_ as selu_
 from torchbp.ops.activations.sigmoid import sigmoid as sigmoid
+from torchbp.ops.activations.silu import silu as silu
+from torchbp.ops.activations.softcap import softcap as softcap
+from torchbp.ops.activations.softmax import softmax as softmax
+from torchbp.ops.activations.softmin import softmin as softmin
+from torchbp.ops.activations.softplus import softplus as softplus
+from torchbp.ops.activations.softshrink import softshrink as softshrink
+from torchbp.ops.activations.softsign import softsign as softsign
+from torchbp.ops.activations.sparsemax import sparsemax as sparsemax
+from torchbp.ops.activations.squared_relu import squared_relu as squared_relu
+from torchbp.ops.activations.swiglu import swiglu as swiglu
 from torchbp.ops.activations.tanh import tanh as tanh
+from torchbp.ops.activations.tanhshrink import tanhshrink as tanhshrink
+from torchbp.ops.activations.threshold import threshold as threshold
+from torchbp.ops.activations.threshold import threshold_ as threshold_
 from torchbp.ops.dropout.dropout import dropout as dropout
 from torchbp.ops.linear.linear import linear as linear
 from torchbp.ops.losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits

@@ -15,8 +15,8 @@ HALF = (torch.bfloat16, torch.float16)
 class Case:
     """One sample of one op, made anew in any dtype; ``reference`` is torch's function on the same arguments.
 
-    A random op is made a function by seeding it at each call; its reference multiplies by the mask that the same seed
-    draws over ones, so it is independent of what the op does to its values, gradients included.
+    A random op is made a function by seeding it at each call, and its reference too. Where it has none, one multiplies
+    by the mask that the same seed draws over ones: independent of what the op does to its values, gradients included.
     """
 
     def __init__(self, op: Op, index: int) -> None:
@@ -34,7 +34,9 @@ class Case:
         return self.op.function(*args, **kwargs)
 
     def reference(self, x, *args, **kwargs):
-        if not self.op.random:
+        if self.op.reference is not None:
+            if self.op.random:
+                torch.manual_seed(1)
             return self.op.reference(x, *args, **kwargs)
         return x * self.function(torch.ones_like(x), *args, **kwargs)
 

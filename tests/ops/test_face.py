@@ -17,22 +17,45 @@ def twins(constructed):
     """The module and torch's, made with the same arguments after the same seed, and an input."""
     op, i = constructed
     cls, ctor, inputs = list(op.module_samples(Make(torch.float32)))[i]
-    theirs = getattr(torch.nn, cls.__name__)
+    theirs = getattr(torch.nn, cls.__name__, None) or of_reference(op, cls)
     torch.manual_seed(0)
     ours = cls(*ctor.args, **ctor.kwargs)
     torch.manual_seed(0)
     return ours, theirs(*ctor.args, **ctor.kwargs), inputs
 
 
+def of_reference(op, cls):
+    """What stands for torch's Module where torch has none: calls the op's reference with the Module's arguments."""
+
+    class Twin(torch.nn.Module):
+        def __init__(self, *args, **kwargs):
+            super().__init__()
+            self.args, self.kwargs = args, kwargs
+
+        def forward(self, *inputs):
+            return op.reference(*inputs, *self.args, **self.kwargs)
+
+        def __repr__(self):
+            if cls.__init__ is torch.nn.Module.__init__:
+                return f"{cls.__name__}()"
+            bound = inspect.signature(cls).bind(*self.args, **self.kwargs)
+            bound.apply_defaults()
+            return f"{cls.__name__}({', '.join(f'{k}={v}' for k, v in bound.arguments.items())})"
+
+    return Twin
+
+
 def test_signature(op):
-    """Names, order, defaults and kinds of torch's arguments; extras are keyword-only."""
-    theirs = getattr(torch.nn.functional, op.name)
+    """Names, order, defaults and kinds of torch's arguments, or of the reference's; extras are keyword-only."""
+    theirs = getattr(torch.nn.functional, op.name, op.reference)
     try:
         wanted = inspect.signature(theirs).parameters
     except ValueError:  # a builtin: torch.nn.functional.linear says its signature in its docstring
         first = theirs.__doc__.strip().splitlines()[0]
         names = first[first.index("(") + 1 : first.index(")")].split(", ")
-        assert [p.split("=")[0] for p in names] == list(inspect.signature(op.function).parameters)
+        assert [p.split("=")[0].strip() for p in names] == list(
+            inspect.signature(op.function).parameters
+        )
         return
     ours = dict(inspect.signature(op.function).parameters)
     extras = {k: p for k, p in ours.items() if k not in wanted}
@@ -46,6 +69,8 @@ def test_wrong_arguments(wrong):
     op, i = wrong
     sample = list(op.errors(Make()))[i]
     reference = op.reference or getattr(torch.nn.functional, op.name)
+    if reference.__module__ and reference.__module__.startswith("torchbp"):
+        reference = getattr(torch.nn.functional, op.name, reference)
     with pytest.raises(Exception) as theirs:  # noqa: PT011  # the type is what is compared
         reference(*sample.args, **sample.kwargs)
     with pytest.raises(Exception) as ours:  # noqa: PT011
@@ -59,13 +84,15 @@ def test_public_names(op):
     assert pickle.loads(pickle.dumps(op.function)) is op.function
     for module in op.modules:
         assert getattr(torchbp.nn, module.__name__) is module
-        assert issubclass(module, getattr(torch.nn, module.__name__))
+        theirs = getattr(torch.nn, module.__name__, None)
+        if theirs is None:
+            assert issubclass(module, torch.nn.Module)
+            continue
+        assert issubclass(module, theirs)
         own = set(vars(module)) - {"__module__", "__doc__", "forward"}
         own -= {"__firstlineno__", "__static_attributes__", "__annotations__"}
         assert not own, "a Module overrides forward only"
-        assert inspect.signature(module.forward) == inspect.signature(
-            getattr(torch.nn, module.__name__).forward
-        )
+        assert inspect.signature(module.forward) == inspect.signature(theirs.forward)
 
 
 def test_docstring(op):
@@ -150,13 +177,14 @@ def test_inplace_as_in_torch(op):
     """``inplace=True`` writes the result where torch writes it, with torch's gradient; a leaf raises as in torch."""
     if "inplace" not in inspect.signature(op.function).parameters:
         pytest.skip("no inplace form")
+    _, *others = next(iter(op.samples(Make()))).args
     leaf = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     for view in (lambda t: t, lambda t: t[1:], lambda t: t.mT):
         results = []
         for inplace in (False, True):
             torch.manual_seed(1)
             x = leaf * 1
-            y = op.function(view(x), inplace=inplace)
+            y = op.function(view(x), *others, inplace=inplace)
             if inplace:
                 assert y.data_ptr() == view(x).data_ptr()
                 assert torch.equal(view(x), y)
@@ -167,10 +195,10 @@ def test_inplace_as_in_torch(op):
         torch.testing.assert_close(y, z)
         torch.testing.assert_close(g, h)
     with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
-        op.function(leaf, inplace=True)
+        op.function(leaf, *others, inplace=True)
     with torch.no_grad():
         data = leaf.detach().clone()
-        assert op.function(data, inplace=True) is data
+        assert op.function(data, *others, inplace=True) is data
 
 
 def test_module_to_dtype(constructed):

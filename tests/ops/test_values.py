@@ -92,10 +92,18 @@ def test_edge_values(op, dtype):
         pytest.skip("not a function of single elements")
     x = torch.tensor(EDGES, dtype=dtype, requires_grad=True)
     wide = x.detach().double().requires_grad_()
-    y, exact = op.function(x), op.reference(wide)
-    torch.testing.assert_close(y, op.reference(x), equal_nan=True, rtol=0, atol=0)
+    y, exact, torchs = op.function(x), op.reference(wide), op.reference(x).detach()
     y.backward(torch.ones_like(y))
     exact.backward(torch.ones_like(exact))
+    for at, (value, derivative) in op.limits.items():
+        here = wide.detach() == at  # 1e30 too, where it overflows
+        known = torchs[here].double() + wide.grad[here]
+        assert (known.isnan() | (torchs[here] == value)).all(), "torch has another limit"
+        assert wide.grad[here].isnan().any() or known.isnan().any(), (
+            "torch has mended it: take it out of the record"
+        )
+        torchs[here], wide.grad[here] = value, derivative
+    torch.testing.assert_close(y.detach(), torchs, equal_nan=True, rtol=0, atol=0)
     limits = torch.finfo(dtype)
     normal = (wide.grad.abs() >= limits.smallest_normal) | wide.grad.isnan()
     # float32 and wider may see the derivative from the output, to an absolute error; half precision rounds once

@@ -19,6 +19,7 @@ __all__ = [
     "fused",
     "in_autocast_dtype",
     "in_float32",
+    "in_place",
     "is_half",
     "public",
     "scale_fresh",
@@ -89,6 +90,21 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     dispatch.__module__ = "torchbp.functional"
     return dispatch
+
+
+def in_place(function: Callable[..., Tensor], x: Tensor, *args: object) -> Tensor:
+    """Write ``function(x, *args)`` into ``x``: for an op whose backward needs its input, which is copied first.
+
+    Args:
+        function: What :func:`entry` gives; its value has the shape of ``x``.
+        x: Written to.
+        args: The other arguments of ``function``.
+
+    Returns:
+        ``x`` itself.
+    """
+    kept = x.clone() if torch.is_grad_enabled() and x.requires_grad else x
+    return x.copy_(function(kept, *args))
 
 
 def is_half(tensor: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """The record that every op file ends with, and the catalogue of all of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -22,7 +22,8 @@ class Op:
     Attributes:
         function: The public function.
         modules: The Module forms.
-        reference: A function of the same signature, torch's own, that ``function`` must equal.
+        reference: A function of the same signature that ``function`` must equal: torch's own, or where torch has none
+            of that name (or not the exact derivative), a plain composition of torch's ops.
         samples: Right inputs, in every way the op can be called.
         module_samples: Constructor arguments of each Module worth a test, with an input for it.
         errors: Wrong inputs: ``function`` must raise what ``reference`` raises on them.
@@ -30,7 +31,9 @@ class Op:
         benchmark: One input of about ``n`` elements.
         elementwise: Whether output element i depends on input element i of the first argument only; edge values are
             then tested one by one.
-        random: Whether it draws random numbers. ``reference`` is then ``None``: the test makes one from the drawn mask.
+        limits: x -> (y, dy/dx) where torch gives NaN in one of the two although mathematics has a limit.
+        random: Whether it draws random numbers. ``reference`` then draws the same after the same seed; where it is
+            ``None``, the test makes one from the drawn mask.
         fused: What runs the backward in plain eager mode: ``""`` for the formula, else the fused kernel's name.
     """
 
@@ -43,6 +46,7 @@ class Op:
     benchmark: Callable[[Make, int], Sample]
     errors: Callable[[Make], Iterable[Sample]] = field(default=lambda make: ())  # noqa: ARG005
     elementwise: bool = False
+    limits: Mapping[float, tuple[float, float]] = field(default_factory=dict)
     random: bool = False
     fused: str = ""
 
