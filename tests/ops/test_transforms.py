@@ -47,7 +47,7 @@ def test_jacobians_and_hessian(case):
         pytest.skip("large, or draws anew inside the transform")
     torch.testing.assert_close(jacrev(f)(x), jacrev(g)(x))
     torch.testing.assert_close(jacfwd(f)(x), jacrev(g)(x))
-    torch.testing.assert_close(hessian(f)(x), hessian(g)(x))
+    torch.testing.assert_close(hessian(f)(x), torch.autograd.functional.hessian(g, x))
 
 
 @pytest.mark.parametrize("in_dim", [0, -1])
@@ -92,7 +92,8 @@ def check_compiled(case, backend, dynamic=False):
     if case.op.random:
         (x,) = tensors
         assert all(g.shape == x.shape for g in grads)
-        torch.testing.assert_close(y, x * grads[0])  # one mask in both passes
+        if case.op.elementwise:
+            torch.testing.assert_close(y, x * grads[0])  # one mask in both passes
         return
     want = f(*tensors)
     torch.testing.assert_close(y, want, equal_nan=True)

@@ -81,7 +81,12 @@ def test_complex_and_integer_inputs_as_in_torch(first):
             g, _ = first.of_tensors(live, first.reference)
             v = torch.randn_like(theirs)
             ours = torch.autograd.grad(f(*tensors), tensors, v)
-            for a, b in zip(ours, torch.autograd.grad(g(*tensors), tensors, v), strict=True):
+            try:
+                want = torch.autograd.grad(g(*tensors), tensors, v)
+            except RuntimeError as error:
+                assert "does not support automatic differentiation" in str(error)  # noqa: PT017
+                continue
+            for a, b in zip(ours, want, strict=True):
                 torch.testing.assert_close(a, b)
 
 

@@ -31,7 +31,7 @@ __all__ = ["GeGLU", "geglu"]
 
 @public
 def geglu(input: Tensor, dim: int = -1, approximate: str = "none") -> Tensor:
-    r"""Gated linear unit with the GELU: :math:`y = \mathrm{gelu}(a) \cdot b`, the first half of ``input`` gating the second.
+    r"""GELU-gated linear unit: :math:`y = \mathrm{gelu}(a) \cdot b`, the first half of ``input`` gating the second.
 
     Args:
         input: ``(*, 2D, *)``, floating point: the gate :math:`a`, then the values :math:`b`.

@@ -30,7 +30,7 @@ __all__ = ["ReGLU", "reglu"]
 
 @public
 def reglu(input: Tensor, dim: int = -1) -> Tensor:
-    r"""Gated linear unit with the ReLU: :math:`y = \max(a, 0) \cdot b`, the first half of ``input`` gating the second.
+    r"""ReLU-gated linear unit: :math:`y = \max(a, 0) \cdot b`, the first half of ``input`` gating the second.
 
     Args:
         input: ``(*, 2D, *)``, floating point: the gate :math:`a`, then the values :math:`b`.

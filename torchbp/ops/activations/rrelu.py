@@ -14,7 +14,8 @@ Randomness:
     Reproducible under ``torch.manual_seed``, on every device; the stream is not torch's.
 
 Sources:
-    Xu, Wang, Chen, Li, "Empirical Evaluation of Rectified Activations in Convolutional Network", 2015, arXiv:1505.00853.
+    Xu, Wang, Chen, Li, "Empirical Evaluation of Rectified Activations in Convolutional Network", 2015,
+    arXiv:1505.00853.
 """
 
 from collections.abc import Iterator
@@ -64,8 +65,13 @@ class RReLUFunction(Function):
 def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
     """Return the slopes m of ``x``."""
     x = x.detach()
-    drawn = lower + (upper - lower) * torch.rand_like(x)
+    drawn = lower + (upper - lower) * _uniform(x)
     return torch.where(x <= 0, drawn, 1)
+
+
+def _uniform(x: Tensor) -> Tensor:
+    """Draw from U(0, 1), whatever the strides of ``x``."""
+    return torch.rand_like(x, memory_format=torch.contiguous_format)
 
 
 _rrelu = entry(RReLUFunction)
@@ -134,7 +140,7 @@ def _reference(
     """The definition; the slopes are drawn before, as the op draws them."""
     if not training:
         return torch.nn.functional.rrelu(input, lower, upper)
-    drawn = lower + (upper - lower) * torch.rand_like(input)
+    drawn = lower + (upper - lower) * _uniform(input)
     return torch.where(input > 0, input, drawn * input)
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
+from torch.overrides import has_torch_function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import shape, wrong
@@ -121,7 +122,7 @@ class Softmax2d(nn.Softmax2d):
     __module__ = "torchbp.nn"
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() not in (3, 4):
+        if not has_torch_function((input,)) and input.dim() not in (3, 4):
             rule = "input of shape (N, C, H, W) or (C, H, W)"
             raise ValueError(wrong("Softmax2d", rule, shape(input), "use Softmax(dim)"))
         return softmax(input, -3)

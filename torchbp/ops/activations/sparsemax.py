@@ -9,7 +9,8 @@ Saves:
     y (4 bytes per float32 element).
 
 Edge values:
-    x_i = -∞: y_i = 0, grad_x_i = 0.   On the support's border: the derivative of the side where y_i = 0.   NaN or +∞: NaN.
+    x_i = -∞: y_i = 0, grad_x_i = 0.   NaN or +∞: NaN.
+    On the border of the support: the derivative of the side where y_i = 0.
 
 Sources:
     Martins, Astudillo, "From Softmax to Sparsemax", 2016, arXiv:1602.02068.
@@ -57,8 +58,10 @@ class SparsemaxFunction(Function):
 
 def _value(input: Tensor, dim: int = -1) -> Tensor:
     def formula(x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[dim] == 0:
-            return torch.ones_like(x) + 0 * x
+        if x.dim() == 0:
+            return formula(x.unsqueeze(0)).squeeze(0)
+        if x.shape[dim] == 0:
+            return x * 1
         x = x - x.amax(dim, keepdim=True)  # τ is then in [-1, 0): no cancellation
         descending = x.sort(dim, descending=True).values
         sums = descending.cumsum(dim) - 1
@@ -75,8 +78,6 @@ def _value(input: Tensor, dim: int = -1) -> Tensor:
 def _project(v: Tensor, y: Tensor, dim: int) -> Tensor:
     def formula(v: Tensor, y: Tensor) -> Tensor:
         support = (y > 0).to(v.dtype)
-        if y.dim() == 0 or y.shape[dim] == 0:
-            return v * 0
         mean = (v * support).sum(dim, keepdim=True) / support.sum(dim, keepdim=True)
         return support * (v - mean)  # (1)
 

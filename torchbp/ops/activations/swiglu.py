@@ -30,7 +30,7 @@ __all__ = ["SwiGLU", "swiglu"]
 
 @public
 def swiglu(input: Tensor, dim: int = -1) -> Tensor:
-    r"""Gated linear unit with the SiLU: :math:`y = \mathrm{silu}(a) \cdot b`, the first half of ``input`` gating the second.
+    r"""SiLU-gated linear unit: :math:`y = \mathrm{silu}(a) \cdot b`, the first half of ``input`` gating the second.
 
     Args:
         input: ``(*, 2D, *)``, floating point: the gate :math:`a`, then the values :math:`b`.
