@@ -17,8 +17,8 @@ Sources:
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
@@ -48,8 +48,7 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
             a gradient is wanted, or on a leaf that requires grad.
 
     Example:
-        >>> import torch
-        >>> from torchbp.functional import celu
+        >>>         >>> from torchbp.functional import celu
         >>> celu(torch.tensor([-1.0, 0.0, 2.0]), 0.5)
         tensor([-0.4323,  0.0000,  2.0000])
     """
@@ -81,7 +80,7 @@ def _all_samples(make: Make) -> Iterator[Sample]:
 
 def _exact(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """Torch's values; its gradient rounds 1/α to float32, in float64 too."""
-    return torch._C._nn.elu(input, alpha, 1.0, 1.0 / alpha)
+    return _nn.elu(input, alpha, 1.0, 1.0 / alpha)
 
 
 def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
@@ -44,14 +45,14 @@ class ELUFunction(Function):
     def forward(
         x: Tensor, alpha: float, s: float, beta: float, inplace: bool
     ) -> Tensor:  # (*) -> (*)
-        kernel = torch._C._nn.elu_ if inplace else torch._C._nn.elu
+        kernel = _nn.elu_ if inplace else _nn.elu
         return kernel(x, alpha, s, beta)
 
     @staticmethod
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, float, float, float, bool], output: Tensor
     ) -> None:
-        x, *ctx.constants, ctx.inplace = inputs
+        x, ctx.alpha, ctx.s, ctx.beta, ctx.inplace = inputs
         if ctx.inplace:
             ctx.mark_dirty(x)
         kept = output if ctx.inplace else x
@@ -62,15 +63,17 @@ class ELUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
         (kept,) = ctx.saved_tensors
         if fused(grad_y, kept, half=True):
-            grad_x = torch.ops.aten.elu_backward(grad_y, *ctx.constants, ctx.inplace, kept)
+            grad_x = torch.ops.aten.elu_backward(
+                grad_y, ctx.alpha, ctx.s, ctx.beta, ctx.inplace, kept
+            )
         else:
-            grad_x = _times_derivative(grad_y, kept, *ctx.constants, ctx.inplace)  # (3)
+            grad_x = _times_derivative(grad_y, kept, ctx.alpha, ctx.s, ctx.beta, ctx.inplace)  # (3)
         return grad_x, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
         (kept,) = ctx.saved_tensors
-        return _times_derivative(tangent_x, kept, *ctx.constants, ctx.inplace)
+        return _times_derivative(tangent_x, kept, ctx.alpha, ctx.s, ctx.beta, ctx.inplace)
 
 
 def _times_derivative(

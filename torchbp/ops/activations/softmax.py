@@ -68,12 +68,18 @@ def _project(v: Tensor, y: Tensor, dim: int) -> Tensor:
 _softmax = entry(SoftmaxFunction)
 
 
+def implicit_dim(op: str, input: Tensor, stacklevel: int) -> int:
+    """Return the dimension that torch assumes where none is given, with its warning."""
+    choose = F._get_softmax_dim  # pyright: ignore[reportAttributeAccessIssue]
+    return choose(op, input.dim(), stacklevel + 2)
+
+
 def along(
     op: str, input: Tensor, dim: int | None, stacklevel: int, dtype: torch.dtype | None
 ) -> tuple[Tensor, int]:
     """Return ``input`` in ``dtype``, or as autocast casts it for a softmax, and ``dim``, or what torch assumes."""
     if dim is None:
-        dim = F._get_softmax_dim(op, input.dim(), stacklevel + 2)
+        dim = implicit_dim(op, input, stacklevel + 1)
     if dtype is None and is_half(input) and input.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.float32  # there, not on the CPU, softmax is on autocast's float32 list
     return input if dtype is None else input.to(dtype), dim

@@ -25,7 +25,7 @@ from torchbp.ops import _samples
 from torchbp.ops._function import public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations.softmax import softmax
+from torchbp.ops.activations.softmax import implicit_dim, softmax
 
 __all__ = ["Softmin", "softmin"]
 
@@ -56,7 +56,7 @@ def softmin(
         tensor([0.6652, 0.2447, 0.0900])
     """
     if dim is None:
-        dim = F._get_softmax_dim("softmin", input.dim(), _stacklevel + 1)
+        dim = implicit_dim("softmin", input, _stacklevel)
     return softmax(-input, dim, dtype=dtype)  # (1)
 
 

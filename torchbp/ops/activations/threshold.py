@@ -98,10 +98,13 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
     return _threshold(input, threshold, value, inplace)
 
 
+_function = threshold  # an argument of threshold_ has its name
+
+
 @public
 def threshold_(input: Tensor, threshold: float, value: float) -> Tensor:
     """In-place form of :func:`threshold`."""
-    return threshold(input, threshold, value, inplace=True)
+    return _function(input, threshold, value, inplace=True)
 
 
 class Threshold(nn.Threshold):
