@@ -19,7 +19,7 @@ __all__ = [
     "fused",
     "in_autocast_dtype",
     "in_float32",
-    "in_place",
+    "overwrite",
     "is_half",
     "public",
     "scale_fresh",
@@ -92,7 +92,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     return dispatch
 
 
-def in_place(function: Callable[..., Tensor], x: Tensor, *args: object) -> Tensor:
+def overwrite(function: Callable[..., Tensor], x: Tensor, *args: object) -> Tensor:
     """Write ``function(x, *args)`` into ``x``: for an op whose backward needs its input, which is copied first.
 
     Args:

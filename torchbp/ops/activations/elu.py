@@ -29,7 +29,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, in_float32, in_place, is_half, public
+from torchbp.ops._function import Context, entry, fused, in_float32, overwrite, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -97,7 +97,7 @@ def scaled_elu(op: str, x: Tensor, alpha: float, s: float, beta: float, inplace:
     if not inplace:
         return _elu(x, alpha, s, beta, False)
     if is_half(x):
-        return in_place(_elu, x, alpha, s, beta, False)
+        return overwrite(_elu, x, alpha, s, beta, False)
     if alpha < 0 and torch.is_grad_enabled() and x.requires_grad:
         rule = "alpha >= 0 with inplace=True"
         raise RuntimeError(wrong(op, rule, alpha, "the sign is lost in place: inplace=False"))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_float32, in_place, public
+from torchbp.ops._function import Context, entry, fused, in_float32, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -95,7 +95,7 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([0.0000, 0.5000, 0.7500])
     """
     if inplace:
-        return in_place(_hardsigmoid, input)
+        return overwrite(_hardsigmoid, input)
     return _hardsigmoid(input)
 
 

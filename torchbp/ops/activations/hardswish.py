@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_float32, in_place, public
+from torchbp.ops._function import Context, entry, fused, in_float32, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import bounded, known_finite, mended
@@ -93,7 +93,7 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.0000, 0.6667, 4.0000])
     """
     if inplace:
-        return in_place(_hardswish, input, known_finite(input))
+        return overwrite(_hardswish, input, known_finite(input))
     return _hardswish(input, known_finite(input))
 
 

@@ -24,7 +24,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, in_place, is_half, public
+from torchbp.ops._function import Context, entry, fused, overwrite, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -102,7 +102,7 @@ def hardtanh(
             wrong("hardtanh", "min_val <= max_val", f"{min_val} and {max_val}", "exchange them")
         )
     if inplace and is_half(input):
-        return in_place(_hardtanh, input, min_val, max_val, False)
+        return overwrite(_hardtanh, input, min_val, max_val, False)
     return _hardtanh(input, min_val, max_val, inplace)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_float32, in_place, public
+from torchbp.ops._function import Context, entry, fused, in_float32, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import bounded, known_finite, mended
@@ -98,7 +98,7 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.3034,  0.0000,  1.9440])
     """
     if inplace:
-        return in_place(_mish, input, known_finite(input))
+        return overwrite(_mish, input, known_finite(input))
     return _mish(input, known_finite(input))
 
 

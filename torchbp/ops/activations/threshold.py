@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_place, public
+from torchbp.ops._function import Context, entry, fused, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -94,7 +94,7 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
         tensor([-1., -1.,  8.])
     """
     if inplace and value > threshold and torch.is_grad_enabled() and input.requires_grad:
-        return in_place(_threshold, input, threshold, value, False)
+        return overwrite(_threshold, input, threshold, value, False)
     return _threshold(input, threshold, value, inplace)
 
 
