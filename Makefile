@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check sync bench examples clean
+.PHONY: help demo test test-all check sync bench examples zoo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ bench: .venv/test ## Time every op against torch, one thread and all; write benc
 
 examples: .venv/demo ## Run every example in full
 	@set -e; for f in examples/[a-z]*.py; do echo "== $$f"; $(BIN)/python $$f; done
+
+zoo: .venv/test ## Hold torchbp.watch against some 75 small runs, sick and healthy
+	$(BIN)/python -m pytest -n $(WORKERS) tests/monitor/test_zoo.py $(ARGS)
 
 clean: ## Remove what was built or installed here; logs in runs/ stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -129,7 +129,15 @@ def test_a_nan_is_laid_at_the_layer_where_it_arises():
 
 
 def reading(step, level):
-    layers = Layers(("a",), ("Linear",), np.array([True]), ("a.weight",), np.array([0]))
+    layers = Layers(
+        ("a",),
+        ("Linear",),
+        np.array([True]),
+        ("a.weight",),
+        np.array([0]),
+        np.ones(1),
+        np.ones(1, bool),
+    )
     return Reading(step, {"level": np.array([level])}, {}, layers)
 
 

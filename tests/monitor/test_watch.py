@@ -225,6 +225,7 @@ import torch, torchbp
 model = torch.nn.Linear(3, 1)
 monitor = torchbp.watch(model, log_dir={str(tmp_path)!r})
 for _ in range(7):
+    model.zero_grad()
     model(torch.ones(2, 3)).sum().backward()
 raise SystemExit(3)
 """

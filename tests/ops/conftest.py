@@ -12,6 +12,11 @@ from torchbp.ops._samples import Make, Sample
 HALF = (torch.bfloat16, torch.float16)
 
 
+def twin(cls):
+    """Return torch's class of the name, or the class itself where torch has none."""
+    return getattr(torch.nn, cls.__name__, cls)
+
+
 class Case:
     """One sample of one op, made anew in any dtype; ``reference`` is torch's function on the same arguments.
 

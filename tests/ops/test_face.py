@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import torchbp
+from tests.ops.conftest import twin
 from torchbp.ops._samples import Make
 
 
@@ -17,32 +18,29 @@ def twins(constructed):
     """The module and torch's, made with the same arguments after the same seed, and an input."""
     op, i = constructed
     cls, ctor, inputs = list(op.module_samples(Make(torch.float32)))[i]
-    theirs = getattr(torch.nn, cls.__name__, None) or of_reference(op, cls)
+    theirs = twin(cls)
     torch.manual_seed(0)
     ours = cls(*ctor.args, **ctor.kwargs)
     torch.manual_seed(0)
     return ours, theirs(*ctor.args, **ctor.kwargs), inputs
 
 
-def of_reference(op, cls):
+class OfReference(torch.nn.Module):
     """What stands for torch's Module where torch has none: calls the op's reference with the Module's arguments."""
 
-    class Twin(torch.nn.Module):
-        def __init__(self, *args, **kwargs):
-            super().__init__()
-            self.args, self.kwargs = args, kwargs
+    def __init__(self, op, cls, ctor):
+        super().__init__()
+        bound = inspect.signature(cls.__init__).bind(self, *ctor.args, **ctor.kwargs)
+        bound.apply_defaults()
+        self.kwargs = {
+            k: v
+            for k, v in bound.arguments.items()
+            if k in inspect.signature(op.reference).parameters
+        }
+        self.reference = op.reference
 
-        def forward(self, *inputs):
-            return op.reference(*inputs, *self.args, **self.kwargs)
-
-        def __repr__(self):
-            if cls.__init__ is torch.nn.Module.__init__:
-                return f"{cls.__name__}()"
-            bound = inspect.signature(cls).bind(*self.args, **self.kwargs)
-            bound.apply_defaults()
-            return f"{cls.__name__}({', '.join(f'{k}={v}' for k, v in bound.arguments.items())})"
-
-    return Twin
+    def forward(self, *inputs):
+        return self.reference(*inputs, **self.kwargs)
 
 
 def test_signature(op):
@@ -84,15 +82,15 @@ def test_public_names(op):
     assert pickle.loads(pickle.dumps(op.function)) is op.function
     for module in op.modules:
         assert getattr(torchbp.nn, module.__name__) is module
-        theirs = getattr(torch.nn, module.__name__, None)
-        if theirs is None:
+        assert module.__module__ == "torchbp.nn"
+        if twin(module) is module:  # beyond torch
             assert issubclass(module, torch.nn.Module)
             continue
-        assert issubclass(module, theirs)
+        assert issubclass(module, twin(module))
         own = set(vars(module)) - {"__module__", "__doc__", "forward"}
         own -= {"__firstlineno__", "__static_attributes__", "__annotations__"}
         assert not own, "a Module overrides forward only"
-        assert inspect.signature(module.forward) == inspect.signature(theirs.forward)
+        assert inspect.signature(module.forward) == inspect.signature(twin(module).forward)
 
 
 def test_docstring(op):
@@ -125,6 +123,9 @@ def test_module_repr_and_training(constructed):
 
 def test_module_value_and_gradient(constructed):
     ours, theirs, inputs = twins(constructed)
+    if type(theirs) is type(ours):  # beyond torch
+        op, i = constructed
+        theirs = OfReference(op, *list(op.module_samples(Make(torch.float32)))[i][:2])
     ours.eval()
     theirs.eval()
     results = []
@@ -164,13 +165,13 @@ def test_module_copies_and_pickles(constructed):
     buffer = io.BytesIO()
     torch.save(ours, buffer)
     buffer.seek(0)
-    for twin in (
+    for other in (
         copy.deepcopy(ours),
         pickle.loads(pickled),
         torch.load(buffer, weights_only=False),
     ):
-        assert type(twin) is type(ours)
-        torch.testing.assert_close(twin(*copy.deepcopy(args)), want)
+        assert type(other) is type(ours)
+        torch.testing.assert_close(other(*copy.deepcopy(args)), want)
 
 
 def test_inplace_as_in_torch(op):

@@ -5,12 +5,14 @@ import torch
 
 import torchbp.functional as F
 from tests.ops.conftest import HALF
+from tests.ops.test_values import ENGINES
 from torchbp.ops.losses.cross_entropy import cross_entropy
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_layer_norm_sums_in_float32(dtype, threads):
+def test_layer_norm_sums_in_float32(dtype, threads, engine):
     """8192 rows of ones give a bias gradient of 8192, where a sum in bfloat16 stops at 256."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -18,7 +20,8 @@ def test_layer_norm_sums_in_float32(dtype, threads):
         x = torch.randn(8192, 16).to(dtype).requires_grad_()
         w = torch.ones(16, dtype=dtype, requires_grad=True)
         b = torch.zeros(16, dtype=dtype, requires_grad=True)
-        F.layer_norm(x, (16,), w, b).backward(torch.ones(8192, 16, dtype=dtype))
+        with ENGINES[engine]():
+            F.layer_norm(x, (16,), w, b).backward(torch.ones(8192, 16, dtype=dtype))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(b.grad, torch.full_like(b, 8192))
@@ -121,3 +124,38 @@ def test_messages_say_what_to_do():
         UserWarning, match=r"mse_loss: expected target of the input's shape \(3, 4\), got \(4,\)"
     ):
         F.mse_loss(torch.ones(3, 4), torch.ones(4))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("name", ["relu", "linear", "layer_norm"])
+def test_nested_tensors_are_torchs_own(name, layout):
+    """A nested batch, as in a padded-free transformer, trains as with torch's functions."""
+    w, b = torch.randn(4, 4, requires_grad=True), torch.randn(4)
+    rest = {"relu": (), "linear": (w, b), "layer_norm": ((4,), b + 3, b)}[name]
+    grads = []
+    for functional in (F, torch.nn.functional):
+        rows = [torch.ones(2, 4, requires_grad=True), torch.ones(3, 4, requires_grad=True)]
+        x = torch.nested.as_nested_tensor([2 * r for r in rows], layout=layout)
+        getattr(functional, name)(x, *rest).to_padded_tensor(0.0).sin().sum().backward()
+        grads.append([r.grad for r in rows])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_sparse_tensors_are_torchs_own():
+    x = torch.eye(3).to_sparse().requires_grad_()
+    F.relu(x).to_dense().sum().backward()
+    assert torch.equal(x.grad.to_dense(), torch.eye(3))
+    w = torch.randn(2, 3, requires_grad=True)
+    F.linear(torch.eye(3).to_sparse(), w).sum().backward()
+    assert torch.equal(w.grad, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh", "relu", "leaky_relu"])
+def test_keeps_its_output_which_the_next_layer_keeps_anyway(name):
+    from tests.ops.test_autograd import kept_storages
+
+    x = torch.randn(4, 3, requires_grad=True)
+    y, kept = kept_storages(getattr(F, name), (x,))
+    assert [t.data_ptr() for t in kept] == [y.data_ptr()]

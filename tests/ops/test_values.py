@@ -1,5 +1,7 @@
 """Values and gradients, first order, of every op on every sample: against torch, and in every dtype against float64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,8 @@ from torch import Tensor
 from tests.ops.conftest import HALF, with_args
 from torchbp.ops._function import formula_only
 from torchbp.ops._samples import EDGES
+
+ENGINES = {"fused": nullcontext, "formula": formula_only}  # what may run a backward
 
 
 def gradients(function, tensors, seed=0) -> list[Tensor | None]:
@@ -23,26 +27,25 @@ def test_forward_equals_torch(case, dtype):
     torch.testing.assert_close(ours, theirs, equal_nan=True, check_stride=True)
 
 
-@pytest.mark.parametrize("engine", ["default", "formula"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_gradient_equals_torch(case, engine):
     sample = case.sample()
     f, tensors = case.of_tensors(sample)
     g, _ = case.of_tensors(sample, case.reference)
-    if engine == "formula":
-        with formula_only():
-            ours = gradients(f, tensors)
-    else:
+    with ENGINES[engine]():
         ours = gradients(f, tensors)
     for a, b in zip(ours, gradients(g, tensors), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_gradient_against_float64(case, dtype):
+def test_gradient_against_float64(case, dtype, engine):
     """In every precision: the gradient is that of float64 on the same (rounded) numbers, to a few roundings."""
     sample = case.sample(dtype)
     f, tensors = case.of_tensors(sample)
-    ours = gradients(f, tensors)
+    with ENGINES[engine]():
+        ours = gradients(f, tensors)
     exact = with_args(sample, lambda t: widened(t) if t.is_floating_point() else t)
     g, wide = case.of_tensors(exact, case.reference)
     unit = torch.finfo(dtype).eps
@@ -66,39 +69,49 @@ def widened(t: Tensor) -> Tensor:
 def test_complex_and_integer_inputs_as_in_torch(first):
     """What torch takes is taken, with equal values and gradients; what it refuses is refused with the same type."""
     sample = first.sample()
-    for change in (lambda t: (t.detach() * 4).round().long(), lambda t: t.detach() * (1 + 0.5j)):
+
+    def to_complex(t: Tensor) -> Tensor:
+        return (t.detach() * (1 + 0.5j)).requires_grad_(t.requires_grad)
+
+    for change in (lambda t: (t.detach() * 4).round().long(), to_complex):
         changed = with_args(sample, lambda t, c=change: c(t) if t.is_floating_point() else t)
         try:
             theirs = first.call_reference(changed)
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            with pytest.raises(type(error)):
+            try:
                 first.call(changed)
+            except type(error):
+                continue
+            assert "does not support automatic differentiation" in str(error)  # noqa: PT017
+            f, tensors = first.of_tensors(changed)
+            assert torch.autograd.gradcheck(f, tensors, check_forward_ad=True)
             continue
         torch.testing.assert_close(first.call(changed), theirs)
         if theirs.is_complex():
-            live = with_args(changed, lambda t: t.requires_grad_() if t.is_complex() else t)
-            f, tensors = first.of_tensors(live)
-            g, _ = first.of_tensors(live, first.reference)
+            f, tensors = first.of_tensors(changed)
+            g, _ = first.of_tensors(changed, first.reference)
             v = torch.randn_like(theirs)
-            ours = torch.autograd.grad(f(*tensors), tensors, v)
-            try:
-                want = torch.autograd.grad(g(*tensors), tensors, v)
-            except RuntimeError as error:
-                assert "does not support automatic differentiation" in str(error)  # noqa: PT017
-                continue
-            for a, b in zip(ours, want, strict=True):
-                torch.testing.assert_close(a, b)
+            want = torch.autograd.grad(g(*tensors), tensors, v)
+            for engine in ENGINES.values():
+                with engine():
+                    ours = torch.autograd.grad(f(*tensors), tensors, v)
+                for a, b in zip(ours, want, strict=True):
+                    torch.testing.assert_close(a, b)
+            assert torch.autograd.gradcheck(f, tensors, check_forward_ad=True)
+            assert torch.autograd.gradgradcheck(f, tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
-def test_edge_values(op, dtype):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_edge_values(op, dtype, engine):
     """Elementwise ops: forward as torch's, and the derivative as torch's in float64 wherever that is a number."""
     if not op.elementwise or op.random:
         pytest.skip("not a function of single elements")
     x = torch.tensor(EDGES, dtype=dtype, requires_grad=True)
     wide = x.detach().double().requires_grad_()
     y, exact, torchs = op.function(x), op.reference(wide), op.reference(x).detach()
-    y.backward(torch.ones_like(y))
+    with ENGINES[engine]():
+        y.backward(torch.ones_like(y))
     exact.backward(torch.ones_like(exact))
     for at, (value, derivative) in op.limits.items():
         here = wide.detach() == at  # 1e30 too, where it overflows
@@ -111,13 +124,14 @@ def test_edge_values(op, dtype):
     torch.testing.assert_close(y.detach(), torchs, equal_nan=True, rtol=0, atol=0)
     limits = torch.finfo(dtype)
     normal = (wide.grad.abs() >= limits.smallest_normal) | wide.grad.isnan()
-    # float32 and wider may see the derivative from the output, to an absolute error; half precision rounds once
+    # float32 and wider may see the derivative from the output, to an absolute error; half precision rounds once.
+    # In float64 the yardstick itself is off: torch's x · (1 - σ(x)) loses |x| roundings.
     half = dtype in HALF
     torch.testing.assert_close(
         x.grad.double()[normal],
         wide.grad[normal],
         rtol=(0.51 if half else 1.0) * limits.eps,
-        atol=0.0 if half else limits.eps,
+        atol=0.0 if half else limits.eps * (32 if dtype == torch.float64 else 1),
         equal_nan=True,
     )
     # 1 - y² in float64 is 0 where the derivative is below its rounding

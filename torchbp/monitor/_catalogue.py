@@ -35,6 +35,8 @@ class Catalogue:
         self._owner: list[int] = []
         self._parameter_names: list[str] = []
         self.parameters: list[weakref.ref[Tensor]] = []
+        self._sizes: list[int] = []
+        self._matrices: list[bool] = []
         self._ran: dict[int, None] = {}
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         seen: set[int] = set()
@@ -53,6 +55,8 @@ class Catalogue:
                 if id(parameter) not in seen:  # tied weights count where they stand first
                     seen.add(id(parameter))
                     self._owner.append(place)
+                    self._sizes.append(parameter.numel())
+                    self._matrices.append(parameter.ndim >= 2)
                     self._parameter_names.append(f"{_plain(path, wrapped)}.{key}".lstrip("."))
                     self.parameters.append(weakref.ref(parameter))
         if not self._names:
@@ -65,6 +69,10 @@ class Catalogue:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def alive(self) -> list[tuple[int, Tensor]]:
+        """Return the parameters that still exist, with their indices."""
+        return [(i, p) for i, ref in enumerate(self.parameters) if (p := ref()) is not None]
 
     def place(self, module: nn.Module) -> int | None:
         """Return the layer's index by registration; None for a module that is no layer."""
@@ -93,6 +101,8 @@ class Catalogue:
             weighted=np.array([self._weighted[i] for i in order]),
             parameters=tuple(self._parameter_names[i] for i in columns),
             owner=owners[columns],
+            sizes=np.array(self._sizes, np.float64)[columns],
+            matrices=np.array(self._matrices)[columns],
         )
         return layers, np.array(order), columns
 

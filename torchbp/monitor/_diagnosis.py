@@ -60,6 +60,8 @@ class Layers:
         parameters: One a trainable parameter, as in ``model.named_parameters()``, in the order of
             the layers.
         owner: int ``(P,)``: the layer each parameter belongs to.
+        sizes: float64 ``(P,)``: number of elements of each parameter.
+        matrices: bool ``(P,)``: the parameter has two or more dimensions.
     """
 
     names: tuple[str, ...]
@@ -67,9 +69,11 @@ class Layers:
     weighted: NDArray[np.bool_]
     parameters: tuple[str, ...]
     owner: NDArray[np.int64]
+    sizes: NDArray[np.float64]
+    matrices: NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reading:
     """All that was measured at one step.
 
@@ -79,13 +83,17 @@ class Reading:
         present: By quantity of layers, bool ``(L,)``: what was there to measure. A layer that did
             not run, or whose output no gradient reached, has NaN as its value.
         layers: What the entries of the vectors are.
-        memory: Belongs to the diagnosis that reads; lasts as long as the monitor.
+        when: Wall time at its end, in seconds since 1970.
+        sampled: Whether the layers were listened to at this step.
+        memory: Belongs to the quantity or diagnosis that reads; lasts as long as the monitor.
     """
 
     step: int
     values: Mapping[str, NDArray[np.float64]]
     present: Mapping[str, NDArray[np.bool_]]
     layers: Layers
+    when: float = 0.0
+    sampled: bool = True
     memory: dict[str, Any] = field(default_factory=dict)
 
 

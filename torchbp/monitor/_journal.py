@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Journal"]
 
+_EVERY_STEP = frozenset({"gradient_norm", "loss_train", "loss_val", "global_gradient_norm"})
+_INTERVAL = 50
 _FLOOR = 1e-45  # log10 of 0 is drawn here, below every float32
 
 
@@ -28,23 +30,54 @@ class Journal:
         self._writer = writer
         self._layouts: dict[tuple[str, int], Layout] = {}
         self._said: list[Verdict] = []
+        self._range: tuple[np.ndarray, np.ndarray, int] | None = None
 
-    def write(self, reading: Reading, when: float, *, chart: bool) -> None:
-        """Write all that was measured at a step; ``chart``: the histograms too."""
+    def write(self, reading: Reading) -> None:
+        """Write what was measured at a step."""
         for name, values in reading.values.items():
             quantity = all_quantities().get(name)
             if quantity is None or quantity.axis == "run":
-                tag, shown = _scalar(name, quantity, float(values[0]))
-                about = quantity.title if quantity else ""
-                self._writer.scalar(tag, reading.step, shown, help=about, when=when)
-                continue
-            layout = self._layout(quantity, reading.layers, len(values))
-            self._writer.vector(layout, reading.step, values, when=when)
-            if chart and quantity.axis == "layer":
-                shown = np.log10(np.maximum(values, _FLOOR)) if quantity.logarithm else values
-                tag = f"layers/{name}" + ("_log10" if quantity.logarithm else "")
-                about = f"{quantity.title}, over all layers"
-                self._writer.histogram(tag, reading.step, shown, help=about, when=when)
+                if quantity is None or reading.sampled or name in _EVERY_STEP:
+                    self._scalar(name, quantity, reading, float(values[0]))
+            elif reading.sampled or name in _EVERY_STEP:
+                layout = self._layout(quantity, reading.layers, len(values))
+                self._writer.vector(layout, reading.step, values, when=reading.when)
+                if quantity.axis == "layer" and reading.sampled:
+                    self._histogram(quantity, reading, values)
+        if reading.sampled and "learning_rate" in reading.values:
+            rate = float(reading.values["learning_rate"][0])
+            about = "learning rate of the first parameter group"
+            self._writer.scalar(
+                "run/learning_rate", reading.step, rate, help=about, when=reading.when
+            )
+        self._extremes(reading)
+
+    def _scalar(self, name: str, quantity: Quantity | None, reading: Reading, value: float) -> None:
+        tag, shown = _scalar(name, quantity, value)
+        about = quantity.title if quantity else ""
+        self._writer.scalar(tag, reading.step, shown, help=about, when=reading.when)
+
+    def _histogram(self, quantity: Quantity, reading: Reading, values: np.ndarray) -> None:
+        tag, about = f"layers/{quantity.name}", f"{quantity.title}; all layers together"
+        if quantity.logarithm:
+            tag, about = f"{tag}_log10", f"log10 of the {about}"
+            values = np.log10(np.maximum(values, _FLOOR))
+        self._writer.histogram(tag, reading.step, values, help=about, when=reading.when)
+
+    def _extremes(self, reading: Reading) -> None:
+        """Keep the largest and smallest gradient norm of every layer, and write them now and then."""
+        norms = reading.values.get("layer_gradient_norm")
+        if norms is None:
+            return
+        same = self._range is not None and self._range[0].shape == norms.shape
+        high, low, count = self._range if same and self._range is not None else (norms, norms, 0)
+        self._range = (np.maximum(high, norms), np.minimum(low, norms), count + 1)
+        if count + 1 >= _INTERVAL:
+            quantity = all_quantities()["layer_gradient_norm"]
+            layout = self._layout(quantity, reading.layers, len(norms))
+            for kind, values in zip(("max", "min"), self._range[:2], strict=True):
+                self._writer.vector(layout, reading.step, values, kind=kind, when=reading.when)
+            self._range = None
 
     def verdicts(self, step: int, verdicts: Sequence[Verdict]) -> None:
         """Write the verdicts as a table, where they have changed."""
@@ -65,6 +98,8 @@ class Journal:
             kinds: tuple[str, ...] = ()
             if quantity.axis == "layer":
                 names, kinds = layers.names, layers.kinds
+            elif quantity.axis == "estimate":
+                names = ("value", "low", "high")
             elif quantity.axis == "parameter":
                 names = layers.parameters
             self._layouts[key] = Layout(quantity.name, quantity.axis, names, kinds, quantity.unit)

@@ -39,8 +39,8 @@ class Judge:
         """Take one more reading into account; readings come in the order of their steps."""
         for diagnosis in self._diagnoses:
             if all(name in reading.values for name in diagnosis.reads):
-                mine = replace(reading, memory=self._memories[diagnosis.name])
-                found = {s.key: s for s in diagnosis.examine(mine)}
+                reading.memory = self._memories[diagnosis.name]
+                found = {s.key: s for s in diagnosis.examine(reading)}
                 self._follow(diagnosis, reading.step, found)
 
     def _follow(self, diagnosis: Diagnosis, step: int, found: dict[str, Suspicion]) -> None:

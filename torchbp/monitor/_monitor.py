@@ -1,32 +1,40 @@
 """``torchbp.watch`` and the monitor it returns."""
 
+import time
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
 
 from torchbp.monitor._catalogue import Catalogue
-from torchbp.monitor._diagnosis import Layers, Reading, Verdict
+from torchbp.monitor._desk import Desk
+from torchbp.monitor._diagnosis import Layers, Verdict
+from torchbp.monitor._harvest import Sums, harvest, reduced
 from torchbp.monitor._journal import Journal
 from torchbp.monitor._judge import Judge
-from torchbp.monitor._registry import all_diagnoses, all_quantities
-from torchbp.monitor.capture import Capture, Row
+from torchbp.monitor._reader import Reader
+from torchbp.monitor._registry import all_diagnoses
+from torchbp.monitor._row import Row
+from torchbp.monitor.capture import Capture
 
 __all__ = ["Monitor", "watch"]
 
 _DRAIN_EVERY = 50
-_EARLY_DRAINS = frozenset({1, 5, 10, 20})
+_EARLY_DRAINS = frozenset({2, 5, 10, 20})
 
 
 class Monitor:
     """Watches one model; made by :func:`watch`.
 
     Attributes:
-        verdicts: What was found so far, in the order in which it was found.
+        notes: What can't be seen of this model, and why.
     """
 
     def __init__(
@@ -39,36 +47,61 @@ class Monitor:
         sample_every: int,
         layers: Sequence[str] | None,
     ) -> None:
+        self.notes: list[str] = []
         self._name = type(model).__name__
         self._catalogue = Catalogue(model, layers)
         self._journal = journal
         self._judge = Judge(all_diagnoses())
+        self._reader = Reader()
+        self._desk = Desk()
         self._rows: list[Row] = []
         self._logged: dict[str, Any] = {}
         self._layers: tuple[Layers, np.ndarray, np.ndarray] | None = None
-        self._steps = 0
+        self._steps = self._backwards = 0
         self._closed = False
+        self._shared = _Shared(model, self._catalogue)
+        self._share_from = time.perf_counter(), 0.0
+        self._drain_time = 0.0
+        listens = not _is_compiled(model)
+        if not listens:
+            self.notes.append(
+                "the model is compiled: its layers can't be listened to, so error signals, "
+                "activations and updates are not seen, nor is vanishing or exploding"
+            )
         self._capture = Capture(
             model,
             self._catalogue,
             optimizers,
             every=every,
             sample_every=sample_every,
+            listens=listens,
             deliver=self._take,
         )
         # When the model goes, and when the process ends, nothing that was measured is lost.
-        self._finalizer = weakref.finalize(model, self.close)
+        self._finalizer = weakref.finalize(model, self.close, local=True)
 
     # --------------------------------------------------------------------------------- the user
     @property
     def step(self) -> int:
-        """The step under way: the number of optimizer steps so far, or of backwards without one."""
+        """The step under way: the number of optimizer steps so far, or of backwards without one.
+
+        Set it where a run is resumed from a checkpoint.
+        """
         return self._capture.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._capture.seek(step)
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """What was found so far, in the order in which it was found."""
-        self._drain()
+        """What was found so far, in the order in which it was found.
+
+        Over several ranks: what was found at the last drain, for only all together can drain.
+        """
+        if not self._shared.ranks:
+            self._drain()
+        self._desk.join()
         return list(self._judge.verdicts)
 
     def log_loss(
@@ -102,28 +135,37 @@ class Monitor:
                 )
                 raise ValueError(message)
             value = value.detach().clone()
-        if self._rows and not self._capture.under_way:
-            self._rows[-1].host[name] = value
-        else:
+        last = self._rows[-1] if self._rows else None
+        if last is None or self._capture.row.backwards or name in last.host:
             self._logged[name] = value
+        else:
+            last.host[name] = value
 
     def summary(self) -> str:
         """Return the verdicts in plain words, or that nothing is wrong."""
-        verdicts = self.verdicts
-        head = f"{self._name}, {self._steps} steps, {len(self._catalogue)} layers watched"
+        verdicts = sorted(self.verdicts, key=lambda v: v.step)
+        steps = f"{self._steps} step" + ("" if self._steps == 1 else "s")
+        head = f"{self._name}, {steps}, {len(self._catalogue)} layers watched"
+        notes = [f"not seen: {note}" for note in self.notes]
         if not verdicts:
-            return f"{head}: nothing is wrong"
-        return "\n".join([f"{head}:", *map(str, verdicts)])
+            return "\n".join([f"{head}: nothing is wrong", *notes])
+        return "\n".join([f"{head}:", *map(str, verdicts), *notes])
 
-    def close(self) -> None:
-        """Write what is left, remove all hooks, close the file. A second call does nothing."""
+    def close(self, *, local: bool = False) -> None:
+        """Write what is left, remove all hooks, close the file. A second call does nothing.
+
+        Args:
+            local: Don't wait for other ranks: what only all of them together know of the last
+                steps is left out. A ``with`` block that ends in an exception closes so.
+        """
         if self._closed:
             return
         self._closed = True
-        self._capture.close()
         self._finalizer.detach()
+        self._capture.close()
         try:
-            self._drain()
+            self._drain(local=local)
+            self._desk.close()
         finally:
             if self._journal is not None:
                 self._journal.close()
@@ -131,8 +173,8 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(local=kind is not None)
 
     def __str__(self) -> str:
         return self.summary()
@@ -141,60 +183,104 @@ class Monitor:
     def _take(self, row: Row) -> None:
         row.host.update(self._logged)
         self._logged = {}
+        if row.sampled:
+            since, spent = self._share_from
+            now, own = time.perf_counter(), self._capture.own_time + self._drain_time
+            row.host["monitor_share"] = (own - spent) / max(now - since, 1e-9)
+            self._share_from = now, own
         self._rows.append(row)
         self._steps += 1
-        if self._steps % _DRAIN_EVERY == 0 or self._steps in _EARLY_DRAINS:
+        # Ranks may skip different steps, so over several of them backward passes are counted.
+        before, self._backwards = self._backwards, self._backwards + row.backwards
+        due = self._steps in _EARLY_DRAINS or self._steps % _DRAIN_EVERY == 0
+        if self._shared.ranks:
+            due = before // _DRAIN_EVERY != self._backwards // _DRAIN_EVERY
+        if due and not self._closed:
             self._drain(keep=1)
 
-    def _drain(self, keep: int = 0) -> None:
-        """Bring rows to the host, judge them, write them.
+    def _drain(self, *, keep: int = 0, local: bool = False) -> None:
+        """Send rows to the host, to be judged and written there.
 
         ``keep``: so many of the last stay behind, for their loss may be logged after the step.
         """
-        split = len(self._rows) - keep
-        rows, self._rows = self._rows[:split], self._rows[split:]
+        rows = self._rows[: len(self._rows) - keep]
         if not rows:
             return
+        start = time.perf_counter()
         if self._layers is None:
             self._layers = self._catalogue.layers()
-        for row in rows:
-            reading = self._read(row, *self._layers)
-            self._judge.consider(reading)
-            if self._journal is not None:
-                self._journal.write(reading, row.when, chart=bool(row.errors))
-        if self._journal is not None:
-            self._journal.verdicts(rows[-1].step, self._judge.verdicts)
+        count = len(self._catalogue)
+        arrive = harvest(rows, len(self._catalogue.parameters), count)
+        if self._shared.ranks:
+            sums = arrive()
+            sums = self._shared.without_shards(sums) if local else self._shared.add(sums, count)
+            arrive = partial(list, sums)
+        self._desk.put(lambda: self._work(arrive()))
+        del self._rows[: len(rows)]
+        self._drain_time += time.perf_counter() - start
 
-    def _read(self, row: Row, layers: Layers, order: np.ndarray, columns: np.ndarray) -> Reading:
-        quantities = all_quantities()
-        values: dict[str, np.ndarray] = {}
-        present: dict[str, np.ndarray] = {}
-        squares = np.zeros(len(layers.parameters))
-        for indices, piece in row.gradients:
-            squares[indices] = piece.double().cpu().numpy()
-        finish = quantities["gradient_norm"].finish
-        assert finish is not None
-        values["gradient_norm"] = finish(squares)[columns]
-        if row.errors:
-            sums, counts = np.zeros(len(order)), np.zeros(len(order))
-            for place, parts in row.errors.items():
-                sums[place] = sum(float(square) for square, _ in parts)
-                counts[place] = sum(count for _, count in parts)
-            finish = quantities["error_signal"].finish
-            assert finish is not None
-            there = counts[order] > 0
-            signals = finish(sums, counts)[order]
-            values["error_signal"] = np.where(there, signals, np.nan)
-            present["error_signal"] = there
-        for name, value in row.host.items():
-            values[name] = np.atleast_1d(np.asarray(_number(value), np.float64))
-        reading = Reading(row.step, values, present, layers)
-        for quantity in quantities.values():
-            if quantity.at == "derived" and quantity.finish is not None:
-                derived = quantity.finish(reading)
-                if derived is not None:
-                    values[quantity.name] = derived
-        return reading
+    def _work(self, rows: list[Sums]) -> None:
+        assert self._layers is not None
+        journal, failure = self._journal, None
+        for sums in rows:
+            reading = self._reader.read(sums, *self._layers)
+            self._judge.consider(reading)
+            if journal is not None:
+                try:
+                    journal.write(reading)
+                except (OSError, ValueError) as error:  # a full disk ends the files, not verdicts
+                    journal, self._journal, failure = None, None, error
+        if journal is not None and rows:
+            journal.verdicts(rows[-1].row.step, self._judge.verdicts)
+        if failure is not None:
+            raise failure
+
+
+class _Shared:
+    """What ranks have in common.
+
+    Attributes:
+        ranks: Whether the model is spread over several, by DDP or as DTensors.
+    """
+
+    def __init__(self, model: nn.Module, catalogue: Catalogue) -> None:
+        parameters = [p for _, p in catalogue.alive()]
+        sharded = [isinstance(p, DTensor) for p in parameters]
+        spread = isinstance(model, DistributedDataParallel) or any(sharded)
+        self.ranks = spread and torch.distributed.get_world_size() > 1
+        if not self.ranks:
+            return
+        self._whole = not any(sharded)
+        first = torch.distributed.get_rank() == 0
+        self._mine = np.array([_adds(p) if isinstance(p, DTensor) else first for p in parameters])
+        backend = torch.distributed.get_backend()
+        self._device = parameters[0].device if "nccl" in backend else torch.device("cpu")
+
+    def add(self, rows: list[Sums], layers: int) -> list[Sums]:
+        """Sum over the ranks."""
+        return reduced(rows, self._mine, layers, self._device)
+
+    def without_shards(self, rows: list[Sums]) -> list[Sums]:
+        """Drop what this rank has only a part of."""
+        for sums in rows:
+            sums.layers.clear()
+            if not self._whole:
+                sums.parameters.clear()
+        return rows
+
+
+def _adds(parameter: DTensor) -> bool:
+    """Whether this rank adds its shard: of replicas only the first does."""
+    coordinate = parameter.device_mesh.get_coordinate()
+    places = zip(parameter.placements, coordinate or (), strict=False)
+    return all(at == 0 for placement, at in places if isinstance(placement, Replicate))
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None  # noqa: SLF001
+        for module in model.modules()
+    )
 
 
 def watch(
@@ -290,7 +376,3 @@ def _is_writing_rank(rank: int | Literal["auto"]) -> bool:
     if not (distributed.is_available() and distributed.is_initialized()):
         return True
     return distributed.get_rank() == (0 if rank == "auto" else rank)
-
-
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value

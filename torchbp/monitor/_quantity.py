@@ -14,34 +14,60 @@ __all__ = ["Quantity", "precise"]
 class Quantity:
     """What is measured, where, and in which unit.
 
-    A measured quantity is a sum on the device, over elements: sums add up over the shards of a
-    tensor, over ranks, over the micro-batches of a step. ``finish`` makes the quantity of them.
+    What is measured on a device are sums over elements. Sums add up over the shards of a tensor,
+    over ranks and over the micro-batches of a step; ``finish`` makes the quantity of them.
 
     Attributes:
-        name: The name in files, verdicts and ``monitor.values``.
+        name: The name in files and in ``Reading.values``.
         title: What a chart of it is called.
         unit: The unit of its values.
-        axis: What an entry of its vector stands for; ``"run"`` for one number a step.
-        at: Where it is measured. ``"gradient"``: on the gradients of all parameters, once they are
-            final; ``"error"``: on the gradient of a layer's output; ``"derived"``: on the host,
-            from other quantities; ``"host"``: a number the training loop knows.
-        measure: On the device, no synchronisation. ``"gradient"``: list of N dense tensors
-            -> ``(N,)``; ``"error"``: one tensor -> 0-d.
-        finish: On the host, numpy float64. ``"gradient"``: sums -> values; ``"error"``: sums and
-            element counts -> values; ``"derived"``: a ``Reading`` -> values or None.
+        axis: What an entry of its vector stands for; ``"run"`` for one number a step,
+            ``"estimate"`` for value, low and high.
+        at: Where it is measured:
+            ``"gradient"``: the gradients of all parameters, final and before clipping;
+            ``"stepped"``: the same as the optimizer sees them, after clipping;
+            ``"weight"``: the parameters before the update;
+            ``"update"``: what the optimizer added to them;
+            ``"error"``: the gradient of a layer's output;
+            ``"output"``: a layer's output;
+            ``"activation"``, ``"units"``: the output of the activation behind a layer;
+            ``"derived"``: on the host, from other quantities;
+            ``"host"``: a number that the training loop or the optimizer knows.
+        measure: On the device, without synchronisation. For parameters: a list of n dense tensors
+            -> ``(n,)``; for ``"error"`` and ``"output"``: one tensor -> 0-d;
+            for ``"activation"``: tensor and function's name -> 0-d, or None where it doesn't apply;
+            for ``"units"`` the same -> bool ``(units,)``.
+        finish: On the host, in numpy float64: ``(sums, counts)`` -> values; for ``"derived"``:
+            ``(reading)`` -> values, or None where it can't be had.
         logarithm: Stock charts show log10 of it.
+        power: The host raises what ``"error"`` and ``"output"`` measure to it before it adds up: one
+            operation less on the device.
+        often: ``"every step"``, ``"sampled"``, or ``"rarely"``: every fifth sampled step.
     """
 
     name: str
     title: str
     unit: str
-    axis: Literal["parameter", "layer", "group", "run"]
-    at: Literal["gradient", "error", "derived", "host"]
-    measure: Callable[[Any], Tensor] | None = None
+    axis: Literal["parameter", "layer", "group", "estimate", "run"]
+    at: Literal[
+        "gradient",
+        "stepped",
+        "weight",
+        "update",
+        "error",
+        "output",
+        "activation",
+        "units",
+        "derived",
+        "host",
+    ]
+    measure: Callable[..., Any] | None = None
     finish: Callable[..., Any] | None = None
     logarithm: bool = False
+    power: int = 1
+    often: Literal["every step", "sampled", "rarely"] = "sampled"
 
 
 def precise(tensor: Tensor) -> torch.dtype:
-    """Return the dtype to sum in: squares below 1e-45 are 0 in float32, and some devices have no more."""
+    """Return the dtype to sum in. Squares below 1e-45 are 0 in float32; some devices have no more."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -14,13 +14,17 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 __all__ = [
     "Context",
+    "directional",
+    "eager",
     "entry",
     "formula_only",
     "fused",
     "in_autocast_dtype",
+    "in_autocast_float32",
     "in_float32",
-    "overwrite",
+    "in_place",
     "is_half",
+    "overwrite",
     "public",
     "scale_fresh",
 ]
@@ -78,11 +82,15 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     """Make ``function`` a citizen of ``torchbp.functional``.
 
     It answers ``__torch_function__`` (tensor subclasses, modes, ``torch.fx`` proxies) as torch's own functions do,
-    and is pickled by its public name, whatever the file tree.
+    and is pickled by its public name, whatever the file tree. Nested and sparse tensors go to torch's own function:
+    formulas and samples are those of strided ones.
     """
+    own = getattr(torch.nn.functional, function.__name__, None)
 
     @wraps(function)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
+        if own is not None and any(isinstance(a, Tensor) and _is_irregular(a) for a in args):
+            return own(*args, **kwargs)
         if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
             relevant = (*args, *kwargs.values())
             return handle_torch_function(dispatch, relevant, *args, **kwargs)
@@ -90,6 +98,10 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     dispatch.__module__ = "torchbp.functional"
     return dispatch
+
+
+def _is_irregular(tensor: Tensor) -> bool:
+    return tensor.layout is not torch.strided or tensor.is_nested
 
 
 def overwrite(function: Callable[..., Tensor], x: Tensor, *args: object) -> Tensor:
@@ -145,6 +157,20 @@ def in_autocast_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(cast(t) for t in tensors)
 
 
+def in_autocast_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast does for its float32 ops, losses among them: half precision becomes float32, outside the op."""
+
+    def cast(t: Tensor) -> Tensor:
+        return t.float() if is_half(t) and torch.is_autocast_enabled(t.device.type) else t
+
+    return tuple(cast(t) for t in tensors)
+
+
+def eager() -> bool:
+    """Whether values may be looked at here: neither traced by ``torch.compile`` nor transformed by ``torch.func``."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
 def fused(*tensors: Tensor, half: bool = False) -> bool:
     """Whether a backward may run a fused kernel, or write into a tensor it has just made.
 
@@ -158,10 +184,14 @@ def fused(*tensors: Tensor, half: bool = False) -> bool:
     return not (
         _formula_only
         or torch.is_grad_enabled()  # in backward: exactly when create_graph was asked for
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or not eager()
         or any((is_half(t) and not half) or is_legacy_batchedtensor(t) for t in tensors)
     )
+
+
+def in_place(*tensors: Tensor) -> bool:
+    """Whether a step between these tensors may write into one of them that was just made."""
+    return fused(*tensors) and all(t.dtype == tensors[0].dtype for t in tensors)
 
 
 def scale_fresh(fresh: Tensor, factor: Tensor) -> Tensor:
@@ -172,6 +202,12 @@ def scale_fresh(fresh: Tensor, factor: Tensor) -> Tensor:
         factor: A number, or a tensor that can be broadcast to ``fresh``.
     """
     return fresh.mul_(factor) if fused(fresh, factor) else fresh * factor
+
+
+def directional(*terms: tuple[Tensor | None, Tensor]) -> Tensor:
+    """Return Σ tangent · derivative over the inputs that have a tangent: what a ``jvp`` of single elements is."""
+    products = [tangent * derivative for tangent, derivative in terms if tangent is not None]
+    return sum(products[1:], start=products[0])
 
 
 @contextmanager

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from pkgutil import walk_packages
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchbp import ops
+from torchbp.ops._function import is_half
 from torchbp.ops._samples import Make, Sample
 
-__all__ = ["Op", "all_ops"]
+__all__ = ["Op", "all_ops", "rounded_once"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,26 @@ class Op:
 
     def __repr__(self) -> str:
         return f"Op({self.name})"
+
+
+def rounded_once(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return ``reference`` in float32 for half precision, rounded at the end.
+
+    For ops that torch does not have in half precision, or where it loses more than a rounding by rounding each step.
+    """
+
+    @wraps(reference)
+    def function(*args: Any, **kwargs: Any) -> Tensor:
+        if not is_half(args[0]):
+            return reference(*args, **kwargs)
+        wide = [a.float() if isinstance(a, Tensor) and is_half(a) else a for a in args]
+        kwargs = {
+            k: a.float() if isinstance(a, Tensor) and is_half(a) else a for k, a in kwargs.items()
+        }
+        y = reference(*wide, **kwargs)
+        return y if torch.is_autocast_enabled(y.device.type) else y.to(args[0].dtype)
+
+    return function
 
 
 @cache

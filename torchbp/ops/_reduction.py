@@ -1,11 +1,15 @@
 """What a loss's ``reduction`` does to its values, and to the gradient that comes back."""
 
+import warnings
+
+import torch
 from torch import Tensor
 from torch.nn import _reduction as torch_reduction
 
-from torchbp.ops._errors import wrong
+from torchbp.ops._errors import shape, wrong
+from torchbp.ops._function import is_half
 
-__all__ = ["named", "reduce", "spread"]
+__all__ = ["matched", "named", "reduce", "spread"]
 
 
 def named(op: str, reduction: str, size_average: bool | None, reduce: bool | None) -> str:
@@ -26,5 +30,20 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
 
 
 def spread(grad: Tensor, reduction: str, count: int | Tensor) -> Tensor:
-    """Return the gradient of each value, or one for all, from that of the reduced loss over ``count`` values."""
+    """Return the gradient of each value, or one for all, from that of the reduced loss over ``count`` values.
+
+    In float32 for half precision: the quotient for a million values is subnormal in float16.
+    """
+    grad = grad.float() if is_half(grad) else grad
     return grad / count if reduction == "mean" else grad
+
+
+def matched(op: str, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in one shape; torch, too, warns where they have to be broadcast for that."""
+    if target.size() == input.size():
+        return input, target
+    advice = "they are broadcast, which is seldom what is meant"
+    message = wrong(op, f"target of the input's shape {shape(input)}", shape(target), advice)
+    warnings.warn(message, UserWarning, stacklevel=4)
+    first, second = torch.broadcast_tensors(input, target)
+    return first, second

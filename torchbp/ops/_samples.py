@@ -1,7 +1,7 @@
 """Inputs that ops are tested, documented and benchmarked on."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,9 @@ __all__ = [
     "elementwise_errors",
     "halved",
     "halved_errors",
+    "pairs",
     "square",
+    "stored",
 ]
 
 # Zeros of both signs, kinks and saturation of the usual activations, overflow, and what is not a number.
@@ -126,3 +128,26 @@ def halved_errors(make: Make) -> Iterator[Sample]:
     yield Sample((make.normal(2, 4), 2), name="no-such-dim")
     yield Sample((make.labels(2, 4, classes=5),), name="integers")
     yield Sample(("text",), name="text")
+
+
+def pairs(
+    inputs: Callable[..., Tensor], targets: Callable[..., Tensor], **kwargs: object
+) -> Iterator[Sample]:
+    """Yield inputs and targets of one shape, in every reduction, for a loss of two tensors.
+
+    Args:
+        inputs: Makes a tensor of a shape, as ``Make.normal`` does.
+        targets: The same, for the targets.
+        kwargs: More arguments of the loss.
+    """
+    for reduction in ("mean", "sum", "none"):
+        options = {"reduction": reduction, **kwargs}
+        yield Sample((inputs(3, 4), targets(3, 4)), options, reduction)
+    yield Sample((inputs(), targets()), {"reduction": "sum", **kwargs}, "scalar")
+    yield Sample((inputs(0, 3), targets(0, 3)), {"reduction": "sum", **kwargs}, "empty-sum")
+    yield Sample((inputs(3, 4), targets(3, 4).detach()), dict(kwargs), "data-target")
+
+
+def stored(*values: object) -> int:
+    """Return the bytes of the tensors among ``values``."""
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))

@@ -12,7 +12,7 @@ from torchbp.verify.report import Finding
 
 __all__ = ["Check", "Level", "NotApplicable", "Refused", "all_checks"]
 
-Level = Literal["quick", "full"]
+Level = Literal["quick", "full"]  # of a run
 
 
 class NotApplicable(Exception):  # noqa: N818  # an outcome, not an error
@@ -33,14 +33,14 @@ class Check:
         run: Yields what contradicts it. May raise :class:`NotApplicable` or :class:`Refused`. An exception of the
             function under test in its forward is a refusal, in its backward a finding; neither is caught here.
         order: Place in the report: where several checks see one fault, the first names it.
-        level: "quick" checks run always, "full" ones at `level="full"`.
+        level: "quick" checks run always, "full" ones at `level="full"`, "asked" ones only by name.
     """
 
     name: str
     tests: str
     run: Callable[[Case], Iterable[Finding]]
     order: int
-    level: Level = "quick"
+    level: Literal["quick", "full", "asked"] = "quick"
 
 
 @cache

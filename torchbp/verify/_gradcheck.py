@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from torchbp.verify._check import Check, Level, NotApplicable, Refused, all_checks
-from torchbp.verify.cases import BackwardRaised, Case, build, is_deliberate, reason
+from torchbp.verify.cases import BackwardRaised, Case, ForwardRaised, build, is_deliberate, reason
 from torchbp.verify.report import Capability, Finding, GradientError, Report, Status
 
 __all__ = ["gradcheck"]
@@ -143,8 +143,12 @@ def _run_all(
     capabilities: dict[str, Capability] = {}
     with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        case = build(func, inputs, kwargs, seed=seed, options=options)
-        if not case.differentiable:
+        case, case.given = build(func, inputs, kwargs, seed=seed, options=options)
+        try:
+            differentiable = case.differentiable
+        except ForwardRaised as error:
+            raise (error.__cause__ or error) from None
+        if not differentiable:
             raise ValueError(
                 f"gradcheck: expected an output of {case.name} that requires grad, got none; "
                 "there is nothing to check"
@@ -202,8 +206,10 @@ def _run_one(check: Check, case: Case) -> tuple[list[Finding], Status, str]:
                     cause="crash",
                 )
             )
-    except Exception as error:  # the function's forward, or ours: never a false alarm
-        status, detail = "refuses", reason(error)
+    except ForwardRaised as error:
+        status, detail = "refuses", str(error)
+    except Exception as error:  # ours: said, but never a false alarm
+        status, detail = "not run", f"the check itself failed: {reason(error)}"
     found = [replace(f, repeat=f.repeat or _repeat(check, case)) for f in found]
     if any(f.severity == "wrong" for f in found):
         status, detail = "wrong", found[0].message

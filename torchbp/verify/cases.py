@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["BackwardRaised", "Case", "Plain", "build", "is_deliberate", "reason"]
+__all__ = [
+    "BackwardRaised",
+    "Case",
+    "ForwardRaised",
+    "Plain",
+    "build",
+    "double",
+    "is_deliberate",
+    "reason",
+]
 
 _DOUBLE = {
     torch.float16: torch.float64,
@@ -24,6 +33,10 @@ _DOUBLE = {
     torch.complex64: torch.complex128,
 }
 _TORCH = str(Path(torch.__file__).parent)
+
+
+class ForwardRaised(Exception):  # noqa: N818  # carries the user's exception to the driver
+    """The function under test raised; ``__cause__`` is what."""
 
 
 class BackwardRaised(Exception):  # noqa: N818  # carries the user's exception to the driver
@@ -39,16 +52,24 @@ class Plain:
     grads: tuple[Tensor, ...]
 
 
+@dataclass
+class Calls:
+    """How often the function was called, its variants counted in."""
+
+    forward: int = 0
+    backward: int = 0
+
+
 class Case:
     """A function, its differentiable leaves, and everything else it is called with.
 
     Attributes:
         name: How the function is called in reports.
-        leaves: The differentiable tensors, detached: inputs in order, then a Module's parameters.
+        flat: All that the function is called with: its arguments flattened, then a Module's tensors; detached.
+        where: Positions of the leaves, the differentiable tensors, in ``flat``.
         names: One name a leaf: ``input 0``, ``input 1['w']``, ``parameter weight``.
         differentiable: Which outputs require a gradient, by position among the output tensors.
-        forwards: Forward calls made so far.
-        backwards: Backward calls made so far.
+        calls: Calls made so far.
     """
 
     def __init__(
@@ -57,86 +78,147 @@ class Case:
         inputs: Sequence[Any],
         kwargs: Mapping[str, Any] | None = None,
         *,
-        name: str = "",
         seed: int = 0,
-        double: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.name = name or name_of(func)
+        self.func = func
+        self.name = name_of(func)
         self.seed = seed
-        self.double = double
         self.options = dict(options or {})
-        self.forwards = self.backwards = 0
-        self.original = (func, inputs, kwargs)
-        flat, self._spec = pytree.tree_flatten((tuple(inputs), dict(kwargs or {})))
-        paths = [
-            _path(keys)
-            for keys, _ in pytree.tree_flatten_with_path((tuple(inputs), dict(kwargs or {})))[0]
-        ]
-        self._flat = [self._cast(x) for x in flat]
-        self._where = [i for i, x in enumerate(flat) if _is_differentiable(x)]
-        self.names = [paths[i] for i in self._where]
-        self.leaves = [self._flat[i] for i in self._where]
-        self.requires_copy = False
-        self._module(func)
-        if not self.leaves:
+        self.calls = Calls()
+        self.copies_leaves = False
+        self.memo: dict[str, Any] = {}  # what checks work out about the sample and share
+        self.given = self  # the case in the sample's own precision
+        structure = (tuple(inputs), dict(kwargs or {}))
+        paths, self._spec = pytree.tree_flatten_with_path(structure)
+        named = [(_path(keys), x) for keys, x in paths]
+        self._arguments = len(named)
+        self._module = copy.deepcopy(func) if isinstance(func, nn.Module) else None
+        self._tensors: list[str] = []  # names of the Module's tensors, which follow the arguments
+        if self._module is not None:
+            state = [*self._module.named_parameters(), *self._module.named_buffers()]
+            self._tensors = [n for n, _ in state]
+            named += [(f"parameter {n}", x) for n, x in state]
+        self.flat: list[Any] = [x.detach() if isinstance(x, Tensor) else x for _, x in named]
+        self.where = [i for i, (_, x) in enumerate(named) if _is_differentiable(x)]
+        self.names = [named[i][0] for i in self.where]
+        if not self.where:
             raise ValueError(
                 "gradcheck: expected an input that requires grad, got none; "
                 "pass floating-point or complex tensors with requires_grad=True"
             )
+        strange = [
+            n
+            for n, i in zip(self.names, self.where, strict=True)
+            if self.flat[i].layout != torch.strided
+        ]
+        if strange:
+            raise TypeError(
+                f"gradcheck: expected strided tensors, got another layout in {strange[0]}"
+            )
 
-    def _module(self, func: Callable[..., Any]) -> None:
-        self._parameters: list[str] = []
-        self._buffers: dict[str, Tensor] = {}
-        if not isinstance(func, nn.Module):
-            self.func = lambda _, *args, **kwargs: func(*args, **kwargs)
-            return
-        module = copy.deepcopy(func)
-        self._buffers = {n: self._cast(b) for n, b in module.named_buffers()}
-        frozen = {}
-        for n, p in module.named_parameters():
-            if p.requires_grad:
-                self._parameters.append(n)
-                self.names.append(f"parameter {n}")
-                self.leaves.append(self._cast(p))
-            else:
-                frozen[n] = self._cast(p)
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The differentiable tensors, detached: inputs in order, then a Module's parameters."""
+        return [self.flat[i] for i in self.where]
 
-        def call(parameters: Sequence[Tensor], *args: object, **kwargs: object) -> object:
-            buffers = {n: b.clone() for n, b in self._buffers.items()}
-            named = dict(zip(self._parameters, parameters, strict=True))
-            return torch.func.functional_call(module, {**buffers, **frozen, **named}, args, kwargs)
+    def variant(self, change: Callable[[Tensor], Tensor], *, parameters: bool = False) -> "Case":
+        """Return the same function at another sample.
 
-        self.module = module
-        self.func = call
+        Args:
+            change: Makes the new tensor of an old one.
+            parameters: Change a Module's tensors too.
+        """
+        return self.edited(lambda _, x: change(x), parameters=parameters)
 
-    def _cast(self, x: object) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        x = x.detach()
-        return x.to(_DOUBLE.get(x.dtype, x.dtype)) if self.double else x
+    def edited(
+        self, change: Callable[[int, Tensor], Tensor], *, parameters: bool = False
+    ) -> "Case":
+        """Return the same function at another sample; ``change`` is told the position in ``flat``."""
+        other = copy.copy(self)
+        for memo in ("differentiable", "plain", "epsilon", "draws", "steady"):
+            other.__dict__.pop(memo, None)
+        end = len(self.flat) if parameters else self._arguments
+        other.memo = {}
+        other.flat = [
+            change(i, x) if isinstance(x, Tensor) and i < end else x
+            for i, x in enumerate(self.flat)
+        ]
+        return other
+
+    @property
+    def arguments(self) -> list[tuple[int, Tensor]]:
+        """The tensors among the arguments, with their position in ``flat``."""
+        return [(i, x) for i, x in enumerate(self.flat[: self._arguments]) if isinstance(x, Tensor)]
 
     # ------------------------------------------------------------------------------- calling
     def fresh(self) -> list[Tensor]:
         """Return new leaves that require grad."""
         return [leaf.clone().requires_grad_() for leaf in self.leaves]
 
-    def call(self, leaves: Sequence[Tensor], *, seeded: bool = True) -> object:
-        """Call the function on ``leaves``; every call draws the same random numbers."""
-        self.forwards += 1
-        flat = list(self._flat)
-        if self.requires_copy:
+    def call(
+        self,
+        leaves: Sequence[Tensor],
+        *,
+        seeded: bool = True,
+        func: Callable[..., Any] | None = None,
+        fixed: Callable[[Tensor], Tensor] = Tensor.clone,
+    ) -> Any:
+        """Call the function on ``leaves``; every call draws the same random numbers.
+
+        Args:
+            leaves: One tensor a leaf.
+            seeded: ``False`` leaves the random state as it is.
+            func: Another function of the same arguments.
+            fixed: Makes what is passed of a tensor that is not a leaf; by default a copy, for functions that write.
+        """
+        self.calls.forward += 1
+        if self.copies_leaves:
             leaves = [leaf.clone() for leaf in leaves]
-        for i, leaf in zip(self._where, leaves, strict=False):
-            flat[i] = leaf
-        args, kwargs = pytree.tree_unflatten(flat, self._spec)
+        others = {i: fixed(x) for i, x in enumerate(self.flat) if isinstance(x, Tensor)}
+        flat = self._filled(leaves, others)
         if seeded:
             torch.manual_seed(self.seed)
         try:
-            return self.func(leaves[len(self._where) :], *args, **kwargs)
+            return self._invoke(flat, func)
+        except Exception as error:
+            raise ForwardRaised(reason(error)) from error
         finally:
             if seeded:  # what runs after a forward, its backward first of all, meets another state each time
-                torch.manual_seed(self.seed + self.forwards)
+                torch.manual_seed(self.seed + 1 + self.calls.forward)
+
+    def _filled(self, leaves: Sequence[Tensor], others: Mapping[int, Tensor]) -> list[Any]:
+        given = {**others, **dict(zip(self.where, leaves, strict=True))}
+        return [given.get(i, x) for i, x in enumerate(self.flat)]
+
+    def _invoke(self, flat: list[Any], func: Callable[..., Any] | None = None) -> Any:
+        args, kwargs = pytree.tree_unflatten(flat[: self._arguments], self._spec)
+        if func is not None or self._module is None:
+            return (func or self.func)(*args, **kwargs)
+        state = dict(zip(self._tensors, flat[self._arguments :], strict=True))
+        return torch.func.functional_call(self._module, state, args, kwargs)
+
+    def bare(self) -> Callable[[Sequence[Tensor]], Any]:
+        """Return the function of the leaves alone, with nothing of ours around it that a tracer would meet."""
+
+        def run(leaves: Sequence[Tensor]) -> Any:
+            return self._invoke(self._filled(leaves, {}))
+
+        return run
+
+    def in_mode(self, training: bool) -> "Case":
+        """Return the case of the same Module in train or eval mode."""
+        other = self.variant(lambda t: t)
+        other._module = copy.deepcopy(self._module)  # noqa: SLF001  # another of this class
+        if other._module is not None:  # noqa: SLF001
+            other._module.train(training)  # noqa: SLF001
+        return other
+
+    def forward_of(self, module: nn.Module) -> list[Tensor]:
+        """Return the outputs of ``module``, with its own parameters, on the sample."""
+        flat = self._filled(self.fresh(), {})[: self._arguments]
+        args, kwargs = pytree.tree_unflatten(flat, self._spec)
+        return tensors_in(module(*args, **kwargs))
 
     def forward(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the output tensors that require grad on the sample."""
@@ -157,7 +239,7 @@ class Case:
         Raises:
             BackwardRaised: From whatever the function's backward raised.
         """
-        self.backwards += 1
+        self.calls.backward += 1
         pairs = [
             (y, v)
             for y, v in zip(outputs, cotangents, strict=True)
@@ -186,16 +268,28 @@ class Case:
         leaves = self.fresh()
         return self.backward(self.forward(leaves), leaves, cotangents)
 
+    def vjps(self, several: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
+        """One forward, several backwards; a forward each where the graph can be run once only."""
+        leaves = self.fresh()
+        outputs = self.forward(leaves)
+        found = [self.backward(outputs, leaves, several[0], retain_graph=True)]
+        for cotangents in several[1:]:
+            try:
+                found.append(self.backward(outputs, leaves, cotangents, retain_graph=True))
+            except BackwardRaised:  # noqa: PERF203
+                found.append(self.vjp(cotangents))
+        return found
+
     # ------------------------------------------------------------------------ what is trusted
     @cached_property
     def differentiable(self) -> tuple[int, ...]:
         """Which outputs require grad, by position; an input is copied first for a function that writes in it."""
         try:
             outputs = tensors_in(self.call(self.fresh()))
-        except RuntimeError as error:
-            if "leaf Variable" not in str(error):
+        except ForwardRaised as error:
+            if "leaf Variable" not in str(error.__cause__):
                 raise
-            self.requires_copy = True
+            self.copies_leaves = True
             outputs = tensors_in(self.call(self.fresh()))
         self.all_outputs = [y.detach() for y in outputs]
         return tuple(i for i, y in enumerate(outputs) if y.requires_grad)
@@ -210,9 +304,26 @@ class Case:
         return Plain(tuple(y.detach() for y in outputs), cotangents, grads)
 
     @cached_property
+    def draws(self) -> bool:
+        """Whether forward draws from torch's random numbers."""
+        torch.manual_seed(self.seed)
+        before = torch.get_rng_state()
+        self.call(self.fresh(), seeded=False)
+        return not torch.equal(before, torch.get_rng_state())
+
+    @cached_property
+    def steady(self) -> bool:
+        """Whether forward gives the same values twice, but for rounding."""
+        again = self.forward(self.fresh())
+        return all(
+            torch.allclose(a, b, rtol=1e3 * self.epsilon, atol=1e3 * self.epsilon, equal_nan=True)
+            for a, b in zip(again, self.plain.outputs, strict=True)
+        )
+
+    @cached_property
     def epsilon(self) -> float:
         """Precision the function works in: that of its outputs, or float32's where they hold no more bits."""
-        eps = 0.0
+        eps = torch.finfo(torch.float64).eps
         for y in self.plain.outputs:
             eps = max(eps, torch.finfo(y.dtype).eps)
             real = torch.view_as_real(y) if y.is_complex() else y
@@ -243,19 +354,24 @@ def build(
     *,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-) -> Case:
-    """Return the case in float64; in the sample's own precision where the function refuses float64."""
+) -> tuple[Case, Case]:
+    """Return the case to check, in float64 where the function accepts that, and the case as given."""
     if isinstance(inputs, Tensor) or not isinstance(inputs, (tuple, list)):
         inputs = (inputs,)
-    case = Case(func, inputs, kwargs, seed=seed, options=options)
-    native = Case(func, inputs, kwargs, seed=seed, options=options, double=False)
-    if all(a.dtype == b.dtype for a, b in zip(case.leaves, native.leaves, strict=True)):
-        return case
+    given = Case(func, inputs, kwargs, seed=seed, options=options)
+    case = given.variant(double, parameters=True)
+    if all(a.dtype == b.dtype for a, b in zip(case.leaves, given.leaves, strict=True)):
+        return given, given
     try:
         _ = case.differentiable
-    except Exception:  # whatever it is, the sample as given decides
-        return native
-    return case
+    except ForwardRaised:  # whatever it is, the sample as given decides
+        return given, given
+    return case, given
+
+
+def double(t: Tensor) -> Tensor:
+    """Return a floating-point or complex tensor in double precision."""
+    return t.to(_DOUBLE.get(t.dtype, t.dtype))
 
 
 def signed_like(t: Tensor, generator: torch.Generator) -> Tensor:
@@ -286,6 +402,8 @@ def name_of(func: object) -> str:
 
 def reason(error: BaseException) -> str:
     """Return an exception in one line."""
+    if isinstance(error, (BackwardRaised, ForwardRaised)):
+        return str(error)
     text = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {text[0]}"[:200].rstrip(": ")
 

@@ -8,7 +8,9 @@ Sources:
 import math
 from collections.abc import Callable
 
-__all__ = ["Slope", "one_sided", "slope"]
+__all__ = ["Slope", "one_sided", "settle", "slope"]
+
+DEEP = 7  # step sizes where two did not settle it
 
 Slope = tuple[float, float]  # value, error bound
 
@@ -61,3 +63,42 @@ def one_sided(
         return best
 
     return side(-1.0), side(1.0)
+
+
+def settle(
+    phi: Callable[[float], float], got: float, allowed: float, step: float, noise: float
+) -> tuple[float, bool]:
+    """Decide whether φ'(0) can be ``got``: cheaply where it can, with more step sizes where it seems not.
+
+    Args:
+        phi: The function of one variable, centred.
+        got: The derivative to test.
+        allowed: How far it may be off.
+        step: First step.
+        noise: Rounding error of one value of φ, absolute.
+
+    Returns:
+        The derivative, which is ``got`` where that is within the error, and whether the differences settle it. At a
+        kink they do not, unless ``got`` lies outside of the two one-sided slopes.
+    """
+    value, bound = slope(phi, step, noise)
+    if abs(value - got) <= allowed:
+        return value, True
+    value, bound = slope(phi, 4 * step, noise, DEEP)
+    if abs(value - got) <= max(allowed, 5 * bound):
+        return got, bound < 0.1 * abs(got) or bound < allowed
+    (left, left_bound), (right, right_bound) = one_sided(phi, step / 64, noise)
+    low = min(left - left_bound, right - right_bound)
+    high = max(left + left_bound, right + right_bound)
+    kink = abs(left - right) > 10 * (left_bound + right_bound)
+    if kink and low <= got <= high:
+        return got, False  # any slope between the two is right
+    if not math.isfinite(value):
+        return value, False
+    if not math.isfinite(got):
+        return value, True
+    again, bound_again = slope(
+        phi, 1.3 * step, noise, DEEP
+    )  # near a jump other steps say another thing
+    off = abs(value - got)
+    return value, abs(again - value) < 0.05 * off and max(bound, bound_again) < 0.1 * off

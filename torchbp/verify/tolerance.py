@@ -9,7 +9,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.causes import likely_cause
 from torchbp.verify.report import Finding
 
-__all__ = ["compare", "compare_all", "rounding"]
+__all__ = ["compare", "compare_all", "largest", "rounding"]
 
 
 def rounding(case: Case, *tensors: Tensor) -> float:
@@ -108,6 +108,7 @@ def compare_all(
     when: str = "",
     cause: str | None = None,
     also: float | None = None,
+    relative: float = 0.0,
 ) -> list[Finding]:
     """Compare the gradient of every leaf with one computed in another way, by rounding alone.
 
@@ -120,20 +121,22 @@ def compare_all(
         cause: The cause where the check knows it better.
         also: Size of what goes into backward; by default of the case's grad_output. A gradient that cancels to 0 is
             rounded at this size, not at its own.
+        relative: A wider tolerance than rounding, relative to the largest gradient.
     """
     findings = []
     if also is None:
-        also = max(_finite_max(v) for v in case.plain.cotangents)
-    also = max([also, *(_finite_max(e) for e in expected)])
+        also = max(largest(v) for v in case.plain.cotangents)
+    also = max([also, *(largest(e) for e in expected)])
     for name, leaf, g, e in zip(case.names, case.leaves, got, expected, strict=True):
-        allowed = rounding(case, g, e) * (_finite_max(e) + also / 16)
+        allowed = max(relative, rounding(case, g, e)) * (largest(e) + also / 16)
         found = compare(check, name, g, e, allowed, when=when, cause=cause, leaf=leaf)
         if found:
             findings.append(found)
     return findings
 
 
-def _finite_max(t: Tensor) -> float:
+def largest(t: Tensor) -> float:
+    """Return the largest finite magnitude in ``t``; 0 where there is none."""
     values = t.detach().abs()
     values = values[values.isfinite()]
     return float(values.max()) if values.numel() else 0.0

@@ -4,24 +4,18 @@ Under a loss that is a mean over the batch ∂L/∂z falls as 1/B; times B it do
 runs several times in a step counts with all its outputs together.
 """
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from torchbp.monitor._norms import root_mean
 from torchbp.monitor._quantity import Quantity, precise
 
 __all__ = ["QUANTITY"]
 
 
 def measure(delta: Tensor) -> Tensor:
-    """Return Σ δ², for δ = ∂L/∂z · B. In double: deep down a vanished δ² is 0 in float32."""
-    return torch.linalg.vector_norm(delta, dtype=precise(delta)).square()
-
-
-def finish(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """RMS = √(Σ δ² / n)."""
-    return np.sqrt(sums / np.maximum(counts, 1))
+    """Return √Σ δ². In double: deep down a vanished δ² is 0 in float32."""
+    return torch.linalg.vector_norm(delta, dtype=precise(delta))
 
 
 QUANTITY = Quantity(
@@ -31,6 +25,7 @@ QUANTITY = Quantity(
     axis="layer",
     at="error",
     measure=measure,
-    finish=finish,
+    finish=root_mean,
+    power=2,
     logarithm=True,
 )

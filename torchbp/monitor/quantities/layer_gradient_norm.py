@@ -14,9 +14,8 @@ def finish(reading: Reading) -> NDArray[np.float64] | None:
     norms = reading.values.get("gradient_norm")
     if norms is None:
         return None
-    squares = np.zeros(len(reading.layers.names))
-    np.add.at(squares, reading.layers.owner, np.square(norms))
-    return np.sqrt(squares)
+    count = len(reading.layers.names)
+    return np.sqrt(np.bincount(reading.layers.owner, np.square(norms), count))
 
 
 QUANTITY = Quantity(

@@ -4,4 +4,10 @@ from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
 
-QUANTITY = Quantity("learning_rate", "learning rate, per group", "1", "group", "host")
+QUANTITY = Quantity(
+    name="learning_rate",
+    title="learning rate, per group",
+    unit="1",
+    axis="group",
+    at="host",
+)

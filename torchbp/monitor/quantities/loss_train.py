@@ -4,4 +4,10 @@ from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
 
-QUANTITY = Quantity("loss_train", "training loss", "loss", "run", "host")
+QUANTITY = Quantity(
+    name="loss_train",
+    title="training loss",
+    unit="loss",
+    axis="run",
+    at="host",
+)

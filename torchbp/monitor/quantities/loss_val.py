@@ -4,4 +4,10 @@ from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
 
-QUANTITY = Quantity("loss_val", "validation loss", "loss", "run", "host")
+QUANTITY = Quantity(
+    name="loss_val",
+    title="validation loss",
+    unit="loss",
+    axis="run",
+    at="host",
+)

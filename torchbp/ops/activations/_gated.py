@@ -1,8 +1,8 @@
 r"""Gated units: y = g(a) · b, where a and b are the two halves of x along a dimension. SwiGLU, GeGLU, ReGLU are such.
 
 Derivation:
-    grad_a    = grad_y · b · g'(a)                                                             (1)
-    grad_b    = grad_y · g(a)                                                                  (2)
+    grad_a    = grad_y · conj(b · g'(a))                                                       (1)
+    grad_b    = grad_y · conj(g(a))                                                            (2)
     tangent_y = b · g'(a) · tangent_a + g(a) · tangent_b                                       (3)
 
 x is all that is kept; g(a) is made again in backward, which is cheaper than keeping it.
@@ -100,8 +100,8 @@ class GatedFunction(Function):
 
         def formula(v: Tensor, x: Tensor) -> Tensor:
             a, b = x.chunk(2, ctx.dim)
-            grad_a = gate.times_derivative(v * b, bounded(a))  # (1)
-            return torch.cat([grad_a, v * mended(gate.value(a), a)], ctx.dim)  # (2)
+            grad_a = gate.times_derivative(v * b.conj(), bounded(a))  # (1)
+            return torch.cat([grad_a, v * mended(gate.value(a), a).conj()], ctx.dim)  # (2)
 
         return in_float32(formula, grad_y, x), None, None, None
 
@@ -112,7 +112,7 @@ class GatedFunction(Function):
 
         def formula(t: Tensor, x: Tensor) -> Tensor:
             (a, b), (tangent_a, tangent_b) = x.chunk(2, ctx.dim), t.chunk(2, ctx.dim)
-            by_a = gate.times_derivative(b * tangent_a, bounded(a))
+            by_a = gate.times_derivative(b * tangent_a, bounded(a).conj())
             return by_a + mended(gate.value(a), a) * tangent_b  # (3)
 
         return in_float32(formula, tangent_x, x)

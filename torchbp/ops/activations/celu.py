@@ -48,7 +48,8 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
             a gradient is wanted, or on a leaf that requires grad.
 
     Example:
-        >>>         >>> from torchbp.functional import celu
+        >>> import torch
+        >>> from torchbp.functional import celu
         >>> celu(torch.tensor([-1.0, 0.0, 2.0]), 0.5)
         tensor([-0.4323,  0.0000,  2.0000])
     """

@@ -24,7 +24,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, overwrite, is_half, public
+from torchbp.ops._function import Context, entry, fused, is_half, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 

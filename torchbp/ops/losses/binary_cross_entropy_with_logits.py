@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, in_float32, public, scale_fresh
+from torchbp.ops._function import (
+    Context,
+    entry,
+    in_autocast_float32,
+    in_float32,
+    in_place,
+    public,
+    scale_fresh,
+)
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square
@@ -49,9 +57,12 @@ class BCEWithLogitsLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
     ) -> Tensor:
-        return F.binary_cross_entropy_with_logits(
-            x, target, weight, pos_weight=pos_weight, reduction=reduction
-        )
+        if pos_weight is not None or not x.is_floating_point():
+            return F.binary_cross_entropy_with_logits(
+                x, target, weight, pos_weight=pos_weight, reduction=reduction
+            )
+        values = in_float32(_values, x, target)
+        return reduce(values if weight is None else values * weight, reduction)
 
     @staticmethod
     def setup_context(
@@ -91,7 +102,17 @@ class BCEWithLogitsLossFunction(Function):
         return reduce(tangent if weight is None else tangent * weight, ctx.reduction)
 
 
+def _values(x: Tensor, target: Tensor) -> Tensor:
+    """Return (1 - t) x - log σ(x), which is the loss since softplus(x) = x + softplus(-x)."""
+    values = torch.addcmul(x, x, target, value=-1) if in_place(x, target) else x - x * target
+    log = F.softplus(x, -1, 40)  # log σ(x), in one pass and one tensor; F.logsigmoid makes two
+    return values.sub_(log) if in_place(x, target) else values - log
+
+
 def _gradient_x(x: Tensor, target: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    if in_place(x, target, c, s) and c.dim() == 0:
+        p, q = torch.sigmoid(x), (-x).sigmoid_()
+        return p.addcmul_(p, target, value=-1).addcmul_(q.mul_(c), target, value=-1).mul_(s)
     of_positive = c * target * torch.sigmoid(-x)
     return scale_fresh((1 - target) * torch.sigmoid(x) - of_positive, s)  # (1)
 
@@ -145,6 +166,7 @@ def binary_cross_entropy_with_logits(
         if factor is not None and factor.requires_grad and torch.is_grad_enabled():
             rule = f"{name} without requires_grad, as in torch"
             raise RuntimeError(wrong(_NAME, rule, "one that requires it", "detach it"))
+    input, target = in_autocast_float32(input, target)
     return _binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction)
 
 

@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, is_half, public, scale_fresh
+from torchbp.ops._function import Context, entry, is_half, public, scale_fresh
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import named, spread
-from torchbp.ops._samples import Make, Sample, square
+from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops.losses._classes import along_classes, class_dim, counted, positions
 
 __all__ = [
     "CrossEntropyLoss",
@@ -72,7 +73,7 @@ class IndexCrossEntropyFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, target, w = ctx.saved_tensors
-        _, w_t, total = _counted(x, target, w, ctx.ignored)
+        _, w_t, total = counted(x, target, w, ctx.ignored)
         s = spread(grad.to(w_t.dtype), ctx.reduction, total)
         if ctx.reduction == "mean":
             s = s.masked_fill(total == 0, 0)  # nothing counted: 0, as in torch, not 0/0
@@ -82,9 +83,9 @@ class IndexCrossEntropyFunction(Function):
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_others: None) -> Tensor:
         x, target, w = ctx.saved_tensors
-        _, w_t, total = _counted(x, target, w, ctx.ignored)
+        _, w_t, total = counted(x, target, w, ctx.ignored)
         gradient = _gradient(x, w_t.new_ones(()), target, w, ctx.ignored, ctx.smoothing)
-        values = (gradient * tangent_x).sum(_class_dim(x))  # (5)
+        values = (gradient * tangent_x).sum(class_dim(x))  # (5)
         values = values if ctx.reduction == "none" else spread(values.sum(), ctx.reduction, total)
         return values.to(x.dtype)
 
@@ -114,9 +115,9 @@ class ProbabilityCrossEntropyFunction(Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, target, w = ctx.saved_tensors
         need_x, need_target, need_w, *_ = ctx.needs_input_grad
-        dim = _class_dim(x)
+        dim = class_dim(x)
         q, log_p, wide_w = _terms(x, target, w, ctx.smoothing)
-        s = spread(grad.to(log_p.dtype), ctx.reduction, _positions(x))
+        s = spread(grad.to(log_p.dtype), ctx.reduction, positions(x))
         s = s.unsqueeze(dim) if ctx.reduction == "none" else s
         grad_x = grad_target = grad_w = None
         if need_x:
@@ -139,7 +140,7 @@ class ProbabilityCrossEntropyFunction(Function):
         *_: None,
     ) -> Tensor:
         x, target, w = ctx.saved_tensors
-        dim = _class_dim(x)
+        dim = class_dim(x)
         q, log_p, wide_w = _terms(x, target, w, ctx.smoothing)
         tangent = torch.zeros_like(log_p)  # (5)
         if tangent_x is not None:
@@ -148,44 +149,19 @@ class ProbabilityCrossEntropyFunction(Function):
         if tangent_target is not None:
             tangent = tangent + wide_w * (1 - ctx.smoothing) * tangent_target * log_p
         if tangent_w is not None:
-            tangent = tangent + _along_classes(tangent_w, x) * q * log_p
+            tangent = tangent + along_classes(tangent_w, x) * q * log_p
         values = -tangent.sum(dim)
         if ctx.reduction != "none":
-            values = spread(values.sum(), ctx.reduction, _positions(x))
+            values = spread(values.sum(), ctx.reduction, positions(x))
         return values.to(torch.result_type(x, target))
-
-
-def _class_dim(x: Tensor) -> int:
-    return 1 if x.dim() > 1 else 0
-
-
-def _positions(x: Tensor) -> int:
-    return x.numel() // max(1, x.shape[_class_dim(x)])
-
-
-def _along_classes(
-    w: Tensor, x: Tensor
-) -> Tensor:  # (C,) -> (C, 1, ...), which meets x in its class dim
-    return w.view(-1, *(1 for _ in x.shape[_class_dim(x) + 1 :]))
-
-
-def _counted(
-    x: Tensor, target: Tensor, w: Tensor | None, ignored: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, of the shape of ``target``: a safe index, and w_t or 0 where ignored; and the sum of the latter."""
-    ignore = target == ignored
-    index = target.masked_fill(ignore, 0).long()
-    ones = torch.ones_like(index, dtype=torch.float32 if is_half(x) else x.dtype)
-    w_t = (ones if w is None else w[index].to(ones.dtype)).masked_fill(ignore, 0)
-    return index, w_t, w_t.sum()
 
 
 def _gradient(
     x: Tensor, s: Tensor, target: Tensor, w: Tensor | None, ignored: int, smoothing: float
 ) -> Tensor:
     """Return (1), in float32 for half precision."""
-    dim = _class_dim(x)
-    index, w_t, _ = _counted(x, target, w, ignored)
+    dim = class_dim(x)
+    index, w_t, _ = counted(x, target, w, ignored)
     a = s * (1 - smoothing) * w_t
     p = torch.softmax(x, dim, dtype=w_t.dtype)
     if smoothing == 0.0:
@@ -195,20 +171,19 @@ def _gradient(
         b = (s * (smoothing / classes)).expand_as(a).masked_fill(target == ignored, 0)
         gradient = scale_fresh(p, (a + b * (classes if w is None else w.sum())).unsqueeze(dim))
         b = b.unsqueeze(dim)
-        gradient = gradient - (b if w is None else b * _along_classes(w, x))
-    subtract = gradient.scatter_add_ if fused(gradient, a) else gradient.scatter_add
-    return subtract(dim, index.unsqueeze(dim), -a.unsqueeze(dim))
+        gradient = gradient - (b if w is None else b * along_classes(w, x))
+    return gradient.scatter_add_(dim, index.unsqueeze(dim), -a.unsqueeze(dim))
 
 
 def _terms(
     x: Tensor, target: Tensor, w: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, log p and w along the classes, in float32 for half precision."""
-    dim = _class_dim(x)
+    dim = class_dim(x)
     dtype = torch.float32 if is_half(x) else x.dtype
     q = target.to(torch.promote_types(dtype, target.dtype))
     q = q * (1 - smoothing) + smoothing / max(1, x.shape[dim])
-    wide_w = q.new_ones(()) if w is None else _along_classes(w, x)
+    wide_w = q.new_ones(()) if w is None else along_classes(w, x)
     return q, torch.log_softmax(x, dim, dtype=dtype), wide_w
 
 
@@ -351,8 +326,7 @@ def _benchmark(make: Make, n: int) -> Sample:
 
 
 def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
-    kept = [x, target, kwargs.get("weight")]
-    return sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor))
+    return stored(x, target, kwargs.get("weight"))
 
 
 OP = Op(

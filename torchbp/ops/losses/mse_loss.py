@@ -17,7 +17,6 @@ Sources:
     Bishop, "Pattern Recognition and Machine Learning", 2006, section 1.2.5 (the Gaussian's maximum likelihood).
 """
 
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -28,7 +27,7 @@ from torch.autograd.function import Function
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, in_float32, public, scale_fresh
 from torchbp.ops._op import Op
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import matched, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square
 
 __all__ = ["MSELoss", "MSELossFunction", "mse_loss"]
@@ -127,11 +126,7 @@ def mse_loss(
         tensor(2.)
     """
     reduction = named("mse_loss", reduction, size_average, reduce)
-    if target.size() != input.size():
-        advice = "they are broadcast, which is seldom what is meant"
-        rule = f"target of the input's shape {shape(input)}"
-        warnings.warn(wrong("mse_loss", rule, shape(target), advice), UserWarning, stacklevel=3)
-        input, target = torch.broadcast_tensors(input, target)
+    input, target = matched("mse_loss", input, target)
     if weight is None:
         return _mse_loss(input, target, None, reduction)
     if weight.size() != input.size():

@@ -4,7 +4,7 @@ autograd hands a backward what the next one made: `sum().backward()` an expanded
 transposed tensor, `cat` a slice of a larger one. A kernel that indexes it as contiguous reads the wrong elements.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -52,30 +52,34 @@ SAME: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _run(case: Case) -> Iterator[Finding]:
     v, g = case.plain.cotangents, case.plain.grads
-    for layout, change in SAME.items():
-        cause = "grad_output indexed as if contiguous"
-        got = case.vjp([change(t) for t in v])
-        found = compare_all(
-            NAME, case, got, g, when=f" for a grad_output that is {layout}", cause=cause
-        )
+    rows = [t[..., :1] if t.dim() else t for t in v]
+    expanded = {
+        "expanded, as sum().backward() makes it": [_first(t) for t in v],
+        "expanded along the last dimension": rows,
+    }
+    several: list[list[Tensor]] = [[change(t) for t in v] for change in SAME.values()]
+    for parts in expanded.values():
+        stride_0 = [p.contiguous().expand(t.shape) for p, t in zip(parts, v, strict=True)]
+        several += [stride_0, [t.contiguous() for t in stride_0]]
+    grads = case.vjps(several)
+    n = len(SAME)
+    for layout, got in zip(SAME, grads[:n], strict=True):
+        found = _compare(case, got, g, layout, "grad_output indexed as if contiguous")
         yield from found
         if found:
             return
-    rows = [t[..., :1].contiguous() if t.dim() else t for t in v]
-    for parts, text in (
-        ([_first(t) for t in v], "of sum().backward()"),
-        (rows, "of a sum over rows"),
-    ):
-        expanded = [p.expand(t.shape) for p, t in zip(parts, v, strict=True)]
-        got = case.vjp(expanded)
-        expected = case.vjp([t.contiguous() for t in expanded])
-        cause = "stride 0 not respected: grad_output indexed as if contiguous"
-        found = compare_all(
-            NAME, case, got, expected, when=f" for the expanded grad_output {text}", cause=cause
-        )
+    for layout, got, expected in zip(expanded, grads[n::2], grads[n + 1 :: 2], strict=True):
+        found = _compare(case, got, expected, layout, "stride 0 of grad_output not respected")
         yield from found
         if found:
             return
+
+
+def _compare(
+    case: Case, got: Sequence[Tensor], expected: Sequence[Tensor], layout: str, cause: str
+) -> list[Finding]:
+    when = f" for a grad_output that is {layout}"
+    return compare_all(NAME, case, got, expected, when=when, cause=cause)
 
 
 def _first(t: Tensor) -> Tensor:

@@ -23,27 +23,19 @@ def _run(case: Case) -> Iterator[Finding]:
         1024.0: "grad_output clamped, or rounded",  # powers of 2: exact
         2.0**-30: "something added to grad_output, or a small one dropped",
     }
-    for scale, cause in scales.items():
-        got = case.vjp([scale * t for t in v])
+    w = case.cotangents(case.plain.outputs, NAME)
+    both = [a + b for a, b in zip(v, w, strict=True)]
+    *scaled, of_w, of_both = case.vjps([*([s * t for t in v] for s in scales), w, both])
+    for (scale, cause), got in zip(scales.items(), scaled, strict=True):
         expected = [scale * t for t in g]
-        found = compare_all(
-            NAME,
-            case,
-            got,
-            expected,
-            when=f" for grad_output times {scale:g}",
-            cause=cause,
-            also=2 * abs(scale),
-        )
+        when = f" for grad_output times {scale:g}"
+        found = compare_all(NAME, case, got, expected, when=when, cause=cause, also=2 * abs(scale))
         yield from found
         if found:
             return
-    w = case.cotangents(case.plain.outputs, NAME)
-    got = case.vjp([a + b for a, b in zip(v, w, strict=True)])
-    expected = [a + b for a, b in zip(g, case.vjp(w), strict=True)]
-    yield from compare_all(
-        NAME, case, got, expected, when=" for the sum of two grad_outputs", also=3.0
-    )
+    expected = [a + b for a, b in zip(g, of_w, strict=True)]
+    when = " for the sum of two grad_outputs"
+    yield from compare_all(NAME, case, of_both, expected, when=when, also=3.0)
 
 
 CHECK = Check(

@@ -1,0 +1,122 @@
+"""Two gloo processes against one: the same numbers, one collective a drain."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from torchbp.tensorboard import read
+
+PROGRAM = """
+import json, os, sys, warnings
+warnings.simplefilter("ignore")
+import torch, torch.distributed as dist, torch.nn.functional as F
+from torch import nn
+import torchbp
+
+kind, folder, fails = sys.argv[1], sys.argv[2], sys.argv[3] == "fails"
+torch.manual_seed(0)
+model = nn.Sequential(
+    nn.Linear(20, 33), nn.ReLU(), nn.Linear(33, 31), nn.Tanh(), nn.Linear(31, 5)
+)
+world = int(os.environ.get("WORLD_SIZE", 1))
+rank = int(os.environ.get("RANK", 0))
+reductions = []
+if world > 1:
+    dist.init_process_group("gloo")
+if kind == "ddp":
+    model = nn.parallel.DistributedDataParallel(model)
+elif kind.startswith("fsdp"):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if kind == "fsdp-mixed" else None
+    extra = {"mp_policy": policy} if policy else {}
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, **extra)
+    fully_shard(model, **extra)
+if world > 1:
+    true = dist.all_reduce
+    def counted(*args, **kwargs):
+        reductions.append(1)
+        return true(*args, **kwargs)
+    dist.all_reduce = torch.distributed.all_reduce = counted
+g = torch.Generator().manual_seed(1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+size = 32 // world
+mine = slice(size * rank, size * rank + size)
+try:
+    with torchbp.watch(model, optimizer, log_dir=folder) as monitor:
+        for step in range(60):
+            x, y = torch.randn(32, 20, generator=g), torch.randint(0, 5, (32,), generator=g)
+            if fails and step == 55 and rank == 1:
+                raise RuntimeError("on purpose")
+            if fails and step == 55:
+                break
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[mine]).float(), y[mine]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+        if fails:
+            raise RuntimeError("the others have failed")
+except RuntimeError:
+    assert fails
+print(json.dumps([rank, len(reductions), [v.kind for v in monitor.verdicts]]), flush=True)
+os._exit(0) if fails else None
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def launch(tmp_path, kind, ranks, fails="fine"):
+    script = tmp_path / "train.py"
+    script.write_text(PROGRAM)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    folder = tmp_path / f"{kind}-{ranks}"
+    processes = []
+    for rank in range(ranks):
+        extra = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = os.environ | {k: str(v) for k, v in extra.items()} | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(script), kind, str(folder), fails]
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
+    said = []
+    for process in processes:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        said.append(json.loads(out.splitlines()[-1]))
+    return read(folder), said
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_equal_one(tmp_path, kind):
+    want, _ = launch(tmp_path, "plain", 1)
+    got, said = launch(tmp_path, kind, 2)
+    quantities = ("gradient_norm", "stepped_gradient_norm", "weight_norm", "update_norm")
+    for quantity in (*quantities, "error_signal", "activation_rms"):
+        a, b = want.vectors[quantity], got.vectors[quantity]
+        assert a.names == b.names
+        assert a.steps.tolist() == b.steps.tolist()
+        np.testing.assert_allclose(b.values, a.values, rtol=1e-5, err_msg=quantity)
+    files = list((tmp_path / f"{kind}-2").iterdir())
+    assert len(files) == 1  # rank 0 alone writes
+    for _, reductions, verdicts in said:
+        assert reductions == 2  # after 50 steps, and at the end
+        assert verdicts == []
+
+
+def test_mixed_precision_shards(tmp_path):
+    want, _ = launch(tmp_path, "plain", 1)
+    got, _ = launch(tmp_path, "fsdp-mixed", 2)
+    a, b = (run.vectors["gradient_norm"].values[0] for run in (want, got))
+    np.testing.assert_allclose(b, a, rtol=0.05)
+
+
+def test_a_rank_that_fails_leaves_no_rank_waiting(tmp_path):
+    got, said = launch(tmp_path, "ddp", 2, "fails")
+    assert got.vectors["gradient_norm"].steps.tolist() == list(range(55))
+    assert [reductions for _, reductions, _ in said] == [1, 1]

@@ -1,0 +1,409 @@
+"""The same numbers in every setting that real training loops have."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import torchbp
+from torchbp.tensorboard import read
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def data():
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(16, 8, generator=g), torch.randint(0, 4, (16,), generator=g)
+
+
+def loss_of(model):
+    x, y = data()
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def true_norms(model):
+    """The gradient norms by plain autograd, on a copy."""
+    model = copy.deepcopy(model)
+    loss_of(model).backward()
+    return [p.grad.norm().item() for p in model.parameters()]
+
+
+def norms(folder, quantity="gradient_norm"):
+    return read(folder).vectors[quantity].values
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "rate-tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), foreach=False),
+}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["given", "found"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(tmp_path, name, known):
+    model = mlp()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    want, updates = [], []
+    with torchbp.watch(model, optimizer if known else None, log_dir=tmp_path) as monitor:
+        for _ in range(4):
+            want.append(true_norms(model))
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+            pairs = zip(model.parameters(), before, strict=True)
+            updates.append([(p.detach() - b).norm().item() for p, b in pairs])
+        assert monitor.step == 4
+    np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+    np.testing.assert_allclose(norms(tmp_path, "update_norm"), updates, rtol=1e-4)
+    ratio = norms(tmp_path, "update_norm") / norms(tmp_path, "weight_norm")
+    np.testing.assert_allclose(norms(tmp_path, "update_ratio"), ratio, rtol=1e-5)
+    rates = norms(tmp_path, "learning_rate")
+    np.testing.assert_allclose(rates, 0.1 if name == "sgd" else 0.01, rtol=1e-6)
+
+
+def test_clipping_is_told_and_not_taken_for_the_gradient(tmp_path):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchbp.watch(model, optimizer, log_dir=tmp_path):
+        want = true_norms(model)
+        loss_of(model).backward()
+        total = nn.utils.clip_grad_norm_(model.parameters(), 0.01).item()
+        optimizer.step()
+    np.testing.assert_allclose(norms(tmp_path), [want], rtol=1e-5)
+    clip = read(tmp_path).scalars["run/clip_coefficient"].values
+    np.testing.assert_allclose(clip, [0.01 / total], rtol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_is_divided_out(tmp_path, fused):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    want = []
+    with torchbp.watch(model, optimizer, log_dir=tmp_path):
+        for _ in range(5):
+            want.append(true_norms(model))
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model)).backward()
+            if not fused:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+            scaler.step(optimizer)
+            scaler.update()
+    assert scaler.get_scale() > 1024
+    np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+    signals = norms(tmp_path, "error_signal")
+    assert signals[:, -1].max() < 1
+    clip = read(tmp_path).scalars["run/clip_coefficient"].values
+    total = np.linalg.norm(want, axis=1)
+    np.testing.assert_allclose(clip, np.ones(5) if fused else 1e-2 / total, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_skips_are_no_alarm(tmp_path, fused):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**125, backoff_factor=2.0**-90)
+    with torchbp.watch(model, optimizer, log_dir=tmp_path) as monitor:
+        for _ in range(12):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model) * 1e3).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert monitor.verdicts == []
+    assert np.isfinite(norms(tmp_path)).all()
+    assert read(tmp_path).scalars["run/skipped"].values.sum() >= 1
+
+
+def test_bfloat16_autocast(tmp_path):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchbp.watch(model, optimizer, log_dir=tmp_path):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model)
+        loss.backward()
+        want = [p.grad.norm().item() for p in model.parameters()]
+        optimizer.step()
+    np.testing.assert_allclose(norms(tmp_path), [want], rtol=1e-5)
+
+
+def test_a_closure_counts_where_the_step_begins(tmp_path):
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    want = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    with torchbp.watch(model, optimizer, log_dir=tmp_path) as monitor:
+        for _ in range(3):
+            want.append(true_norms(model))
+            optimizer.step(closure)
+    assert monitor.step == 3
+    np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["user's hooks first", "ours first"])
+def test_optimizers_inside_backward(tmp_path, first):
+    model = mlp()
+    each = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def step(parameter):
+        each[parameter].step()
+        each[parameter].zero_grad()
+
+    def attach():
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+
+    if first:
+        attach()
+    monitor = torchbp.watch(model, log_dir=tmp_path)
+    if not first:
+        attach()
+    want = []
+    for _ in range(4):
+        want.append(true_norms(model))
+        loss_of(model).backward()
+    monitor.close()
+    np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+
+
+def test_two_optimizers_of_one_backward_make_one_step(tmp_path):
+    model = mlp()
+    pair = [
+        torch.optim.SGD(model[0].parameters(), lr=0.1),
+        torch.optim.Adam(model[2:].parameters()),
+    ]
+    want = []
+    with torchbp.watch(model, pair, log_dir=tmp_path) as monitor:
+        for _ in range(3):
+            want.append(true_norms(model))
+            model.zero_grad()
+            loss_of(model).backward()
+            for optimizer in pair:
+                optimizer.step()
+    assert monitor.step == 3
+    np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+    assert (norms(tmp_path, "update_norm") > 0).all()
+
+
+def test_plain_updates_without_any_optimizer(tmp_path):
+    model = mlp()
+    want = []
+    with torchbp.watch(model, log_dir=tmp_path):
+        for _step in range(4):
+            want.append(true_norms(model))
+            model.zero_grad()
+            for _ in range(2):  # accumulated
+                (loss_of(model) / 2).backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(parameter.grad, alpha=0.1)
+    np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.layers, self.reentrant = mlp(), reentrant
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        x = checkpoint(self.layers[:2], x, use_reentrant=self.reentrant)
+        return self.layers[4](checkpoint(self.layers[2:4], x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_counts_once(tmp_path, reentrant):
+    runs = []
+    for name, model in (("plain", mlp()), ("checkpointed", Checkpointed(reentrant))):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torchbp.watch(model, optimizer, log_dir=tmp_path / name) as monitor:
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss_of(model).backward()
+                optimizer.step()
+        assert monitor.step == 3
+        runs.append(read(tmp_path / name).vectors)
+    for quantity in ("gradient_norm", "error_signal", "activation_rms", "saturated_share"):
+        plain, checkpointed = (run[quantity].values for run in runs)
+        np.testing.assert_allclose(checkpointed, plain, rtol=1e-4, err_msg=quantity)
+
+
+def test_sparse_frozen_shared_and_unused_parameters(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = nn.Embedding(20, 8, sparse=True)
+            self.frozen = nn.Linear(8, 8).requires_grad_(False)
+            self.head = nn.Linear(8, 20, bias=False)
+            self.twin = nn.Linear(8, 20, bias=False)
+            self.twin.weight = self.head.weight
+            self.unused = nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = self.frozen(self.table(x))
+            return self.head(h) + self.twin(h.tanh())
+
+    model = Odd()
+    x = torch.tensor([1, 1, 2, 5])
+    with torchbp.watch(model, log_dir=tmp_path) as monitor:
+        model(x).square().mean().backward()
+    series = read(tmp_path).vectors["gradient_norm"]
+    got = dict(zip(series.names, series.values[0], strict=True))
+    assert set(got) == {"table.weight", "head.weight", "unused.weight", "unused.bias"}
+    np.testing.assert_allclose(got["table.weight"], model.table.weight.grad.to_dense().norm())
+    np.testing.assert_allclose(got["head.weight"], model.head.weight.grad.norm(), rtol=1e-6)
+    assert got["unused.weight"] == 0
+    assert [v.kind for v in monitor.verdicts] in ([], ["disconnected"])
+
+
+def test_a_forward_without_grad_between_steps_changes_nothing(tmp_path):
+    runs = []
+    for name in ("plain", "evaluated"):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torchbp.watch(model, optimizer, log_dir=tmp_path / name):
+            for _ in range(3):
+                if name == "evaluated":
+                    with torch.no_grad():
+                        loss_of(model)
+                optimizer.zero_grad()
+                loss_of(model).backward()
+                optimizer.step()
+        runs.append(read(tmp_path / name).vectors)
+    for quantity in ("error_signal", "activation_mean", "gradient_norm"):
+        np.testing.assert_array_equal(*(run[quantity].values for run in runs))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_compiled_models_break_no_graph(tmp_path, when):
+    model = mlp()
+    frames = []
+
+    def backend(graph, _):
+        frames.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = torch.compile(model, backend=backend)
+    x, y = data()
+    if when == "after":
+        compiled(x)
+    want = []
+    with torchbp.watch(compiled, optimizer, log_dir=tmp_path) as monitor:
+        for _ in range(12):
+            want.append(true_norms(model))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(compiled(x), y).backward()
+            optimizer.step()
+    assert len(frames) == 1
+    series = read(tmp_path).vectors["gradient_norm"]
+    np.testing.assert_allclose(series.values, want, rtol=1e-5)
+    assert series.names[0] == "0.weight"
+    assert "compiled" in str(monitor)
+
+
+def test_a_run_that_is_resumed_overwrites(tmp_path):
+    for start, stop in ((0, 8), (5, 9)):
+        model = mlp()
+        with torchbp.watch(model, log_dir=tmp_path) as monitor:
+            monitor.step = start
+            for _ in range(start, stop):
+                model.zero_grad()
+                loss_of(model).backward()
+    steps = read(tmp_path).vectors["gradient_norm"].steps
+    assert steps.tolist() == list(range(9))
+
+
+def test_activations(tmp_path):
+    model = mlp()
+    model[0].weight.data *= 20
+    model[2].bias.data[:3] = -100  # three dead units behind the ReLU
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torchbp.watch(model, optimizer, log_dir=tmp_path, sample_every=1):
+        for _ in range(70):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+    x, _ = data()
+    with torch.no_grad():
+        z = [model[0](x), model[2](model[1](model[0](x)))]
+    run = read(tmp_path).vectors
+    got = {name: run[name].values[0] for name in ("activation_mean", "activation_rms")}
+    np.testing.assert_allclose(got["activation_mean"][:2], [t.mean() for t in z], rtol=1e-5)
+    rms = [t.square().mean().sqrt() for t in z]
+    np.testing.assert_allclose(got["activation_rms"][:2], rms, rtol=1e-5)
+    saturated = (z[0].tanh().square() > 0.94).float().mean()
+    np.testing.assert_allclose(run["saturated_share"].values[0], [saturated, np.nan, np.nan])
+    dead = run["dead_share"]
+    assert dead.steps.tolist() == [63]  # 1024 samples of 16
+    np.testing.assert_allclose(dead.values[0], [np.nan, 3 / 8, np.nan])
+
+
+def test_functional_activations_are_seen_too(tmp_path):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x):
+            x = torch.tanh(self.inner[0](x))
+            return self.inner[4](nn.functional.relu(self.inner[2](x)))
+
+    runs = []
+    for name, model in (("modules", mlp()), ("functions", Functional())):
+        with torchbp.watch(model, log_dir=tmp_path / name):
+            loss_of(model).backward()
+        runs.append(read(tmp_path / name).vectors["saturated_share"].values)
+    np.testing.assert_array_equal(*runs)
+
+
+def test_a_backward_through_other_parameters_is_found_too(tmp_path):
+    torch.manual_seed(0)
+    both = nn.ModuleDict({name: mlp() for name in "ab"})
+    pair = {name: torch.optim.SGD(both[name].parameters(), lr=0.1) for name in "ab"}
+    want = []
+    with torchbp.watch(both, pair.values(), log_dir=tmp_path):
+        for step in range(6):
+            name = "ab"[step % 2]
+            both.zero_grad()
+            loss_of(both[name]).backward()
+            want.append(
+                [0.0 if p.grad is None else p.grad.norm().item() for p in both.parameters()]
+            )
+            pair[name].step()
+    np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+
+
+def test_the_noise_scale_of_a_known_truth(tmp_path):
+    """A linear loss g·w with g ~ N(m, I): S = dimensions, |G|² = |m|²."""
+    torch.manual_seed(0)
+    model = nn.Linear(100, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    mean = torch.full((100,), 0.2)
+    with torchbp.watch(model, optimizer, log_dir=tmp_path):
+        for _ in range(200):
+            optimizer.zero_grad()
+            for _micro in range(4):
+                (model(mean + torch.randn(8, 100)).mean() / 4).backward()
+            optimizer.step()
+    value, low, high = read(tmp_path).vectors["noise_scale"].values[-1]
+    assert low < 100 / 4.0 < high
+    assert high - low < 0.5 * value

@@ -1,0 +1,44 @@
+"""The update-to-weight ratio of a model, as update_too_small and update_too_large read it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from torchbp.monitor._diagnosis import Reading
+
+__all__ = ["Updates", "updates"]
+
+
+@dataclass(frozen=True)
+class Updates:
+    """The weights whose ratio means what it says.
+
+    That leaves out biases and scales, weights that began at 0, tables of which a step touches few
+    rows, and weights before a normalization, whose size has no effect.
+
+    Attributes:
+        exponent: The median of log10 ‖ΔW‖ / ‖W‖.
+        layers: Their layers.
+        ratios: ‖ΔW‖ / ‖W‖ of each.
+    """
+
+    exponent: float
+    layers: list[str]
+    ratios: np.ndarray
+
+
+def updates(reading: Reading) -> Updates | None:
+    """Return the ratios; None where there are none to judge."""
+    layers, ratios = reading.layers, reading.values["update_ratio"]
+    first = reading.memory.setdefault("first", reading.values["weight_norm"])
+    if first.shape != ratios.shape:
+        return None
+    kinds = np.array(layers.kinds)
+    norms = np.char.find(kinds, "Norm") >= 0
+    free = np.append(~norms[1:], True) & (np.char.find(kinds, "Embedding") < 0)
+    usable = layers.matrices & free[layers.owner] & (first > 0) & np.isfinite(ratios) & (ratios > 0)
+    if not usable.any():
+        return None
+    chosen = ratios[usable]
+    names = [layers.names[i] for i in layers.owner[usable]]
+    return Updates(float(np.median(np.log10(chosen))), names, chosen)

@@ -1,0 +1,59 @@
+"""Gradient noise scale B_simple = S / |G|², in samples, with a 90 % interval: value, low, high.
+
+From the first of K micro-batches of b samples and the whole step of B = K·b, by their mean gradients:
+|G|² = (B |g_B|² − b |g_b|²) / (B − b) and S = (|g_b|² − |g_B|²) / (1/b − 1/B) have the right
+expectations; each is averaged over up to 256 steps, and then divided. The interval is that of a ratio of
+means, by the delta method; high is inf where |G|² can't be told from 0.
+
+Sources: McCandlish, Kaplan, Amodei, "An Empirical Model of Large-Batch Training", 2018,
+arXiv:1812.06162.
+"""
+
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchbp.monitor._diagnosis import Reading
+from torchbp.monitor._quantity import Quantity
+
+__all__ = ["QUANTITY"]
+
+_HISTORY, _LEAST, _Z = 256, 20, 1.645
+
+
+def finish(reading: Reading) -> NDArray[np.float64] | None:
+    """Add this step's pair; None before there are 20."""
+    first, whole = reading.values.get("first_square"), reading.values.get("gradient_norm")
+    pairs = reading.memory.setdefault("pairs", deque(maxlen=_HISTORY))
+    if first is None or whole is None:
+        return None
+    batches = float(reading.values["backwards"][0])
+    small, total = float(first[0]), float(np.square(whole).sum()) / batches**2
+    if not np.isfinite(small + total):
+        return None
+    b = float(reading.values["batch"][0])
+    signal = (batches * total - small) / (batches - 1)
+    noise = (small - total) / (1 / b - 1 / (b * batches))
+    pairs.append((noise, signal))
+    if len(pairs) < _LEAST or not reading.sampled:
+        return None
+    noises, signals = np.array(pairs).T
+    count, power = len(pairs), signals.mean()
+    if power <= _Z * signals.std(ddof=1) / np.sqrt(count):
+        low = noises.mean() / (power + _Z * signals.std(ddof=1) / np.sqrt(count))
+        return np.array([np.inf, max(low, 0.0), np.inf])
+    value = noises.mean() / power
+    error = _Z * (noises - value * signals).std(ddof=1) / (np.sqrt(count) * power)
+    return np.array([value, max(value - error, 0.0), value + error])
+
+
+QUANTITY = Quantity(
+    name="noise_scale",
+    title="gradient noise scale, with its 90 % interval",
+    unit="samples",
+    axis="estimate",
+    at="derived",
+    finish=finish,
+    logarithm=True,
+)

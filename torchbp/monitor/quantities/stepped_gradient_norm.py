@@ -1,0 +1,17 @@
+"""Weight-gradient norm of every parameter as the optimizer sees it, after clipping: ‖g_p‖₂."""
+
+from torchbp.monitor._norms import root, squares
+from torchbp.monitor._quantity import Quantity
+
+__all__ = ["QUANTITY"]
+
+QUANTITY = Quantity(
+    name="stepped_gradient_norm",
+    title="weight-gradient norm after clipping, per parameter",
+    unit="loss / weight",
+    axis="parameter",
+    at="stepped",
+    measure=squares,
+    finish=root,
+    logarithm=True,
+)

@@ -1,0 +1,237 @@
+r"""Binary cross entropy of probabilities: ℓ = -w · [t · log x + (1 - t) · log(1 - x)], then reduced.
+
+Each logarithm is taken as at least -100, so that the loss is finite, as in torch.
+
+Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"), ε = 1e-12:
+    grad_x = s · w · [(1 - t) / max(1 - x, ε) - t / max(x, ε)]                                (1)
+    grad_t = s · w · [log(1 - x) - log x]                                                     (2)
+    tangent_ℓ = (1) · tangent_x + (2) · tangent_t with s = 1                                  (3)
+
+Saves:
+    x and t, which are inputs, and w.
+
+Edge values:
+    x = t = 0 or x = t = 1: grad_x = ±s · w, the limit; torch gives 0, from (x - t) / max(x (1 - x), ε).
+    x = 0, t = 1: the loss is 100, grad_x = -s · w / ε.   No elements: the mean is NaN.
+
+Sources:
+    Good, "Rational Decisions", 1952, doi:10.1111/j.2517-6161.1952.tb00104.x (the logarithmic score).
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._errors import shape, wrong
+from torchbp.ops._function import (
+    Context,
+    directional,
+    eager,
+    entry,
+    fused,
+    in_autocast_float32,
+    in_float32,
+    public,
+    scale_fresh,
+)
+from torchbp.ops._op import Op
+from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._samples import Make, Sample, pairs, square, stored
+
+__all__ = ["BCELoss", "BCELossFunction", "binary_cross_entropy"]
+
+_NAME = "binary_cross_entropy"
+_EPS = 1e-12  # torch's
+_LOWEST = -100.0  # torch's, of a logarithm
+
+
+class BCELossFunction(Function):
+    """Binary cross entropy with hand-written gradients. Call it through :func:`binary_cross_entropy`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+        values = in_float32(_values, x, target)  # (*), (*) -> () or (*)
+        return reduce(values if weight is None else scale_fresh(values, weight), reduction)
+
+    @staticmethod
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str], output: Tensor
+    ) -> None:
+        *tensors, ctx.reduction = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, target, weight = ctx.saved_tensors
+        need_x, need_target, *_ = ctx.needs_input_grad
+        s = spread(grad, ctx.reduction, x.numel())
+        s = s if weight is None else s * weight
+        grad_x = in_float32(_gradient_x, x, target, s) if need_x else None
+        grad_target = in_float32(_gradient_target, x, s) if need_target else None
+        return grad_x, grad_target, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, *_: None
+    ) -> Tensor:
+        x, target, weight = ctx.saved_tensors
+        w = x.new_ones(()) if weight is None else weight
+        along_x = (tangent_x, in_float32(_gradient_x, x, target, w))
+        along_target = (tangent_target, in_float32(_gradient_target, x, w))
+        return reduce(directional(along_x, along_target), ctx.reduction)  # (3)
+
+
+def _logarithms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log x and log(1 - x), each at least -100."""
+    return x.log().clamp(min=_LOWEST), torch.log1p(-x).clamp(min=_LOWEST)
+
+
+def _values(x: Tensor, target: Tensor) -> Tensor:
+    positive, negative = _logarithms(x)
+    if not fused(x, target):
+        return -(target * positive + (1 - target) * negative)
+    return positive.mul_(target).add_(negative.mul_(1 - target)).neg_()
+
+
+def _gradient_x(x: Tensor, target: Tensor, s: Tensor) -> Tensor:
+    to_one, to_zero = (1 - x).clamp(min=_EPS), x.clamp(min=_EPS)
+    if not fused(x, target, s):
+        return s * ((1 - target) / to_one - target / to_zero)  # (1)
+    return torch.div(1 - target, to_one, out=to_one).sub_(target / to_zero).mul_(s)
+
+
+def _gradient_target(x: Tensor, s: Tensor) -> Tensor:
+    positive, negative = _logarithms(x)
+    return s * (negative - positive)  # (2)
+
+
+_binary_cross_entropy = entry(BCELossFunction)
+
+
+@public
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Binary cross entropy of probabilities: :math:`\ell = -[t \log x + (1 - t) \log(1 - x)]`, reduced.
+
+    Args:
+        input: Probabilities in ``[0, 1]``, any shape ``(*)``, floating point.
+        target: Probabilities in ``[0, 1]``, the shape and dtype of ``input``.
+        weight: A factor of each element, of a shape that can be broadcast to ``(*)``.
+        size_average: Deprecated in torch; see ``reduction``.
+        reduce: Deprecated in torch; see ``reduction``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        The loss in nats: a scalar, or ``(*)`` for ``"none"``.
+
+    Raises:
+        ValueError: ``target`` of another shape, or an unknown reduction.
+        NotImplementedError: Integer or complex ``input``.
+        RuntimeError: A value outside ``[0, 1]`` (looked for on the CPU only); integer ``target``; a ``weight`` that
+            requires grad or has a wrong shape.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import binary_cross_entropy
+        >>> binary_cross_entropy(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.0]))
+        tensor(0.6931)
+    """
+    reduction = named(_NAME, reduction, size_average, reduce)
+    if target.size() != input.size():
+        rule = f"target of the input's shape {shape(input)}"
+        raise ValueError(wrong(_NAME, rule, shape(target), "reshape one of them"))
+    _check(input, target, weight)
+    input, target = in_autocast_float32(input, target)
+    return _binary_cross_entropy(input, target, weight, reduction)
+
+
+def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    if not input.is_floating_point():
+        raise NotImplementedError(wrong(_NAME, "floating-point input", input.dtype, "cast it"))
+    if not target.is_floating_point():
+        raise RuntimeError(wrong(_NAME, "floating-point target", target.dtype, "cast it"))
+    if weight is not None:
+        if weight.requires_grad and torch.is_grad_enabled():
+            rule = "weight without requires_grad, as in torch"
+            raise RuntimeError(wrong(_NAME, rule, "one that requires it", "detach it"))
+        if torch.broadcast_shapes(weight.shape, input.shape) != input.shape:
+            rule = f"weight that can be broadcast to {shape(input)}"
+            raise RuntimeError(wrong(_NAME, rule, shape(weight), "reshape it"))
+    if eager() and input.is_cpu and input.numel():
+        for name, values in (("input", input), ("target", target)):
+            low, high = (v.item() for v in torch.aminmax(values.detach()))
+            if not (low >= 0 and high <= 1):
+                rule = f"{name} values between 0 and 1"
+                advice = "use binary_cross_entropy_with_logits, or clamp"
+                raise RuntimeError(wrong(_NAME, rule, f"[{low}, {high}]", advice))
+
+
+class BCELoss(nn.BCELoss):
+    """Module form of :func:`binary_cross_entropy`; the weight is a buffer."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return binary_cross_entropy(input, target, weight=self.weight, reduction=self.reduction)
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    def inside(*dims: int) -> Tensor:
+        return make.uniform(*dims, low=0.05, high=0.95, requires_grad=True)
+
+    yield from pairs(inside, inside)
+    args = (inside(3, 4), make.uniform(3, 4).round())
+    yield Sample(args, {"weight": make.uniform(3, 1)}, "hard-weight")
+    yield Sample(args, {"weight": make.uniform(3, 4), "reduction": "none"}, "weight-none")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    sample = Sample((make.uniform(3, 4, low=0.1, high=0.9), make.uniform(3, 4)))
+    yield BCELoss, Sample(), sample
+    kwargs = {"weight": make.uniform(4), "reduction": "sum"}
+    yield BCELoss, Sample((), kwargs), Sample(sample.args, name="weight")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x, target = make.uniform(3, 4), make.uniform(3, 4)
+    yield Sample((x, target[0]), name="shape")
+    yield Sample((x + 1, target), name="input-above")
+    yield Sample((x, target - 1), name="target-below")
+    yield Sample((x * float("nan"), target), name="nan")
+    yield Sample((x, target), {"reduction": "average"}, name="reduction")
+    yield Sample((x.requires_grad_(), target), {"weight": make.uniform(5)}, name="weight")
+    yield Sample((x, target), {"weight": make.uniform(4, requires_grad=True)}, name="grad")
+    yield Sample((x, target.round().long()), name="integers")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    dims = square(make, n).args[0].shape
+    return Sample((make.uniform(*dims, requires_grad=True), make.uniform(*dims)))
+
+
+def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
+    return stored(x, target, kwargs.get("weight"))
+
+
+OP = Op(
+    function=binary_cross_entropy,
+    modules=(BCELoss,),
+    reference=F.binary_cross_entropy,
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=_saved_bytes,
+    benchmark=_benchmark,
+)

@@ -1,0 +1,215 @@
+r"""Cosine embedding: ℓ = 1 - c where t = 1, max(0, c - m) where t = -1, c the cosine of a and b, then reduced.
+
+c = a·b / √(A B), A = a·a + ε, B = b·b + ε, ε = 1e-12. Any other t gives 0.
+
+Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"):
+    k = ∂ℓ/∂c = -[t = 1] + [t = -1] [c ≥ m]
+    ∂c/∂a = b / √(A B) - c a / A
+    grad_a = s k · (b / √(A B) - c a / A)                                                     (1)
+    grad_b = s k · (a / √(A B) - c b / B)                                                     (2)
+    tangent_ℓ = Σ over the row of gradient · tangent, for a and b, with s = 1                 (3)
+
+Saves:
+    a, b and t, which are inputs; the three sums of each row are made again.
+
+Edge values:
+    a = 0: c = 0 and the slope b / √(ε B).   c = m, t = -1: active, as in torch.   No rows: the mean is NaN.
+
+Sources:
+    torch.nn.CosineEmbeddingLoss, whose values, gradients and reductions these are.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._errors import shape, wrong
+from torchbp.ops._function import (
+    Context,
+    entry,
+    in_autocast_float32,
+    in_float32,
+    in_place,
+    public,
+)
+from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._samples import Make, Sample, square, stored
+
+__all__ = ["CosineEmbeddingLoss", "CosineEmbeddingLossFunction", "cosine_embedding_loss"]
+
+_NAME = "cosine_embedding_loss"
+_EPS = 1e-12  # torch's
+
+
+class CosineEmbeddingLossFunction(Function):
+    """Cosine embedding with hand-written gradients. Call it through :func:`cosine_embedding_loss`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        a: Tensor, b: Tensor, target: Tensor, margin: float, reduction: str
+    ) -> Tensor:  # (N, D), (N, D), (N,) -> () or (N,)
+        return reduce(in_float32(lambda a, b: _values(a, b, target, margin), a, b), reduction)
+
+    @staticmethod
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, float, str], output: Tensor
+    ) -> None:
+        a, b, target, ctx.margin, ctx.reduction = inputs
+        ctx.save_for_backward(a, b, target)
+        ctx.save_for_forward(a, b, target)
+
+    @staticmethod
+    def backward(
+        ctx: Context, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        a, b, target = ctx.saved_tensors
+        need_a, need_b, *_ = ctx.needs_input_grad
+        s = spread(grad, ctx.reduction, target.numel())
+
+        def gradient(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+            return _gradient(a, b, s, target, ctx.margin)
+
+        grad_a = in_float32(gradient, a, b, s) if need_a else None
+        # (2) is (1) with a and b exchanged
+        grad_b = in_float32(gradient, b, a, s) if need_b else None
+        return grad_a, grad_b, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_a: Tensor | None, tangent_b: Tensor | None, *_: None) -> Tensor:
+        a, b, target = ctx.saved_tensors
+        one, values = a.new_ones(()), torch.zeros_like(a)
+        if tangent_a is not None:
+            values = values + _gradient(a, b, one, target, ctx.margin) * tangent_a
+        if tangent_b is not None:
+            values = values + _gradient(b, a, one, target, ctx.margin) * tangent_b
+        return reduce(values.sum(-1), ctx.reduction)  # (3)
+
+
+def _cosine(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return c, 1 / √(A B) and A, each of the shape of the rows."""
+    if in_place(a, b):  # a quarter of the time of square().sum()
+        big_a, big_b = (torch.linalg.vector_norm(v, dim=-1).square_() + _EPS for v in (a, b))
+    else:
+        big_a, big_b = (v.square().sum(-1) + _EPS for v in (a, b))
+    inverse = (big_a * big_b).rsqrt()
+    return (a * b).sum(-1) * inverse, inverse, big_a
+
+
+def _values(a: Tensor, b: Tensor, target: Tensor, margin: float) -> Tensor:
+    c, *_ = _cosine(a, b)
+    like = (1 - c).masked_fill(target != 1, 0)
+    return like + (c - margin).clamp(min=0).masked_fill(target != -1, 0)
+
+
+def _gradient(a: Tensor, b: Tensor, s: Tensor, target: Tensor, margin: float) -> Tensor:
+    c, inverse, big_a = _cosine(a, b)
+    k = ((target == -1) & (c >= margin)).to(c.dtype) - (target == 1).to(c.dtype)
+    of_b, of_a = (s * k * inverse).unsqueeze(-1), (-s * k * c / big_a).unsqueeze(-1)
+    return (b * of_b).addcmul_(a, of_a) if in_place(a, b, s) else b * of_b + a * of_a  # (1)
+
+
+_cosine_embedding_loss = entry(CosineEmbeddingLossFunction)
+
+
+@public
+def cosine_embedding_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Cosine embedding: :math:`1 - c` where :math:`t = 1`, :math:`\max(0, c - m)` where :math:`t = -1`, reduced.
+
+    Args:
+        input1: Vectors ``(N, D)``, or one ``(D,)``, floating point.
+        input2: The same, of a shape that can be broadcast with ``input1``.
+        target: 1 for like pairs, -1 for unlike ones; ``(N,)``, or ``()`` for one pair.
+        margin: The cosine m below which unlike pairs cost nothing.
+        size_average: Deprecated in torch; see ``reduction``.
+        reduce: Deprecated in torch; see ``reduction``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        The loss, in ``[0, 2]`` a pair: a scalar, or ``(N,)`` for ``"none"``.
+
+    Raises:
+        ValueError: An unknown reduction.
+        RuntimeError: Shapes that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import cosine_embedding_loss
+        >>> one, two = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
+        >>> cosine_embedding_loss(one, two, torch.tensor([1]))
+        tensor(0.2929)
+    """
+    reduction = named(_NAME, reduction, size_average, reduce)
+    if target.dim() > 1 or not input1.dim() == input2.dim() == target.dim() + 1:
+        rule = "inputs (N, D) with target (N,), or (D,) with ()"
+        got = f"{shape(input1)}, {shape(input2)} with {shape(target)}"
+        raise RuntimeError(wrong(_NAME, rule, got, "flatten the other dimensions"))
+    if not (input1.is_floating_point() and input2.is_floating_point()):  # no angle: torch's own
+        return F.cosine_embedding_loss(input1, input2, target, margin, reduction=reduction)
+    a, b = torch.broadcast_tensors(*in_autocast_float32(input1, input2))
+    return _cosine_embedding_loss(a, b, target.expand(a.shape[:-1]), margin, reduction)
+
+
+class CosineEmbeddingLoss(nn.CosineEmbeddingLoss):
+    """Module form of :func:`cosine_embedding_loss`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        return cosine_embedding_loss(
+            input1, input2, target, margin=self.margin, reduction=self.reduction
+        )
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    for reduction in ("mean", "sum", "none"):
+        args = (make.normal(5, 4), make.normal(5, 4), torch.tensor([1, -1, -1, 1, 0]))
+        yield Sample(args, {"reduction": reduction, "margin": -0.2}, reduction)
+    yield Sample((make.normal(4), make.normal(4), torch.tensor(1)), name="1d")
+    b = make.normal(5, 4, requires_grad=False)
+    yield Sample((make.normal(5, 4), b, torch.tensor([1, -1, 1, -1, 1])), name="data")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    args = (make.normal(3, 4), make.normal(3, 4), torch.tensor([1, -1, 1]))
+    yield CosineEmbeddingLoss, Sample(), Sample(args)
+    kwargs = {"margin": 0.3, "reduction": "sum"}
+    yield CosineEmbeddingLoss, Sample((), kwargs), Sample(args, name="margin")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x, target = make.normal(3, 4), torch.tensor([1, -1, 1])
+    yield Sample((x, x, target), {"reduction": "average"}, name="reduction")
+    yield Sample((x, x, target[:2]), name="rows")
+    yield Sample((x[None], x[None], target), name="dimensions")
+    yield Sample((x, make.normal(3, 5), target), name="shape")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    (x,) = square(make, n).args
+    return Sample((x, make.normal(*x.shape), 2 * make.labels(x.shape[0], classes=2) - 1))
+
+
+OP = Op(
+    function=cosine_embedding_loss,
+    modules=(CosineEmbeddingLoss,),
+    reference=rounded_once(F.cosine_embedding_loss),
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=lambda *args, **_: stored(*args),
+    benchmark=_benchmark,
+)

@@ -1,0 +1,249 @@
+r"""Focal loss of logits: ℓ = -α_t (1 - p_t)^γ log p_t, p = softmax(x), t the class, then reduced.
+
+α are class weights. ℓ = 0 where t is ignored; "mean" divides by the sum of α_t over the positions that are not, so that
+γ = 0 is the cross entropy.
+
+Derivation, with L = log p_t, u = 1 - p_t and s the gradient of each ℓ:
+    -dℓ/dL = α_t [u^γ - γ p_t u^(γ-1) L]
+           = α_t u^γ (1 - γ p_t L / u) = k, where L / u → -1 for u → 0                        (1)
+    ∂L/∂x_j = [j = t] - p_j
+    grad_x_j = s k p_j, but for j = t -s k u                                                           (2)
+    tangent_ℓ = Σ_j gradient_j · tangent_j, with s = 1                                        (3)
+
+Saves:
+    x, the target and α, which are inputs (4 bytes per float32 element).
+
+Edge values:
+    All ignored, or N = 0: the mean is NaN, the gradient 0.   A logit of -∞: p = 0, grad 0.
+
+Sources:
+    Lin, Goyal, Girshick, He, Dollár, "Focal Loss for Dense Object Detection", 2017, arXiv:1708.02002.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._errors import wrong
+from torchbp.ops._function import (
+    Context,
+    entry,
+    fused,
+    in_autocast_float32,
+    public,
+    scale_fresh,
+)
+from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._reduction import named, spread
+from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops.losses._classes import class_dim, counted
+
+__all__ = ["FocalLoss", "FocalLossFunction", "focal_loss"]
+
+_NAME = "focal_loss"
+
+
+class FocalLossFunction(Function):
+    """Focal loss with a hand-written gradient. Call it through :func:`focal_loss`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, target: Tensor, alpha: Tensor | None, gamma: float, ignored: int, reduction: str
+    ) -> Tensor:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *)
+        index, w, total = counted(x, target, alpha, ignored)
+        dim = class_dim(x)
+        log_p = torch.log_softmax(x, dim, dtype=w.dtype).gather(dim, index.unsqueeze(dim))
+        log_p = log_p.squeeze(dim)
+        values = -w * torch.expm1(log_p).neg().pow(gamma) * log_p
+        values = values.masked_fill(w == 0, 0)  # ignored: 0 even where p_t is 0
+        values = values if reduction == "none" else spread(values.sum(), reduction, total)
+        return values.to(x.dtype)
+
+    @staticmethod
+    def setup_context(
+        ctx: Context,
+        inputs: tuple[Tensor, Tensor, Tensor | None, float, int, str],
+        output: Tensor,
+    ) -> None:
+        x, target, alpha, ctx.gamma, ctx.ignored, ctx.reduction = inputs
+        ctx.save_for_backward(x, target, alpha)
+        ctx.save_for_forward(x, target, alpha)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        x, target, alpha = ctx.saved_tensors
+        index, w, total = counted(x, target, alpha, ctx.ignored)
+        s = spread(grad.to(w.dtype), ctx.reduction, total)
+        if ctx.reduction == "mean":
+            s = s.masked_fill(total == 0, 0)  # nothing counted: 0, not 0/0
+        return _gradient(x, s * w, index, ctx.gamma).to(x.dtype), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
+        x, target, alpha = ctx.saved_tensors
+        index, w, total = counted(x, target, alpha, ctx.ignored)
+        values = (_gradient(x, w, index, ctx.gamma) * tangent_x).sum(class_dim(x))  # (3)
+        values = values if ctx.reduction == "none" else spread(values.sum(), ctx.reduction, total)
+        return values.to(x.dtype)
+
+
+def _gradient(x: Tensor, s: Tensor, index: Tensor, gamma: float) -> Tensor:
+    dim = class_dim(x)
+    at = index.unsqueeze(dim)
+    p = torch.softmax(x, dim, dtype=s.dtype)
+    p_t = p.gather(dim, at)
+    p = p.scatter_(dim, at, 0) if fused(p) else p.scatter(dim, at, 0)
+    u = p.sum(dim, keepdim=True)  # 1 - p_t would round to 0
+    log_p = torch.where(u < 0.5, torch.log1p(-u.clamp(max=0.5)), p_t.log())
+    certain = u == 0
+    ratio = (log_p / u.masked_fill(certain, 1)).masked_fill(certain, -1)
+    k = u.pow(gamma) * (1 - gamma * p_t * ratio.clamp(min=torch.finfo(u.dtype).min))  # (1)
+    sk = s.unsqueeze(dim) * k
+    gradient = scale_fresh(p, sk)
+    put = gradient.scatter_ if fused(gradient, sk) else gradient.scatter
+    return put(dim, at, -sk * u)  # (2), p_t - 1 = -u
+
+
+_focal_loss = entry(FocalLossFunction)
+
+
+@public
+def focal_loss(
+    input: Tensor,
+    target: Tensor,
+    alpha: Tensor | None = None,
+    gamma: float = 2.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Focal loss of logits against class indices: :math:`\ell = -\alpha_t (1 - p_t)^\gamma \log p_t`, reduced.
+
+    Args:
+        input: Logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, floating point.
+        target: Class indices of the shape of ``input`` without ``C``, int64.
+        alpha: A factor of each class, ``(C,)``.
+        gamma: The exponent, not negative, that takes weight from what is classified well.
+        ignore_index: The class index whose positions count for nothing.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``; the mean is weighted with ``alpha``.
+
+    Returns:
+        The loss in nats: a scalar, or the shape of ``input`` without ``C`` for ``"none"``.
+
+    Raises:
+        NotImplementedError: Integer or complex ``input``.
+        ValueError: Shapes that do not fit, an unknown reduction, or a negative ``gamma``.
+        RuntimeError: A class index outside ``[0, C)``.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import focal_loss
+        >>> focal_loss(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.tensor([1, 0]))
+        tensor(0.0875)
+    """
+    reduction = named(_NAME, reduction, None, None)
+    _check(input, target, gamma)
+    (input,) = in_autocast_float32(input)
+    return _focal_loss(input, target, alpha, gamma, ignore_index, reduction)
+
+
+def _check(input: Tensor, target: Tensor, gamma: float) -> None:
+    if not input.is_floating_point():
+        raise NotImplementedError(wrong(_NAME, "floating-point input", input.dtype, "cast it"))
+    dim = class_dim(input)
+    positions = (*input.shape[:dim], *input.shape[dim + 1 :])
+    if tuple(target.shape) != positions or target.is_floating_point():
+        got = f"{target.dtype} {tuple(target.shape)}"
+        raise ValueError(wrong(_NAME, f"class indices {positions}", got, "reshape the target"))
+    if gamma < 0:
+        raise ValueError(wrong(_NAME, "gamma ≥ 0", gamma, "0 gives the cross entropy"))
+
+
+class FocalLoss(nn.Module):
+    """Module form of :func:`focal_loss`; ``alpha`` is a buffer."""
+
+    __module__ = "torchbp.nn"
+
+    def __init__(
+        self,
+        alpha: Tensor | None = None,
+        gamma: float = 2.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("alpha", alpha)
+        self.gamma, self.ignore_index, self.reduction = gamma, ignore_index, reduction
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, ignore_index={self.ignore_index}"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return focal_loss(input, target, self.alpha, self.gamma, self.ignore_index, self.reduction)
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    for reduction in ("mean", "sum", "none"):
+        args = (make.normal(5, 4), make.labels(5, classes=4))
+        yield Sample(args, {"reduction": reduction}, reduction)
+    args = (make.normal(2, 4, 3), make.labels(2, 3, classes=4))
+    kwargs = {"alpha": make.uniform(4, low=0.2), "gamma": 0.5, "ignore_index": 1}
+    yield Sample(args, kwargs, "alpha-ignored")
+    yield Sample((make.normal(4), make.labels(classes=4)), {"gamma": 0.0}, "1d")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    args = (make.normal(5, 4), make.labels(5, classes=4))
+    yield FocalLoss, Sample(), Sample(args)
+    kwargs = {"alpha": make.uniform(4), "gamma": 1.0, "ignore_index": 2, "reduction": "sum"}
+    yield FocalLoss, Sample((), kwargs), Sample(args, name="all-arguments")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x, target = make.normal(5, 4), make.labels(5, classes=4)
+    yield Sample((x, target), {"reduction": "average"}, name="reduction")
+    yield Sample((x, target[:3]), name="batch")
+    yield Sample((x, target), {"gamma": -1.0}, name="gamma")
+    yield Sample((x, target + 4), name="index")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    (x,) = square(make, n).args
+    return Sample((x, make.labels(x.shape[0], classes=x.shape[1])))
+
+
+def _reference(
+    input: Tensor,
+    target: Tensor,
+    alpha: Tensor | None = None,
+    gamma: float = 2.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The definition, as it is usually written."""
+    reduction = named(_NAME, reduction, None, None)
+    _check(input, target, gamma)
+    dim, ignore = class_dim(input), target == ignore_index
+    index = target.masked_fill(ignore, 0)
+    log_p = F.log_softmax(input, dim).gather(dim, index.unsqueeze(dim)).squeeze(dim)
+    weight = (torch.ones_like(log_p) if alpha is None else alpha[index]).masked_fill(ignore, 0)
+    values = -weight * (1 - log_p.exp()) ** gamma * log_p
+    if reduction == "none":
+        return values
+    return values.sum() / weight.sum() if reduction == "mean" else values.sum()
+
+
+OP = Op(
+    function=focal_loss,
+    modules=(FocalLoss,),
+    reference=rounded_once(_reference),
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=lambda *args, **kwargs: stored(*args, kwargs.get("alpha")),
+    benchmark=_benchmark,
+)

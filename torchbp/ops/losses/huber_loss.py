@@ -1,0 +1,187 @@
+r"""Huber loss: ℓ = d²/2 where |d| ≤ δ, else δ · (|d| - δ/2), with d = x - t, then reduced.
+
+Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"):
+    dℓ/dd = d where |d| ≤ δ, else δ · sign(d)
+          = clamp(d, -δ, δ)
+    grad_x = s · clamp(x - t, -δ, δ)                                                          (1)
+    grad_t = -grad_x                                                                          (2)
+    tangent_ℓ = clamp(x - t, -δ, δ) · (tangent_x - tangent_t)                                 (3)
+    A weight is a factor of ℓ before the reduction; that product is autograd's own.
+
+Saves:
+    x and t, which are inputs.
+
+Edge values:
+    |d| = δ: both branches agree in value and slope.   d = ±∞: grad = ±s · δ.   No elements: the mean is NaN.
+
+Sources:
+    Huber, "Robust Estimation of a Location Parameter", Annals of Mathematical Statistics 35, 1964, pages 73-101.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._errors import shape, wrong
+from torchbp.ops._function import (
+    Context,
+    directional,
+    entry,
+    fused,
+    in_float32,
+    public,
+    scale_fresh,
+)
+from torchbp.ops._op import Op
+from torchbp.ops._reduction import matched, named, reduce, spread
+from torchbp.ops._samples import Make, Sample, pairs, square, stored
+
+__all__ = ["HuberLoss", "HuberLossFunction", "huber_loss"]
+
+
+class HuberLossFunction(Function):
+    """Huber loss with hand-written gradients. Call it through :func:`huber_loss`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, target: Tensor, delta: float, reduction: str) -> Tensor:
+        return F.huber_loss(x, target, reduction, delta)  # (*), (*) -> () or (*)
+
+    @staticmethod
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, Tensor, float, str], output: Tensor
+    ) -> None:
+        x, target, ctx.delta, ctx.reduction = inputs
+        ctx.save_for_backward(x, target)
+        ctx.save_for_forward(x, target)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, target = ctx.saved_tensors
+        need_x, need_target, *_ = ctx.needs_input_grad
+        s = spread(grad, ctx.reduction, x.numel())
+        if fused(s, x, target):
+            gradient = torch.ops.aten.huber_loss_backward(s, x, target, 0, ctx.delta)
+        else:
+            gradient = in_float32(lambda x, t, s: _gradient(x - t, s, ctx.delta), x, target, s)
+        return gradient if need_x else None, -gradient if need_target else None, None, None  # (2)
+
+    @staticmethod
+    def jvp(
+        ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, *_: None
+    ) -> Tensor:
+        x, target = ctx.saved_tensors
+        slope = (x - target).clamp(-ctx.delta, ctx.delta)
+        return reduce(
+            directional((tangent_x, slope), (tangent_target, -slope)), ctx.reduction
+        )  # (3)
+
+
+def _gradient(d: Tensor, s: Tensor, delta: float) -> Tensor:
+    return scale_fresh(d.clamp(-delta, delta), s)  # (1)
+
+
+_huber_loss = entry(HuberLossFunction)
+
+
+@public
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Huber loss: :math:`d^2 / 2` where :math:`|d| \le \delta`, else :math:`\delta (|d| - \delta / 2)`, reduced.
+
+    Args:
+        input: Any shape ``(*)``, floating point.
+        target: The shape of ``input``; other shapes that can be broadcast are, with a warning.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        delta: The error from which on the loss is linear; positive.
+        weight: The shape of ``input``: a factor for each value; ``"mean"`` does not divide by its sum, as in torch.
+
+    Returns:
+        The loss in the squared unit of ``input``: a scalar, or ``(*)`` for ``"none"``.
+
+    Raises:
+        ValueError: An unknown reduction, or ``weight`` of another shape.
+        RuntimeError: ``delta`` is not positive.
+        NotImplementedError: Integer or complex ``input``.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import huber_loss
+        >>> huber_loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 5.0]))
+        tensor(1.2500)
+    """
+    reduction = named("huber_loss", reduction, None, None)
+    if not delta > 0:
+        rule = "a positive delta"
+        raise RuntimeError(wrong("huber_loss", rule, delta, "l1_loss is its limit at 0"))
+    if weight is not None and weight.size() != input.size():
+        rule = f"weight of the input's shape {shape(input)}"
+        raise ValueError(wrong("huber_loss", rule, shape(weight), "expand it first"))
+    input, target = matched("huber_loss", input, target)
+    if weight is None:
+        return _huber_loss(input, target, delta, reduction)
+    return reduce(_huber_loss(input, target, delta, "none") * weight, reduction)
+
+
+class HuberLoss(nn.HuberLoss):
+    """Module form of :func:`huber_loss`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return huber_loss(input, target, reduction=self.reduction, delta=self.delta)
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    yield from pairs(make.normal, make.normal, delta=0.7)
+    for reduction in ("mean", "none"):
+        kwargs = {"weight": make.uniform(3, 4, requires_grad=True), "reduction": reduction}
+        yield Sample((make.normal(3, 4), make.normal(3, 4)), kwargs, name=f"weight-{reduction}")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    sample = Sample((make.normal(3, 4), make.normal(3, 4)))
+    yield HuberLoss, Sample(), sample
+    kwargs = {"reduction": "sum", "delta": 0.3}
+    yield HuberLoss, Sample((), kwargs), Sample(sample.args, name="sum")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x = make.normal(3, 4)
+    yield Sample((x, x), {"reduction": "average"}, name="reduction")
+    yield Sample((x, x), {"weight": make.normal(4)}, name="weight")
+    yield Sample((x, x), {"delta": 0.0}, name="delta")
+    integers = make.labels(3, classes=5)
+    yield Sample((integers, integers), name="integers")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    (x,) = square(make, n).args
+    return Sample((x, make.normal(*x.shape, requires_grad=False)))
+
+
+def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
+    weight = kwargs.get("weight")
+    return stored(x, target) + (stored(weight, x) if weight is not None else 0)  # w and ℓ
+
+
+OP = Op(
+    function=huber_loss,
+    modules=(HuberLoss,),
+    reference=F.huber_loss,
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=_saved_bytes,
+    benchmark=_benchmark,
+    fused="aten::huber_loss_backward",
+)

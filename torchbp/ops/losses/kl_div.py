@@ -1,0 +1,215 @@
+r"""Kullback-Leibler divergence: ℓ = t · (log t - x), x being log probabilities and t probabilities, then reduced.
+
+With "log_target", t is given as its logarithm u: ℓ = exp(u) · (u - x). Where t = 0, t log t is 0.
+
+Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"):
+    grad_x = -s · t                                                                           (1)
+    grad_t = s · (log t + 1 - x)                                                              (2)
+    grad_u = s · exp(u) · (u - x + 1)                                                         (3)
+    tangent_ℓ = Σ gradient · tangent over both inputs, with s = 1                             (4)
+    "batchmean" is the sum divided by the first dimension; that quotient is autograd's own.
+
+Saves:
+    The target. x only where the target's gradient is asked for: with log_target torch keeps both.
+
+Edge values:
+    t = 0: ℓ = 0 and grad_x = 0 for finite x; grad_t = -∞, the limit, where torch gives NaN.
+
+Sources:
+    Kullback, Leibler, "On Information and Sufficiency", Annals of Mathematical Statistics 22, 1951, pages 79-86.
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._errors import wrong
+from torchbp.ops._function import (
+    Context,
+    directional,
+    entry,
+    in_autocast_float32,
+    in_float32,
+    in_place,
+    public,
+)
+from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._samples import Make, Sample, pairs, square, stored
+
+__all__ = ["KLDivLoss", "KLDivLossFunction", "kl_div"]
+
+
+class KLDivLossFunction(Function):
+    """Kullback-Leibler divergence with hand-written gradients. Call it through :func:`kl_div`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, target: Tensor, log_target: bool, reduction: str) -> Tensor:
+        values = in_float32(_of_logarithms if log_target else _of_probabilities, x, target)
+        return reduce(values, reduction)  # (*), (*) -> () or (*)
+
+    @staticmethod
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, Tensor, bool, str], output: Tensor
+    ) -> None:
+        x, target, ctx.log_target, ctx.reduction = inputs
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, target)
+        ctx.save_for_forward(x, target)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, target = ctx.saved_tensors
+        need_x, need_target, *_ = ctx.needs_input_grad
+        s = spread(grad, ctx.reduction, target.numel())
+        minus_s, log_target = -s, ctx.log_target
+        grad_x = in_float32(lambda t, s: _slope(t, log_target) * s, target, minus_s)  # (1)
+        gradient = _gradient_log_target if log_target else _gradient_target
+        grad_target = in_float32(gradient, target, x, s) if need_target else None
+        return grad_x if need_x else None, grad_target, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, *_: None
+    ) -> Tensor:
+        x, target = ctx.saved_tensors
+        gradient = _gradient_log_target if ctx.log_target else _gradient_target
+        along_target = (tangent_target, gradient(target, x, target.new_ones(())))
+        along_x = (tangent_x, -_slope(target, ctx.log_target))
+        return reduce(directional(along_x, along_target), ctx.reduction)  # (4)
+
+
+def _of_probabilities(x: Tensor, t: Tensor) -> Tensor:
+    # log 0 = -∞ becomes the lowest finite number, and t times it 0: two passes, xlogy takes five times theirs.
+    log_t = t.log().clamp(min=torch.finfo(t.dtype).min)
+    return log_t.sub_(x).mul_(t) if in_place(x, t) else t * (log_t - x)
+
+
+def _of_logarithms(x: Tensor, u: Tensor) -> Tensor:
+    return (u - x).mul_(u.exp()) if in_place(x, u) else u.exp() * (u - x)
+
+
+def _slope(target: Tensor, log_target: bool) -> Tensor:
+    return target.exp() if log_target else target
+
+
+def _gradient_target(t: Tensor, x: Tensor, s: Tensor) -> Tensor:
+    return s * (t.log() + 1 - x)  # (2)
+
+
+def _gradient_log_target(u: Tensor, x: Tensor, s: Tensor) -> Tensor:
+    return s * u.exp() * (u - x + 1)  # (3)
+
+
+_kl_div = entry(KLDivLossFunction)
+
+
+@public
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of the target from the input: :math:`\ell = t (\log t - x)`, reduced.
+
+    Args:
+        input: Log probabilities, any shape ``(*)``, floating point.
+        target: Probabilities, or their logarithms with ``log_target``; of a shape that can be broadcast with ``(*)``.
+        size_average: Deprecated in torch; see ``reduction``.
+        reduce: Deprecated in torch; see ``reduction``.
+        reduction: ``"batchmean"`` (the divergence by its definition, averaged over the first dimension), ``"mean"``
+            (over all elements, with torch's warning), ``"sum"`` or ``"none"``.
+        log_target: Whether ``target`` holds logarithms.
+
+    Returns:
+        The divergence in nats: a scalar, or ``(*)`` for ``"none"``.
+
+    Raises:
+        ValueError: An unknown reduction.
+        RuntimeError: Shapes that cannot be broadcast; integers.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import kl_div
+        >>> kl_div(torch.tensor([[-1.0, -0.5]]), torch.tensor([[0.5, 0.5]]), reduction="batchmean")
+        tensor(0.0569)
+    """
+    if reduction == "mean" and size_average is None and reduce is None:
+        rule = "reduction 'batchmean', which is the divergence by its definition"
+        advice = "'mean' divides by all elements; torch announces that it will change"
+        warnings.warn(wrong("kl_div", rule, "'mean'", advice), UserWarning, stacklevel=3)
+    batchmean = reduction == "batchmean"
+    reduction = named("kl_div", "sum" if batchmean else reduction, size_average, reduce)
+    for name, values in (("input", input), ("target", target)):
+        if not values.is_floating_point():
+            rule = f"floating-point {name}"
+            raise RuntimeError(wrong("kl_div", rule, values.dtype, "cast it"))
+    rows = input.shape[0] if batchmean and input.dim() else 1
+    input, target = in_autocast_float32(input, target)
+    input, target = torch.broadcast_tensors(input, target)
+    loss = _kl_div(input, target, log_target, reduction)
+    return loss / rows if batchmean and input.dim() else loss
+
+
+class KLDivLoss(nn.KLDivLoss):
+    """Module form of :func:`kl_div`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    def probabilities(*dims: int) -> Tensor:
+        return make.uniform(*dims, low=0.05, requires_grad=True)
+
+    for target, log_target in ((probabilities, False), (make.normal, True)):
+        for sample in pairs(make.normal, target, log_target=log_target):
+            if sample.kwargs.get("reduction", "mean") == "mean":  # it warns: a test of its own
+                sample.kwargs["reduction"] = "batchmean"
+            yield Sample(sample.args, sample.kwargs, f"{sample.name}-{log_target}")
+    sample = Sample((make.normal(3, 4), probabilities(4)), {"reduction": "batchmean"}, "broadcast")
+    yield sample
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    args = (make.normal(3, 4), make.probabilities(3, 4, dim=1))
+    yield KLDivLoss, Sample((), {"reduction": "batchmean"}), Sample(args, name="batchmean")
+    kwargs = {"reduction": "sum", "log_target": True}
+    yield KLDivLoss, Sample((), kwargs), Sample(args, name="log-target")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x = make.normal(3, 4)
+    yield Sample((x, x), {"reduction": "average"}, name="reduction")
+    yield Sample((x, make.uniform(5)), {"reduction": "sum"}, name="shape")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    (x,) = square(make, n).args
+    return Sample((x, make.probabilities(*x.shape, dim=1)), {"reduction": "batchmean"})
+
+
+def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
+    return stored(target, x if target.requires_grad else None)
+
+
+OP = Op(
+    function=kl_div,
+    modules=(KLDivLoss,),
+    reference=rounded_once(F.kl_div),
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=_saved_bytes,
+    benchmark=_benchmark,
+)

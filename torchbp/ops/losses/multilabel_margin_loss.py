@@ -1,0 +1,211 @@
+r"""Multi-label margin: ℓ = 1/C Σ_{j in T} Σ_{i not in T} max(0, 1 - x_j + x_i), T the row's classes, then reduced.
+
+T is the row of the target up to the first negative index; a class that stands twice counts twice.
+
+Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"):
+    a_ji = [j in T] [i not in T] [1 - x_j + x_i > 0]
+    grad_x_i += s / C Σ_j a_ji                                                                (1)
+    grad_x_j -= s / C Σ_i a_ji                                                                (2)
+    tangent_ℓ = Σ gradient · tangent, with s = 1                                              (3)
+
+Saves:
+    x and the target, which are inputs. torch keeps the membership in T in floating point besides.
+
+Edge values:
+    1 - x_j + x_i = 0: slope 0, as in torch.   An empty T: 0.   The formula (torch.func, torch.compile, half
+    precision) takes N · C² elements; torch's kernels, which run otherwise, take none.
+
+Sources:
+    torch.nn.MultiLabelMarginLoss, whose values, gradients and reductions these are.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._errors import shape, wrong
+from torchbp.ops._function import (
+    Context,
+    eager,
+    entry,
+    fused,
+    in_autocast_float32,
+    in_float32,
+    public,
+)
+from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._samples import Make, Sample, square, stored
+
+__all__ = ["MultiLabelMarginLoss", "MultiLabelMarginLossFunction", "multilabel_margin_loss"]
+
+_NAME = "multilabel_margin_loss"
+
+
+class MultiLabelMarginLossFunction(Function):
+    """Multi-label margin with a hand-written gradient. Call it through :func:`multilabel_margin_loss`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, target: Tensor, reduction: str
+    ) -> Tensor:  # (N, C), (N, C) -> () or (N,)
+        if fused(x):
+            return F.multilabel_margin_loss(x, target, reduction=reduction)
+        return reduce(in_float32(lambda x: _values(x, target), x), reduction)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+        x, target, ctx.reduction = inputs
+        ctx.save_for_backward(x, target)
+        ctx.save_for_forward(x, target)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, target = ctx.saved_tensors
+        s = spread(grad, ctx.reduction, x.shape[0]).expand(x.shape[0])
+        if fused(x, grad):
+            longest = int((target >= 0).sum(1).max()) if target.numel() else 0  # most is padding
+            _, members = _members(target[:, :longest], x.shape[1])
+            backward, members = torch.ops.aten.multilabel_margin_loss_backward, members.to(x.dtype)
+            return backward(s.contiguous(), x.contiguous(), target, 0, members), None, None
+        return in_float32(lambda x, s: _gradient(x, s, target), x, s), None, None
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
+        x, target = ctx.saved_tensors
+        gradient = _gradient(x, x.new_ones(x.shape[0]), target)
+        return reduce((gradient * tangent_x).sum(1), ctx.reduction)  # (3)
+
+
+def _members(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Return which entries of the target count, and which classes are in T; (N, C) bools."""
+    counts = (target < 0).cumsum(1) == 0
+    index = target.clamp(min=0)
+    none = target.new_zeros(target.shape[0], classes)
+    return counts, none.scatter_add(1, index, counts.to(target.dtype)) > 0
+
+
+def _active(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 1 - x_j + x_i and a; both (N, j, i)."""
+    counts, members = _members(target, x.shape[1])
+    z = 1 - x.gather(1, target.clamp(min=0))[:, :, None] + x[:, None, :]
+    return z, counts[:, :, None] & ~members[:, None, :] & (z > 0)
+
+
+def _values(x: Tensor, target: Tensor) -> Tensor:
+    z, active = _active(x, target)
+    return (z * active).sum((1, 2)) / max(1, x.shape[1])
+
+
+def _gradient(x: Tensor, s: Tensor, target: Tensor) -> Tensor:
+    _, active = _active(x, target)
+    of_others, of_members = active.sum(1).to(x.dtype), active.sum(2).to(x.dtype)  # (1), (2)
+    counts = of_others.scatter_add(1, target.clamp(min=0), -of_members)
+    return counts * (s / max(1, x.shape[1]))[:, None]
+
+
+_multilabel_margin_loss = entry(MultiLabelMarginLossFunction)
+
+
+@public
+def multilabel_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Multi-label margin: :math:`\ell = 1/C \sum_{j \in T} \sum_{i \notin T} \max(0, 1 - x_j + x_i)`, reduced.
+
+    Args:
+        input: Scores ``(N, C)`` or ``(C,)``, floating point.
+        target: Class indices, int64, the shape of ``input``; in each row those before the first negative one count.
+        size_average: Deprecated in torch; see ``reduction``.
+        reduce: Deprecated in torch; see ``reduction``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        The loss: a scalar, or ``(N,)`` for ``"none"``.
+
+    Raises:
+        ValueError: An unknown reduction.
+        RuntimeError: Shapes or dtypes that do not fit; an index outside ``[-1, C)`` (looked for on the CPU only).
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import multilabel_margin_loss
+        >>> multilabel_margin_loss(torch.tensor([[0.5, 0.25, 0.75]]), torch.tensor([[0, -1, 1]]))
+        tensor(0.6667)
+    """
+    reduction = named(_NAME, reduction, size_average, reduce)
+    if not input.is_floating_point():
+        raise NotImplementedError(wrong(_NAME, "floating-point input", input.dtype, "cast it"))
+    if input.shape != target.shape or input.dim() not in (1, 2) or target.dtype != torch.int64:
+        rule = f"int64 target of the input's shape {shape(input)}, (N, C) or (C,)"
+        raise RuntimeError(wrong(_NAME, rule, f"{target.dtype} {shape(target)}", "pad with -1"))
+    classes = input.shape[-1]
+    if eager() and target.is_cpu and target.numel():
+        low, high = (v.item() for v in torch.aminmax(target))
+        if low < -1 or high >= classes:
+            rule = f"class indices in [-1, {classes})"
+            raise RuntimeError(wrong(_NAME, rule, f"[{low}, {high}]", "correct them"))
+    (input,) = in_autocast_float32(input)
+    if input.dim() == 2:
+        return _multilabel_margin_loss(input, target, reduction)
+    loss = _multilabel_margin_loss(input.unsqueeze(0), target.unsqueeze(0), reduction)
+    return loss.squeeze(0) if loss.dim() else loss
+
+
+class MultiLabelMarginLoss(nn.MultiLabelMarginLoss):
+    """Module form of :func:`multilabel_margin_loss`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return multilabel_margin_loss(input, target, reduction=self.reduction)
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    target = torch.tensor([[1, 3, -1, 0], [0, -1, -1, -1], [-1, 0, 1, 2], [2, 2, 1, -1]])
+    for reduction in ("mean", "sum", "none"):
+        yield Sample((make.normal(4, 4), target.clone()), {"reduction": reduction}, reduction)
+    ends = torch.full((13,), -1).index_fill(0, torch.arange(3), 5)
+    yield Sample((make.normal(13), ends), {"reduction": "none"}, "1d")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    args = (make.normal(2, 4), torch.tensor([[1, 3, -1, 0], [0, -1, -1, -1]]))
+    yield MultiLabelMarginLoss, Sample(), Sample(args)
+    yield MultiLabelMarginLoss, Sample((), {"reduction": "sum"}), Sample(args, name="sum")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x, target = make.normal(2, 4), torch.tensor([[1, 3, -1, 0], [0, -1, -1, -1]])
+    yield Sample((x, target), {"reduction": "average"}, name="reduction")
+    yield Sample((x, target[:, :2]), name="shape")
+    yield Sample((x, target + 4), name="range")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    (x,) = square(make, n).args
+    target = make.labels(*x.shape, classes=x.shape[1])
+    target[:, 8:] = -1
+    return Sample((x, target))
+
+
+OP = Op(
+    function=multilabel_margin_loss,
+    modules=(MultiLabelMarginLoss,),
+    reference=rounded_once(F.multilabel_margin_loss),
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=lambda *args, **_: stored(*args),
+    benchmark=_benchmark,
+    fused="aten::multilabel_margin_loss_backward",
+)

@@ -1,0 +1,192 @@
+r"""Negative log likelihood: ℓ = -w_t x_t, x (N, C, *) being log probabilities and t the class, then reduced.
+
+ℓ = 0 where t is ignored. "mean" divides by the sum of w_t over the positions that are not.
+
+Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / Σ w_t for "mean"):
+    grad_x_j = -s w_t [j = t], 0 where ignored                                                (1)
+    tangent_ℓ = -w_t · tangent_x_t                                                            (2)
+
+Saves:
+    The target and the weights: nothing for each element of x, where torch keeps 4 bytes per float32 element.
+
+Edge values:
+    x_t = -∞: the loss is +∞, the gradient finite.   All ignored, or N = 0: the mean is NaN, the gradient 0.
+
+Sources:
+    Good, "Rational Decisions", 1952, doi:10.1111/j.2517-6161.1952.tb00104.x (the logarithmic score).
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._errors import wrong
+from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._op import Op
+from torchbp.ops._reduction import named, spread
+from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops.losses._classes import class_dim, counted
+
+__all__ = ["NLLLoss", "NLLLossFunction", "nll_loss"]
+
+
+class NLLLossFunction(Function):
+    """Negative log likelihood with a hand-written gradient. Call it through :func:`nll_loss`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int
+    ) -> Tensor:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *)
+        if target.dtype == torch.uint8:  # torch has no batching rule for it
+            target = target.long()
+        return F.nll_loss(x, target, w, ignore_index=ignored, reduction=reduction)
+
+    @staticmethod
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str, int], output: Tensor
+    ) -> None:
+        x, target, w, ctx.reduction, ctx.ignored = inputs
+        ctx.shape, ctx.dim = x.shape, class_dim(x)
+        ctx.save_for_backward(target, w)
+        ctx.save_for_forward(target, w)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        target, w = ctx.saved_tensors
+        index, w_t, total = counted(grad, target, w, ctx.ignored)
+        s = spread(grad.to(w_t.dtype), ctx.reduction, total)
+        if ctx.reduction == "mean":
+            s = s.masked_fill(total == 0, 0)  # nothing counted: 0, as in torch, not 0/0
+        zeros = grad.new_zeros(ctx.shape)
+        put = zeros.scatter_ if fused(grad) else zeros.scatter
+        values = (-s * w_t).to(grad.dtype)
+        grad_x = put(ctx.dim, index.unsqueeze(ctx.dim), values.unsqueeze(ctx.dim))  # (1)
+        return grad_x, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
+        target, w = ctx.saved_tensors
+        index, w_t, total = counted(tangent_x, target, w, ctx.ignored)
+        picked = tangent_x.gather(ctx.dim, index.unsqueeze(ctx.dim)).squeeze(ctx.dim)
+        values = -w_t * picked  # (2)
+        values = values if ctx.reduction == "none" else spread(values.sum(), ctx.reduction, total)
+        return values.to(tangent_x.dtype)
+
+
+_nll_loss = entry(NLLLossFunction)
+
+
+@public
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Negative log likelihood of class indices: :math:`\ell = -w_t x_t`, reduced.
+
+    Args:
+        input: Log probabilities ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, floating point.
+        target: Class indices of the shape of ``input`` without ``C``, int64 or uint8.
+        weight: A factor of each class, ``(C,)``.
+        size_average: Deprecated in torch; see ``reduction``.
+        ignore_index: The class index whose positions count for nothing.
+        reduce: Deprecated in torch; see ``reduction``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``; the mean is weighted.
+
+    Returns:
+        The loss in nats: a scalar, or the shape of ``input`` without ``C`` for ``"none"``.
+
+    Raises:
+        IndexError: A class index outside ``[0, C)``.
+        ValueError: ``target`` of another batch size, or an unknown reduction.
+        RuntimeError: Other shapes or dtypes that do not fit; a ``weight`` that requires grad.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import nll_loss
+        >>> nll_loss(torch.tensor([[-0.5, -1.5], [-0.2, -1.0]]), torch.tensor([1, 0]))
+        tensor(0.8500)
+    """
+    reduction = named("nll_loss", reduction, size_average, reduce)
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        rule = "a weight without requires_grad, as in torch"
+        raise RuntimeError(wrong("nll_loss", rule, "one that requires it", "detach it"))
+    return _nll_loss(input, target, weight, reduction, ignore_index)
+
+
+class NLLLoss(nn.NLLLoss):
+    """Module form of :func:`nll_loss`; the weight is a buffer."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return nll_loss(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    for reduction in ("mean", "sum", "none"):
+        for shape in ((5, 4), (2, 4, 3), (2, 4, 3, 2)):
+            target = make.labels(shape[0], *shape[2:], classes=4)
+            kwargs = {"reduction": reduction}
+            if len(shape) == 3:
+                target[0, 0] = 3
+                kwargs = {"weight": make.uniform(4, low=0.2), "ignore_index": 3, **kwargs}
+            yield Sample((make.normal(*shape), target), kwargs, f"{len(shape)}d-{reduction}")
+    yield Sample((make.normal(4), make.labels(classes=4)), name="1d")
+    ignored = torch.full((5,), -100, device=make.device)
+    yield Sample((make.normal(5, 4), ignored), {"reduction": "sum"}, "all-ignored")
+    yield Sample((make.normal(0, 4), ignored[:0]), {"reduction": "none"}, "empty")
+    yield Sample((make.normal(5, 4), make.labels(5, classes=4).to(torch.uint8)), name="uint8")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    sample = Sample((make.normal(5, 4), make.labels(5, classes=4)))
+    yield NLLLoss, Sample(), sample
+    kwargs = {"weight": make.uniform(4), "ignore_index": 2, "reduction": "sum"}
+    yield NLLLoss, Sample((), kwargs), Sample(sample.args, name="all-arguments")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x, target = make.normal(5, 4), make.labels(5, classes=4)
+    yield Sample((x, target + 4), name="index-above")
+    yield Sample((x, target[:3]), name="batch")
+    yield Sample((x, target.double()), name="target-dtype")
+    yield Sample((x, target), {"reduction": "average"}, name="reduction")
+    yield Sample((x, target), {"weight": make.uniform(3)}, name="weight")
+    yield Sample((x, target), {"weight": make.uniform(4, requires_grad=True)}, name="weight-grad")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    (x,) = square(make, n).args
+    return Sample((x, make.labels(x.shape[0], classes=x.shape[1])))
+
+
+def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
+    return stored(target, kwargs.get("weight"))
+
+
+OP = Op(
+    function=nll_loss,
+    modules=(NLLLoss,),
+    reference=F.nll_loss,
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=_saved_bytes,
+    benchmark=_benchmark,
+)

@@ -1,0 +1,227 @@
+r"""Poisson negative log likelihood of counts t: ℓ = exp(x) - t x, x being the logarithm of the rate, then reduced.
+
+Without "log_input", x is the rate itself: ℓ = x - t log(x + ε). "full" adds Stirling's approximation of log t!,
+    S(t) = t log t - t + log(2πt)/2 where t > 1, else 0.
+
+Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"):
+    of the logarithm:  grad_x = s · (exp(x) - t),             grad_t = -s · x                 (1)
+    of the rate:       grad_x = s · (1 - t / (x + ε)),        grad_t = -s · log(x + ε)        (2)
+    full:              S'(t) = log t + 1/(2t) where t > 1, else 0, is added to ∂ℓ/∂t          (3)
+    tangent_ℓ = Σ gradient · tangent over both inputs, with s = 1                             (4)
+
+Saves:
+    x and t, which are inputs. torch keeps exp(x) and t.
+
+Edge values:
+    x → -∞: grad_x → -s · t.   x = +∞: both are +∞.   No elements: the mean is NaN.
+
+Sources:
+    torch.nn.PoissonNLLLoss, whose values, gradients and reductions these are.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._function import (
+    Context,
+    directional,
+    entry,
+    in_autocast_float32,
+    in_float32,
+    in_place,
+    public,
+    scale_fresh,
+)
+from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._samples import Make, Sample, pairs, square, stored
+
+__all__ = ["PoissonNLLLoss", "PoissonNLLLossFunction", "poisson_nll_loss"]
+
+_NAME = "poisson_nll_loss"
+
+
+class PoissonNLLLossFunction(Function):
+    """Poisson likelihood with hand-written gradients. Call it through :func:`poisson_nll_loss`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: str
+    ) -> Tensor:  # (*), (*) -> () or (*)
+        return reduce(
+            in_float32(lambda x, t: _values(x, t, log_input, full, eps), x, target), reduction
+        )
+
+    @staticmethod
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, Tensor, bool, bool, float, str], output: Tensor
+    ) -> None:
+        x, target, ctx.log_input, ctx.full, ctx.eps, ctx.reduction = inputs
+        ctx.save_for_backward(x, target)
+        ctx.save_for_forward(x, target)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, target = ctx.saved_tensors
+        need_x, need_target, *_ = ctx.needs_input_grad
+        s = spread(grad, ctx.reduction, x.numel())
+        grad_x = grad_target = None
+        if need_x:
+            grad_x = in_float32(
+                lambda x, t, s: _gradient_x(x, t, s, ctx.log_input, ctx.eps), x, target, s
+            )
+        if need_target:
+            grad_target = in_float32(
+                lambda t, x, s: s * _slope_target(x, t, ctx.log_input, ctx.full, ctx.eps),
+                target,
+                x,
+                s,
+            )
+        return grad_x, grad_target, None, None, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, *_: None
+    ) -> Tensor:
+        x, target = ctx.saved_tensors
+        along_x = (tangent_x, _gradient_x(x, target, x.new_ones(()), ctx.log_input, ctx.eps))
+        slope = _slope_target(x, target, ctx.log_input, ctx.full, ctx.eps)
+        return reduce(directional(along_x, (tangent_target, slope)), ctx.reduction)  # (4)
+
+
+def _values(x: Tensor, t: Tensor, log_input: bool, full: bool, eps: float) -> Tensor:
+    if log_input:
+        rate = x.exp()
+        values = rate.addcmul_(t, x, value=-1) if in_place(rate, x, t) else rate - t * x
+    else:
+        log = (x + eps).log()
+        values = torch.sub(x, log.mul_(t), out=log) if in_place(log, x, t) else x - t * log
+    if full:
+        stirling = t * t.log() - t + 0.5 * (2 * math.pi * t).log()
+        values = values + stirling.masked_fill(t <= 1, 0)
+    return values
+
+
+def _gradient_x(x: Tensor, t: Tensor, s: Tensor, log_input: bool, eps: float) -> Tensor:
+    if log_input:
+        rate = x.exp()
+        return scale_fresh(rate.sub_(t) if in_place(rate, t, s) else rate - t, s)  # (1)
+    return scale_fresh(1 - t / (x + eps), s)  # (2)
+
+
+def _slope_target(x: Tensor, t: Tensor, log_input: bool, full: bool, eps: float) -> Tensor:
+    slope = -x if log_input else -(x + eps).log()  # (1), (2)
+    if not full:
+        return slope
+    wide = t.clamp(min=1)  # where the rest is masked, nothing may be infinite on the way
+    return slope + (wide.log() + 0.5 / wide).masked_fill(t <= 1, 0)  # (3)
+
+
+_poisson_nll_loss = entry(PoissonNLLLossFunction)
+
+
+@public
+def poisson_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    log_input: bool = True,
+    full: bool = False,
+    size_average: bool | None = None,
+    eps: float = 1e-8,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Poisson negative log likelihood: :math:`\ell = e^x - t x`, reduced.
+
+    Args:
+        input: The logarithm of the rate, any shape ``(*)``, floating point; the rate itself without ``log_input``.
+        target: Counts, of a shape that can be broadcast with ``(*)``.
+        log_input: Whether ``input`` is a logarithm; otherwise :math:`\ell = x - t \log(x + \epsilon)`.
+        full: Whether to add Stirling's approximation of :math:`\log t!`.
+        size_average: Deprecated in torch; see ``reduction``.
+        eps: :math:`\epsilon`, which keeps the logarithm of a rate of 0 finite.
+        reduce: Deprecated in torch; see ``reduction``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        The loss in nats: a scalar, or ``(*)`` for ``"none"``.
+
+    Raises:
+        ValueError: An unknown reduction.
+        RuntimeError: Shapes that cannot be broadcast.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import poisson_nll_loss
+        >>> poisson_nll_loss(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 1.0]))
+        tensor(1.3591)
+    """
+    reduction = named(_NAME, reduction, size_average, reduce)
+    if input.is_complex() or target.is_complex():  # nothing that a rate could mean: torch's own
+        return F.poisson_nll_loss(input, target, log_input, full, eps=eps, reduction=reduction)
+    input, target = torch.broadcast_tensors(*in_autocast_float32(input, target))
+    return _poisson_nll_loss(input, target, log_input, full, eps, reduction)
+
+
+class PoissonNLLLoss(nn.PoissonNLLLoss):
+    """Module form of :func:`poisson_nll_loss`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, log_input: Tensor, target: Tensor) -> Tensor:
+        return poisson_nll_loss(
+            log_input,
+            target,
+            log_input=self.log_input,
+            full=self.full,
+            eps=self.eps,
+            reduction=self.reduction,
+        )
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    def counts(*dims: int) -> Tensor:
+        return make.uniform(*dims, low=0.2, high=3.0, requires_grad=True)
+
+    yield from pairs(make.normal, counts)
+    for log_input, full in ((True, True), (False, False), (False, True)):
+        kwargs = {"log_input": log_input, "full": full, "reduction": "none", "eps": 1e-3}
+        yield Sample((counts(3, 4), counts(3, 4)), kwargs, f"log-{log_input}-full-{full}")
+    yield Sample((make.normal(3, 4), counts(4)), name="broadcast")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    args = (make.normal(3, 4), make.uniform(3, 4, low=0.5, high=4))
+    yield PoissonNLLLoss, Sample(), Sample(args)
+    kwargs = {"log_input": False, "full": True, "eps": 1e-3, "reduction": "sum"}
+    yield PoissonNLLLoss, Sample((), kwargs), Sample((args[1], args[1]), name="rate")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x = make.normal(3, 4)
+    yield Sample((x, x), {"reduction": "average"}, name="reduction")
+    yield Sample((x, make.normal(5)), name="shape")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    (x,) = square(make, n).args
+    return Sample((x, make.uniform(*x.shape, high=4.0)))
+
+
+OP = Op(
+    function=poisson_nll_loss,
+    modules=(PoissonNLLLoss,),
+    reference=rounded_once(F.poisson_nll_loss),
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=lambda x, target, **_: stored(x, target),
+    benchmark=_benchmark,
+)

@@ -1,0 +1,175 @@
+r"""Soft margin: ℓ = log(1 + exp(-t x)), t being 1 or -1, then reduced.
+
+Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"):
+    ℓ = -log σ(t x)
+    grad_x = -s · t · σ(-t x)                                                                 (1)
+    grad_t = -s · x · σ(-t x)                                                                 (2)
+    tangent_ℓ = -σ(-t x) · (t · tangent_x + x · tangent_t)                                    (3)
+
+Saves:
+    x and t, which are inputs.
+
+Edge values:
+    t x → -∞: ℓ → -t x, where torch overflows to ∞ from 89 on in float32; grad_x → -s · t.   t x → +∞: both → 0.
+
+Sources:
+    torch.nn.SoftMarginLoss, whose values, gradients and reductions these are.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops._function import (
+    Context,
+    directional,
+    entry,
+    in_autocast_float32,
+    in_float32,
+    in_place,
+    public,
+)
+from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._samples import Make, Sample, pairs, square, stored
+
+__all__ = ["SoftMarginLoss", "SoftMarginLossFunction", "soft_margin_loss"]
+
+
+class SoftMarginLossFunction(Function):
+    """Soft margin with hand-written gradients. Call it through :func:`soft_margin_loss`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, target: Tensor, reduction: str) -> Tensor:  # (*), (*) -> () or (*)
+        return -reduce(in_float32(_log_sigmoid, x, target), reduction)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+        x, target, ctx.reduction = inputs
+        ctx.save_for_backward(x, target)
+        ctx.save_for_forward(x, target)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, target = ctx.saved_tensors
+        need_x, need_target, _ = ctx.needs_input_grad
+        s = spread(grad, ctx.reduction, x.numel())
+        # (2) is (1) with the roles of x and t exchanged
+        grad_x = in_float32(_gradient, x, target, s) if need_x else None
+        return grad_x, in_float32(_gradient, target, x, s) if need_target else None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, _: None
+    ) -> Tensor:
+        x, target = ctx.saved_tensors
+        one = x.new_ones(())
+        along_target = (tangent_target, _gradient(target, x, one))
+        along_x = (tangent_x, _gradient(x, target, one))
+        return reduce(directional(along_x, along_target), ctx.reduction)  # (3)
+
+
+def _log_sigmoid(x: Tensor, t: Tensor) -> Tensor:
+    return F.softplus(t * x, -1, 40)  # in one pass and one tensor; F.logsigmoid makes two
+
+
+def _gradient(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    if not in_place(x, t, s):
+        return -s * t * torch.sigmoid(-t * x)  # (1)
+    return torch.mul(x, t).neg_().sigmoid_().mul_(t).mul_(-s)
+
+
+_soft_margin_loss = entry(SoftMarginLossFunction)
+
+
+@public
+def soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Soft margin, the logistic loss: :math:`\ell = \log(1 + e^{-t x})`, reduced.
+
+    Args:
+        input: Scores, any shape ``(*)``, floating point.
+        target: 1 or -1, of a shape that can be broadcast with ``(*)``.
+        size_average: Deprecated in torch; see ``reduction``.
+        reduce: Deprecated in torch; see ``reduction``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        The loss in nats: a scalar, or ``(*)`` for ``"none"``.
+
+    Raises:
+        ValueError: An unknown reduction.
+        RuntimeError: Shapes that cannot be broadcast; integer ``input``.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import soft_margin_loss
+        >>> soft_margin_loss(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]))
+        tensor(0.4100)
+    """
+    reduction = named("soft_margin_loss", reduction, size_average, reduce)
+    if not input.is_floating_point():  # nothing that a margin could mean: torch's own
+        return F.soft_margin_loss(input, target, reduction=reduction)
+    input, target = torch.broadcast_tensors(*in_autocast_float32(input, target))
+    return _soft_margin_loss(input, target, reduction)
+
+
+class SoftMarginLoss(nn.SoftMarginLoss):
+    """Module form of :func:`soft_margin_loss`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return soft_margin_loss(input, target, reduction=self.reduction)
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    yield from pairs(make.normal, lambda *dims: make.normal(*dims, requires_grad=False).sign())
+    yield Sample((make.normal(3, 4), make.normal(4, requires_grad=False)), name="broadcast")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    args = (make.normal(3, 4), make.normal(3, 4, requires_grad=False).sign())
+    yield SoftMarginLoss, Sample(), Sample(args)
+    yield SoftMarginLoss, Sample((), {"reduction": "sum"}), Sample(args, name="sum")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    x = make.normal(3, 4)
+    yield Sample((x, x), {"reduction": "average"}, name="reduction")
+    yield Sample((x, make.normal(5)), name="shape")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    (x,) = square(make, n).args
+    return Sample((x, make.normal(*x.shape, requires_grad=False).sign()))
+
+
+def _reference(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Torch's, composed: its own backward has no forward mode."""
+    if not input.is_floating_point():
+        return F.soft_margin_loss(input, target, reduction=reduction)
+    named("soft_margin_loss", reduction, None, None)
+    return reduce(torch.logaddexp(-target * input, input.new_zeros(())), reduction)
+
+
+OP = Op(
+    function=soft_margin_loss,
+    modules=(SoftMarginLoss,),
+    reference=rounded_once(_reference),
+    samples=_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=lambda x, target, **_: stored(x, target),
+    benchmark=_benchmark,
+)

@@ -1,0 +1,122 @@
+"""torch.compile: the compiled function gives eager's values and gradients; a graph break is a refusal.
+
+Traced with the `aot_eager` backend, which runs all of dynamo and AOTAutograd and generates no code. One case is more
+than a refusal: a function that reads the value of a floating-point input into Python once and so breaks the graph. It
+waits for the device on every call, and vmap cannot follow it. Iterative solvers, which read a residual time and again,
+are left in peace.
+"""
+
+import logging
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchbp.verify._check import Check, NotApplicable, Refused
+from torchbp.verify.cases import BackwardRaised, Case, ForwardRaised, reason, tensors_in
+from torchbp.verify.report import Finding
+from torchbp.verify.tolerance import compare, compare_all, largest, rounding
+
+NAME = "compile"
+CAUSE = "another path while torch.compile traces, or an operation it traces differently"
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    if case.draws or not case.steady:
+        raise NotApplicable("forward draws random numbers")
+    loud = logging.getLogger("torch")
+    level = loud.level
+    loud.setLevel(logging.CRITICAL)
+    try:
+        refusal = ""
+        found = []
+        for fullgraph in (True, False):
+            try:
+                found = _compare(case, fullgraph)
+                break
+            except (ForwardRaised, BackwardRaised) as error:
+                refusal = refusal or reason(error)
+        yield from found
+        if refusal and not found:
+            reads = _reads(case)
+            if reads == 1:
+                yield Finding(
+                    check=NAME,
+                    severity="wrong",
+                    message="the graph breaks: forward reads the value of a floating-point tensor in Python "
+                    f"({refusal})",
+                    cause="float(), .item() or bool() of a tensor: waits for the device, breaks torch.compile and vmap",
+                )
+            raise Refused(refusal)
+    finally:
+        loud.setLevel(level)
+
+
+def _compare(case: Case, fullgraph: bool) -> list[Finding]:
+    run = _fresh_code(case)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=fullgraph, dynamic=False)
+    leaves = case.fresh()
+    try:
+        outputs = compiled(*leaves)
+    except Exception as error:
+        raise ForwardRaised(reason(error)) from error
+    found = []
+    for i, (y, e) in enumerate(zip(outputs, case.plain.outputs, strict=True)):
+        wrong = compare(
+            NAME,
+            str(i),
+            y,
+            e,
+            rounding(case, e) * largest(e),
+            what="output",
+            when=" under torch.compile",
+            cause=CAUSE,
+        )
+        found += [wrong] if wrong else []
+    got = case.backward(outputs, leaves, case.plain.cotangents)
+    return found + compare_all(
+        NAME, case, got, case.plain.grads, when=" under torch.compile", cause=CAUSE
+    )
+
+
+def _fresh_code(case: Case) -> Callable[..., tuple[Tensor, ...]]:
+    """Return forward as a function whose code object is new: dynamo counts recompilations per code object."""
+    wanted = case.differentiable
+    bare = case.bare()
+
+    def run(*leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs = tensors_in(bare(leaves))
+        return tuple([outputs[i] for i in wanted])
+
+    return types.FunctionType(
+        run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__
+    )
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the floating-point values that are read into Python."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():  # noqa: SLF001
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _reads(case: Case) -> int:
+    with _Reads() as reads:
+        case.forward(case.fresh())
+    return reads.count
+
+
+CHECK = Check(
+    name=NAME,
+    tests="torch.compile gives the same values and gradients, in one graph",
+    run=_run,
+    order=90,
+    level="full",
+)

@@ -1,0 +1,204 @@
+"""Edges: ±0, kinks, tiny, large and infinite values, for functions that work element by element.
+
+At each value forward is differenced to the left and to the right, all values in one call. The gradient must lie between
+the two slopes: at a kink any subgradient is right, elsewhere there is one value. A value where forward is not finite,
+or refuses, is outside of the function's domain.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import Case, ForwardRaised
+from torchbp.verify.report import Finding
+
+NAME = "edges"
+POINTS = (
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    1e-8,
+    -1e-8,
+    0.5,
+    -0.5,
+    3.0,
+    -3.0,
+    6.0,
+    -6.0,
+    30.0,
+    -30.0,
+    800.0,
+    -800.0,
+    1e4,
+    -1e4,
+)
+INFINITE = (torch.inf, -torch.inf)
+STEPS = (2.0**-12, 2.0**-15)
+TOLERANCE = 1e-3
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    if case.draws or not case.steady:
+        raise NotApplicable("forward draws random numbers")
+    tested = False
+    for which, leaf in enumerate(case.leaves):
+        if leaf.is_complex() or leaf.numel() == 0 or not _elementwise(case, which):
+            continue
+        tested = True
+        points = torch.tensor(POINTS, dtype=leaf.dtype, device=leaf.device)
+        n = leaf.numel()
+        for begin in range(0, len(POINTS), n):
+            found = list(_at(case, which, points[begin : begin + n]))
+            yield from found
+            if found:
+                break
+        yield from _at_infinity(case, which)
+    if not tested:
+        raise NotApplicable("no input that is worked on element by element")
+
+
+def _at(case: Case, which: int, points: Tensor) -> Iterator[Finding]:
+    try:
+        y, g = _evaluate(case, which, points)
+    except ForwardRaised:
+        if len(points) > 1:
+            for p in points:
+                yield from _at(case, which, p[None])
+        return
+    size = points.abs().clamp(min=1.0).sqrt()
+    slopes = [
+        [(_value(case, which, points + s * h * size) - y) / (s * h * size) for s in (-1, 1)]
+        for h in STEPS
+    ]
+    (left, right), (left_near, right_near) = slopes
+    noise = 8 * case.epsilon * y.abs() / (STEPS[1] * size)
+    drift = torch.maximum((left - left_near).abs(), (right - right_near).abs())
+    low, high = torch.minimum(left_near, right_near), torch.maximum(left_near, right_near)
+    steepness = torch.maximum(low.abs(), high.abs())
+    settled = y.isfinite() & (drift <= 0.05 * steepness + TOLERANCE + noise)
+    slack = TOLERANCE * (1 + steepness) + 4 * drift + noise
+    wrong = settled & ~((g >= low - slack) & (g <= high + slack))
+    home = _inside(case.leaves[which], points) | ~g.isfinite()
+    for i in wrong.nonzero().flatten().tolist():
+        kink = bool((high - low)[i] > 4 * slack[i])
+        p, got = float(points[i]), float(g[i])
+        expected = (
+            f"between {float(low[i]):.4g} and {float(high[i]):.4g}"
+            if kink
+            else f"{float(right_near[i]):.4g}"
+        )
+        name = case.names[which]
+        yield Finding(
+            check=NAME,
+            severity="wrong" if home[i] else "note",
+            input=name,
+            message=f"grad of {name} at the value {p:g} is {got:.4g}, expected {expected}",
+            got=got,
+            expected=float(right_near[i]),
+            ratio=got / float(right_near[i]) if right_near[i] else None,
+            cause="NaN or infinity made in backward: an overflow, 0 · inf, or NaN through where"
+            if not torch.isfinite(g[i])
+            else "outside of the subgradient at a kink"
+            if kink
+            else "another branch than forward's",
+        )
+        return
+
+
+def _at_infinity(case: Case, which: int) -> Iterator[Finding]:
+    """Where forward is finite at ±inf, the gradient is the limit of that at large values, where there is one."""
+    for infinity in INFINITE:
+        sign = 1 if infinity > 0 else -1
+        try:
+            y, g = _evaluate(case, which, torch.tensor([infinity]).to(case.leaves[which]))
+            limits = [
+                float(_evaluate(case, which, torch.tensor([sign * p]).to(case.leaves[which]))[1][0])
+                for p in (1e6, 1e10)
+            ]
+        except ForwardRaised:
+            continue
+        near, far = limits
+        if (
+            bool(y.isfinite().all())
+            and not bool(g.isfinite().all())
+            and abs(near - far) <= TOLERANCE * (1 + abs(far))
+        ):
+            name = case.names[which]
+            yield Finding(
+                check=NAME,
+                severity="wrong",
+                input=name,
+                message=f"grad of {name} at the value {infinity} is {float(g[0])}, expected {far:.4g}, its limit",
+                got=float(g[0]),
+                expected=far,
+                cause="0 · inf or inf - inf in backward; forward is finite there",
+            )
+            return
+
+
+def _evaluate(case: Case, which: int, points: Tensor) -> tuple[Tensor, Tensor]:
+    other = _placed(case, which, points)
+    leaves = other.fresh()
+    outputs = other.forward(leaves)
+    grads = other.backward(outputs, leaves, [torch.ones_like(y) for y in outputs])
+    k = len(points)
+    return outputs[0].detach().reshape(-1)[:k].double(), grads[which].reshape(-1)[:k].double()
+
+
+def _value(case: Case, which: int, points: Tensor) -> Tensor:
+    other = _placed(case, which, points)
+    try:
+        y = other.forward(other.fresh())[0]
+    except ForwardRaised:
+        return torch.full_like(points, torch.nan, dtype=torch.float64)
+    return y.detach().reshape(-1)[: len(points)].double()
+
+
+def _placed(case: Case, which: int, points: Tensor) -> Case:
+    """Return the case with ``points`` for the first elements of one leaf."""
+
+    def place(i: int, t: Tensor) -> Tensor:
+        if i != case.where[which]:
+            return t
+        flat = t.clone().reshape(-1)
+        flat[: len(points)] = points
+        return flat.view(t.shape)
+
+    return case.edited(place, parameters=True)
+
+
+def _elementwise(case: Case, which: int) -> bool:
+    """Whether output element k depends on element k of this leaf alone: each half sees only its own half."""
+    leaf = case.leaves[which]
+    if (
+        len(case.plain.outputs) != 1
+        or case.plain.outputs[0].shape != leaf.shape
+        or leaf.numel() < 2
+    ):
+        return False
+    generator = case.generator(NAME)
+    v = case.plain.cotangents[0]
+    half = torch.randint(2, leaf.shape, generator=generator).bool().to(v.device)
+    half.view(-1)[0], half.view(-1)[-1] = True, False
+    one, other = case.vjps([[v * half], [v * ~half]])
+    return bool((one[which][~half] == 0).all()) and bool((other[which][half] == 0).all())
+
+
+def _inside(leaf: Tensor, points: Tensor) -> Tensor:
+    """Return which points are in the sample's domain: of both signs if it has both, else of its sign or 0."""
+    low, high = leaf.min(), leaf.max()
+    if low < 0 < high:
+        return torch.ones_like(points, dtype=torch.bool)
+    return points * (1 if high > 0 else -1) > 0
+
+
+CHECK = Check(
+    name=NAME,
+    tests="the gradient is right at 0, kinks, tiny, large and infinite values",
+    run=_run,
+    order=84,
+    level="full",
+)

@@ -1,0 +1,111 @@
+"""Extremes: where forward is finite and smooth, so is the gradient: large inputs, all zero, a masked (-inf) element."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import Case, signed_like
+from torchbp.verify.differences import one_sided
+from torchbp.verify.lines import Lines, real
+from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts
+
+NAME = "extremes"
+
+
+def _first_is(value: float) -> Callable[[Tensor], Tensor]:
+    def change(t: Tensor) -> Tensor:
+        flat = t.clone().reshape(-1)
+        flat[0] = value
+        return flat.view(t.shape)
+
+    return change
+
+
+SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "times 1000": lambda t: t * 1000,
+    "all zero": torch.zeros_like,
+}
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    if case.draws or not case.steady:
+        raise NotApplicable("forward draws random numbers")
+    tested = 0
+    for which, name in enumerate(case.names):
+        leaf = case.leaves[which]
+        if leaf.is_complex() or not leaf.numel() or name.startswith("parameter"):
+            continue
+        for text, change in SAMPLES.items():
+            other = _changed(case, which, change)
+            if not accepts(other):
+                continue
+            tested += 1
+            if _not_finite(other, which) and _smooth(other, which):
+                yield _finding(
+                    other, which, f" where {name} is {text}, where forward is finite and smooth"
+                )
+                return
+        masked, deep = (
+            _changed(case, which, _first_is(-torch.inf)),
+            _changed(case, which, _first_is(-1e6)),
+        )
+        if accepts(masked) and accepts(deep):
+            tested += 1
+            if _not_finite(masked, which) and not _not_finite(deep, which):
+                yield _finding(
+                    masked, which, f" where an element of {name} is -inf; it is finite at -1e6"
+                )
+                return
+    if not tested:
+        raise NotApplicable("forward is finite at no extreme")
+
+
+def _changed(case: Case, which: int, change: Callable[[Tensor], Tensor]) -> Case:
+    return case.edited(lambda i, t: change(t) if i == case.where[which] else t)
+
+
+def _not_finite(case: Case, which: int) -> bool:
+    return not bool(case.plain.grads[which].isfinite().all())
+
+
+def _smooth(case: Case, which: int) -> bool:
+    """Whether forward has one finite slope along a random line of this leaf."""
+    lines = Lines(case)
+    d = real(signed_like(case.leaves[which], case.generator(NAME))).cpu() * lines.scales[which]
+
+    def phi(t: float) -> float:
+        return lines.value({which: d}, t)
+
+    (left, left_bound), (right, right_bound) = one_sided(phi, 2.0**-12, lines.noise)
+    slack = 0.01 * max(abs(left), abs(right)) + 1e-6 + 2 * (left_bound + right_bound)
+    steep = max(left_bound, right_bound) > 0.05 * max(abs(left), abs(right)) + 1e-3
+    return not steep and abs(left - right) <= slack
+
+
+def _finding(case: Case, which: int, when: str) -> Finding:
+    g = case.plain.grads[which]
+    at = tuple((~g.isfinite()).nonzero()[0].tolist())
+    count = int((~g.isfinite()).sum())
+    name = case.names[which]
+    return Finding(
+        check=NAME,
+        severity="wrong",
+        input=name,
+        index=at,
+        got=float(g[at]),
+        message=f"grad of {name} is not finite in {count}/{g.numel()} elements, "
+        f"first {float(g[at])} at {list(at)}{when}",
+        cause="NaN or infinity made in backward: an overflow, 0 · inf, or a division by 0",
+    )
+
+
+CHECK = Check(
+    name=NAME,
+    tests="the gradient is finite where forward is finite and smooth: large, zero, masked",
+    run=_run,
+    order=85,
+    level="full",
+)

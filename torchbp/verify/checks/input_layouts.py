@@ -1,0 +1,94 @@
+"""Layouts of inputs: values and gradients depend on the inputs' values, not on their strides.
+
+A function may refuse a layout, loudly. A kernel that indexes its input, or what it saved of it, as contiguous gives
+other numbers without a word.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from torchbp.verify._check import Check, Refused
+from torchbp.verify.cases import Case, ForwardRaised
+from torchbp.verify.report import Finding
+from torchbp.verify.tolerance import compare, compare_all, largest, rounding
+
+NAME = "input_layouts"
+CAUSE = "an input, or what was saved of it, indexed as if contiguous"
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.mT.contiguous().mT if t.dim() >= 2 else _strided(t)
+
+
+def _strided(t: Tensor) -> Tensor:
+    """Return t as every second element, from the second on, of a larger tensor."""
+    wide = torch.full((*t.shape, 2), 3, dtype=t.dtype, device=t.device)
+    wide[..., 1] = t
+    return wide[..., 1]
+
+
+def _permuted(t: Tensor) -> Tensor:
+    dims = tuple(reversed(range(t.dim())))
+    return t.permute(dims).contiguous().permute(dims)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": _transposed,
+    "strided, with an offset": _strided,
+    "permuted": _permuted,
+}
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    refused = []
+    for layout, change in LAYOUTS.items():
+        other = case.variant(change)
+        leaves = [_same_strides(leaf).requires_grad_() for leaf in other.leaves]
+        try:
+            outputs = other.forward(leaves)
+        except ForwardRaised as error:
+            refused.append(f"{layout}: {error}")
+            continue
+        when = f" for inputs that are {layout}"
+        found = []
+        for i, (y, y0) in enumerate(zip(outputs, case.plain.outputs, strict=True)):
+            size = largest(y0)
+            difference = compare(
+                NAME,
+                str(i),
+                y,
+                y0,
+                rounding(case, y0) * size,
+                what="output",
+                when=when,
+                cause=CAUSE,
+            )
+            found += [difference] if difference else []
+        if not found:
+            got = other.backward(outputs, leaves, case.plain.cotangents)
+            found = compare_all(NAME, case, got, case.plain.grads, when=when, cause=CAUSE)
+        yield from found
+        if found:
+            return
+    if refused:
+        raise Refused("; ".join(refused))
+
+
+def _same_strides(t: Tensor) -> Tensor:
+    """Return a copy with the strides of ``t``; `clone` would make a strided tensor dense."""
+    size = (
+        1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    )
+    offset = t.storage_offset()
+    base = torch.full((offset + size,), 3, dtype=t.dtype, device=t.device)
+    return base.as_strided(t.shape, t.stride(), offset).copy_(t)
+
+
+CHECK = Check(
+    name=NAME,
+    tests="values and gradients do not depend on the strides of the inputs",
+    run=_run,
+    order=32,
+)

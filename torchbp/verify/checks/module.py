@@ -1,0 +1,65 @@
+"""Modules: parameters are left alone, buffers too in eval mode, and the gradient is right in both modes."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import Case
+from torchbp.verify.lines import check_lines
+from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts
+
+NAME = "module"
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    if not isinstance(case.func, nn.Module):
+        raise NotApplicable("not a Module")
+    was = case.func.training
+    yield from _state(case, was)
+    other = case.in_mode(not was)
+    yield from _state(case, not was)
+    if accepts(other) and other.steady:
+        found = check_lines(other, NAME, f" in {'eval' if was else 'train'} mode", number=2)
+        if found:
+            yield found
+
+
+def _state(case: Case, training: bool) -> Iterator[Finding]:
+    """Run a copy as a training step would, and see what of its state changed."""
+    module = copy.deepcopy(case.given.func)
+    assert isinstance(module, nn.Module)
+    module.train(training)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    outputs = [y for y in case.given.forward_of(module) if y.requires_grad]
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    parameters = {n for n, _ in module.named_parameters()}
+    for name, value in module.state_dict().items():
+        same = (
+            torch.equal(value, before[name])
+            if name in before and value.shape == before[name].shape
+            else False
+        )
+        if not same and (name in parameters or not training):
+            mode = "train" if training else "eval"
+            yield Finding(
+                check=NAME,
+                severity="wrong",
+                input=name,
+                message=f"forward and backward in {mode} mode change {name} of the state_dict",
+                cause="an in-place operation on a parameter"
+                if name in parameters
+                else "a buffer updated in eval mode",
+            )
+
+
+CHECK = Check(
+    name=NAME,
+    tests="a Module's state is left alone, and both modes have right gradients",
+    run=_run,
+    order=89,
+    level="full",
+)

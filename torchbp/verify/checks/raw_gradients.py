@@ -1,0 +1,99 @@
+"""Raw gradients: what a Function's backward itself returns, before autograd mends it.
+
+The engine sums a gradient to the input's shape and casts it to its dtype without a word. A gradient of fewer bits has
+lost what nothing gives back; the other cases are worth knowing.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import BackwardRaised, Case, reason
+from torchbp.verify.report import Finding
+
+NAME = "raw_gradients"
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    leaves = case.fresh()
+    outputs = case.forward(leaves)
+    nodes = _nodes(outputs)
+    if not nodes:
+        raise NotApplicable("no autograd.Function written in Python")
+    incoming: dict[Any, tuple[Any, ...]] = {}
+
+    def keep(node: Any) -> None:
+        node.register_prehook(lambda grads: incoming.update({node: tuple(grads)}))
+
+    for node in nodes:
+        keep(node)
+    case.backward(outputs, leaves, case.plain.cotangents, retain_graph=True)
+    for node, grads in incoming.items():
+        given = [torch.zeros((), device=leaves[0].device) if g is None else g for g in grads]
+        if any(g is None for g in grads):
+            continue
+        try:
+            raw = node.apply(*given)
+        except Exception as error:
+            raise BackwardRaised(reason(error)) from error
+        raw = raw if isinstance(raw, tuple) else (raw,)
+        function = type(node).__name__.removesuffix("Backward")
+        for number, (g, (before, i)) in enumerate(zip(raw, node.next_functions, strict=False)):
+            if before is not None and isinstance(g, Tensor):
+                meta = before._input_metadata[i]  # noqa: SLF001  # an edge has no public dtype and shape
+                found = _compare(case, function, number, g, meta)
+                if found:
+                    yield found
+
+
+def _compare(case: Case, function: str, number: int, g: Tensor, meta: Any) -> Finding | None:
+    what = f"{function}.backward returns gradient {number}"
+    said = None
+    wrong = False
+    if g.dtype != meta.dtype:
+        said = f"{what} as {_short(g.dtype)}, expected {_short(meta.dtype)}"
+        wrong = case.options["check_grad_dtypes"] or _bits(g.dtype) < _bits(meta.dtype)
+    elif g.device != meta.device:
+        said = f"{what} on {g.device}, expected {meta.device}"
+        wrong = g.dim() > 0
+    elif tuple(g.shape) != tuple(meta.shape):
+        said = f"{what} with shape {tuple(g.shape)} for an input of shape {tuple(meta.shape)}; autograd sums it"
+    if said is None:
+        return None
+    cause = "autograd casts without a word; the bits are lost" if wrong else None
+    return Finding(check=NAME, severity="wrong" if wrong else "note", message=said, cause=cause)
+
+
+def _nodes(outputs: tuple[Tensor, ...]) -> list[Any]:
+    """Return the Python Functions of the graph."""
+    found, seen, queue = [], set(), [y.grad_fn for y in outputs]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            found.append(node)
+        queue += [f for f, _ in node.next_functions]
+    return found
+
+
+def _bits(dtype: torch.dtype) -> float:
+    kind = dtype.is_floating_point or dtype.is_complex
+    return -torch.finfo(dtype).eps if kind else -1.0
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+CHECK = Check(
+    name=NAME,
+    tests="backward itself returns the dtype, device and shape of the input",
+    run=_run,
+    order=50,
+)

@@ -1,0 +1,49 @@
+"""requires_grad: freezing an input changes nothing for the others."""
+
+from collections.abc import Iterator
+
+import torch
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import Case
+from torchbp.verify.report import Finding
+from torchbp.verify.tolerance import compare_all
+
+NAME = "requires_grad"
+MOST = 8  # combinations
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    n = len(case.leaves)
+    if n < 2:
+        raise NotApplicable("one differentiable input")
+    every = set(range(n))
+    combinations = [{i} for i in range(n)] + ([every - {i} for i in range(n)] if n > 2 else [])
+    for free in combinations[:MOST]:
+        leaves = [leaf.clone().requires_grad_(i in free) for i, leaf in enumerate(case.leaves)]
+        outputs = case.forward(leaves)
+        names = ", ".join(case.names[i] for i in sorted(free))
+        if any(y.requires_grad for y in outputs):
+            got = case.backward(outputs, leaves, case.plain.cotangents)
+        else:
+            got = [torch.zeros_like(leaf) for leaf in leaves]
+        expected = [g if i in free else torch.zeros_like(g) for i, g in enumerate(case.plain.grads)]
+        found = compare_all(
+            NAME,
+            case,
+            got,
+            expected,
+            when=f" where only {names} requires grad",
+            cause="the gradient of one input depends on whether another is wanted (needs_input_grad)",
+        )
+        yield from found
+        if found:
+            return
+
+
+CHECK = Check(
+    name=NAME,
+    tests="each gradient is the same whichever other inputs require one",
+    run=_run,
+    order=35,
+)

@@ -1,0 +1,46 @@
+"""Sizes beyond the sample: block boundaries, where kernels handle the last partial block."""
+
+from collections.abc import Iterator
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import Case
+from torchbp.verify.lines import check_lines
+from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts, fits, free_sizes, resized
+
+NAME = "sizes"
+# Each row is one run: the new size of the first, second and third dimension that can change.
+RUNS = ((1025, 33, 3), (33, 129, 5), (31, 127, 2), (1, 1, 1), (128, 32, 4))
+LARGEST = 2**16  # elements
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    if not case.steady:
+        raise NotApplicable("forward gives other values each time it is called")
+    free = free_sizes(case)
+    if not free:
+        raise NotApplicable("no dimension can change")
+    indexed = any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
+    for row in RUNS:
+        sizes = dict(zip(free, row, strict=False))
+        if indexed and any(new < old for old, new in sizes.items()):
+            continue  # an index may point at what is gone
+        if not fits(case, sizes, LARGEST):
+            continue
+        other = resized(case, sizes)
+        if not accepts(other) or not any(y.numel() for y in other.all_outputs):
+            continue
+        shapes = ", ".join(str(tuple(t.shape)) for _, t in other.arguments)
+        found = check_lines(other, NAME, f" at shapes {shapes}")
+        if found:
+            yield found
+            return
+
+
+CHECK = Check(
+    name=NAME,
+    tests="the gradient is right at other sizes: 1, 31, 32, 33, 127, 128, 129, 1025",
+    run=_run,
+    order=80,
+    level="full",
+)

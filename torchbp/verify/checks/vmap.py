@@ -1,0 +1,106 @@
+"""vmap: a batch of inputs gives what a loop gives, forward and per-sample gradients, in any batch dimension."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from torchbp.verify._check import Check, NotApplicable, Refused
+from torchbp.verify.cases import Case, reason, tensors_in
+from torchbp.verify.report import Finding
+from torchbp.verify.tolerance import compare, largest, rounding
+
+NAME = "vmap"
+BATCH = 2
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    if case.draws or not case.steady:
+        raise NotApplicable("forward draws random numbers")
+    moved = [[leaf * (1 + 0.0625 * b) for leaf in case.leaves] for b in range(BATCH)]
+    looped = [_gradients(case, leaves) for leaves in moved]
+    n = len(case.leaves)
+    refused = []
+    for in_dim in (0, 1, -1):
+        dims = [in_dim if leaf.dim() else 0 for leaf in case.leaves]
+        batched = [
+            torch.stack(parts, d) for parts, d in zip(zip(*moved, strict=True), dims, strict=True)
+        ]
+        found, why = _batch(
+            case, batched, tuple(dims), looped, f" under vmap with in_dims={in_dim}"
+        )
+        yield from found
+        refused += why
+        if found:
+            return
+    if n > 1 and not refused:  # one input batched, the others shared
+        first = [moved[b][:1] + moved[0][1:] for b in range(BATCH)]
+        looped = [_gradients(case, leaves) for leaves in first]
+        batched = [torch.stack([p[0] for p in first]), *moved[0][1:]]
+        found, _ = _batch(
+            case, batched, (0, *[None] * (n - 1)), looped, " under vmap with one input batched"
+        )
+        yield from found
+    if refused:
+        raise Refused(refused[0])
+
+
+def _batch(
+    case: Case,
+    batched: list[Tensor],
+    dims: tuple[int | None, ...],
+    looped: list[tuple[list[Tensor], list[Tensor]]],
+    when: str,
+) -> tuple[list[Finding], list[str]]:
+    """Compare forward, then per-sample gradients, with a loop; return the findings, and why it refuses."""
+
+    def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs = tensors_in(case.call(leaves, seeded=False))
+        return tuple(outputs[i] for i in case.differentiable)
+
+    def gradients(*leaves: Tensor) -> tuple[Tensor, ...]:
+        pull: Callable[..., tuple[Tensor, ...]] = torch.func.vjp(forward, *leaves)[1]
+        return pull(case.plain.cotangents)
+
+    found: list[Finding] = []
+    names = [f"output {i}" for i in range(len(case.plain.outputs))]
+    runs: list[tuple[str, Callable[..., tuple[Tensor, ...]], int, list[str]]] = [
+        ("the value of", forward, 0, names),
+        ("grad of", gradients, 1, case.names),
+    ]
+    for what, function, kind, labels in runs:
+        try:
+            got = torch.vmap(function, dims)(*batched)
+        except Exception as error:  # a refusal
+            return found, [reason(error)]
+        for k, name in enumerate(labels):
+            expected = torch.stack([parts[kind][k] for parts in looped])
+            size = largest(expected)
+            wrong = compare(
+                NAME,
+                name,
+                got[k],
+                expected,
+                rounding(case, expected) * (size + 1 / 16),
+                what=what,
+                when=when,
+                cause="the vmap rule: in_dims or the batch dimension of the output, or a function that mixes samples",
+            )
+            found += [wrong] if wrong else []
+    return found, []
+
+
+def _gradients(case: Case, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    outputs = case.forward(leaves)
+    grads = case.backward(outputs, leaves, case.plain.cotangents)
+    return [y.detach() for y in outputs], list(grads)
+
+
+CHECK = Check(
+    name=NAME,
+    tests="vmap over forward and over per-sample gradients equals a loop",
+    run=_run,
+    order=74,
+    level="full",
+)

@@ -1,0 +1,72 @@
+"""How far rounding alone may move a gradient, measured on the function itself in float64."""
+
+import torch
+from torch import Tensor
+
+from torchbp.verify.cases import BackwardRaised, Case, ForwardRaised
+
+__all__ = ["in_dtype", "is_real", "rounded_norm_error", "spread", "terms"]
+
+SAMPLES = 2
+
+
+def in_dtype(case: Case, dtype: torch.dtype) -> tuple[Case, Case]:
+    """Return the case in ``dtype``, and in float64 at the same, rounded, sample."""
+    low = case.variant(lambda t: t.to(dtype) if t.is_floating_point() else t, parameters=True)
+    exact = low.variant(lambda t: t.double() if t.is_floating_point() else t, parameters=True)
+    return low, exact
+
+
+def is_real(case: Case) -> bool:
+    """Whether inputs and outputs are real."""
+    return not any(t.is_complex() for t in (*case.leaves, *case.plain.outputs))
+
+
+def spread(case: Case, dtype: torch.dtype) -> list[float]:
+    """Return, for each leaf, how far one rounding to ``dtype`` of inputs and grad_output moves the gradient.
+
+    Relative to its norm; the largest of a few random movements, each element by up to one ulp.
+    """
+    eps = torch.finfo(dtype).eps
+    found = [0.0] * len(case.leaves)
+    base = case.plain
+    floor = terms(case)
+    for number in range(SAMPLES):
+        generator = case.generator(f"rounding {number}")
+
+        def moved(t: Tensor, generator: torch.Generator = generator) -> Tensor:
+            if not t.is_floating_point():
+                return t
+            r = torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t)
+            return t * (1 + eps * (2 * r - 1))
+
+        try:
+            grads = case.variant(moved, parameters=True).vjp([moved(v) for v in base.cotangents])
+        except (ForwardRaised, BackwardRaised):
+            return [float("inf")] * len(found)
+        for i, (g, e) in enumerate(zip(grads, base.grads, strict=True)):
+            found[i] = max(found[i], rounded_norm_error(g, e, floor))
+    return found
+
+
+def terms(case: Case) -> float:
+    """Return a size below which a gradient is the rest of a cancellation: a third of grad_output's norm."""
+    return 0.3 * max((float(v.double().norm()) for v in case.plain.cotangents), default=0.0)
+
+
+def rounded_norm_error(got: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """Return ‖got - expected‖ / max(‖expected‖, floor); 0 where both are zero, infinite where only the latter is.
+
+    A gradient that cancels to nothing is rounded at the size of its terms: ``floor`` stands for them. One that cancels
+    altogether, like that of a bias before a batch norm, holds rounding only, and no error.
+    """
+    g, e = got.detach().double(), expected.detach().double()
+    if g.numel() == 0:
+        return 0.0
+    size, off = max(float(e.norm()), floor), float((g - e).norm())
+    eps = torch.finfo(expected.dtype).eps
+    if float(e.norm()) < 2**14 * eps * floor:
+        return 0.0
+    if off != off:  # noqa: PLR0124  # NaN on both sides agrees
+        return 0.0 if bool((g.isnan() == e.isnan()).all()) else float("inf")
+    return off / size if size > 0 else (0.0 if off == 0 else float("inf"))

@@ -1,0 +1,199 @@
+"""The function along lines through its sample, measured, against what its gradient says."""
+
+import torch
+from torch import Tensor
+
+from torchbp.verify.cases import Case, ForwardRaised, signed_like
+from torchbp.verify.differences import settle
+from torchbp.verify.report import Finding
+from torchbp.verify.tolerance import compare, largest
+
+__all__ = ["Lines", "check_lines", "like", "like_mask", "real", "scale_of"]
+
+
+def check_lines(case: Case, check: str, when: str = "", number: int = 1) -> Finding | None:
+    """Compare the gradient at the sample of ``case`` with differences along random lines.
+
+    Args:
+        case: The function, at the sample to test.
+        check: Name of the check that asks.
+        when: The condition, for the message.
+        number: How many lines; 2 calls each where all is well.
+    """
+    if not any(g.numel() for g in case.plain.grads):
+        return None
+    lines = Lines(case)
+    for n in range(number):
+        found = lines.along_all(n, check, when)
+        if found:
+            return found
+    return None
+
+
+class Lines:
+    """The function along lines through the sample."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.grads = [g.detach().cpu() for g in case.plain.grads]
+        self.noise = (
+            4
+            * case.epsilon
+            * sum(
+                float((v.abs() * y.abs()).nan_to_num(0, 0, 0).sum())
+                for v, y in zip(case.plain.cotangents, case.plain.outputs, strict=True)
+            )
+        )
+        self.step = 2.0**-9 if case.epsilon < 1e-12 else 2.0**-5
+        rtol = case.options.get("rtol")
+        fitted = 3e-9 if case.epsilon < 1e-12 else 2e4 * case.epsilon
+        self.relative: float = fitted if rtol is None else rtol
+        self.scales = [scale_of(leaf.detach().cpu()) for leaf in case.leaves]
+        self._ones: list[Tensor] | None = None
+
+    def tolerance(self, which: int) -> Tensor:
+        """Return how far each element may be off where the differences have converged."""
+        g = self.grads[which]
+        atol = self.case.options.get("atol")
+        floor = 1e-3 * self.relative * largest(g) if atol is None else float(atol)
+        return self.relative * g.abs().double() + floor + 1e-15 + self.noise * 1e-6
+
+    def ones(self, which: int) -> Tensor | None:
+        """Gradient for a grad_output of ones; asked for only once something is wrong."""
+        if self._ones is None:
+            ones = [torch.ones_like(y) for y in self.case.plain.outputs]
+            self._ones = [g.detach().cpu() for g in self.case.vjp(ones)]
+        return self._ones[which]
+
+    def along_element(self, which: int, index: int) -> tuple[float, bool]:
+        """Return what the derivative along one element is, and whether that is settled."""
+        direction = torch.zeros_like(real(self.grads[which]))
+        direction[index] = float(self.scales[which][index])
+        size = float(self.scales[which][index])
+        got = float(real(self.grads[which])[index])
+        allowed = float(_each(self.tolerance(which), self.grads[which])[index])
+        value, settled = self.measure({which: direction}, got * size, allowed * size)
+        return value / size, settled
+
+    def along_all(self, number: int, check: str, when: str = "") -> Finding | None:
+        """Move every element at once; on a mismatch halve the set until one element is left."""
+        generator = self.case.generator(f"line {number}")
+        directions = {
+            i: signed_like(real(g), generator) * scale
+            for i, (g, scale) in enumerate(zip(self.grads, self.scales, strict=True))
+        }
+        if self._agrees(directions):
+            return None
+        while sum(int((d != 0).sum()) for d in directions.values()) > 1:
+            half = _half(directions)
+            rest = {i: d - half[i] if i in half else d for i, d in directions.items()}
+            if not self._agrees(half):
+                directions = half
+            elif not self._agrees(rest):
+                directions = rest
+            else:
+                return None
+        which, d = next((i, d) for i, d in directions.items() if d.any())
+        index = int(d.nonzero()[0])
+        value, settled = self.along_element(which, index)
+        g = self.grads[which]
+        truth, known = real(g).clone(), torch.zeros(real(g).numel(), dtype=torch.bool)
+        truth[index], known[index] = value, settled
+        return compare(
+            check,
+            self.case.names[which],
+            g,
+            like(truth, g),
+            self.tolerance(which),
+            known=like_mask(known, g),
+            when=f"{when} (found by halving a random direction; others may be wrong too)",
+            leaf=self.case.leaves[which].cpu(),
+        )
+
+    def _agrees(self, directions: dict[int, Tensor]) -> bool:
+        got = allowed = 0.0
+        for i, d in directions.items():
+            g = real(self.grads[i])
+            got += float((g * d).sum())
+            allowed += float((_each(self.tolerance(i), self.grads[i]) * d).norm())
+        value, settled = self.measure(directions, got, allowed)
+        return not settled or abs(value - got) <= allowed
+
+    def measure(
+        self, directions: dict[int, Tensor], got: float, allowed: float
+    ) -> tuple[float, bool]:
+        """Return the derivative along ``directions`` (one a leaf), and whether differences settle it."""
+
+        def phi(t: float) -> float:
+            return self.value(directions, t)
+
+        step = float(self.case.options.get("eps") or self.step)
+        return settle(phi, got, allowed, step, self.noise)
+
+    def value(self, directions: dict[int, Tensor], t: float) -> float:
+        """Return ⟨v, f(x + t·directions) - f(x)⟩; NaN outside of the domain."""
+        leaves = []
+        for i, leaf in enumerate(self.case.leaves):
+            moved = leaf.clone()
+            if i in directions:
+                d = like(directions[i], self.grads[i]).to(device=leaf.device, dtype=leaf.dtype)
+                moved += t * d
+            leaves.append(moved.requires_grad_())
+        try:
+            outputs = self.case.forward(leaves)
+        except ForwardRaised:  # outside of the domain
+            return float("nan")
+        total = 0.0
+        for v, y, y0 in zip(
+            self.case.plain.cotangents, outputs, self.case.plain.outputs, strict=True
+        ):
+            if y.shape != y0.shape:
+                return float("nan")
+            total += float((v.conj() * (y.detach() - y0)).real.double().sum())
+        return total
+
+
+def _half(directions: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Return the first half of the elements that are moved."""
+    count = sum(int((d != 0).sum()) for d in directions.values()) // 2
+    half = {}
+    for i, d in directions.items():
+        at = d.nonzero().flatten()[:count]
+        part = torch.zeros_like(d)
+        part[at] = d[at]
+        half[i] = part
+        count -= at.numel()
+        if count <= 0:
+            break
+    return half
+
+
+def scale_of(leaf: Tensor) -> Tensor:
+    """Return the size of a step of 1 for each element: its magnitude, no less than a tenth of the typical one."""
+    x = real(leaf).abs().double()
+    x = torch.where(x.isfinite(), x, 1.0)
+    typical = float(x.median()) if x.numel() else 1.0
+    return x.clamp(min=0.1 * typical if typical > 0 else 1.0)
+
+
+def real(t: Tensor) -> Tensor:
+    """Return the real numbers of ``t``, flat, in float64."""
+    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    return t.reshape(-1).double()
+
+
+def like(flat: Tensor, t: Tensor) -> Tensor:
+    """Undo :func:`real`: give flat real numbers the shape of ``t``, complex where it is."""
+    if t.is_complex():
+        return torch.view_as_complex(flat.view(*t.shape, 2).contiguous())
+    return flat.view(t.shape)
+
+
+def like_mask(flat: Tensor, t: Tensor) -> Tensor:
+    """Give a flat mask of real numbers the shape of ``t``."""
+    return flat.view(*t.shape, 2).any(-1) if t.is_complex() else flat.view(t.shape)
+
+
+def _each(t: Tensor, g: Tensor) -> Tensor:
+    flat = t.reshape(-1)
+    return flat.repeat_interleave(2) if g.is_complex() else flat
