@@ -48,6 +48,9 @@ from torchbp.ops.activations.tanhshrink import tanhshrink as tanhshrink
 from torchbp.ops.activations.threshold import threshold as threshold
 from torchbp.ops.activations.threshold import threshold_ as threshold_
 from torchbp.ops.dropout.dropout import dropout as dropout
+from torchbp.ops.estimators.gradient_reversal import gradient_reversal as gradient_reversal
+from torchbp.ops.estimators.gradient_scale import gradient_scale as gradient_scale
+from torchbp.ops.estimators.surrogate_spike import surrogate_spike as surrogate_spike
 from torchbp.ops.linear.linear import linear as linear
 from torchbp.ops.losses.binary_cross_entropy import binary_cross_entropy as binary_cross_entropy
 from torchbp.ops.losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits

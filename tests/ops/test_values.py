@@ -97,8 +97,9 @@ def test_complex_and_integer_inputs_as_in_torch(first):
                     ours = torch.autograd.grad(f(*tensors), tensors, v)
                 for a, b in zip(ours, want, strict=True):
                     torch.testing.assert_close(a, b)
-            assert torch.autograd.gradcheck(f, tensors, check_forward_ad=True)
-            assert torch.autograd.gradgradcheck(f, tensors)
+            if not first.op.estimator:
+                assert torch.autograd.gradcheck(f, tensors, check_forward_ad=True)
+                assert torch.autograd.gradgradcheck(f, tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)

@@ -45,6 +45,9 @@ from torchbp.ops.activations.tanh import Tanh as Tanh
 from torchbp.ops.activations.tanhshrink import Tanhshrink as Tanhshrink
 from torchbp.ops.activations.threshold import Threshold as Threshold
 from torchbp.ops.dropout.dropout import Dropout as Dropout
+from torchbp.ops.estimators.gradient_reversal import GradientReversal as GradientReversal
+from torchbp.ops.estimators.gradient_scale import GradientScale as GradientScale
+from torchbp.ops.estimators.surrogate_spike import SurrogateSpike as SurrogateSpike
 from torchbp.ops.linear.linear import Linear as Linear
 from torchbp.ops.losses.binary_cross_entropy import BCELoss as BCELoss
 from torchbp.ops.losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss as BCEWithLogitsLoss

@@ -34,6 +34,8 @@ class Op:
         elementwise: Whether output element i depends on input element i of the first argument only; edge values are
             then tested one by one.
         limits: x -> (y, dy/dx) where torch gives NaN in one of the two although mathematics has a limit.
+        estimator: Whether the backward is, by definition, not the derivative of the forward. ``reference`` states its
+            rule by ``detach``; tests against finite differences leave the op out.
         random: Whether it draws random numbers. ``reference`` then draws the same after the same seed; where it is
             ``None``, the test makes one from the drawn mask.
         fused: What runs the backward in plain eager mode: ``""`` for the formula, else the fused kernel's name.
@@ -49,6 +51,7 @@ class Op:
     errors: Callable[[Make], Iterable[Sample]] = field(default=lambda make: ())  # noqa: ARG005
     elementwise: bool = False
     limits: Mapping[float, tuple[float, float]] = field(default_factory=dict)
+    estimator: bool = False
     random: bool = False
     fused: str = ""
 

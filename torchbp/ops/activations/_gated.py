@@ -49,7 +49,9 @@ def _gelu_gate(approximate: str, times_derivative: Callable[[Tensor, Tensor], Te
 
 _GATES = {
     "silu": Gate(
-        F.silu,
+        lambda a: (
+            a * torch.sigmoid(a) if a.is_complex() else F.silu(a)
+        ),  # torch's has no complex gradient
         silu._times_derivative,
         lambda a, out: aten.silu.out(a, out=out),
         lambda v, a, out: aten.silu_backward.grad_input(v, a, grad_input=out),
