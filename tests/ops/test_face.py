@@ -26,8 +26,26 @@ def twins(constructed):
     return ours, theirs(*ctor.args, **ctor.kwargs), inputs
 
 
+class OfReference(torch.nn.Module):
+    """What stands for torch's Module where torch has none: calls the op's reference with the Module's arguments."""
+
+    def __init__(self, op, cls, ctor):
+        super().__init__()
+        bound = inspect.signature(cls.__init__).bind(self, *ctor.args, **ctor.kwargs)
+        bound.apply_defaults()
+        self.kwargs = {
+            k: v
+            for k, v in bound.arguments.items()
+            if k in inspect.signature(op.reference).parameters
+        }
+        self.reference = op.reference
+
+    def forward(self, *inputs):
+        return self.reference(*inputs, **self.kwargs)
+
+
 def test_signature(op):
-    """Names, order, defaults and kinds of torch's arguments; extras are keyword-only."""
+    """Names, order, defaults and kinds of torch's arguments, or of the reference's; extras are keyword-only."""
     theirs = torchs(op)
     try:
         wanted = inspect.signature(theirs).parameters
@@ -43,7 +61,9 @@ def test_signature(op):
             return
         first = theirs.__doc__.strip().splitlines()[0]
         names = first[first.index("(") + 1 : first.index(")")].split(", ")
-        assert [p.split("=")[0] for p in names] == list(inspect.signature(op.function).parameters)
+        assert [p.split("=")[0].strip() for p in names] == list(
+            inspect.signature(op.function).parameters
+        )
         return
     ours = dict(inspect.signature(op.function).parameters)
     extras = {k: p for k, p in ours.items() if k not in wanted}
@@ -56,8 +76,9 @@ def test_signature(op):
 def test_wrong_arguments(wrong):
     op, i = wrong
     sample = list(op.errors(Make()))[i]
-    reference = op.reference
-    if op.random:  # the reference of the values, if any, draws our mask
+    reference = op.reference or torchs(op)
+    ours = (reference.__module__ or "").startswith("torchbp")
+    if op.random or ours:  # a reference of ours states values, not errors
         reference = getattr(torch.nn.functional, op.name, reference)
     with pytest.raises(Exception) as theirs:  # noqa: PT011  # the type is what is compared
         reference(*sample.args, **sample.kwargs)
@@ -117,6 +138,9 @@ def test_module_repr_and_training(constructed):
 
 def test_module_value_and_gradient(constructed):
     ours, theirs, inputs = twins(constructed)
+    if type(theirs) is type(ours):  # beyond torch
+        op, i = constructed
+        theirs = OfReference(op, *list(op.module_samples(Make(torch.float32)))[i][:2])
     ours.eval()
     theirs.eval()
     results = []
@@ -172,8 +196,9 @@ def test_inplace_as_in_torch(op):
     """``inplace=True`` writes the result where torch writes it, with torch's gradient; a leaf raises as in torch."""
     if "inplace" not in inspect.signature(op.function).parameters:
         pytest.skip("no inplace form")
-    shape = next(iter(op.samples(Make()))).args[0].shape
-    leaf = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    sample = next(iter(op.samples(Make())))
+    others = sample.args[1:]
+    leaf = torch.randn(sample.args[0].shape, dtype=torch.float64, requires_grad=True)
     arguments = inspect.signature(op.function).parameters
     active = {"training": True} if "training" in arguments else {}
     for view in (lambda t: t, lambda t: t[1:], lambda t: t.mT):
@@ -181,7 +206,7 @@ def test_inplace_as_in_torch(op):
         for inplace in (False, True):
             torch.manual_seed(1)
             x = leaf * 1
-            y = op.function(view(x), inplace=inplace, **active)
+            y = op.function(view(x), *others, inplace=inplace, **active)
             if inplace:
                 assert y.data_ptr() == view(x).data_ptr()
                 assert torch.equal(view(x), y)
@@ -192,10 +217,10 @@ def test_inplace_as_in_torch(op):
         torch.testing.assert_close(y, z)
         torch.testing.assert_close(g, h)
     with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
-        op.function(leaf, inplace=True, **active)
+        op.function(leaf, *others, inplace=True, **active)
     with torch.no_grad():
         data = leaf.detach().clone()
-        assert op.function(data, inplace=True, **active) is data
+        assert op.function(data, *others, inplace=True, **active) is data
 
 
 def test_module_to_dtype(constructed):

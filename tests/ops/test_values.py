@@ -86,8 +86,13 @@ def test_complex_and_integer_inputs_as_in_torch(first):
         try:
             theirs = first.call_reference(changed)
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            with pytest.raises(type(error)):
+            try:
                 first.call(changed)
+            except type(error):
+                continue
+            assert "does not support automatic differentiation" in str(error)  # noqa: PT017
+            f, tensors = first.of_tensors(changed)
+            assert torch.autograd.gradcheck(f, tensors, check_forward_ad=True)
             continue
         torch.testing.assert_close(first.call(changed), theirs)
         if theirs.is_complex():
@@ -103,8 +108,9 @@ def test_complex_and_integer_inputs_as_in_torch(first):
                     ours = torch.autograd.grad(f(*tensors), tensors, v)
                 for a, b in zip(ours, want, strict=True):
                     torch.testing.assert_close(a, b)
-            assert torch.autograd.gradcheck(f, tensors, check_forward_ad=True)
-            assert torch.autograd.gradgradcheck(f, tensors)
+            if not first.op.estimator:
+                assert torch.autograd.gradcheck(f, tensors, check_forward_ad=True)
+                assert torch.autograd.gradgradcheck(f, tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
@@ -115,20 +121,29 @@ def test_edge_values(op, dtype, engine):
         pytest.skip("not a function of single elements")
     x = torch.tensor(EDGES, dtype=dtype, requires_grad=True)
     wide = x.detach().double().requires_grad_()
-    y, exact = op.function(x), op.reference(wide)
-    torch.testing.assert_close(y, op.reference(x), equal_nan=True, rtol=0, atol=0)
+    y, exact, torchs = op.function(x), op.reference(wide), op.reference(x).detach()
     with ENGINES[engine]():
         y.backward(torch.ones_like(y))
     exact.backward(torch.ones_like(exact))
+    for at, (value, derivative) in op.limits.items():
+        here = wide.detach() == at  # 1e30 too, where it overflows
+        known = torchs[here].double() + wide.grad[here]
+        assert (known.isnan() | (torchs[here] == value)).all(), "torch has another limit"
+        assert wide.grad[here].isnan().any() or known.isnan().any(), (
+            "torch has mended it: take it out of the record"
+        )
+        torchs[here], wide.grad[here] = value, derivative
+    torch.testing.assert_close(y.detach(), torchs, equal_nan=True, rtol=0, atol=0)
     limits = torch.finfo(dtype)
     normal = (wide.grad.abs() >= limits.smallest_normal) | wide.grad.isnan()
-    # float32 and wider may see the derivative from the output, to an absolute error; half precision rounds once
+    # float32 and wider may see the derivative from the output, to an absolute error; half precision rounds once.
+    # In float64 the yardstick itself is off: torch's x · (1 - σ(x)) loses |x| roundings.
     half = dtype in HALF
     torch.testing.assert_close(
         x.grad.double()[normal],
         wide.grad[normal],
         rtol=(0.51 if half else 1.0) * limits.eps,
-        atol=0.0 if half else limits.eps,
+        atol=0.0 if half else limits.eps * (32 if dtype == torch.float64 else 1),
         equal_nan=True,
     )
     # 1 - y² in float64 is 0 where the derivative is below its rounding

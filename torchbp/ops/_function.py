@@ -24,6 +24,7 @@ __all__ = [
     "in_float32",
     "in_place",
     "is_half",
+    "overwrite",
     "public",
     "scale_fresh",
 ]
@@ -101,6 +102,21 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
 def _is_irregular(tensor: Tensor) -> bool:
     return tensor.layout is not torch.strided or tensor.is_nested
+
+
+def overwrite(function: Callable[..., Tensor], x: Tensor, *args: object) -> Tensor:
+    """Write ``function(x, *args)`` into ``x``: for an op whose backward needs its input, which is copied first.
+
+    Args:
+        function: What :func:`entry` gives; its value has the shape of ``x``.
+        x: Written to.
+        args: The other arguments of ``function``.
+
+    Returns:
+        ``x`` itself.
+    """
+    kept = x.clone() if torch.is_grad_enabled() and x.requires_grad else x
+    return x.copy_(function(kept, *args))
 
 
 def is_half(tensor: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """The record that every op file ends with, and the catalogue of all of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from importlib import import_module
@@ -34,6 +34,9 @@ class Op:
         benchmark: One input of about ``n`` elements.
         elementwise: Whether output element i depends on input element i of the first argument only; edge values are
             then tested one by one.
+        limits: x -> (y, dy/dx) where torch gives NaN in one of the two although mathematics has a limit.
+        estimator: Whether the backward is, by definition, not the derivative of the forward. ``reference`` states its
+            rule by ``detach``; tests against finite differences leave the op out.
         random: Whether it draws random numbers. ``reference`` then draws the same after the same seed; where it is
             ``None``, the test makes one from the drawn mask.
         other_gradient: Why torch's gradient is not the derivative, where it is not; a test of its own compares then.
@@ -49,6 +52,8 @@ class Op:
     benchmark: Callable[[Make, int], Sample]
     errors: Callable[[Make], Iterable[Sample]] = field(default=lambda make: ())  # noqa: ARG005
     elementwise: bool = False
+    limits: Mapping[float, tuple[float, float]] = field(default_factory=dict)
+    estimator: bool = False
     random: bool = False
     fused: str = ""
     other_gradient: str = ""

@@ -12,8 +12,12 @@ __all__ = [
     "EDGES",
     "Make",
     "Sample",
+    "along_dims",
+    "along_dims_errors",
     "elementwise",
     "elementwise_errors",
+    "halved",
+    "halved_errors",
     "one_tensor",
     "over_tensors",
     "pairs",
@@ -122,6 +126,39 @@ def square(make: Make, n: int) -> Sample:
     """Return one tensor of about ``n`` elements, rows no longer than 1024."""
     width = min(1024, max(8, math.isqrt(n)))
     return Sample((make.normal(max(1, n // width), width),))
+
+
+def along_dims(make: Make) -> Iterator[Sample]:
+    """Yield tensors of several shapes, with a dimension, for a function along that dimension."""
+    shapes = {(3, 4): 1, (): 0, (1,): 0, (5,): -1, (0,): 0, (2, 0, 3): 2, (2, 3, 2): -2}
+    for shape, dim in shapes.items():
+        name = "x".join(map(str, shape)) or "scalar"
+        yield Sample((make.normal(*shape), dim), name=f"{name}-dim{dim}")
+    yield Sample((make.normal(2, 3),), {"dim": 0}, name="keyword")
+
+
+def along_dims_errors(make: Make) -> Iterator[Sample]:
+    """Yield what no function along a dimension takes."""
+    yield Sample((make.normal(2, 3), 2), name="no-such-dim")
+    yield Sample((make.labels(2, 3, classes=5), 0), name="integers")
+    yield Sample((make.normal(2), "first"), name="text")
+
+
+def halved(make: Make) -> Iterator[Sample]:
+    """Yield tensors for a function of the two halves of one tensor along a dimension."""
+    for shape in ((3, 4), (2,), (0, 2), (2, 3, 4)):
+        yield Sample((make.normal(*shape),), name="x".join(map(str, shape)))
+    yield Sample((make.normal(4, 3), 0), name="dim0")
+    yield Sample((make.normal(2, 4, 3),), {"dim": -2}, name="keyword")
+
+
+def halved_errors(make: Make) -> Iterator[Sample]:
+    """Yield what has no two halves."""
+    yield Sample((make.normal(2, 3),), name="odd")
+    yield Sample((make.normal(),), name="scalar")
+    yield Sample((make.normal(2, 4), 2), name="no-such-dim")
+    yield Sample((make.labels(2, 4, classes=5),), name="integers")
+    yield Sample(("text",), name="text")
 
 
 def pairs(

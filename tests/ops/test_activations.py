@@ -1,0 +1,214 @@
+"""What is special to activations: limits at infinity, in-place names, half precision, draws."""
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+import torchbp
+import torchbp.functional as F
+from tests.ops.conftest import HALF
+from torchbp.ops._function import formula_only
+from torchbp.ops._op import all_ops
+from torchbp.ops.activations._infinities import known_finite
+
+INF = torch.inf
+GATES = ["silu", "gelu", "mish", "hardswish", "quick_gelu"]
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+def test_limits_at_infinity_on_every_way(name, dtype):
+    """Formula, torch.func, and finite neighbours: the kernels' NaN at ±∞ is nowhere left."""
+    f = getattr(F, name)
+    x = torch.tensor([INF, -INF, 1.5, -2000.0, 2000.0], dtype=dtype, requires_grad=True)
+    y = f(x)
+    limits = torch.tensor([INF, 0.0, 0.0, 0.0, 2000.0], dtype=dtype)
+    slopes = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0], dtype=dtype)
+    alone = x.detach()[2].requires_grad_()
+    limits[2] = f(alone)
+    (slopes[2],) = torch.autograd.grad(f(alone), alone)
+    torch.testing.assert_close(y.detach(), limits)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x, retain_graph=True)[0], slopes)
+    with formula_only():
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], slopes)
+    torch.testing.assert_close(vmap(f)(x.detach()), limits)
+    torch.testing.assert_close(vmap(grad(f))(x.detach()), slopes)
+    assert f(x.detach() * torch.nan).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["swiglu", "geglu", "reglu"])
+def test_gated_limits_at_infinity(name):
+    x = torch.tensor([-INF, INF, 1.0, 3.0, 2.0, 1.0], dtype=torch.float64, requires_grad=True)
+    y = getattr(F, name)(x)
+    assert y[:2].tolist() == [0.0, INF]
+    y.sum().backward()
+    assert x.grad[:2].tolist() == [0.0, 2.0]
+    assert x.grad[3:5].tolist() == [0.0, INF]
+
+
+def test_known_finite_is_never_wrong_about_infinity():
+    for bad in (INF, -INF, torch.nan):
+        x = torch.zeros(100)
+        x[37] = bad
+        assert not known_finite(x)
+        assert not known_finite(x.view(10, 10).T)
+        assert not known_finite(x.bfloat16())
+    both = torch.tensor([INF, -INF])
+    assert not known_finite(both)
+    assert known_finite(torch.randn(3, 4))
+    assert known_finite(torch.empty(0))
+
+
+IN_PLACE = {
+    "relu_": (),
+    "elu_": (0.7,),
+    "celu_": (0.7,),
+    "selu_": (),
+    "hardtanh_": (-0.5, 0.7),
+    "leaky_relu_": (0.3,),
+    "threshold_": (0.1, -0.2),
+    "rrelu_": (0.1, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_in_place_names(name, dtype):
+    """F.elu_ and its like write into their argument, with torch's gradient."""
+    leaf = torch.randn(5, 7, dtype=dtype, requires_grad=True)
+    results = []
+    for module in (F, torch.nn.functional):
+        x = leaf * 1
+        y = getattr(module, name)(x, *IN_PLACE[name])
+        assert y.data_ptr() == x.data_ptr()
+        results.append((y.detach(), torch.autograd.grad(y, leaf, torch.ones_like(y))[0]))
+    (y, g), (z, h) = results
+    torch.testing.assert_close(y, z)
+    torch.testing.assert_close(g, h)
+    assert name == "leaky_relu_" or name == "relu_" or "torchbp" in getattr(F, name).__module__
+
+
+def test_threshold_in_place_with_a_value_above_it():
+    """There the output does not tell which values passed: the input is copied."""
+    leaf = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    (ours,) = torch.autograd.grad(F.threshold(leaf * 1, 0.1, 0.5, True).sum(), leaf)
+    assert torch.equal(ours, (leaf > 0.1).double())
+
+
+@pytest.mark.parametrize("name", ["elu", "celu", "hardtanh"])
+def test_in_place_keeps_its_sign_or_refuses(name):
+    leaf = torch.randn(5, requires_grad=True)
+    if name == "hardtanh":
+        with pytest.raises(ValueError, match="hardtanh: expected min_val <= max_val"):
+            F.hardtanh_(leaf * 1, 1.0, -1.0)
+        return
+    with pytest.raises(RuntimeError, match=f"{name}: expected alpha >= 0 with inplace=True"):
+        getattr(F, name + "_")(leaf * 1, -0.5)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", ["elu", "celu", "selu", "softsign", "softplus", "logsigmoid"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_gradients_do_not_die_by_rounding(name, dtype, inplace):
+    """To half a unit in the last place wherever the true derivative is a normal number."""
+    if inplace and name not in ("elu", "celu", "selu"):
+        pytest.skip("no in-place form")
+    f, kwargs = getattr(F, name), {"inplace": True} if inplace else {}
+    x = torch.linspace(-9, 9, 2001).to(dtype).requires_grad_()
+    f(x * 1, **kwargs).sum().backward()
+    wide = x.detach().double().requires_grad_()
+    getattr(torch.nn.functional, name)(wide).sum().backward()
+    normal = wide.grad >= torch.finfo(dtype).smallest_normal
+    error = ((x.grad.double() - wide.grad).abs() / wide.grad)[normal]
+    assert error.max() <= 0.51 * torch.finfo(dtype).eps <= 0.005
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hardtanh_bounds_between_half_precision_numbers(dtype, inplace):
+    """1.03 rounds to less than itself: what lies at the bound must not pass a gradient."""
+    leaf = torch.tensor([3.0, -3.0, 0.2], dtype=dtype, requires_grad=True)
+    F.hardtanh(leaf * 1, -1.03, 1.03, inplace).sum().backward()
+    assert leaf.grad.tolist() == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "softmin"])
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 3, 4, 2)], ids=str)
+def test_softmax_without_dim_chooses_and_warns_as_torch(name, shape):
+    x = torch.randn(shape)
+    with pytest.warns(UserWarning, match=f"Implicit dimension choice for {name}") as ours:
+        y = getattr(F, name)(x)
+    assert ours[0].filename == __file__
+    with pytest.warns(UserWarning, match="Implicit dimension choice"):
+        torch.testing.assert_close(y, getattr(torch.nn.functional, name)(x))
+
+
+def test_softmax2d_refuses_what_is_no_image():
+    with pytest.raises(ValueError, match=r"Softmax2d: expected input of shape \(N, C, H, W\)"):
+        torchbp.nn.Softmax2d()(torch.randn(3, 4))
+
+
+def test_softmax_of_minus_infinity():
+    x = torch.tensor([[1.0, -INF, 2.0]], requires_grad=True)
+    y = F.softmax(x, 1)
+    y[0, 0].backward()
+    assert y[0, 1] == 0
+    assert x.grad[0, 1] == 0
+    assert x.grad.isfinite().all()
+
+
+def test_sparsemax_is_the_nearest_point_of_the_simplex():
+    x = torch.randn(200, 9, dtype=torch.float64)
+    y = F.sparsemax(x)
+    torch.testing.assert_close(y.sum(1), torch.ones(200, dtype=torch.float64))
+    assert (y >= 0).all()
+    assert 0 < (y == 0).double().mean() < 1
+    # The condition of a projection on a convex set, against its corners: (x - y) · (corner - y) <= 0.
+    along = (x - y) - ((x - y) * y).sum(1, keepdim=True)
+    assert along.max() <= 1e-12
+
+
+def test_sparsemax_far_from_zero():
+    x = torch.tensor([1e8, 1e8 + 8, 0.0])
+    assert F.sparsemax(x).tolist() == [0.0, 1.0, 0.0]
+    assert F.sparsemax(torch.tensor([0.0, -INF, 0.0])).tolist() == [0.5, 0.0, 0.5]
+
+
+def test_rrelu_draws_between_its_bounds():
+    n = 100_000
+    y = F.rrelu(-torch.ones(n, dtype=torch.float64), 0.2, 0.6, training=True)
+    slopes = -y
+    assert slopes.min() >= 0.2
+    assert slopes.max() <= 0.6
+    assert abs(slopes.mean().item() - 0.4) < 5 * 0.4 / (12 * n) ** 0.5
+    assert slopes.unique().numel() > 0.99 * n
+    assert torch.equal(F.rrelu(torch.ones(5), training=True), torch.ones(5))
+
+
+def test_gumbel_softmax_hard_is_one_hot_with_the_soft_gradient():
+    x = torch.randn(20, 5, dtype=torch.float64, requires_grad=True)
+    grads = []
+    v = torch.randn(20, 5, dtype=torch.float64)
+    for hard in (False, True):
+        torch.manual_seed(3)
+        y = F.gumbel_softmax(x, 0.7, hard=hard)
+        grads.append(torch.autograd.grad(y, x, v)[0])
+    torch.testing.assert_close(y.sum(1), torch.ones(20, dtype=torch.float64))
+    assert ((y - y.round()).abs() < 1e-12).all()
+    torch.testing.assert_close(*grads)
+    torch.manual_seed(3)
+    torch.testing.assert_close(torch.nn.functional.gumbel_softmax(x, 0.7, hard=True), y)
+
+
+def test_gumbel_softmax_warns_of_eps():
+    with pytest.warns(UserWarning, match="gumbel_softmax: expected no eps, got 0.1"):
+        F.gumbel_softmax(torch.zeros(2), eps=0.1)
+
+
+def test_torchs_own_derivatives_are_still_rounded():
+    """The two records that name a reference of their own say why: torch's float64 gradient has a float32 constant."""
+    for name, args in (("hardsigmoid", ()), ("celu", (1.7,))):
+        x = torch.tensor([-0.5], dtype=torch.float64, requires_grad=True)
+        theirs = torch.autograd.grad(getattr(torch.nn.functional, name)(x, *args), x)[0]
+        exact = torch.autograd.grad(all_ops()[name].reference(x, *args), x)[0]
+        assert 1e-10 < abs(theirs / exact - 1).item() < 1e-6

@@ -1,0 +1,138 @@
+r"""Gated units: y = g(a) · b, where a and b are the two halves of x along a dimension. SwiGLU, GeGLU, ReGLU are such.
+
+Derivation:
+    grad_a    = grad_y · conj(b · g'(a))                                                       (1)
+    grad_b    = grad_y · conj(g(a))                                                            (2)
+    tangent_y = b · g'(a) · tangent_a + g(a) · tangent_b                                       (3)
+
+x is all that is kept; g(a) is made again in backward, which is cheaper than keeping it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import Function
+
+from torchbp.ops._errors import shape, wrong
+from torchbp.ops._function import Context, entry, fused, in_float32
+from torchbp.ops.activations import gelu, silu
+from torchbp.ops.activations._infinities import bounded, known_finite, mended
+
+__all__ = ["gated", "halves"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A gate: g(a); v · g'(a); and both again by torch's kernels, written into the last argument."""
+
+    value: Callable[[Tensor], Tensor]
+    times_derivative: Callable[[Tensor, Tensor], Tensor]
+    value_into: Callable[[Tensor, Tensor], Tensor]
+    times_derivative_into: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _gelu_gate(approximate: str, times_derivative: Callable[[Tensor, Tensor], Tensor]) -> Gate:
+    return Gate(
+        lambda a: F.gelu(a, approximate=approximate),
+        times_derivative,
+        lambda a, out: aten.gelu.out(a, approximate=approximate, out=out),
+        lambda v, a, out: aten.gelu_backward.grad_input(
+            v, a, approximate=approximate, grad_input=out
+        ),
+    )
+
+
+_GATES = {
+    "silu": Gate(
+        lambda a: (
+            a * torch.sigmoid(a) if a.is_complex() else F.silu(a)
+        ),  # torch's has no complex gradient
+        silu._times_derivative,
+        lambda a, out: aten.silu.out(a, out=out),
+        lambda v, a, out: aten.silu_backward.grad_input(v, a, grad_input=out),
+    ),
+    "none": _gelu_gate("none", gelu._of_erf),
+    "tanh": _gelu_gate("tanh", gelu._of_tanh),
+    "relu": Gate(
+        torch.relu,
+        lambda v, a: v.masked_fill(a <= 0, 0),
+        lambda a, out: torch.clamp_min(a, 0, out=out),
+        lambda v, a, out: aten.threshold_backward.grad_input(v, a, 0, grad_input=out),
+    ),
+}
+
+
+class GatedFunction(Function):
+    """A gated unit with a hand-written gradient. Call it through :func:`gated`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int, gate: str, finite: bool) -> Tensor:  # (*, 2D, *) -> (*, D, *)
+        def formula(x: Tensor) -> Tensor:
+            a, b = x.chunk(2, dim)
+            g = _GATES[gate].value(a)
+            g = g if finite else mended(g, a)
+            return g.mul_(b) if fused(g, b) else g * b
+
+        return in_float32(formula, x)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, int, str, bool], output: Tensor) -> None:
+        x, ctx.dim, ctx.gate, ctx.finite = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        gate = _GATES[ctx.gate]
+        if fused(grad_y, x) and ctx.finite:
+            a, b = x.chunk(2, ctx.dim)
+            grad_x = torch.empty_like(x)
+            grad_a, grad_b = grad_x.chunk(2, ctx.dim)
+            gate.times_derivative_into(torch.mul(grad_y, b, out=grad_a), a, grad_a)  # (1)
+            gate.value_into(a, grad_b).mul_(grad_y)  # (2)
+            return grad_x, None, None, None
+
+        def formula(v: Tensor, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, ctx.dim)
+            grad_a = gate.times_derivative(v * b.conj(), bounded(a))  # (1)
+            return torch.cat([grad_a, v * mended(gate.value(a), a).conj()], ctx.dim)  # (2)
+
+        return in_float32(formula, grad_y, x), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate = _GATES[ctx.gate]
+
+        def formula(t: Tensor, x: Tensor) -> Tensor:
+            (a, b), (tangent_a, tangent_b) = x.chunk(2, ctx.dim), t.chunk(2, ctx.dim)
+            by_a = gate.times_derivative(b * tangent_a, bounded(a).conj())
+            return by_a + mended(gate.value(a), a) * tangent_b  # (3)
+
+        return in_float32(formula, tangent_x, x)
+
+
+_gated = entry(GatedFunction)
+
+
+def gated(op: str, x: Tensor, dim: int, gate: str) -> Tensor:
+    """Return g(a) · b for the public function ``op``."""
+    halves(op, x, dim)
+    return _gated(x, dim, gate, known_finite(x))
+
+
+def halves(op: str, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the two halves of ``x`` along ``dim``; an odd size raises, as in ``torch.nn.functional.glu``."""
+    if x.dim() == 0 or x.shape[dim] % 2:
+        rule = f"an even size of dimension {dim}"
+        raise RuntimeError(wrong(op, rule, shape(x), "it holds the gate, then the values"))
+    a, b = x.chunk(2, dim)
+    return a, b

@@ -1,0 +1,171 @@
+r"""ELU: y = s · x where x > 0, else s · α · (exp(βx) - 1); s = β = 1. With other s and β it is CELU and SELU.
+
+Derivation:
+    dy/dx  = s where x > 0, else
+             s · α · β · exp(βx)                from the input                                 (1)
+           = β · (y + s · α)                    from the output, whose sign is x's if α ≥ 0    (2)
+    grad_x = grad_y · dy/dx                                                                    (3)
+
+Saves:
+    x, in its own dtype: 4 bytes per float32 element, as torch. Not y: (2) loses all digits as y → -s α.
+    In place there is no x any more: y, as in torch. In half precision, where (2) is off by up to 100 %, a copy of x.
+
+Edge values:
+    x = 0: the left derivative, as in torch.   x → +∞: y → s x.   x → -∞: y → -s α, dy/dx → 0.
+    NaN: dy/dx is s, as in torch.
+
+Sources:
+    Clevert, Unterthiner, Hochreiter, "Fast and Accurate Deep Network Learning by Exponential Linear Units (ELUs)",
+    2015, arXiv:1511.07289.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd.function import Function
+
+from torchbp.ops import _samples
+from torchbp.ops._errors import wrong
+from torchbp.ops._function import Context, entry, fused, in_float32, is_half, overwrite, public
+from torchbp.ops._op import Op
+from torchbp.ops._samples import Make, Sample
+
+__all__ = ["ELU", "ELUFunction", "elu", "elu_"]
+
+
+class ELUFunction(Function):
+    """ELU, CELU and SELU with a hand-written derivative. Call it through :func:`elu`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, alpha: float, s: float, beta: float, inplace: bool
+    ) -> Tensor:  # (*) -> (*)
+        kernel = _nn.elu_ if inplace else _nn.elu
+        return kernel(x, alpha, s, beta)
+
+    @staticmethod
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, float, float, float, bool], output: Tensor
+    ) -> None:
+        x, ctx.alpha, ctx.s, ctx.beta, ctx.inplace = inputs
+        if ctx.inplace:
+            ctx.mark_dirty(x)
+        kept = output if ctx.inplace else x
+        ctx.save_for_backward(kept)
+        ctx.save_for_forward(kept)
+
+    @staticmethod
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (kept,) = ctx.saved_tensors
+        if fused(grad_y, kept, half=True):
+            grad_x = torch.ops.aten.elu_backward(
+                grad_y, ctx.alpha, ctx.s, ctx.beta, ctx.inplace, kept
+            )
+        else:
+            grad_x = _times_derivative(grad_y, kept, ctx.alpha, ctx.s, ctx.beta, ctx.inplace)  # (3)
+        return grad_x, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
+        (kept,) = ctx.saved_tensors
+        return _times_derivative(tangent_x, kept, ctx.alpha, ctx.s, ctx.beta, ctx.inplace)
+
+
+def _times_derivative(
+    v: Tensor, kept: Tensor, alpha: float, s: float, beta: float, is_output: bool
+) -> Tensor:
+    def of_x(v: Tensor, x: Tensor) -> Tensor:
+        left = s * alpha * beta * torch.exp(beta * x.clamp(max=0))
+        return v * torch.where(x <= 0, left, s)  # (1)
+
+    def of_y(v: Tensor, y: Tensor) -> Tensor:
+        return v * torch.where(y <= 0, beta * (y + s * alpha), s)  # (2)
+
+    return in_float32(of_y if is_output else of_x, v, kept)
+
+
+_elu = entry(ELUFunction)
+
+
+def scaled_elu(op: str, x: Tensor, alpha: float, s: float, beta: float, inplace: bool) -> Tensor:
+    """Return s · x where x > 0, else s · α · (exp(βx) - 1), for the public functions of the family."""
+    if not inplace:
+        return _elu(x, alpha, s, beta, False)
+    if is_half(x):
+        return overwrite(_elu, x, alpha, s, beta, False)
+    if alpha < 0 and torch.is_grad_enabled() and x.requires_grad:
+        rule = "alpha >= 0 with inplace=True"
+        raise RuntimeError(wrong(op, rule, alpha, "the sign is lost in place: inplace=False"))
+    return _elu(x, alpha, s, beta, True)
+
+
+@public
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    r"""Exponential linear unit, elementwise: :math:`y = x` where :math:`x > 0`, else :math:`\alpha (e^x - 1)`.
+
+    Args:
+        input: Any shape ``(*)``, floating point.
+        alpha: The values approach :math:`-\alpha` at -∞.
+        inplace: Write the result into ``input``; needs ``alpha >= 0`` where a gradient is wanted.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``.
+
+    Raises:
+        TypeError: ``input`` is not a tensor.
+        RuntimeError: ``input`` is no floating-point tensor; ``inplace`` with a negative ``alpha`` where a gradient is
+            wanted, or on a leaf that requires grad.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import elu
+        >>> elu(torch.tensor([-1.0, 0.0, 2.0]))
+        tensor([-0.6321,  0.0000,  2.0000])
+    """
+    return scaled_elu("elu", input, alpha, 1.0, 1.0, inplace)
+
+
+@public
+def elu_(input: Tensor, alpha: float = 1.0) -> Tensor:
+    """In-place form of :func:`elu`."""
+    return elu(input, alpha, inplace=True)
+
+
+class ELU(nn.ELU):
+    """Module form of :func:`elu`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return elu(input, self.alpha, self.inplace)
+
+
+def _all_samples(make: Make) -> Iterator[Sample]:
+    yield from _samples.elementwise(make)
+    for alpha in (1.7, 0.0, -0.5):
+        yield Sample((make.normal(3, 4), alpha), name=f"alpha{alpha}")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield ELU, Sample(), Sample((make.normal(3, 4),))
+    x = make.normal(3, 4, requires_grad=False)
+    yield ELU, Sample((0.7,), {"inplace": True}), Sample((x,), name="inplace")
+
+
+OP = Op(
+    function=elu,
+    modules=(ELU,),
+    reference=F.elu,
+    samples=_all_samples,
+    module_samples=_module_samples,
+    errors=_samples.elementwise_errors,
+    saved_bytes=lambda x, *_, **__: x.numel() * x.element_size(),
+    benchmark=_samples.square,
+    elementwise=True,
+    fused="aten::elu_backward",
+)

@@ -1,0 +1,151 @@
+r"""GELU: y = x · Φ(x), Φ the distribution function of the standard normal, or its tanh approximation.
+
+Derivation:
+    "none", with φ(x) = exp(-x²/2) / √(2π):
+    dy/dx  = Φ(x) + x · φ(x),                 Φ(x) = erfc(-x/√2) / 2                           (1)
+    "tanh", with u = √(2/π) · (x + c x³), c = 0.044715 and (1 + tanh u)/2 = σ(2u):
+    dy/dx  = σ(2u) + x · σ(2u) · σ(-2u) · 2u',   u' = √(2/π) · (1 + 3c x²)                     (1')
+    grad_x = grad_y · dy/dx                                                                    (2)
+
+Saves:
+    x, in its own dtype: 4 bytes per float32 element, as torch.
+
+Edge values:
+    x → +∞: y → x, dy/dx → 1.   x → -∞: y → 0, dy/dx → 0; torch gives NaN at x = -∞, and as derivative at ±∞.
+
+Sources:
+    Hendrycks, Gimpel, "Gaussian Error Linear Units (GELUs)", 2016, arXiv:1606.08415.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops import _samples
+from torchbp.ops._errors import wrong
+from torchbp.ops._function import Context, entry, fused, in_float32, public
+from torchbp.ops._op import Op
+from torchbp.ops._samples import Make, Sample
+from torchbp.ops.activations._infinities import bounded, known_finite, mended
+
+__all__ = ["GELU", "GELUFunction", "gelu"]
+
+_SQRT_HALF = math.sqrt(0.5)
+_SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
+_DENSITY_AT_0 = 1 / math.sqrt(2 * math.pi)
+_CUBIC = 0.044715
+
+
+class GELUFunction(Function):
+    """GELU with a hand-written derivative. Call it through :func:`gelu`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, approximate: str, finite: bool) -> Tensor:  # x, y: (*)
+        y = F.gelu(x, approximate=approximate)
+        return y if finite else mended(y, x)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, str, bool], output: Tensor) -> None:
+        x, ctx.approximate, ctx.finite = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        x = x if ctx.finite else bounded(x)
+        if fused(grad_y, x):
+            return torch.ops.aten.gelu_backward(grad_y, x, approximate=ctx.approximate), None, None
+        return in_float32(_DERIVATIVES[ctx.approximate], grad_y, x), None, None  # (2)
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
+        (x,) = ctx.saved_tensors
+        x = x if ctx.finite else bounded(x)
+        return in_float32(_DERIVATIVES[ctx.approximate], tangent_x, x)
+
+
+def _of_erf(v: Tensor, x: Tensor) -> Tensor:
+    cdf = 0.5 * torch.erfc(-_SQRT_HALF * x)  # erfc keeps the left tail, where 1 + erf cancels
+    return v * (cdf + x * torch.exp(-0.5 * x * x) * _DENSITY_AT_0)  # (1)
+
+
+def _of_tanh(v: Tensor, x: Tensor) -> Tensor:
+    double_u = 2 * _SQRT_2_OVER_PI * (x + _CUBIC * x * x * x)
+    slope = 2 * _SQRT_2_OVER_PI * (1 + 3 * _CUBIC * x * x)
+    s = torch.sigmoid(double_u)
+    return v * (s * (1 + x * torch.sigmoid(-double_u) * slope))  # (1')
+
+
+_DERIVATIVES = {"none": _of_erf, "tanh": _of_tanh}
+
+
+_gelu = entry(GELUFunction)
+
+
+@public
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    r"""Gaussian error linear unit, elementwise: :math:`y = x \Phi(x)`.
+
+    Args:
+        input: Any shape ``(*)``, floating point.
+        approximate: ``"none"`` for :math:`\Phi`, ``"tanh"`` for the approximation.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``.
+
+    Raises:
+        TypeError: ``input`` is not a tensor.
+        RuntimeError: ``input`` is no floating-point tensor, or ``approximate`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import gelu
+        >>> gelu(torch.tensor([-1.0, 0.0, 2.0]))
+        tensor([-0.1587,  0.0000,  1.9545])
+    """
+    if approximate not in _DERIVATIVES:
+        rule = "approximate to be 'none' or 'tanh'"
+        raise RuntimeError(wrong("gelu", rule, repr(approximate), "pass one of the two"))
+    return _gelu(input, approximate, known_finite(input))
+
+
+class GELU(nn.GELU):
+    """Module form of :func:`gelu`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return gelu(input, self.approximate)
+
+
+def _all_samples(make: Make) -> Iterator[Sample]:
+    yield from _samples.elementwise(make)
+    yield Sample((make.normal(3, 4),), {"approximate": "tanh"}, name="tanh")
+    yield Sample((make.normal(2, 3, 2),), {"approximate": "tanh"}, name="2x3x2-tanh")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield GELU, Sample(), Sample((make.normal(3, 4),))
+    yield GELU, Sample((), {"approximate": "tanh"}), Sample((make.normal(3, 4),), name="arguments")
+
+
+OP = Op(
+    function=gelu,
+    modules=(GELU,),
+    reference=F.gelu,
+    samples=_all_samples,
+    module_samples=_module_samples,
+    errors=_samples.elementwise_errors,
+    saved_bytes=lambda x, *_, **__: x.numel() * x.element_size(),
+    benchmark=_samples.square,
+    elementwise=True,
+    limits={math.inf: (math.inf, 1.0), -math.inf: (0.0, 0.0)},
+    fused="aten::gelu_backward",
+)

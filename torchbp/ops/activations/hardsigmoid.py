@@ -1,0 +1,128 @@
+r"""Hardsigmoid: y = min(max(x + 3, 0), 6) / 6.
+
+Derivation:
+    dy/dx  = 1/6 where -3 < x < 3, else 0                                                      (1)
+    grad_x = grad_y · dy/dx                                                                    (2)
+
+Saves:
+    x, in its own dtype: 4 bytes per float32 element, as torch. Not y: it rounds to 1 before x reaches 3.
+
+Edge values:
+    x = ±3: the subgradient 0.   x → ±∞: y → 1 or 0, dy/dx → 0.   NaN: y is NaN, dy/dx is 0, as in torch.
+    In float64 torch takes 1/6 as a float32 number, 3e-8 off; here it is exact.
+
+Sources:
+    Courbariaux, Bengio, David, "BinaryConnect", 2015, arXiv:1511.00363 (with slope 1/2).
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops import _samples
+from torchbp.ops._function import Context, entry, fused, in_float32, overwrite, public
+from torchbp.ops._op import Op
+from torchbp.ops._samples import Make, Sample
+
+__all__ = ["Hardsigmoid", "HardsigmoidFunction", "hardsigmoid"]
+
+
+class HardsigmoidFunction(Function):
+    """Hardsigmoid with a hand-written derivative. Call it through :func:`hardsigmoid`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # x, y: (*)
+        return F.hardsigmoid(x)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
+        (x,) = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Context, grad_y: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        if fused(grad_y, x, half=True) and x.dtype != torch.float64:
+            return torch.ops.aten.hardsigmoid_backward(grad_y, x)
+        return _times_derivative(grad_y, x)  # (2)
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _times_derivative(tangent_x, x)
+
+
+def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
+    return torch.where((x > -3) & (x < 3), v / 6, 0)  # (1)
+
+
+def _exact(input: Tensor, inplace: bool = False) -> Tensor:
+    """Torch's values, with the derivative that its own float64 kernel misses."""
+    inside = (input > -3) & (input < 3)
+    return torch.where(
+        inside, in_float32(lambda x: (x + 3) / 6, input), F.hardsigmoid(input).detach()
+    )
+
+
+_hardsigmoid = entry(HardsigmoidFunction)
+
+
+@public
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    r"""Hard sigmoid, elementwise: :math:`y = \min(\max(x + 3, 0), 6) / 6`.
+
+    Args:
+        input: Any shape ``(*)``, floating point.
+        inplace: Write the result into ``input``.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``; values are in ``[0, 1]``.
+
+    Raises:
+        TypeError: ``input`` is not a tensor.
+        RuntimeError: ``input`` is no floating-point tensor, or ``inplace`` on a leaf that requires grad.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import hardsigmoid
+        >>> hardsigmoid(torch.tensor([-4.0, 0.0, 1.5]))
+        tensor([0.0000, 0.5000, 0.7500])
+    """
+    if inplace:
+        return overwrite(_hardsigmoid, input)
+    return _hardsigmoid(input)
+
+
+class Hardsigmoid(nn.Hardsigmoid):
+    """Module form of :func:`hardsigmoid`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return hardsigmoid(input, self.inplace)
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield Hardsigmoid, Sample(), Sample((make.normal(3, 4),))
+    x = make.normal(3, 4, requires_grad=False)
+    yield Hardsigmoid, Sample((), {"inplace": True}), Sample((x,), name="inplace")
+
+
+OP = Op(
+    function=hardsigmoid,
+    modules=(Hardsigmoid,),
+    reference=_exact,
+    samples=_samples.elementwise,
+    module_samples=_module_samples,
+    errors=_samples.elementwise_errors,
+    saved_bytes=lambda x, *_, **__: x.numel() * x.element_size(),
+    benchmark=_samples.square,
+    elementwise=True,
+    fused="aten::hardsigmoid_backward",
+)

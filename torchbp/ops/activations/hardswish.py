@@ -1,0 +1,127 @@
+r"""Hardswish: y = x · min(max(x + 3, 0), 6) / 6.
+
+Derivation:
+    dy/dx  = 0 where x ≤ -3,  1 where x ≥ 3,  else x/3 + 1/2                                   (1)
+    grad_x = grad_y · dy/dx                                                                    (2)
+
+Saves:
+    x, in its own dtype: 4 bytes per float32 element, as torch.
+
+Edge values:
+    x = ±3: the subgradients 0 and 1, those of the outer pieces.   x → -∞: y → 0; torch gives NaN.
+    NaN: dy/dx is 1, as in torch.
+
+Sources:
+    Howard et al., "Searching for MobileNetV3", 2019, arXiv:1905.02244.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops import _samples
+from torchbp.ops._function import Context, entry, fused, in_float32, overwrite, public
+from torchbp.ops._op import Op
+from torchbp.ops._samples import Make, Sample
+from torchbp.ops.activations._infinities import bounded, known_finite, mended
+
+__all__ = ["Hardswish", "HardswishFunction", "hardswish"]
+
+
+class HardswishFunction(Function):
+    """Hardswish with a hand-written derivative. Call it through :func:`hardswish`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, finite: bool) -> Tensor:  # x, y: (*)
+        y = F.hardswish(x)
+        return y if finite else mended(y, x)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        x, ctx.finite = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        x = x if ctx.finite else bounded(x)
+        if fused(grad_y, x, half=True):
+            return torch.ops.aten.hardswish_backward(grad_y, x), None
+        return in_float32(_times_derivative, grad_y, x), None  # (2)
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
+        (x,) = ctx.saved_tensors
+        x = x if ctx.finite else bounded(x)
+        return in_float32(_times_derivative, tangent_x, x)
+
+
+def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
+    middle = v * (x / 3 + 0.5)
+    return torch.where(x <= -3, 0, torch.where(x < 3, middle, v))  # (1)
+
+
+_hardswish = entry(HardswishFunction)
+
+
+@public
+def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    r"""Hard swish, elementwise: :math:`y = x \min(\max(x + 3, 0), 6) / 6`.
+
+    Args:
+        input: Any shape ``(*)``, floating point.
+        inplace: Write the result into ``input``.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``.
+
+    Raises:
+        TypeError: ``input`` is not a tensor.
+        RuntimeError: ``input`` is no floating-point tensor, or ``inplace`` on a leaf that requires grad.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import hardswish
+        >>> hardswish(torch.tensor([-4.0, 1.0, 4.0]))
+        tensor([-0.0000, 0.6667, 4.0000])
+    """
+    if inplace:
+        return overwrite(_hardswish, input, known_finite(input))
+    return _hardswish(input, known_finite(input))
+
+
+class Hardswish(nn.Hardswish):
+    """Module form of :func:`hardswish`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return hardswish(input, self.inplace)
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield Hardswish, Sample(), Sample((make.normal(3, 4),))
+    x = make.normal(3, 4, requires_grad=False)
+    yield Hardswish, Sample((), {"inplace": True}), Sample((x,), name="inplace")
+
+
+OP = Op(
+    function=hardswish,
+    modules=(Hardswish,),
+    reference=F.hardswish,
+    samples=_samples.elementwise,
+    module_samples=_module_samples,
+    errors=_samples.elementwise_errors,
+    saved_bytes=lambda x, *_, **__: x.numel() * x.element_size(),
+    benchmark=_samples.square,
+    elementwise=True,
+    limits={-math.inf: (0.0, 0.0)},
+    fused="aten::hardswish_backward",
+)

@@ -1,0 +1,143 @@
+r"""Log-softmax along a dimension: y_i = x_i - log Σ_j exp(x_j).
+
+Derivation, with all sums along that dimension and p = softmax(x) = exp(y):
+    ∂y_i/∂x_j = [i = j] - p_j
+    grad_x    = grad_y - p · Σ grad_y                                                          (1)
+    tangent_y = tangent_x - Σ p · tangent_x                                                    (2)
+
+Saves:
+    float32 and wider: y (4 bytes per float32 element).   bfloat16, float16: x (2 bytes): there exp(y) of a rounded y is
+    off by |y| roundings, up to 3 % at y = -10; softmax(x) in float32 is not.
+
+Edge values:
+    x_i = -∞: y_i = -∞, and grad_y passes to it.   All -∞, or one +∞: NaN, as in torch.   A dimension of size 0: empty.
+
+Sources:
+    Bridle, "Probabilistic Interpretation of Feedforward Classification Network Outputs", 1990,
+    doi:10.1007/978-3-642-76153-9_28.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops import _samples
+from torchbp.ops._function import Context, entry, fused, in_float32, is_half, public
+from torchbp.ops._op import Op
+from torchbp.ops._samples import Make, Sample
+from torchbp.ops.activations.softmax import along
+
+__all__ = ["LogSoftmax", "LogSoftmaxFunction", "log_softmax"]
+
+
+class LogSoftmaxFunction(Function):
+    """Log-softmax with a hand-written gradient. Call it through :func:`log_softmax`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int) -> Tensor:  # x, y: (*)
+        return torch.log_softmax(x, dim)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        x, ctx.dim = inputs
+        kept = x if is_half(x) else output
+        ctx.save_for_backward(kept)
+        ctx.save_for_forward(kept)
+
+    @staticmethod
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        if fused(grad_y, kept):
+            grad_x = torch.ops.aten._log_softmax_backward_data(grad_y, kept, ctx.dim, kept.dtype)
+            return grad_x, None
+
+        def formula(v: Tensor, kept: Tensor) -> Tensor:
+            return v - _probabilities(kept, grad_y, ctx.dim) * v.sum(ctx.dim, keepdim=True)  # (1)
+
+        return in_float32(formula, grad_y, kept), None
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
+        (kept,) = ctx.saved_tensors
+
+        def formula(v: Tensor, kept: Tensor) -> Tensor:
+            p = _probabilities(kept, tangent_x, ctx.dim)
+            return v - (p * v).sum(ctx.dim, keepdim=True)  # (2)
+
+        return in_float32(formula, tangent_x, kept)
+
+
+def _probabilities(kept: Tensor, original: Tensor, dim: int) -> Tensor:
+    """Return p from what is kept: x where the original is half precision, else y."""
+    return torch.softmax(kept, dim) if is_half(original) else kept.exp()
+
+
+_log_softmax = entry(LogSoftmaxFunction)
+
+
+@public
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    r"""Logarithm of the softmax along a dimension: :math:`y_i = x_i - \log \sum_j e^{x_j}`.
+
+    Args:
+        input: Any shape ``(*)``, floating point.
+        dim: The dimension whose :math:`e^{y_i}` sum to 1. Without it torch's old choice is made, with a warning.
+        _stacklevel: Of that warning.
+        dtype: ``input`` is cast to it first.
+
+    Returns:
+        Tensor of the shape of ``input``; values are in ``[-∞, 0]``.
+
+    Raises:
+        IndexError: ``input`` has no dimension ``dim``.
+        NotImplementedError: ``input`` is of integers, and ``dtype`` is not given.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import log_softmax
+        >>> log_softmax(torch.tensor([0.0, 1.0, 2.0]), dim=0)
+        tensor([-2.4076, -1.4076, -0.4076])
+    """
+    return _log_softmax(*along("log_softmax", input, dim, _stacklevel, dtype))
+
+
+class LogSoftmax(nn.LogSoftmax):
+    """Module form of :func:`log_softmax`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return log_softmax(input, self.dim, _stacklevel=5)
+
+
+def _all_samples(make: Make) -> Iterator[Sample]:
+    yield from _samples.along_dims(make)
+    yield Sample((make.normal(3, 4), 1), {"dtype": torch.float64}, name="dtype")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield LogSoftmax, Sample((1,)), Sample((make.normal(3, 4),))
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    return Sample((*_samples.square(make, n).args, -1))
+
+
+OP = Op(
+    function=log_softmax,
+    modules=(LogSoftmax,),
+    reference=F.log_softmax,
+    samples=_all_samples,
+    module_samples=_module_samples,
+    errors=_samples.along_dims_errors,
+    saved_bytes=lambda x, *_, dtype=None, **__: x.numel() * (dtype or x.dtype).itemsize,
+    benchmark=_benchmark,
+    fused="aten::_log_softmax_backward_data",
+)

@@ -1,0 +1,131 @@
+r"""Mish: y = x · tanh(softplus(x)).
+
+Derivation:
+    with u = exp(x) and m = u + u²/2:  tanh(log(1 + u)) = ((1 + u)² - 1) / ((1 + u)² + 1) = m / (m + 1)
+    y      = x · m / (m + 1),   dm/dx = u + u² = u (1 + u)
+    dy/dx  = m / (m + 1) + x · u (1 + u) / (m + 1)²                                            (1)
+    grad_x = grad_y · dy/dx                                                                    (2)
+    Above x = 40 the quotients are 1 and 0 to the last place of float64; exp is cut there, so that m does not overflow.
+
+Saves:
+    x, in its own dtype: 4 bytes per float32 element, as torch.
+
+Edge values:
+    x → +∞: y → x, dy/dx → 1.   x → -∞: y → 0, dy/dx → 0; torch gives NaN at x = -∞, and as derivative at ±∞.
+
+Sources:
+    Misra, "Mish: A Self Regularized Non-Monotonic Neural Activation Function", 2019, arXiv:1908.08681.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops import _samples
+from torchbp.ops._function import Context, entry, fused, in_float32, overwrite, public
+from torchbp.ops._op import Op
+from torchbp.ops._samples import Make, Sample
+from torchbp.ops.activations._infinities import bounded, known_finite, mended
+
+__all__ = ["Mish", "MishFunction", "mish"]
+
+
+class MishFunction(Function):
+    """Mish with a hand-written derivative. Call it through :func:`mish`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, finite: bool) -> Tensor:  # x, y: (*)
+        y = F.mish(x)
+        return y if finite else mended(y, x)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        x, ctx.finite = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        x = x if ctx.finite else bounded(x)
+        return in_float32(_times_derivative, grad_y, x), None  # (2)
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
+        (x,) = ctx.saved_tensors
+        x = x if ctx.finite else bounded(x)
+        return in_float32(_times_derivative, tangent_x, x)
+
+
+def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
+    u = torch.exp(x.clamp(max=40))
+    if fused(v, u):  # the same in six passes over memory fewer
+        m = u.addcmul(u, u, value=0.5)
+        m1 = m + 1
+        return u.addcmul_(u, u).mul_(x).div_(m1).add_(m).div_(m1).mul_(v)
+    m = u + 0.5 * u * u
+    return v * ((m + x * (u * (1 + u) / (m + 1))) / (m + 1))  # (1)
+
+
+_mish = entry(MishFunction)
+
+
+@public
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
+    r"""Mish, elementwise: :math:`y = x \tanh(\log(1 + e^x))`.
+
+    Args:
+        input: Any shape ``(*)``, floating point.
+        inplace: Write the result into ``input``.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``.
+
+    Raises:
+        TypeError: ``input`` is not a tensor.
+        RuntimeError: ``input`` is no floating-point tensor, or ``inplace`` on a leaf that requires grad.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import mish
+        >>> mish(torch.tensor([-1.0, 0.0, 2.0]))
+        tensor([-0.3034,  0.0000,  1.9440])
+    """
+    if inplace:
+        return overwrite(_mish, input, known_finite(input))
+    return _mish(input, known_finite(input))
+
+
+class Mish(nn.Mish):
+    """Module form of :func:`mish`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return mish(input, self.inplace)
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield Mish, Sample(), Sample((make.normal(3, 4),))
+    x = make.normal(3, 4, requires_grad=False)
+    yield Mish, Sample((), {"inplace": True}), Sample((x,), name="inplace")
+
+
+OP = Op(
+    function=mish,
+    modules=(Mish,),
+    reference=F.mish,
+    samples=_samples.elementwise,
+    module_samples=_module_samples,
+    errors=_samples.elementwise_errors,
+    saved_bytes=lambda x, *_, **__: x.numel() * x.element_size(),
+    benchmark=_samples.square,
+    elementwise=True,
+    limits={math.inf: (math.inf, 1.0), -math.inf: (0.0, 0.0)},
+)

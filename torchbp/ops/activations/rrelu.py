@@ -1,0 +1,180 @@
+r"""RReLU: y = x where x > 0, else r · x; in training each r is drawn from U(lower, upper), else it is their mean.
+
+Derivation, with the slopes m = 1 where x > 0, else r:
+    y      = m · x                                                                             (1)
+    grad_x = m · grad_y                                                                        (2)
+
+Saves:
+    In training m: 4 bytes per float32 element; torch keeps m and x, 8 bytes.   Else what leaky ReLU saves.
+
+Edge values:
+    x = 0: the subgradient r, as in torch.   NaN gives NaN.
+
+Randomness:
+    Reproducible under ``torch.manual_seed``, on every device; the stream is not torch's.
+
+Sources:
+    Xu, Wang, Chen, Li, "Empirical Evaluation of Rectified Activations in Convolutional Network", 2015,
+    arXiv:1505.00853.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops import _samples
+from torchbp.ops._errors import wrong
+from torchbp.ops._function import Context, entry, public
+from torchbp.ops._op import Op
+from torchbp.ops._samples import Make, Sample
+from torchbp.ops.activations.leaky_relu import leaky_relu
+
+__all__ = ["RReLU", "RReLUFunction", "rrelu", "rrelu_"]
+
+
+class RReLUFunction(Function):
+    """Product with drawn slopes. Call it through :func:`rrelu`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, slopes: Tensor, inplace: bool) -> Tensor:  # (*), (*) -> (*)
+        return x.mul_(slopes) if inplace else x * slopes  # (1)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+        x, slopes, inplace = inputs
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(slopes)
+        ctx.save_for_forward(slopes)
+
+    @staticmethod
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return grad_y * slopes, None, None  # (2)
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
+        (slopes,) = ctx.saved_tensors
+        return tangent_x * slopes
+
+
+def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
+    """Return the slopes m of ``x``."""
+    x = x.detach()
+    drawn = lower + (upper - lower) * _uniform(x)
+    return torch.where(x <= 0, drawn, 1)
+
+
+def _uniform(x: Tensor) -> Tensor:
+    """Draw from U(0, 1), whatever the strides of ``x``."""
+    return torch.rand_like(x, memory_format=torch.contiguous_format)
+
+
+_rrelu = entry(RReLUFunction)
+
+
+@public
+def rrelu(
+    input: Tensor,
+    lower: float = 1.0 / 8,
+    upper: float = 1.0 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    r"""Randomized leaky ReLU, elementwise: :math:`y = x` where :math:`x > 0`, else :math:`r x`, :math:`r` random.
+
+    Args:
+        input: Any shape ``(*)``, floating point.
+        lower: The least slope.
+        upper: The greatest slope.
+        training: Draw the slopes; else their mean serves as the slope of a leaky ReLU.
+        inplace: Write the result into ``input``.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``.
+
+    Raises:
+        AttributeError: ``input`` is not a tensor.
+        RuntimeError: ``lower`` is greater than ``upper``, or ``inplace`` on a leaf that requires grad.
+        NotImplementedError: ``input`` is no floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import rrelu
+        >>> rrelu(torch.tensor([-1.0, 2.0]), 0.25, 0.75)
+        tensor([-0.5000,  2.0000])
+    """
+    if lower > upper:
+        raise RuntimeError(
+            wrong("rrelu", "lower <= upper", f"{lower} and {upper}", "exchange them")
+        )
+    if not training:
+        return leaky_relu(input, (lower + upper) / 2, inplace)
+    return _rrelu(input, _draw(input, lower, upper), inplace)
+
+
+@public
+def rrelu_(
+    input: Tensor, lower: float = 1.0 / 8, upper: float = 1.0 / 3, training: bool = False
+) -> Tensor:
+    """In-place form of :func:`rrelu`."""
+    return rrelu(input, lower, upper, training, inplace=True)
+
+
+class RReLU(nn.RReLU):
+    """Module form of :func:`rrelu`; slopes are drawn in training mode only."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return rrelu(input, self.lower, self.upper, self.training, self.inplace)
+
+
+def _reference(
+    input: Tensor, lower: float = 1.0 / 8, upper: float = 1.0 / 3, training: bool = False
+) -> Tensor:
+    """The definition; the slopes are drawn before, as the op draws them."""
+    if not training:
+        return torch.nn.functional.rrelu(input, lower, upper)
+    drawn = lower + (upper - lower) * _uniform(input)
+    return torch.where(input > 0, input, drawn * input)
+
+
+def _all_samples(make: Make) -> Iterator[Sample]:
+    for sample in _samples.elementwise(make):
+        yield Sample(sample.args, {"training": True}, sample.name)
+    yield Sample((make.normal(3, 4), 0.2, 0.9, True), name="bounds")
+    yield Sample((make.normal(3, 4),), name="eval")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield RReLU, Sample(), Sample((make.normal(3, 4),))
+    x = make.normal(3, 4, requires_grad=False)
+    yield RReLU, Sample((0.1, 0.2), {"inplace": True}), Sample((x,), name="inplace")
+
+
+def _errors(make: Make) -> Iterator[Sample]:
+    yield Sample((make.normal(3), 0.5, 0.2), name="order")
+    yield Sample((make.normal(3), 0.5, 0.2, True), name="order-training")
+
+
+def _benchmark(make: Make, n: int) -> Sample:
+    return Sample(_samples.square(make, n).args, {"training": True})
+
+
+OP = Op(
+    function=rrelu,
+    modules=(RReLU,),
+    reference=_reference,
+    samples=_all_samples,
+    module_samples=_module_samples,
+    errors=_errors,
+    saved_bytes=lambda x, *_, **__: x.numel() * x.element_size(),
+    benchmark=_benchmark,
+    elementwise=True,
+    random=True,
+)

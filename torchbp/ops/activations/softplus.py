@@ -1,0 +1,126 @@
+r"""Softplus: y = log(1 + exp(βx)) / β, and y = x where βx is above a threshold.
+
+Derivation:
+    dy/dx  = σ(βx), and 1 above the threshold                                                  (1)
+    grad_x = grad_y · dy/dx                                                                    (2)
+
+Saves:
+    x, in its own dtype: 4 bytes per float32 element, as torch.
+
+Edge values:
+    x → +∞: y → x, dy/dx → 1.   x → -∞: y → 0, dy/dx → 0.   At the threshold y has a step of e^-threshold / β.
+
+Sources:
+    Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 3.10.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from torchbp.ops import _samples
+from torchbp.ops._function import Context, entry, fused, in_float32, public
+from torchbp.ops._op import Op
+from torchbp.ops._samples import Make, Sample
+
+__all__ = ["Softplus", "SoftplusFunction", "softplus"]
+
+
+class SoftplusFunction(Function):
+    """Softplus with a hand-written derivative. Call it through :func:`softplus`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, beta: float, threshold: float) -> Tensor:  # x, y: (*)
+        return F.softplus(x, beta, threshold)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
+        x, ctx.beta, ctx.threshold = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        if fused(grad_y, x, half=True):
+            return torch.ops.aten.softplus_backward(grad_y, x, ctx.beta, ctx.threshold), None, None
+        return _times_derivative(grad_y, x, ctx.beta, ctx.threshold), None, None  # (2)
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _times_derivative(tangent_x, x, ctx.beta, ctx.threshold)
+
+
+def _times_derivative(v: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    def formula(v: Tensor, x: Tensor) -> Tensor:
+        return torch.where(beta * x > threshold, v, v * torch.sigmoid(beta * x))  # (1)
+
+    return in_float32(formula, v, x)
+
+
+_softplus = entry(SoftplusFunction)
+
+
+@public
+def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    r"""Softplus, elementwise: :math:`y = \log(1 + e^{\beta x}) / \beta`.
+
+    Args:
+        input: Any shape ``(*)``, floating point.
+        beta: The sharpness :math:`\beta`.
+        threshold: Where :math:`\beta x` is above it, :math:`y = x`.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``.
+
+    Raises:
+        TypeError: ``input`` is not a tensor.
+        RuntimeError: ``input`` is no floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from torchbp.functional import softplus
+        >>> softplus(torch.tensor([-1.0, 0.0, 2.0]))
+        tensor([0.3133, 0.6931, 2.1269])
+    """
+    return _softplus(input, beta, threshold)
+
+
+class Softplus(nn.Softplus):
+    """Module form of :func:`softplus`."""
+
+    __module__ = "torchbp.nn"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return softplus(input, self.beta, self.threshold)
+
+
+def _all_samples(make: Make) -> Iterator[Sample]:
+    yield from _samples.elementwise(make)
+    yield Sample((make.normal(3, 4), 2.5), name="beta")
+    yield Sample((make.normal(3, 4),), {"beta": 2, "threshold": 1}, name="threshold")
+
+
+def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
+    yield Softplus, Sample(), Sample((make.normal(3, 4),))
+    yield Softplus, Sample((2.0, 1.0)), Sample((make.normal(3, 4),), name="arguments")
+
+
+OP = Op(
+    function=softplus,
+    modules=(Softplus,),
+    reference=F.softplus,
+    samples=_all_samples,
+    module_samples=_module_samples,
+    errors=_samples.elementwise_errors,
+    saved_bytes=lambda x, *_, **__: x.numel() * x.element_size(),
+    benchmark=_samples.square,
+    elementwise=True,
+    fused="aten::softplus_backward",
+)
