@@ -29,6 +29,13 @@ class Case:
     def __repr__(self) -> str:
         return f"{self.op.name}-{self.sample().name or self.index}"
 
+    def param(self, few: int):
+        """Return the test's parameter; slow but for ``few`` samples of each op, evenly taken from all."""
+        count = len(list(self.op.samples(Make())))
+        taken = {round(k * (count - 1) / (few - 1)) for k in range(few)}
+        marks = [] if count <= few or self.index in taken else [pytest.mark.slow]
+        return pytest.param(self, id=repr(self), marks=marks)
+
     def sample(self, dtype=torch.float64) -> Sample:
         return list(self.op.samples(Make(dtype)))[self.index]
 
@@ -99,11 +106,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("op", all_ops().values(), ids=repr)
     if "case" in metafunc.fixturenames:  # every sample
         heavy = metafunc.definition.get_closest_marker("heavy") is not None
-        params = [
-            pytest.param(c, id=repr(c), marks=[pytest.mark.slow] if heavy and c.index >= 3 else [])
-            for c in _cases()
-        ]
-        metafunc.parametrize("case", params)
+        metafunc.parametrize("case", [c.param(few=3 if heavy else 8) for c in _cases()])
     if "first" in metafunc.fixturenames:  # the first sample of each op: for what is slow
         metafunc.parametrize("first", _cases(one_each=True), ids=repr)
     if "constructed" in metafunc.fixturenames:
