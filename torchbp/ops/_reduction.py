@@ -36,7 +36,7 @@ def reduced(formula: Callable[..., Tensor], reduction: str, *tensors: Tensor) ->
     """Return the reduced values of an elementwise formula, of half precision in float32.
 
     A mean or a sum of many values is taken piece by piece: the values stay in the cache, and no large tensor is made
-    only to be summed (three quarters of a forward pass above 32 MB are page faults).
+    only to be summed. At 1024 by 1024 that costs and saves nothing; far above 32 MB page faults are most of a pass.
 
     Args:
         formula: Elementwise function of ``tensors``.
