@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 
 import pytest
 import torch
@@ -28,8 +29,10 @@ def gradient(function, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("large", [op for op in LOSSES if not op.other_gradient], ids=repr)
-def test_many_elements(large):
+def test_many_elements(large, monkeypatch):
     """Above the size from which values are summed by pieces: value and gradients of torch's loss in float64."""
+    for module in ("torchbp.ops._reduction", "torchbp.ops.losses.cross_entropy"):
+        monkeypatch.setattr(sys.modules[module], "_PIECE", 1 << 11)
     results = []
     for function, dtype in ((large.function, torch.float32), (large.reference, torch.float64)):
         sample = large.benchmark(Make(dtype), 300_000)

@@ -93,7 +93,7 @@ class CosineEmbeddingLossFunction(Function):
 
 def _cosine(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return c, 1 / √(A B) and A, each of the shape of the rows."""
-    if in_place(a, b):  # a quarter of the time of square().sum()
+    if in_place(a, b):  # a third of the time of square().sum()
         big_a, big_b = (torch.linalg.vector_norm(v, dim=-1).square_() + _EPS for v in (a, b))
     else:
         big_a, big_b = (v.square().sum(-1) + _EPS for v in (a, b))

@@ -31,6 +31,7 @@ from torchbp.ops._function import (
     directional,
     entry,
     fused,
+    in_autocast_float32,
     in_float32,
     public,
     scale_fresh,
@@ -129,7 +130,7 @@ def huber_loss(
     if weight is not None and weight.size() != input.size():
         rule = f"weight of the input's shape {shape(input)}"
         raise ValueError(wrong("huber_loss", rule, shape(weight), "expand it first"))
-    input, target = matched("huber_loss", input, target)
+    input, target = in_autocast_float32(*matched("huber_loss", input, target))
     if weight is None:
         return _huber_loss(input, target, delta, reduction)
     return reduce(_huber_loss(input, target, delta, "none") * weight, reduction)

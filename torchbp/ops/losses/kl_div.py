@@ -85,7 +85,7 @@ class KLDivLossFunction(Function):
 
 
 def _of_probabilities(x: Tensor, t: Tensor) -> Tensor:
-    # log 0 = -∞ becomes the lowest finite number, and t times it 0: two passes, xlogy takes five times theirs.
+    # log 0 = -∞ becomes the lowest finite number, and t times it 0, in under half of xlogy's time.
     log_t = t.log().clamp(min=torch.finfo(t.dtype).min)
     return log_t.sub_(x).mul_(t) if in_place(x, t) else t * (log_t - x)
 

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, in_float32, public, scale_fresh
+from torchbp.ops._function import (
+    Context,
+    entry,
+    in_autocast_float32,
+    in_float32,
+    public,
+    scale_fresh,
+)
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square
@@ -45,7 +52,7 @@ class MSELossFunction(Function):
                 x.is_floating_point() and x.dtype == target.dtype
             ):  # torch's rules and refusals
                 return F.mse_loss(x, target, reduction=reduction)
-            return reduced(lambda x, t: (x - t).square_(), reduction, x, target)  # -> () or (*)
+            return reduced(_values, reduction, x, target)  # (*), (*) -> () or (*)
         return reduce((x - target).square() * w, reduction)
 
     @staticmethod
@@ -90,6 +97,10 @@ class MSELossFunction(Function):
         return reduce(tangent, ctx.reduction)  # (4)
 
 
+def _values(x: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(x, target, reduction="none")
+
+
 def _gradient(x: Tensor, target: Tensor, s: Tensor) -> Tensor:
     return scale_fresh(x - target, 2 * s)  # (1)
 
@@ -132,6 +143,7 @@ def mse_loss(
     reduction = named("mse_loss", reduction, size_average, reduce)
     input, target = matched("mse_loss", input, target)
     if weight is None:
+        input, target = in_autocast_float32(input, target)
         return _mse_loss(input, target, None, reduction)
     if weight.size() != input.size():
         rule = f"weight of the input's shape {shape(input)}"
