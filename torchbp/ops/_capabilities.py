@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import grad, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, one_tensor
@@ -48,17 +49,19 @@ def kept_bytes(function: Callable[..., Tensor | tuple[Tensor, ...]], sample: Sam
 def _closed(op: Op) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """Return the op on its first sample as a function of its differentiable tensors alone, drawing alike each time."""
     sample = next(iter(op.samples(Make())))
-    slots = [i for i, a in enumerate(sample.args) if isinstance(a, Tensor) and a.requires_grad]
+    leaves, structure = tree_flatten(sample.args)
+    slots = [i for i, a in enumerate(leaves) if isinstance(a, Tensor) and a.requires_grad]
 
     def f(*tensors: Tensor) -> Tensor:
-        args: list[Any] = list(sample.args)
+        filled: list[Any] = list(leaves)
         for i, t in zip(slots, tensors, strict=True):
-            args[i] = t
+            filled[i] = t
+        args = tree_unflatten(filled, structure)
         if op.random and not torch.compiler.is_compiling():
             torch.manual_seed(0)
         return one_tensor(op.function(*args, **sample.kwargs))
 
-    return f, tuple(sample.args[i] for i in slots)
+    return f, tuple(leaves[i] for i in slots)
 
 
 def _forward_mode(f: Callable[..., Tensor], x: tuple[Tensor, ...]) -> None:

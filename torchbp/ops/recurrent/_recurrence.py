@@ -78,8 +78,8 @@ def advance(carried: Tensor, new: Tensor) -> Tensor:
 
 
 def before(start: Tensor, states: Tensor | None, sizes: Sizes, reverse: bool) -> Tensor:
-    """Return the state that each step started from, from the states after each step, (R, H)."""
-    if states is None:  # one step alone
+    """Return the state that each step started from, from the states after each step, (R, H); of one step, the start."""
+    if states is None or len(sizes) == 1:
         return start
     carried, found = start, []
     for state in walk(states, sizes, reverse):

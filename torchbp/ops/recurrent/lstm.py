@@ -150,7 +150,7 @@ class LSTMFunction(Function):
             if g_h is None:
                 g_h = c0.new_zeros(n, size if w_hr is None else w_hr.shape[0])
             tanh_c = torch.tanh(c)
-            c_before = before(c0, c if len(sizes) > 1 else None, sizes, reverse)
+            c_before = before(c0, c, sizes, reverse)
             k_c, k, k_ifg, k_o = _slopes(c_before, tanh_c, gates)
             e = None if grad_gates is None else _through_gates(grad_gates, gates)  # (5)
             _, f, _, o = gates.chunk(4, 1)
