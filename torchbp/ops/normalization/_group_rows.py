@@ -39,13 +39,14 @@ def rows_backward(
     """Return the gradients of x, w and b, those that are needed."""
     need_x, need_weight, need_bias = needs
     rows = grouped(x, mean.shape[1])
-    statistics = (mean.unsqueeze(2), rstd.unsqueeze(2))
+    centred = rows - mean.unsqueeze(2)  # the kernel would take μ out at the end, and lose digits
+    r = rstd.unsqueeze(2)
     grad_x = grad_weight = None
     if need_x:
         s = (grad_y if weight is None else grad_y * weight).reshape(rows.shape)
-        arguments = (s, rows, rows.shape[2:], *statistics, None, None, [True, False, False])
+        zero = torch.zeros_like(r)
+        arguments = (s, centred, rows.shape[2:], zero, r, None, None, [True, False, False])
         grad_x = torch.ops.aten.native_layer_norm_backward(*arguments)[0].reshape(x.shape)  # (1)
     if need_weight:
-        normalized = (rows - statistics[0]).mul_(statistics[1]).reshape(x.shape)
-        grad_weight = normalized.mul_(grad_y).sum(0)  # (2)
+        grad_weight = centred.mul_(r).reshape(x.shape).mul_(grad_y).sum(0)  # (2)
     return grad_x, grad_weight, grad_y.sum(0) if need_bias else None  # (3)

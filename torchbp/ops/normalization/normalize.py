@@ -92,7 +92,7 @@ def _norm_derivative(x: Tensor, n: Tensor, p: float, dim: int) -> Tensor:
         return x / safe
     if p == 0:
         return torch.zeros_like(x)
-    if math.isinf(p):
+    if abs(p) == math.inf:  # math.isinf cannot be traced
         extreme = (x.abs() == n).to(n.dtype)
         return x.sgn() * (extreme / extreme.sum(dim, keepdim=True))
     size = x.abs()

@@ -45,7 +45,7 @@ class RMSNormFunction(Function):
         x: Tensor, dims: tuple[int, ...], weight: Tensor | None, eps: float
     ) -> Tensor:
         wide = widened(x)
-        y = wide * (_rstd(wide, dims, eps) if x.is_complex() else _rstd_by_norm(wide, dims, eps))
+        y = wide * _rstd(wide, dims, eps)
         return (y if weight is None else y.mul_(weight)).to(x.dtype)
 
     @staticmethod
@@ -103,12 +103,6 @@ def _rstd(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     return torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
 
 
-def _rstd_by_norm(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    """Return r of real x in one reading, without a tensor of squares; its derivative would be NaN at a row of zeros."""
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
-    return torch.rsqrt(norm * norm / math.prod(x.shape[-len(dims) :]) + eps)
-
-
 def _project(s: Tensor, normalized: Tensor, r: Tensor, dims: tuple[int, ...]) -> Tensor:
     return r * (s - normalized * (s * normalized).mean(dims, keepdim=True))
 
@@ -122,20 +116,20 @@ def _by_rows(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return (1) and (2) of rows, both from one product p = grad_y · x, by two products of matrix and vector.
+    """Return (1) and (2), written into one product p = grad_y · x: mean(s · x̂) = r · (p w)/D, grad_w = Σ p · r.
 
-    mean(s · x̂) = r · (p w)/D and grad_w = pᵀ r: at 1024 x 1024 in float32 0.35 of the time of torch's own backward.
+    At 1024 x 1024 in float32 forward and backward take half of torch's time.
     """
     width = math.prod(x.shape[-len(dims) :])
     g, rows = grad_y.reshape(-1, width), x.reshape(-1, width)
     w = None if weight is None else weight.reshape(width)
-    r = _rstd_by_norm(rows, (1,), eps).squeeze(1)
+    r = _rstd(rows, (1,), eps).squeeze(1)
     p = g * rows
     grad_x = grad_weight = None
+    along = (p.sum(1) if w is None else torch.mv(p, w)) * r * r * r / width
     if need_weight and weight is not None:
-        grad_weight = torch.mv(p.t(), r).reshape(weight.shape)  # (2)
+        grad_weight = p.mul_(r[:, None]).sum(0).reshape(weight.shape)  # (2)
     if need_x:
-        along = (p.sum(1) if w is None else torch.mv(p, w)) * r**3 / width
         s = torch.mul(g, r[:, None] if w is None else w, out=p)
         s = s if w is None else s.mul_(r[:, None])
         grad_x = s.addcmul_(rows, along[:, None], value=-1).reshape(x.shape)  # (1)
@@ -243,5 +237,4 @@ OP = Op(
     errors=_errors,
     saved_bytes=_saved_bytes,
     benchmark=_benchmark,
-    fused="mv",
 )
