@@ -274,7 +274,6 @@ for _m in (
 
 # What is left, each torch's own: a reproduction in plain torch stands beside it. At most 8.
 KNOWN: dict[str, str] = {
-    # x = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    # torch.autograd.grad(F.hardsigmoid(x), x)[0] - 1 / 6 is 5e-9: the slope is a float32 constant.
-    "F.hardsigmoid": "slope 1/6 in float32 precision for float64 input",
+    "F.hardsigmoid": "x = torch.zeros((), dtype=torch.float64, requires_grad=True); "
+    "torch.autograd.grad(F.hardsigmoid(x), x)[0] - 1 / 6 is 5e-9: the slope is a float32 constant",
 }

@@ -65,7 +65,7 @@ def one_sided(
     return side(-1.0), side(1.0)
 
 
-def settle(
+def settle(  # noqa: PLR0911  # one return a verdict
     phi: Callable[[float], float], got: float, allowed: float, step: float, noise: float
 ) -> tuple[float, bool]:
     """Decide whether φ'(0) can be ``got``: cheaply where it can, with more step sizes where it seems not.
