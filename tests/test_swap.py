@@ -159,3 +159,66 @@ def test_converting_after_compile_recompiles():
     torchbp.convert(compiled)
     assert type(model[0]) is torchbp.nn.Linear
     torch.testing.assert_close(compiled(x), want)
+
+
+# ------------------------------------------------------------- whole networks, converted and not
+class Tagger(nn.Module):
+    """Embedding, a two-layer LSTM, a classifier of each position."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.lstm = nn.LSTM(8, 12, num_layers=2, batch_first=True)
+        self.output = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.output(self.lstm(self.embedding(x))[0]).transpose(1, 2)
+
+
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 16)
+        layer = nn.TransformerEncoderLayer(
+            16, 2, 32, dropout=0.0, activation=nn.GELU(), batch_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.output = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.output(self.encoder(self.embedding(x))).transpose(1, 2)
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.SiLU(),
+        nn.Conv2d(6, 6, 3, padding=1),
+        nn.GroupNorm(2, 6),
+        nn.ELU(),
+        nn.Flatten(),
+        nn.Linear(6 * 36, 4),
+    )
+
+
+@pytest.mark.parametrize("build", [cnn, Tagger, Transformer], ids=["cnn", "lstm", "transformer"])
+def test_networks_train_to_the_same_losses(build):
+    """Seed for seed, 50 steps of float32, forward, backward, loss and all."""
+    losses = []
+    for convert in (lambda m: m, torchbp.convert):
+        torch.manual_seed(0)
+        model, criterion = convert(build()), convert(nn.CrossEntropyLoss(label_smoothing=0.1))
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        x = torch.randn(16, 1, 6, 6) if build is cnn else torch.randint(11, (16, 7))
+        y = torch.randint(4, (16,) if build is cnn else (16, 7))
+        losses.append([])
+        for _ in range(50):
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    plain, converted = map(torch.tensor, losses)
+    assert plain[-1] < plain[0]
+    torch.testing.assert_close(converted, plain, rtol=0, atol=1e-5)
