@@ -84,11 +84,21 @@ def interleaved(
     return times
 
 
+def torchs(op: Op) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """Return torch's function of the name; where there is none, the composition that is the op's reference."""
+    own = getattr(torch.nn.functional, op.name, None) or getattr(torch, op.name, None)
+    found = own or op.reference
+    if found is None:
+        message = f"{op.name}: expected torch's function or a reference to time against, got none"
+        raise LookupError(message)
+    return found
+
+
 def measure(
     op: Op, n: int, dtype: str, device: str, threads: int, seconds: float
 ) -> dict[str, Any]:
     """Return one row: medians in microseconds, the ratio with its quartiles, and the bytes kept."""
-    reference = op.reference or getattr(torch.nn.functional, op.name)
+    reference = torchs(op)
     sample = op.benchmark(Make(DTYPES[dtype], device), n)
     torch.set_num_threads(threads)
     ours, theirs = interleaved(
@@ -162,6 +172,9 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, nargs="+", default=None, help="1 and all by default")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
+    parser.add_argument(
+        "--name", default="ops", help="of the file in benchmarks/data (%(default)s)"
+    )
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args()
     cores = torch.get_num_threads()
@@ -175,7 +188,15 @@ def main() -> int:
         for dtype in args.dtypes:
             for count in threads:
                 for n in args.sizes:
-                    rows.append(measure(op, n, dtype, args.device, count, args.seconds))
+                    try:
+                        row = measure(op, n, dtype, args.device, count, args.seconds)
+                    except RuntimeError as error:  # torch has no kernel for the dtype, say
+                        reason = str(error).splitlines()[0]
+                        print(
+                            f"\r{op.name} {dtype} {n}: not timed: {reason}\033[K", file=sys.stderr
+                        )
+                        continue
+                    rows.append(row)
                     print(
                         f"\r{op.name} {dtype} {n} on {count}: {rows[-1]['ratio']:.2f}\033[K",
                         end="",
@@ -193,7 +214,7 @@ def main() -> int:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        path = DATA / f"ops-{args.device}-{date}.json"
+        path = DATA / f"{args.name}-{args.device}-{date}.json"
         text = ",\n".join(json.dumps(r) for r in rows)
         path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
         print(f"wrote {path}")
