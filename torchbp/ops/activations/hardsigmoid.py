@@ -12,7 +12,9 @@ Edge values:
     In float64 torch takes 1/6 as a float32 number, 3e-8 off; here it is exact.
 
 Sources:
-    Courbariaux, Bengio, David, "BinaryConnect", 2015, arXiv:1511.00363 (with slope 1/2).
+    Howard et al., "Searching for MobileNetV3", 2019, arXiv:1905.02244;
+    Courbariaux, Bengio, David, "BinaryConnect: Training Deep Neural Networks with binary weights during propagations",
+    2015, arXiv:1511.00363 (with slope 1/2).
 """
 
 from collections.abc import Iterator

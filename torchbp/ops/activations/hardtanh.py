@@ -12,7 +12,7 @@ Edge values:
     x = lo, x = hi: the subgradient 0.   NaN: y is NaN, and grad_y passes, as in torch.
 
 Sources:
-    Collobert, Weston, "A Unified Architecture for Natural Language Processing", 2008, doi:10.1145/1390156.1390177.
+    Collobert, "Large Scale Machine Learning", 2004, PhD thesis, Université Paris VI.
 """
 
 from collections.abc import Iterator

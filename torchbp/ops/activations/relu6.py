@@ -11,7 +11,7 @@ Edge values:
     x = 0, x = 6: the subgradient 0.   NaN: y is NaN, and grad_y passes, as in torch.
 
 Sources:
-    Howard et al., "MobileNets", 2017, arXiv:1704.04861.
+    Krizhevsky, "Convolutional Deep Belief Networks on CIFAR-10", 2010, unpublished manuscript.
 """
 
 from collections.abc import Iterator

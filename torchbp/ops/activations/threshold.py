@@ -12,7 +12,8 @@ Edge values:
     x = t: the subgradient 0.   NaN: y is NaN, and grad_y passes, as in torch.
 
 Sources:
-    McCulloch, Pitts, "A logical calculus of the ideas immanent in nervous activity", 1943, doi:10.1007/BF02478259.
+    Konda, Memisevic, Krueger, "Zero-bias autoencoders and the benefits of co-adapting features", 2014,
+    arXiv:1402.3337 (with c = 0).
 """
 
 from collections.abc import Iterator

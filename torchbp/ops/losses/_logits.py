@@ -13,8 +13,8 @@ Edge values:
     x → ±∞: y → ±c, slope 0.   A logit of -∞: p = 0, grad 0.   Nothing counts: the mean is NaN, the gradient 0.
 
 Sources:
-    z-loss: Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022 (λ = 1e-4).
-    Softcap: Gemma Team, "Gemma 2: Improving Open Language Models at a Practical Size", 2024.
+    z-loss: Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, arXiv:2204.02311 (λ = 1e-4).
+    Softcap: Gemma Team, "Gemma 2: Improving Open Language Models at a Practical Size", 2024, arXiv:2408.00118.
 """
 
 import torch

@@ -15,7 +15,9 @@ Edge values:
     var = 0: v = ε.   d = ±∞: ℓ = +∞.   No elements: the mean is NaN.
 
 Sources:
-    Bishop, "Pattern Recognition and Machine Learning", 2006, section 1.2.4 (the Gaussian's likelihood).
+    Bishop, "Pattern Recognition and Machine Learning", 2006, section 1.2.4 (the Gaussian's likelihood);
+    Nix, Weigend, "Estimating the mean and variance of the target probability distribution", 1994,
+    doi:10.1109/ICNN.1994.374138.
 """
 
 import math

@@ -15,7 +15,8 @@ Edge values:
     x = m, t = -1: slope -1, as in torch.   x = ±∞: the limits.   No elements: the mean is NaN.
 
 Sources:
-    Hadsell, Chopra, LeCun, "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006 (its square).
+    Hadsell, Chopra, LeCun, "Dimensionality Reduction by Learning an Invariant Mapping", 2006,
+    doi:10.1109/CVPR.2006.100 (its square).
 """
 
 from collections.abc import Iterator

@@ -15,7 +15,7 @@ Edge values:
     |d| = δ: both branches agree in value and slope.   d = ±∞: grad = ±s · δ.   No elements: the mean is NaN.
 
 Sources:
-    Huber, "Robust Estimation of a Location Parameter", Annals of Mathematical Statistics 35, 1964, pages 73-101.
+    Huber, "Robust Estimation of a Location Parameter", 1964, doi:10.1214/aoms/1177703732.
 """
 
 from collections.abc import Iterator

@@ -16,7 +16,7 @@ Edge values:
     t = 0: ℓ = 0 and grad_x = 0 for finite x; grad_t = -∞, the limit, where torch gives NaN.
 
 Sources:
-    Kullback, Leibler, "On Information and Sufficiency", Annals of Mathematical Statistics 22, 1951, pages 79-86.
+    Kullback, Leibler, "On Information and Sufficiency", 1951, doi:10.1214/aoms/1177729694.
 """
 
 import warnings

@@ -13,8 +13,8 @@ Edge values:
     z = 0: slope 0, as in torch.   No rows: the mean is NaN.
 
 Sources:
-    Crammer, Singer, "On the Algorithmic Implementation of Multiclass Kernel-based Vector Machines", JMLR 2, 2001,
-    pages 265-292 (the margin of the class over each other one).
+    Weston, Watkins, "Support Vector Machines for Multi-Class Pattern Recognition", ESANN 1999, pages 219-224
+    (the margin of the class over each other one).
 """
 
 from collections.abc import Iterator

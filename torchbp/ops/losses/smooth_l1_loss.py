@@ -14,7 +14,7 @@ Edge values:
 
 Sources:
     torch.nn.SmoothL1Loss, whose values, gradients and reductions these are.
-    Huber, "Robust Estimation of a Location Parameter", Annals of Mathematical Statistics 35, 1964, pages 73-101.
+    Huber, "Robust Estimation of a Location Parameter", 1964, doi:10.1214/aoms/1177703732.
 """
 
 from collections.abc import Iterator

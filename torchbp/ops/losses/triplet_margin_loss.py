@@ -17,7 +17,7 @@ Edge values:
 
 Sources:
     Balntas, Riba, Ponsa, Mikolajczyk, "Learning local feature descriptors with triplets and shallow convolutional
-    neural networks", BMVC 2016 (with the swap).
+    neural networks", 2016, doi:10.5244/C.30.119 (with the swap).
 """
 
 import math
