@@ -27,11 +27,11 @@ def twins(constructed):
 
 
 class OfReference(torch.nn.Module):
-    """What stands for torch's Module where torch has none: calls the op's reference with the Module's arguments."""
+    """What stands for torch's Module where torch has none: the op's reference, with our arguments and parameters."""
 
-    def __init__(self, op, cls, ctor):
+    def __init__(self, op, ours, ctor):
         super().__init__()
-        bound = inspect.signature(cls.__init__).bind(self, *ctor.args, **ctor.kwargs)
+        bound = inspect.signature(type(ours).__init__).bind(self, *ctor.args, **ctor.kwargs)
         bound.apply_defaults()
         self.kwargs = {
             k: v
@@ -39,9 +39,11 @@ class OfReference(torch.nn.Module):
             if k in inspect.signature(op.reference).parameters
         }
         self.reference = op.reference
+        for name, parameter in ours.named_parameters():
+            self.register_parameter(name, copy.deepcopy(parameter))
 
     def forward(self, *inputs):
-        return self.reference(*inputs, **self.kwargs)
+        return self.reference(*inputs, **self.kwargs, **dict(self.named_parameters()))
 
 
 def test_signature(op):
@@ -140,7 +142,7 @@ def test_module_value_and_gradient(constructed):
     ours, theirs, inputs = twins(constructed)
     if type(theirs) is type(ours):  # beyond torch
         op, i = constructed
-        theirs = OfReference(op, *list(op.module_samples(Make(torch.float32)))[i][:2])
+        theirs = OfReference(op, ours, list(op.module_samples(Make(torch.float32)))[i][1])
     ours.eval()
     theirs.eval()
     results = []
@@ -200,7 +202,8 @@ def test_inplace_as_in_torch(op):
     others = sample.args[1:]
     leaf = torch.randn(sample.args[0].shape, dtype=torch.float64, requires_grad=True)
     arguments = inspect.signature(op.function).parameters
-    active = {"training": True} if "training" in arguments else {}
+    given = inspect.signature(op.function).bind(*sample.args).arguments
+    active = {"training": True} if "training" in {*arguments} - {*given} else {}
     for view in (lambda t: t, lambda t: t[1:], lambda t: t.mT):
         results = []
         for inplace in (False, True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
-from tests.ops.conftest import Case, changed, tensors_of, with_args
+from tests.ops.conftest import Case, changed, tensors_of, twin, with_args
 from tests.ops.test_values import widened
 from torchbp.ops._samples import Make
 
@@ -141,6 +141,8 @@ def test_autocast(case, dtype):
         with torch.autocast("cpu", dtype):
             ours, theirs = f(*tensors), g(*tensors)
         assert ours.dtype == theirs.dtype
+        if case.op.random:  # in another dtype it draws other numbers
+            continue
         wide = with_args(sample, lambda t: widened(t) if t.is_floating_point() else t)
         g, again = case.of_tensors(wide, case.reference)
         exact = g(*again)
@@ -171,10 +173,10 @@ def modules(constructed):
     return cls(*ctor.args, **ctor.kwargs), inputs
 
 
-def traces(module) -> bool:
+def torchs_traces(module) -> bool:
     """Whether the forward of torch's own class can be traced: one that asks for its input's shape cannot."""
     theirs = copy.copy(module)
-    theirs.__class__ = type(module).__mro__[1]
+    theirs.__class__ = twin(type(module))
     try:
         torch.fx.symbolic_trace(theirs)
     except torch.fx.proxy.TraceError:
@@ -184,11 +186,11 @@ def traces(module) -> bool:
 
 def test_fx(constructed):
     module, inputs = modules(constructed)
-    if not traces(module):
-        with pytest.raises(torch.fx.proxy.TraceError):
-            torch.fx.symbolic_trace(module)
+    try:
+        traced = torch.fx.symbolic_trace(module.eval())
+    except torch.fx.proxy.TraceError:
+        assert not torchs_traces(module)
         return
-    traced = torch.fx.symbolic_trace(module.eval())
     called = [n.target for n in traced.graph.nodes if n.op == "call_function"]
     assert any(getattr(t, "__module__", "") == "torchbp.functional" for t in called)
     args = changed(inputs.args, Tensor.detach)

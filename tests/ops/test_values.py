@@ -22,15 +22,19 @@ def gradients(function, tensors) -> list[Tensor | None]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 def test_forward_equals_torch(case, dtype):
-    """Torch's values; in half precision those that torch has in float64, since torch itself may round on the way."""
+    """Torch's values; in half precision those of float64, to two roundings or to what torch itself loses there."""
     ours, theirs = case.call(case.sample(dtype)), case.call_reference(case.sample(dtype))
     assert ours.dtype == theirs.dtype
     assert ours.stride() == theirs.stride()
     if dtype in HALF:
         exact = with_args(case.sample(dtype), lambda t: widened(t) if t.is_floating_point() else t)
-        theirs = case.call_reference(exact).to(theirs.dtype)
-        two_units = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-5}
-        torch.testing.assert_close(ours, theirs, equal_nan=True, **two_units)
+        exact = case.call_reference(exact)
+        two_units = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-5, "equal_nan": True}
+        near = torch.isclose(ours, exact.to(ours.dtype), **two_units)
+        if case.op.random:  # in float64 it may draw other numbers
+            near |= torch.isclose(ours, theirs, **two_units)
+        no_worse = (ours.double() - exact).abs() <= (theirs.double() - exact).abs()
+        assert (near | no_worse).all()
     else:
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
