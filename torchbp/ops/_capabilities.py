@@ -24,11 +24,12 @@ class Capabilities:
     Attributes:
         kept: Bytes kept for backward an element of the first input, ``{dtype: (torch, torchbp)}``; torch's is ``None``
             where it has no such op.
-        can: Capability -> whether it works.
+        can: Capability -> whether it works; ``None`` where finite differences would have to be equal to a gradient
+            that is, by definition, another.
     """
 
     kept: dict[torch.dtype, tuple[float | None, float]]
-    can: dict[str, bool]
+    can: dict[str, bool | None]
 
 
 def kept_bytes(function: Callable[..., Tensor | tuple[Tensor, ...]], sample: Sample) -> int:
@@ -100,10 +101,16 @@ CAPABILITIES: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], ob
 }
 
 
+_BY_DIFFERENCES = ("gradcheck", "second order", "forward mode", "batched")
+
+
 def measure(op: Op) -> Capabilities:
     """Run ``op`` in every way of :data:`CAPABILITIES`, and count what it keeps."""
-    can = {}
+    can: dict[str, bool | None] = {}
     for name, attempt in CAPABILITIES.items():
+        if op.estimator and name in _BY_DIFFERENCES:
+            can[name] = None
+            continue
         f, x = _closed(op)
         try:
             attempt(f, x)
@@ -116,6 +123,9 @@ def measure(op: Op) -> Capabilities:
         sample = op.benchmark(Make(dtype), 1 << 14)
         n = sample.args[0].numel()
         theirs = getattr(torch.nn.functional, op.name, getattr(torch, op.name, None))
-        torchs = None if theirs is None else kept_bytes(theirs, sample) / n
+        try:
+            torchs = None if theirs is None else kept_bytes(theirs, sample) / n
+        except NotImplementedError:  # not in this dtype
+            torchs = None
         kept[dtype] = (torchs, kept_bytes(op.function, sample) / n)
     return Capabilities(kept, can)
