@@ -106,7 +106,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("op", all_ops().values(), ids=repr)
     if "case" in metafunc.fixturenames:  # every sample
         heavy = metafunc.definition.get_closest_marker("heavy") is not None
-        metafunc.parametrize("case", [c.param(few=3 if heavy else 8) for c in _cases()])
+        metafunc.parametrize("case", [c.param(few=2 if heavy else 6) for c in _cases()])
     if "first" in metafunc.fixturenames:  # the first sample of each op: for what is slow
         metafunc.parametrize("first", _cases(one_each=True), ids=repr)
     if "constructed" in metafunc.fixturenames:

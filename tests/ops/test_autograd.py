@@ -26,7 +26,7 @@ def test_passes_our_own_gradcheck(first):
     if first.op.estimator:
         pytest.skip("not the derivative of its forward, by definition")
     f, tensors = first.of_tensors(first.sample())
-    assert torchbp.gradcheck(f, tensors)
+    assert torchbp.gradcheck(f, tensors, skip=["compile"])  # test_transforms compiles
 
 
 LAYOUTS = {
