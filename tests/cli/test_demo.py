@@ -84,7 +84,7 @@ def test_an_interrupt_keeps_what_was_logged(tmp_path):
         text=True,
         env=ONE_THREAD,
         # A shell starts what runs in its background with interrupts ignored, and so would this be.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
