@@ -357,3 +357,8 @@ def test_stock_tabs_get_few_tags(tmp_path):
     run, _ = watched(tmp_path, mlp())
     assert len(run.scalars) <= 20
     assert all("/" in tag for tag in run.scalars)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"watch: expected a torch\.nn\.Module, got type; "):
+        torchbp.watch(nn.Linear)

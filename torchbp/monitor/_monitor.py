@@ -318,6 +318,7 @@ def watch(
         The monitor; also a context manager that closes it.
 
     Raises:
+        TypeError: ``model`` is not a module.
         OSError: ``log_dir`` can't be written; no hook was attached.
         ValueError: ``log_dir`` and ``writer`` both; a period below 1; no trainable layer.
 
@@ -335,6 +336,10 @@ def watch(
         >>> print(monitor.summary())
         Sequential, 20 steps, 2 layers watched: nothing is wrong
     """
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        message = f"watch: expected a torch.nn.Module, got {got}; pass the model itself"
+        raise TypeError(message)
     if log_dir is not None and writer is not None:
         message = "watch: expected log_dir or writer, got both; give one"
         raise ValueError(message)
