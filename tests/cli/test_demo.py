@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def row(text: str, network: str) -> str:
 
 def test_names_the_network_whose_gradient_vanishes(told):
     text, _ = told
-    assert "vanishing from linear" in row(text, "sigmoid")
+    assert re.search(r"vanishing from linear\d\d$", row(text, "sigmoid").rstrip()), "not cut"
     assert "sigmoid: the gradient vanishes from layer linear" in text
     assert "what helps: residual connections" in text
 

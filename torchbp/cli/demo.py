@@ -220,11 +220,11 @@ def _ends(run_dir: Path) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------ the verdict
 def _tell(console, outcomes: list[Outcome]) -> None:  # noqa: ANN001
     """Print the table, then each trouble in plain words; all of it from what was measured."""
-    from rich.box import SIMPLE
+    from rich.box import SIMPLE_HEAD
     from rich.padding import Padding
     from rich.table import Table
 
-    table = Table(box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))  # 80 columns hold it
     table.add_column("network", no_wrap=True)
     for head in ("accuracy", "loss", "signal"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -234,7 +234,7 @@ def _tell(console, outcomes: list[Outcome]) -> None:  # noqa: ANN001
         table.add_row(
             o.name,
             f"{o.accuracy:.1%}",
-            f"{o.losses[0]:.3g} → {o.losses[1]:.2g}",
+            f"{o.losses[0]:.2g} → {o.losses[1]:.2g}",
             f"{first / last:.0e}" if last else "–",
             _words(o.verdicts),
         )
