@@ -86,8 +86,7 @@ def interleaved(
 
 def torchs(op: Op) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """Return torch's function of the name; where there is none, the composition that is the op's reference."""
-    own = getattr(torch.nn.functional, op.name, None) or getattr(torch, op.name, None)
-    found = own or op.reference
+    found = op.torchs or op.reference
     if found is None:
         message = f"{op.name}: expected torch's function or a reference to time against, got none"
         raise LookupError(message)

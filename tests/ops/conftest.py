@@ -79,8 +79,8 @@ def with_args(sample: Sample, change) -> Sample:
 
 
 def torchs(op: Op):
-    """Return torch's function of the op's name, of ``torch.nn.functional`` or of ``torch``."""
-    return getattr(torch.nn.functional, op.name, None) or getattr(torch, op.name, op.reference)
+    """Return torch's function of the op's name, or the reference where torch has none."""
+    return op.torchs or op.reference
 
 
 def changed(value, change):

@@ -122,7 +122,7 @@ def measure(op: Op) -> Capabilities:
     for dtype in (torch.float32, torch.bfloat16):
         sample = op.benchmark(Make(dtype), 1 << 14)
         n = sample.args[0].numel()
-        theirs = getattr(torch.nn.functional, op.name, getattr(torch, op.name, None))
+        theirs = op.torchs
         try:
             torchs = None if theirs is None else kept_bytes(theirs, sample) / n
         except NotImplementedError:  # not in this dtype

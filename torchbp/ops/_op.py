@@ -63,6 +63,11 @@ class Op:
         """The public function's name."""
         return self.function.__name__
 
+    @property
+    def torchs(self) -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
+        """Torch's function of the name, of ``torch.nn.functional`` or of ``torch``; ``None`` where it has none."""
+        return getattr(torch.nn.functional, self.name, None) or getattr(torch, self.name, None)
+
     def __repr__(self) -> str:
         return f"Op({self.name})"
 

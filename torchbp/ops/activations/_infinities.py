@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from torchbp.ops._function import is_half
+from torchbp.ops._function import eager, is_half
 
 __all__ = ["bounded", "known_finite", "mended"]
 
@@ -23,9 +23,8 @@ def known_finite(x: Tensor) -> bool:
         type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and x.is_floating_point()
-        and not torch.compiler.is_compiling()
+        and eager()
         and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
     )
     if not plain:
         return False

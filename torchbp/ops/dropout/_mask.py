@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from torchbp.ops._errors import wrong
+from torchbp.ops._function import eager
 
 __all__ = ["draw", "is_identity", "masked", "one_of_each"]
 
@@ -24,17 +25,13 @@ def is_identity(op: str, x: Tensor, p: float, training: bool) -> bool:
 
 def draw(x: Tensor, p: float) -> Tensor:
     """Return a mask of the shape of ``x``, uint8: 0 with probability ``p``, else 1."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or _is_transformed(x):
+    if x.device.type != "cpu" or not eager() or type(x) not in (Tensor, nn.Parameter):
         return (torch.rand_like(x, dtype=torch.float32) >= p).to(torch.uint8)
     # torch.rand takes 3.1 ms for a million elements, this 1.9
     n = x.numel()
     draws = torch.empty(-(-n // 2), dtype=torch.int64).random_(_INT64_MIN, None)
     threshold = _INT32_MIN + round(p * 2**32)
     return (draws.view(torch.int32)[:n] >= threshold).view(torch.uint8).view(x.shape)
-
-
-def _is_transformed(x: Tensor) -> bool:
-    return torch._C._are_functorch_transforms_active() or type(x) not in (Tensor, nn.Parameter)
 
 
 def one_of_each(x: Tensor, leading: int) -> Tensor:

@@ -3,7 +3,7 @@ r"""Cross entropy of logits: ℓ = -Σ_c w_c q_c log p_c with p = softmax(x), th
 x (N, C, *) are the logits, w the class weights, q the target distribution, smoothed by ε ("label_smoothing").
 Of probabilities q': q = (1 - ε) q' + ε/C. Of a class index t, where the weight is that of the class t:
     ℓ = -(1 - ε) w_t log p_t - ε/C Σ_c w_c log p_c,  and ℓ = 0 where t is ignored.
-"softcap" and "z_loss" are in _logits.py.
+"softcap" is the activation of that name, "z_loss" is in _z_loss.py.
 "mean" divides by the number of positions, for indices by the sum of w_t over those not ignored.
 
 Derivation, with ∂log p_c/∂x_j = [c = j] - p_j and s the gradient of each ℓ:
@@ -39,8 +39,9 @@ from torchbp.ops._function import Context, entry, fused, is_half, public, scale_
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import named, spread
 from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops.activations.softcap import softcap as capped
 from torchbp.ops.losses._classes import along_classes, class_dim, counted, positions
-from torchbp.ops.losses._logits import capped, log_partition_penalty
+from torchbp.ops.losses._z_loss import log_partition_penalty
 
 __all__ = [
     "CrossEntropyLoss",
