@@ -117,6 +117,17 @@ def test_leaves_what_is_not_plainly_torchs():
     assert report(model).hand_written == (("4", "Linear"),)
 
 
+def test_report_counts_layers_that_torch_lacks():
+    model = torchbp.nn.Sequential(
+        torchbp.nn.GradientReversal(), torchbp.nn.FeedbackAlignmentLinear(2, 2)
+    )
+    assert report(model).hand_written == (
+        ("0", "GradientReversal"),
+        ("1", "FeedbackAlignmentLinear"),
+    )
+    assert not report(torchbp.convert(model)).left
+
+
 def test_report_before_and_after():
     model = network()
     before, after = report(model), report(torchbp.convert(model))

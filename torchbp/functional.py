@@ -53,8 +53,12 @@ from torchbp.ops.dropout.channel_dropout import dropout1d as dropout1d
 from torchbp.ops.dropout.channel_dropout import dropout2d as dropout2d
 from torchbp.ops.dropout.channel_dropout import dropout3d as dropout3d
 from torchbp.ops.dropout.dropout import dropout as dropout
+from torchbp.ops.estimators.direct_feedback_alignment import direct_feedback_alignment as direct_feedback_alignment
+from torchbp.ops.estimators.feedback_alignment_linear import feedback_alignment_linear as feedback_alignment_linear
+from torchbp.ops.estimators.gradient_clip import gradient_clip as gradient_clip
 from torchbp.ops.estimators.gradient_reversal import gradient_reversal as gradient_reversal
 from torchbp.ops.estimators.gradient_scale import gradient_scale as gradient_scale
+from torchbp.ops.estimators.straight_through import straight_through as straight_through
 from torchbp.ops.estimators.surrogate_spike import surrogate_spike as surrogate_spike
 from torchbp.ops.linear.bilinear import bilinear as bilinear
 from torchbp.ops.linear.embedding import embedding as embedding

@@ -39,11 +39,15 @@ class OfReference(torch.nn.Module):
             if k in inspect.signature(op.reference).parameters
         }
         self.reference = op.reference
-        for name, parameter in ours.named_parameters():
+        for name, parameter in ours._parameters.items():
             self.register_parameter(name, copy.deepcopy(parameter))
+            self.kwargs.pop(name, None)  # bias=False means no such parameter
+        for name, buffer in ours.named_buffers():
+            self.register_buffer(name, buffer.clone())
 
     def forward(self, *inputs):
-        return self.reference(*inputs, **self.kwargs, **dict(self.named_parameters()))
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return self.reference(*inputs, **{**self.kwargs, **tensors})
 
 
 def test_signature(op):

@@ -50,8 +50,13 @@ from torchbp.ops.dropout.channel_dropout import Dropout1d as Dropout1d
 from torchbp.ops.dropout.channel_dropout import Dropout2d as Dropout2d
 from torchbp.ops.dropout.channel_dropout import Dropout3d as Dropout3d
 from torchbp.ops.dropout.dropout import Dropout as Dropout
+from torchbp.ops.estimators.direct_feedback_alignment import DirectFeedbackAlignment as DirectFeedbackAlignment
+from torchbp.ops.estimators.direct_feedback_alignment import DirectFeedbackAlignmentLinear as DirectFeedbackAlignmentLinear
+from torchbp.ops.estimators.feedback_alignment_linear import FeedbackAlignmentLinear as FeedbackAlignmentLinear
+from torchbp.ops.estimators.gradient_clip import GradientClip as GradientClip
 from torchbp.ops.estimators.gradient_reversal import GradientReversal as GradientReversal
 from torchbp.ops.estimators.gradient_scale import GradientScale as GradientScale
+from torchbp.ops.estimators.straight_through import StraightThrough as StraightThrough
 from torchbp.ops.estimators.surrogate_spike import SurrogateSpike as SurrogateSpike
 from torchbp.ops.linear.bilinear import Bilinear as Bilinear
 from torchbp.ops.linear.embedding import Embedding as Embedding

@@ -47,9 +47,11 @@ def kept_bytes(function: Callable[..., Tensor | tuple[Tensor, ...]], sample: Sam
     return sum(kept.values())
 
 
-def _closed(op: Op) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+def _closed(
+    op: Op, dtype: torch.dtype = torch.float64
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """Return the op on its first sample as a function of its differentiable tensors alone, drawing alike each time."""
-    sample = next(iter(op.samples(Make())))
+    sample = next(iter(op.samples(Make(dtype))))
     leaves, structure = tree_flatten(sample.args)
     slots = [i for i, a in enumerate(leaves) if isinstance(a, Tensor) and a.requires_grad]
 
@@ -84,10 +86,9 @@ def _compile(f: Callable[..., Tensor], x: tuple[Tensor, ...]) -> None:
 
 
 def _autocast(f: Callable[..., Tensor], x: tuple[Tensor, ...]) -> None:
-    low = tuple(t.detach().float().requires_grad_() for t in x)
     with torch.autocast("cpu", torch.bfloat16):
-        y = f(*low)
-    torch.autograd.grad(y.sum(), low)
+        y = f(*x)
+    torch.autograd.grad(y.sum(), x)
 
 
 CAPABILITIES: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], object]] = {
@@ -111,7 +112,7 @@ def measure(op: Op) -> Capabilities:
         if op.estimator and name in _BY_DIFFERENCES:
             can[name] = None
             continue
-        f, x = _closed(op)
+        f, x = _closed(op, torch.float32 if name == "autocast" else torch.float64)
         try:
             attempt(f, x)
         except Exception:  # whatever it raises, it cannot do this
