@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -82,9 +83,10 @@ def test_tensorboard_reads_the_stock_events(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 4, 15, 40])
 def test_a_torn_tail_costs_the_last_event_only(tmp_path, cut):
-    with EventWriter(tmp_path) as writer:
-        for step in range(5):
-            writer.vector(LAYOUT, step, [1, 2, 3])
+    writer = EventWriter(tmp_path)
+    for step in range(5):
+        writer.vector(LAYOUT, step, [1, 2, 3])
+    writer._file.close()  # as a killed process leaves it
     data = writer.path.read_bytes()
     writer.path.write_bytes(data[:-cut])
     np.testing.assert_array_equal(read(tmp_path).vectors["gradient_norm"].steps, range(4))
@@ -101,7 +103,7 @@ def test_a_tail_of_zeros_or_rubbish_is_left_out(tmp_path):
 
 def test_a_spoiled_last_record_is_left_out():
     good = pack(b"one")
-    assert list(unpack(good + good[:-5] + b"xxxxx")) == [b"one"]
+    assert list(unpack(BytesIO(good + good[:-5] + b"xxxxx"))) == [(12, b"one")]
 
 
 def test_a_resumed_run_overwrites_what_it_had_gone_on_to(tmp_path):

@@ -4,14 +4,17 @@ The checksum is CRC-32C, masked as TFRecord masks it. tensorboard's own, in pure
 1.6 ms for 8 kB; this one takes 55 µs, and google-crc32c, where it is installed, 0.6 µs.
 """
 
+import os
 import struct
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["crc32c", "pack", "unpack"]
+__all__ = ["FRAME", "crc32c", "pack", "unpack"]
 
+FRAME = 16  # bytes around a payload
 _CHUNK = 256
 _POLYNOMIAL = 0x82F63B78
 
@@ -70,18 +73,22 @@ def pack(payload: bytes) -> bytes:
     return length + _masked(length) + payload + _masked(payload)
 
 
-def unpack(data: bytes) -> Iterator[bytes]:
-    """Yield the payloads of ``data``; stop at a tail that is torn or filled with zeros."""
-    at, end = 0, len(data)
-    while at + 12 <= end:
-        header = data[at : at + 8]
+def unpack(file: BinaryIO, at: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Yield the payloads in ``file`` from byte ``at`` on, each with the position of its first byte.
+
+    Stops before a tail that is torn or filled with zeros: it may be whole the next time.
+    """
+    end = file.seek(0, os.SEEK_END)
+    file.seek(at)
+    while at + FRAME <= end:
+        header, masked = file.read(8), file.read(4)
         (length,) = struct.unpack("<Q", header)
-        after = at + 16 + length
-        if after > end or data[at + 8 : at + 12] != _masked(header):
+        after = at + FRAME + length
+        if after > end or masked != _masked(header):
             return
-        payload = data[at + 12 : after - 4]
+        payload, masked = file.read(length), file.read(4)
         # A disk that filled up, or a machine that died, spoils the end of a file.
-        if after == end and data[after - 4 : after] != _masked(payload):
+        if after == end and masked != _masked(payload):
             return
-        yield payload
+        yield at + 12, payload
         at = after

@@ -4,14 +4,13 @@ Every record is one ``write``: a process that is killed leaves at most one torn 
 of its file, and nothing waits in a buffer. A run that is resumed gets a new file.
 """
 
-import hashlib
+import contextlib
 import itertools
 import json
 import os
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from tensorboard.plugins.histogram import metadata as histograms
 from tensorboard.plugins.scalar import metadata as scalars
 from tensorboard.plugins.text import metadata as texts
 
+from torchbp.tensorboard import _stock as stock
+from torchbp.tensorboard._layout import PLUGIN, VERSION, Layout
 from torchbp.tensorboard._proto import (
     DATA_CLASS_TENSOR,
     DT_DOUBLE,
@@ -35,42 +36,10 @@ from torchbp.tensorboard._proto import (
 )
 from torchbp.tensorboard._record import pack
 
-__all__ = ["PLUGIN", "BorrowedWriter", "EventWriter", "Layout"]
+__all__ = ["BorrowedWriter", "EventWriter"]
 
-PLUGIN = "torchbp"
 _BUCKETS = 30
 _FILE_NUMBER = itertools.count()
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the entries of a vector are: one name an entry, and what all of them share.
-
-    Attributes:
-        quantity: What is measured, e.g. ``"gradient_norm"``.
-        axis: What an entry stands for, e.g. ``"layer"`` or ``"parameter"``.
-        names: One an entry, in the order of the entries.
-        kinds: One an entry, e.g. the class of the layer; or empty.
-        unit: The unit of the values.
-    """
-
-    quantity: str
-    axis: str
-    names: tuple[str, ...]
-    kinds: tuple[str, ...] = ()
-    unit: str = ""
-    tag: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        # A tag keeps the first metadata it ever had, so other entries need another tag.
-        entries = "\0".join((*self.names, "", *self.kinds)).encode()
-        digest = hashlib.sha256(entries).hexdigest()[:8]
-        object.__setattr__(self, "tag", f"{self.quantity}/{self.axis}-{digest}")
-
-    def content(self) -> bytes:
-        """Return the plugin data of the tag: JSON with version, quantity, axis, names, ..."""
-        members = {"version": 1, "quantity": self.quantity, "axis": self.axis, "unit": self.unit}
-        return json.dumps(members | {"names": self.names, "kinds": self.kinds}).encode()
 
 
 class EventWriter:
@@ -102,11 +71,11 @@ class EventWriter:
         host = socket.gethostname().replace("/", "_") or "localhost"
         # TensorBoard reads the files of a run in the order of their names.
         name = f"events.out.tfevents.{time.time():017.6f}.{host}.{os.getpid()}.{next(_FILE_NUMBER)}"
-        self.path = folder / f"{name}.torchbp"
+        self.path = folder / f"{name}.{PLUGIN}"
         self._file = self.path.open("xb", buffering=0)
         self._described: set[str] = set()
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        self._started = False
+        self._started, self._last = False, 0
 
     def vector(
         self, layout: Layout, step: int, values: ArrayLike, *, kind: str = "", when: float = 0.0
@@ -130,17 +99,26 @@ class EventWriter:
             )
             raise ValueError(message)
         tag = f"{layout.tag}/{kind}" if kind else layout.tag
-        plugin = SummaryMetadata.PluginData(plugin_name=PLUGIN, content=layout.content())
-        self._summary(
-            tag, step, _tensor(array, DT_FLOAT), SummaryMetadata(plugin_data=plugin), when
-        )
+        self._summary(tag, step, _tensor(array, DT_FLOAT), lambda: _ours(layout.content()), when)
+
+    def record(self, name: str, step: int, value: Any, *, when: float = 0.0) -> None:
+        """Write ``value``, which JSON can hold, for readers of ours: ``read(run_dir).records``."""
+        text = json.dumps(value).encode()
+        tensor = TensorProto(dtype=DT_STRING, string_val=[text])
+        content = json.dumps({"version": VERSION, "record": name}).encode()
+        self._summary(f"{PLUGIN}/{name}", step, tensor, lambda: _ours(content), when)
 
     def scalar(
         self, tag: str, step: int, value: float, *, help: str = "", when: float = 0.0
     ) -> None:
         """Write one number for TensorBoard's Scalars; ``help`` is shown beside the chart."""
-        metadata = scalars.create_summary_metadata(display_name="", description=help)
-        self._summary(tag, step, _tensor(np.float32(value), DT_FLOAT), metadata, when)
+        self._summary(
+            tag,
+            step,
+            _tensor(np.float32(value), DT_FLOAT),
+            lambda: scalars.create_summary_metadata(display_name="", description=help),
+            when,
+        )
 
     def histogram(
         self, tag: str, step: int, values: ArrayLike, *, help: str = "", when: float = 0.0
@@ -149,17 +127,47 @@ class EventWriter:
         array = np.asarray(values, np.float64).ravel()
         counts, edges = np.histogram(array[np.isfinite(array)], _BUCKETS)
         buckets = np.stack([edges[:-1], edges[1:], counts], axis=1)
-        metadata = histograms.create_summary_metadata(display_name="", description=help)
-        self._summary(tag, step, _tensor(buckets, DT_DOUBLE), metadata, when)
+        self._summary(
+            tag,
+            step,
+            _tensor(buckets, DT_DOUBLE),
+            lambda: histograms.create_summary_metadata(display_name="", description=help),
+            when,
+        )
 
     def text(self, tag: str, step: int, markdown: str, *, when: float = 0.0) -> None:
         """Write ``markdown`` for TensorBoard's Text."""
-        metadata = texts.create_summary_metadata(display_name="", description="")
-        tensor = TensorProto(dtype=DT_STRING, string_val=[markdown.encode()])
-        self._summary(tag, step, tensor, metadata, when)
+        tensor = TensorProto(dtype=DT_STRING, string_val=[markdown.encode(errors="replace")])
+        self._summary(
+            tag,
+            step,
+            tensor,
+            lambda: texts.create_summary_metadata(display_name="", description=""),
+            when,
+        )
+
+    def hyperparameters(self, values: Mapping[str, bool | float | str], step: int = 0) -> None:
+        """Write what the run was made with, for TensorBoard's HParams: a row of its table."""
+        self._summary(stock.HPARAMS_TAG, step, stock.NOTHING, lambda: stock.session(values), 0.0)
+
+    def charts(self, categories: Mapping[str, Mapping[str, Sequence[str]]], step: int = 0) -> None:
+        """Write which scalars TensorBoard's Custom Scalars draws together.
+
+        Args:
+            categories: By heading, by title of the chart, regular expressions of the tags in it.
+            step: The step.
+        """
+        tensor = TensorProto(dtype=DT_STRING, string_val=[stock.layout(categories)])
+        self._summary(stock.LAYOUT_TAG, step, tensor, stock.layout_metadata, 0.0)
 
     def close(self) -> None:
         """Close the file. What was written is already on its way to the disk."""
+        if self._file.closed:
+            return
+        if self._started:  # or else nothing tells a run that has ended from one that was killed
+            stop = SessionLog(status=SessionLog.STOP)
+            with contextlib.suppress(OSError):  # a full disk
+                self._write(Event(wall_time=time.time(), step=self._last, session_log=stop))
         self._file.close()
 
     def __enter__(self) -> "EventWriter":
@@ -168,9 +176,12 @@ class EventWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _summary(self, tag: str, step: int, tensor: Any, metadata: Any, when: float) -> None:
+    def _summary(
+        self, tag: str, step: int, tensor: Any, describe: Callable[[], Any], when: float
+    ) -> None:
         members: Mapping[str, Any] = {"tag": tag, "tensor": tensor}
         if tag not in self._described:  # a tag without it in its first event of a file is lost
+            metadata = describe()
             metadata.data_class = metadata.data_class or DATA_CLASS_TENSOR
             members = {**members, "metadata": metadata}
             self._described.add(tag)
@@ -179,6 +190,7 @@ class EventWriter:
             self._started = True
             start = SessionLog(status=SessionLog.START)
             self._write(Event(wall_time=time.time(), step=step, session_log=start))
+        self._last = step
         self._write(Event(wall_time=when or time.time(), step=step, summary=summary))
 
     def _write(self, event: Any) -> None:
@@ -195,7 +207,7 @@ class BorrowedWriter(EventWriter):
     def __init__(self, writer: Any) -> None:
         self._file_writer = writer._get_file_writer()  # noqa: SLF001  # no public way to an event
         self._described = set()
-        self._started = True
+        self._started, self._last = True, 0
 
     def close(self) -> None:
         """Flush the user's writer."""
@@ -203,6 +215,11 @@ class BorrowedWriter(EventWriter):
 
     def _write(self, event: Any) -> None:
         self._file_writer.add_event(event, event.step, event.wall_time)
+
+
+def _ours(content: bytes) -> Any:
+    plugin = SummaryMetadata.PluginData(plugin_name=PLUGIN, content=content)
+    return SummaryMetadata(plugin_data=plugin)
 
 
 def _tensor(array: "np.ndarray[Any, Any] | np.generic", dtype: int) -> Any:
