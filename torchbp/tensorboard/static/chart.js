@@ -1,0 +1,366 @@
+// A line chart: uPlot, with axes, tooltip and colours as everywhere on this page.
+
+import { css, INF, NAN, ZERO } from "./colour.js";
+import { el, ink, onWidth } from "./dom.js";
+import { count, exact, logTick, short } from "./format.js";
+
+const MARKS = { zero: css(ZERO), nan: css(NAN), inf: css(INF) };
+
+export class Chart {
+  /** `tooltip` is the page's; `pick(x)` and `zoom(first, last)` are called with places on the x axis. */
+  constructor(body, tooltip, { height = 240, pick, zoom, label } = {}) {
+    this._tooltip = tooltip;
+    this._height = height;
+    this._pick = pick;
+    this._zoom = zoom;
+    this._drawing = null;
+    this._width = 0;
+    this._box = el("div", { class: "chart", tabIndex: 0, role: "img", "aria-label": label ?? "" });
+    this._box.addEventListener("keydown", (event) => this._key(event));
+    this._box.addEventListener("mouseleave", () => tooltip.hide());
+    this._box.addEventListener("blur", () => tooltip.hide());
+    body.append(this._box);
+    onWidth(this._box, (width) => {
+      this._width = width;
+      this._make();
+    });
+  }
+
+  get canvas() {
+    return this._box.querySelector("canvas");
+  }
+
+  /**
+   * Draws. A drawing is `{x, series, logarithm, unit, marker, zone, target, range, place, ticks}`:
+   * `x` ascending numbers; a series `{name, colour, dash, width, values, low, high, points}` with numbers or
+   * undefined, `low` and `high` bounding a band; `marker` a vertical line; `zone` and `target` healthy
+   * values; `place(index)` what is at an x; `ticks` a function from x to a label.
+   */
+  draw(drawing) {
+    this._drawing = drawing;
+    this._make();
+  }
+
+  _make() {
+    if (!this._drawing || this._width === 0) return;
+    this._plot?.destroy();
+    const { x, series } = this._drawing;
+    const data = [x];
+    const lines = [{}];
+    const bands = [];
+    for (const one of series) {
+      if (one.low) {
+        const place = data.length;
+        data.push(this._drawable(one.high), this._drawable(one.low));
+        const edge = { stroke: "transparent", width: 0, points: { show: false }, spanGaps: true };
+        lines.push(edge, edge);
+        bands.push({ series: [place, place + 1], fill: fade(one.colour, 0.2) });
+      }
+      data.push(this._drawable(one.values));
+      lines.push({
+        stroke: one.colour,
+        width: one.width ?? 1.5,
+        dash: one.dash,
+        spanGaps: false,
+        points: { show: one.points ?? x.length < 2, size: 4, fill: one.colour },
+      });
+    }
+    this._plot = new uPlot(this._options(lines, bands), data, this._box);
+    this._box.dataset.series = series.length;
+  }
+
+  // What has no place on a logarithmic axis is a gap here, and a mark at the edge.
+  _drawable(values) {
+    const logarithm = this._drawing.logarithm;
+    return values.map((value) =>
+      value === undefined
+        ? undefined
+        : Number.isFinite(value) && !(logarithm && value <= 0)
+          ? value
+          : null,
+    );
+  }
+
+  _options(series, bands) {
+    const { logarithm, unit, ticks } = this._drawing;
+    const axis = {
+      stroke: ink("--muted"),
+      font: "11px system-ui, sans-serif",
+      grid: { stroke: ink("--grid"), width: 1 },
+      ticks: { stroke: ink("--grid"), width: 1, size: 4 },
+    };
+    const across = {
+      ...axis,
+      values: (_, splits) => splits.map((at) => (Number.isInteger(at) ? (ticks ?? count)(at) : "")),
+      ...(ticks
+        ? { rotate: -50, size: 78, space: 18, splits: (plot) => this._places(plot) }
+        : { size: 30 }),
+    };
+    const up = {
+      ...axis,
+      size: 58,
+      values: (_, splits) => splits.map(logarithm ? logTick : short),
+      ...(logarithm
+        ? { splits: (_, __, low, high) => decades(low, high), filter: (_, s) => s }
+        : {}),
+      label: unit,
+      labelFont: "11px system-ui, sans-serif",
+      labelSize: 16,
+    };
+    return {
+      width: this._width,
+      height: this._height,
+      series,
+      bands,
+      axes: [across, up],
+      legend: { show: false },
+      scales: {
+        x: {
+          time: false,
+          range: (_, low, high) => (high > low ? [low, high] : [low - 0.5, low + 0.5]),
+        },
+        y: { distr: logarithm ? 3 : 1, range: () => this._range() },
+      },
+      cursor: {
+        y: false,
+        drag: { x: Boolean(this._zoom), y: false, setScale: false },
+        points: { size: 6 },
+        sync: ticks ? undefined : { key: "steps", setSeries: false, scales: ["x", null] },
+      },
+      hooks: {
+        drawClear: [(plot) => this._under(plot)],
+        draw: [(plot) => this._over(plot)],
+        setCursor: [(plot) => this._hover(plot)],
+        setSelect: [(plot) => this._brushed(plot)],
+        ready: [(plot) => this._listen(plot)],
+      },
+    };
+  }
+
+  _places(plot) {
+    const { min, max } = plot.scales.x;
+    const room = Math.max(1, Math.floor(plot.bbox.width / devicePixelRatio / 20));
+    const every = Math.max(1, Math.ceil((max - min + 1) / room));
+    const places = [];
+    for (let at = Math.ceil(min / every) * every; at <= max; at += every) places.push(at);
+    return places;
+  }
+
+  _range() {
+    const { series, logarithm, range } = this._drawing;
+    if (range) return range;
+    let low = Infinity;
+    let high = -Infinity;
+    for (const one of series) {
+      for (const values of [one.values, one.low ?? [], one.high ?? []]) {
+        for (const value of values) {
+          if (!Number.isFinite(value) || (logarithm && value <= 0)) continue;
+          if (value < low) low = value;
+          if (value > high) high = value;
+        }
+      }
+    }
+    if (low > high) return logarithm ? [0.1, 1] : [0, 1];
+    if (!logarithm) {
+      const room = (high - low || Math.abs(high) || 1) * 0.06;
+      return [low >= 0 && low < room * 4 ? 0 : low - room, high + room];
+    }
+    const room = Math.max(Math.log10(high / low) * 0.06, 0.15);
+    return [low / 10 ** room, high * 10 ** room];
+  }
+
+  // Below the lines: the healthy zone.
+  _under(plot) {
+    const { zone, target } = this._drawing;
+    if (!zone) return;
+    const { ctx, bbox } = plot;
+    const y = (value) =>
+      Math.min(Math.max(plot.valToPos(value, "y", true), bbox.top), bbox.top + bbox.height);
+    ctx.save();
+    ctx.fillStyle = ink("--healthy");
+    ctx.fillRect(bbox.left, y(zone[1]), bbox.width, y(zone[0]) - y(zone[1]));
+    ctx.strokeStyle = ink("--healthy-line");
+    ctx.setLineDash([6 * devicePixelRatio, 4 * devicePixelRatio]);
+    ctx.beginPath();
+    ctx.moveTo(bbox.left, y(target));
+    ctx.lineTo(bbox.left + bbox.width, y(target));
+    ctx.stroke();
+    ctx.restore();
+  }
+
+  // Above the lines: the step looked at, and marks for what the axis can't hold.
+  _over(plot) {
+    const { ctx, bbox } = plot;
+    const { x, series, marker, logarithm } = this._drawing;
+    const { min, max } = plot.scales.x;
+    ctx.save();
+    if (marker !== undefined && marker !== null && marker >= min && marker <= max) {
+      ctx.strokeStyle = ink("--marker");
+      ctx.lineWidth = devicePixelRatio;
+      const at = Math.round(plot.valToPos(marker, "x", true)) + 0.5;
+      ctx.beginPath();
+      ctx.moveTo(at, bbox.top);
+      ctx.lineTo(at, bbox.top + bbox.height);
+      ctx.stroke();
+    }
+    ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
+    ctx.textAlign = "center";
+    const last = {};
+    for (const { values } of series) {
+      values.forEach((value, index) => {
+        const kind = markOf(value, logarithm);
+        if (!kind || x[index] < min || x[index] > max) return;
+        const at = plot.valToPos(x[index], "x", true);
+        if (Math.abs(at - (last[kind] ?? -Infinity)) < 7 * devicePixelRatio) return;
+        last[kind] = at;
+        ctx.fillStyle = MARKS[kind];
+        ctx.textBaseline = kind === "zero" ? "bottom" : "top";
+        const sign = { zero: "▾", inf: "▴", nan: "✕" }[kind];
+        const rise = kind === "nan" ? 11 * devicePixelRatio : 0;
+        ctx.fillText(sign, at, kind === "zero" ? bbox.top + bbox.height : bbox.top + rise);
+      });
+    }
+    ctx.restore();
+  }
+
+  _hover(plot) {
+    const { idx, left, top } = plot.cursor;
+    if (idx === null || idx === undefined || left < 0 || !this._inside) {
+      if (this._inside === false) return;
+      this._tooltip.hide();
+      return;
+    }
+    const box = plot.over.getBoundingClientRect();
+    this._show(idx, box.left + left, box.top + Math.max(top, 0));
+  }
+
+  _show(index, x, y) {
+    const { place, series, unit } = this._drawing;
+    const rows = [];
+    for (const one of series) {
+      const at = nearest(one.values, index);
+      if (at === null) continue;
+      const spread =
+        one.low && one.low[at] !== one.high[at]
+          ? `${exact(one.low[at])} … ${exact(one.high[at])}`
+          : "";
+      const value = exact(one.values[at]);
+      rows.push({
+        colour: one.colour,
+        name: one.name,
+        value,
+        note: [unit, spread].filter(Boolean).join("  "),
+      });
+    }
+    this._tooltip.show(x, y, place ? place(index) : `step ${count(this._drawing.x[index])}`, rows);
+  }
+
+  _listen(plot) {
+    let pressed = null;
+    plot.over.addEventListener("mouseenter", () => {
+      this._inside = true;
+    });
+    plot.over.addEventListener("mouseleave", () => {
+      this._inside = false;
+      this._tooltip.hide();
+    });
+    plot.over.addEventListener("mousedown", (event) => {
+      pressed = event.clientX;
+    });
+    plot.over.addEventListener("click", (event) => {
+      const index = plot.cursor.idx;
+      if (Math.abs(event.clientX - pressed) < 4 && index !== null && index !== undefined) {
+        this._pick?.(this._drawing.x[index]);
+      }
+    });
+    plot.over.addEventListener("dblclick", () => this._zoom?.(null, null));
+  }
+
+  _brushed(plot) {
+    const { left, width } = plot.select;
+    if (width < 4 || !this._zoom) return;
+    const [first, last] = [left, left + width].map((at) => Math.round(plot.posToVal(at, "x")));
+    plot.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
+    if (last > first) this._zoom(first, last);
+  }
+
+  _key(event) {
+    const { x } = this._drawing ?? { x: [] };
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (event.key === "Escape") this._zoom?.(null, null);
+    else if (event.key === "Enter" && this._at !== undefined) this._pick?.(x[this._at]);
+    else if (by && x.length > 0) {
+      this._at = Math.min(
+        Math.max((this._at ?? -1) + by * (event.shiftKey ? 10 : 1), 0),
+        x.length - 1,
+      );
+      const box = this._plot.over.getBoundingClientRect();
+      const left = this._plot.valToPos(x[this._at], "x");
+      this._plot.setCursor({ left, top: 10 }, false);
+      this._show(this._at, box.left + left, box.top + 10);
+    } else return;
+    event.preventDefault();
+  }
+}
+
+/** What a value is that a (logarithmic) axis has no place for: "zero", "inf", "nan"; else "". */
+function markOf(value, logarithm) {
+  if (value === undefined) return "";
+  if (Number.isNaN(value)) return "nan";
+  if (!Number.isFinite(value)) return "inf";
+  return logarithm && value === 0 ? "zero" : "";
+}
+
+// Series of two runs stand on shared x: where one has no sample, its nearest one is meant.
+function nearest(values, index) {
+  for (let far = 0; far < values.length; far++) {
+    for (const at of [index - far, index + far]) {
+      if (at >= 0 && at < values.length && values[at] !== undefined) return at;
+    }
+  }
+  return null;
+}
+
+// Ticks of a logarithmic axis: at most some seven, at whole decades; within one, at 1, 2, 5 times it.
+function decades(low, high) {
+  const [from, to] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
+  const every = [1, 2, 3, 5, 10, 20].find((step) => (to - from) / step <= 7) ?? 20;
+  const ticks = [];
+  for (let exponent = Math.ceil(from / every) * every; exponent <= to; exponent += every) {
+    for (const factor of to - from <= 2 ? [1, 2, 5] : [1]) {
+      const tick = Number(`${factor}e${exponent}`);
+      if (tick >= low && tick <= high) ticks.push(tick);
+    }
+  }
+  return ticks;
+}
+
+/** `#rrggbb` with an opacity. */
+export function fade(colour, opacity) {
+  const part = (at) => Number.parseInt(colour.slice(at, at + 2), 16);
+  return `rgba(${part(1)}, ${part(3)}, ${part(5)}, ${opacity})`;
+}
+
+/**
+ * Several lines on one x axis: `{x, series}` of `[{x, ...series}]`. Where a line has no sample it is
+ * undefined, which is no gap.
+ */
+export function together(lines) {
+  const x = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
+  const places = new Map(x.map((at, index) => [at, index]));
+  const spread = (line, values) => {
+    if (!values) return values;
+    const out = new Array(x.length).fill(undefined);
+    values.forEach((value, index) => {
+      out[places.get(line.x[index])] = value;
+    });
+    return out;
+  };
+  const series = lines.map((line) => ({
+    ...line,
+    values: spread(line, line.values),
+    low: spread(line, line.low),
+    high: spread(line, line.high),
+  }));
+  return { x, series };
+}

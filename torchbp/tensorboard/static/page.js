@@ -1,0 +1,272 @@
+// The page: the views, what they share, and when each has to be drawn again.
+
+import { PALETTE } from "./colour.js";
+import { Controls } from "./controls.js";
+import { el, ink } from "./dom.js";
+import { HeatMap } from "./heatmap.js";
+import { Lines } from "./lines.js";
+import { Losses } from "./losses.js";
+import { Noise } from "./noise.js";
+import { Profile } from "./profile.js";
+import { rowsOf } from "./rows.js";
+import { FINE, Run } from "./run.js";
+import { State } from "./state.js";
+import { Tooltip } from "./tooltip.js";
+import { Updates } from "./updates.js";
+import { Verdicts } from "./verdicts.js";
+
+const SHOWN_IN = { noise_scale: "noise", update_ratio: "updates" };
+
+export class Page {
+  constructor(root, source, address) {
+    this._source = source;
+    this._pending = 0;
+    this._waiting = [];
+    this._known = new Map();
+    this.runs = [];
+    this.steps = [];
+    this.chosen = [];
+    this.state = new State(address);
+    this.state.listen((changed) => this._changed(changed));
+    this.tooltip = new Tooltip(root);
+    this.controls = new Controls(this);
+    this._verdicts = new Verdicts(this);
+    this._heatmap = new HeatMap(this);
+    this._views = [
+      this._verdicts,
+      this._heatmap,
+      new Profile(this),
+      new Lines(this),
+      new Updates(this),
+      new Losses(this),
+      new Noise(this),
+    ];
+    this._notice = el("p", { class: "notice", role: "alert", hidden: true });
+    this._empty = el("div", { class: "empty", hidden: true });
+    this._board = el(
+      "main",
+      { class: "board" },
+      this._views.map(({ card }) => card.element),
+    );
+    root.append(this.controls.element, this._notice, this._empty, this._board);
+  }
+
+  // ------------------------------------------------------------------------------ for the views
+  /** The quantity looked at: the one asked for, or the first that the run has. */
+  get quantity() {
+    const run = this.runs[0];
+    return run?.quantity(this.state.get("quantity")) ?? run?.vectors[0];
+  }
+
+  /** The step looked at; the last where none was chosen. */
+  get step() {
+    return this.state.get("step") ?? this.steps[this.steps.length - 1] ?? null;
+  }
+
+  rows(quantity) {
+    return rowsOf(
+      quantity,
+      quantity.names,
+      quantity.kinds,
+      this.state.get("filter"),
+      this.state.get("group"),
+    );
+  }
+
+  /** Runs differ by colour and by dash. */
+  colourOf(run, other = false) {
+    const place = this.runs.indexOf(run) === 0 ? "--run-a" : "--run-b";
+    return ink(other ? `${place}-other` : place);
+  }
+
+  dashOf(run) {
+    return this.runs.indexOf(run) === 0 ? undefined : [6, 4];
+  }
+
+  /** Leads to where a verdict is seen. */
+  show(run, verdict) {
+    const changes = { first: null, last: null, top: null, bottom: null, step: verdict.step };
+    if (run !== this.runs[0]) Object.assign(changes, { run: run.name, compare: this.runs[0].name });
+    const vector = verdict.quantities.find((name) => run.vectors.some((one) => one.name === name));
+    if (vector) changes.quantity = vector;
+    if (verdict.layer) changes.layers = [verdict.layer];
+    if (verdict.layer) Object.assign(changes, { filter: "", group: 0 });
+    this.state.set(changes);
+    const first = verdict.quantities[0] ?? "";
+    const scalar = !vector && run.scalars.some(({ name }) => name === first);
+    const place = SHOWN_IN[first] ?? (scalar ? "losses" : "heatmap");
+    this._views.find(({ card }) => card.name === (verdict.layer ? "heatmap" : place)).card.point();
+  }
+
+  /** Resolves when nothing is being fetched or drawn. */
+  settled() {
+    return this._pending === 0
+      ? Promise.resolve()
+      : new Promise((resolve) => this._waiting.push(resolve));
+  }
+
+  // ------------------------------------------------------------------------------------- data
+  /** Looks for new runs and new data, and draws what has changed. */
+  reload() {
+    return this._busy(async () => {
+      this._listing = await this._source.runs();
+      const { runs, message, logdir } = this._listing;
+      this._tell(message);
+      this._empty.hidden = runs.length > 0;
+      this._board.hidden = this.controls.element.hidden = runs.length === 0;
+      if (runs.length === 0) {
+        this._empty.replaceChildren(...emptyState(logdir));
+        return;
+      }
+      if (!runs.some(({ run }) => run === this.state.get("run")))
+        this.state.set({ run: worst(runs).run });
+      await this._update(this._views);
+    });
+  }
+
+  async _update(views, changed = null) {
+    const before = this.runs;
+    await this._open();
+    const grown =
+      this.runs.length !== before.length || this.runs.some((run, index) => run !== before[index]);
+    this.controls.draw(this._listing);
+    await this._share();
+    const stale = (view) => !changed || grown || [...view.keys].some((key) => changed.has(key));
+    for (const view of views) {
+      try {
+        if (stale(view)) await view.update();
+        else if ([...view.redraws].some((key) => changed.has(key))) view.redraw();
+      } catch (error) {
+        view.card.say(`This view failed: ${error.message}`);
+        if (!(error instanceof Error) || error.name !== "Error") console.error(error);
+      }
+    }
+  }
+
+  // The runs that are looked at, opened anew where they have grown.
+  async _open() {
+    const wanted = [this.state.get("run"), this.state.get("compare")].filter((name) => name !== "");
+    const opened = [];
+    for (const name of wanted) {
+      const listed = this._listing.runs.find(({ run }) => run === name);
+      if (!listed || opened.some((run) => run.name === name)) continue;
+      const known = this._known.get(name);
+      if (known?.version !== listed.version) {
+        const run = new Run(this._source, await this._source.overview(name));
+        this._known.set(name, { version: listed.version, run });
+      }
+      opened.push(this._known.get(name).run);
+    }
+    this.runs = opened;
+  }
+
+  // What the views share: the samples' steps, and the chosen layers with their colours.
+  async _share() {
+    const quantity = this.quantity;
+    this.steps = [];
+    this.chosen = [];
+    if (!quantity) return;
+    const planes = [this.state.get("extreme")];
+    this.steps = (await this.runs[0].matrix(quantity.name, { columns: FINE, planes })).ends;
+    const layers = this.state.get("layers").length > 0 ? this.state.get("layers") : this._usual();
+    this.chosen = layers.map((layer, index) => ({
+      layer,
+      colour: PALETTE[index % PALETTE.length],
+    }));
+  }
+
+  // Where nothing was chosen: the layer of the worst verdict, the first, one in the middle, the last.
+  _usual() {
+    const rows = this.rows({ ...this.quantity });
+    const layers = [...new Set(rows.map(({ layer }) => layer))];
+    const accused = (this.runs[0].overview.verdicts ?? []).map(({ layer }) => layer);
+    const guilty = accused.filter((layer) => layers.includes(layer)).slice(0, 1);
+    return [
+      ...new Set([layers[0], layers[layers.length >> 1], layers[layers.length - 1], ...guilty]),
+    ].filter((layer) => layer !== undefined);
+  }
+
+  _changed(changed) {
+    if (!this._listing || this._loading) {
+      this._again = this._again ? new Set([...this._again, ...changed]) : changed;
+      return;
+    }
+    this._busy(() => this._update(this._views, changed));
+  }
+
+  // One after the other; what changes meanwhile is drawn afterwards.
+  async _busy(work) {
+    this._pending++;
+    document.documentElement.dataset.ready = "no";
+    const turn = (this._turn ?? Promise.resolve()).then(async () => {
+      this._loading = true;
+      try {
+        await work();
+        while (this._again) {
+          const changed = this._again;
+          this._again = null;
+          await this._update(this._views, changed);
+        }
+      } catch (error) {
+        this._tell(`The data could not be had: ${error.message}`);
+      } finally {
+        this._loading = false;
+      }
+    });
+    this._turn = turn;
+    await turn;
+    this._pending--;
+    if (this._pending > 0) return;
+    document.documentElement.dataset.ready = "yes";
+    for (const resolve of this._waiting.splice(0)) resolve();
+  }
+
+  /** Draws everything again, as after a change of theme. */
+  redraw() {
+    for (const view of this._views) {
+      if (!view.card.element.hidden && this._listing) view.redraw();
+    }
+  }
+
+  _tell(message) {
+    this._notice.textContent = message || "";
+    this._notice.hidden = !message;
+  }
+}
+
+/** Builds the page in `root` from what `source` gives, and returns it when all is drawn. */
+export async function start(root, source, address) {
+  const page = new Page(root, source, address);
+  await page.reload();
+  return page;
+}
+
+// The run to open first: the one in most trouble; of these the newest.
+function worst(runs) {
+  const weight = ({ verdicts }) => (verdicts ? verdicts.alert * 1e4 + verdicts.warning : 0);
+  return [...runs].sort((a, b) => weight(b) - weight(a) || b.updated - a.updated)[0];
+}
+
+function emptyState(logdir) {
+  return [
+    el("h2", {}, "No run of torchbp.watch here yet"),
+    el(
+      "p",
+      {},
+      "Looked in ",
+      el("code", {}, logdir || "the log directory"),
+      " and below it. Add one line to the training script, run it, and reload:",
+    ),
+    el(
+      "pre",
+      {},
+      'import torchbp\n\nwith torchbp.watch(model, optimizer, log_dir="runs/first") as monitor:\n    ...  # the training loop, unchanged',
+    ),
+    el(
+      "p",
+      {},
+      "Or see five networks that differ in one thing each: ",
+      el("code", {}, "torchbp demo"),
+    ),
+  ];
+}
