@@ -14,12 +14,14 @@ export class Chart {
     this._pick = pick;
     this._zoom = zoom;
     this._drawing = null;
+    this._inside = false;
     this._width = 0;
     this._box = el("div", { class: "chart", tabIndex: 0, role: "img", "aria-label": label ?? "" });
     this._box.addEventListener("keydown", (event) => this._key(event));
     this._box.addEventListener("mouseleave", () => tooltip.hide());
     this._box.addEventListener("blur", () => tooltip.hide());
-    body.append(this._box);
+    this._legend = el("div", { class: "legend-line" });
+    body.append(this._box, this._legend);
     onWidth(this._box, (width) => {
       this._width = width;
       this._make();
@@ -31,10 +33,11 @@ export class Chart {
   }
 
   /**
-   * Draws. A drawing is `{x, series, logarithm, unit, marker, zone, target, range, place, ticks}`:
-   * `x` ascending numbers; a series `{name, colour, dash, width, values, low, high, points}` with numbers or
-   * undefined, `low` and `high` bounding a band; `marker` a vertical line; `zone` and `target` healthy
-   * values; `place(index)` what is at an x; `ticks` a function from x to a label.
+   * Draws. A drawing is `{x, series, logarithm, unit, marker, zone, target, range, place, ticks, legend}`:
+   * `x` ascending numbers; a series `{name, colour, dash, width, values, low, high, points, size, quiet}` with
+   * numbers or undefined, `low` and `high` bounding a band, a quiet one not in the tooltip; `marker` a
+   * vertical line; `zone` and `target` healthy values; `place(index)` what is at an x; `ticks` a function
+   * from x to a label; `legend` rows of `{name, colour, dash}` or `{name, kind}` below.
    */
   draw(drawing) {
     this._drawing = drawing;
@@ -44,15 +47,16 @@ export class Chart {
   _make() {
     if (!this._drawing || this._width === 0) return;
     this._plot?.destroy();
-    const { x, series } = this._drawing;
+    const { x, series, legend } = this._drawing;
+    const range = this._range();
     const data = [x];
     const lines = [{}];
     const bands = [];
     for (const one of series) {
       if (one.low) {
         const place = data.length;
-        data.push(this._drawable(one.high), this._drawable(one.low));
-        const edge = { stroke: "transparent", width: 0, points: { show: false }, spanGaps: true };
+        data.push(within(one.high, range), within(one.low, range));
+        const edge = { stroke: "transparent", width: 0, points: { show: false } };
         lines.push(edge, edge);
         bands.push({ series: [place, place + 1], fill: fade(one.colour, 0.2) });
       }
@@ -62,10 +66,11 @@ export class Chart {
         width: one.width ?? 1.5,
         dash: one.dash,
         spanGaps: false,
-        points: { show: one.points ?? x.length < 2, size: 4, fill: one.colour },
+        points: { show: one.points ?? x.length < 2, size: one.size ?? 4, fill: one.colour },
       });
     }
-    this._plot = new uPlot(this._options(lines, bands), data, this._box);
+    this._plot = new uPlot(this._options(lines, bands, range), data, this._box);
+    this._legend.replaceChildren(...(legend ?? []).map(legendEntry));
     this._box.dataset.series = series.length;
   }
 
@@ -81,7 +86,7 @@ export class Chart {
     );
   }
 
-  _options(series, bands) {
+  _options(series, bands, range) {
     const { logarithm, unit, ticks } = this._drawing;
     const axis = {
       stroke: ink("--muted"),
@@ -93,7 +98,7 @@ export class Chart {
       ...axis,
       values: (_, splits) => splits.map((at) => (Number.isInteger(at) ? (ticks ?? count)(at) : "")),
       ...(ticks
-        ? { rotate: -50, size: 78, space: 18, splits: (plot) => this._places(plot) }
+        ? { rotate: 45, size: 78, space: 18, splits: (plot) => this._places(plot) }
         : { size: 30 }),
     };
     const up = {
@@ -119,12 +124,12 @@ export class Chart {
           time: false,
           range: (_, low, high) => (high > low ? [low, high] : [low - 0.5, low + 0.5]),
         },
-        y: { distr: logarithm ? 3 : 1, range: () => this._range() },
+        y: { distr: logarithm ? 3 : 1, range: () => range },
       },
       cursor: {
         y: false,
         drag: { x: Boolean(this._zoom), y: false, setScale: false },
-        points: { size: 6 },
+        points: { size: (_, index) => (series[index].width === 0 ? 0 : 6) },
         sync: ticks ? undefined : { key: "steps", setSeries: false, scales: ["x", null] },
       },
       hooks: {
@@ -197,6 +202,7 @@ export class Chart {
     if (marker !== undefined && marker !== null && marker >= min && marker <= max) {
       ctx.strokeStyle = ink("--marker");
       ctx.lineWidth = devicePixelRatio;
+      ctx.setLineDash([]);
       const at = Math.round(plot.valToPos(marker, "x", true)) + 0.5;
       ctx.beginPath();
       ctx.moveTo(at, bbox.top);
@@ -206,7 +212,8 @@ export class Chart {
     ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
     ctx.textAlign = "center";
     const last = {};
-    for (const { values } of series) {
+    for (const { values, quiet } of series) {
+      if (quiet) continue;
       values.forEach((value, index) => {
         const kind = markOf(value, logarithm);
         if (!kind || x[index] < min || x[index] > max) return;
@@ -225,8 +232,8 @@ export class Chart {
 
   _hover(plot) {
     const { idx, left, top } = plot.cursor;
-    if (idx === null || idx === undefined || left < 0 || !this._inside) {
-      if (this._inside === false) return;
+    if (!this._inside) return; // another chart's cursor, shown here too
+    if (idx === null || idx === undefined || left < 0) {
       this._tooltip.hide();
       return;
     }
@@ -237,7 +244,7 @@ export class Chart {
   _show(index, x, y) {
     const { place, series, unit } = this._drawing;
     const rows = [];
-    for (const one of series) {
+    for (const one of series.filter(({ quiet }) => !quiet)) {
       const at = nearest(one.values, index);
       if (at === null) continue;
       const spread =
@@ -301,6 +308,20 @@ export class Chart {
     } else return;
     event.preventDefault();
   }
+}
+
+// The edges of a band end at the edges of the chart.
+function within(values, [low, high]) {
+  return values.map((value) => {
+    if (value === undefined || Number.isNaN(value)) return value === undefined ? undefined : null;
+    return Math.min(Math.max(value, low), high);
+  });
+}
+
+function legendEntry({ name, colour, dash, kind }) {
+  const swatch = el("i", { class: `swatch ${kind ?? (dash ? "dashed" : "line")}` });
+  if (colour) swatch.style.setProperty("--colour", colour);
+  return el("span", {}, swatch, name);
 }
 
 /** What a value is that a (logarithmic) axis has no place for: "zero", "inf", "nan"; else "". */

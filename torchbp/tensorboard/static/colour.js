@@ -6,18 +6,6 @@ const VIRIDIS = [
   0xbddf26, 0xfde725,
 ];
 
-/** Lines of layers: Okabe and Ito's palette, apart for all kinds of colour vision. */
-export const PALETTE = [
-  "#0072b2",
-  "#e69f00",
-  "#009e73",
-  "#cc79a7",
-  "#d55e00",
-  "#56b4e9",
-  "#8c6d1f",
-  "#7f7f7f",
-];
-
 export const ZERO = [158, 158, 158];
 export const NAN = [214, 0, 122];
 export const INF = [255, 106, 0];

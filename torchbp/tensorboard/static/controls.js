@@ -15,6 +15,8 @@ const ORDER = [
 const STATES = { finished: "finished", running: "still running", "broken off": "broken off" };
 const MARKS_OF = { alert: "▲", warning: "◆", info: "●" };
 
+const TOLD = ["model", "parameters", "activation", "optimizer", "lr", "batch_size"];
+
 export class Controls {
   constructor(page) {
     this._page = page;
@@ -120,21 +122,26 @@ export class Controls {
     const size = layers
       ? `${count(layers.names.length)} layers`
       : `${entries.length} kinds of entries`;
-    const told = Object.entries(hparams).map(([key, value]) =>
-      key === "model" || key === "optimizer" || key === "activation"
-        ? String(value)
-        : `${words(key)} ${typeof value === "number" ? exact(value) : value}`,
+    const told = TOLD.filter((key) => hparams[key] !== undefined).map((key) =>
+      fact(key, hparams[key]),
     );
+    const all = Object.entries(hparams).map(([key, value]) => `${words(key)}: ${value}`);
     const facts = [STATES[state] ?? state, `step ${count(last)}`, size, ...told];
     return [
       el(
         "span",
-        { class: `state ${state === "finished" ? "" : "open"}` },
+        { title: all.join("\n"), class: `state ${state === "finished" ? "" : "open"}` },
         el("b", {}, name),
         ` ${facts.join(" · ")}`,
       ),
     ];
   }
+}
+
+function fact(key, value) {
+  if (key === "parameters") return `${count(value)} parameters`;
+  if (typeof value !== "number") return String(value);
+  return `${words(key)} ${exact(value)}`;
 }
 
 function fill(select, options, value) {

@@ -4,14 +4,17 @@ import { CODE_INF, CODE_NONE } from "./colour.js";
 import { isAbsent } from "./matrix.js";
 
 export class Grid {
-  /** `extreme`, "max" or "min", stands for a cell that holds several layers or samples. */
-  constructor(matrix, rows, extreme) {
+  /**
+   * `extreme`, "max" or "min", stands for a cell that holds several layers or samples; `last` is the
+   * last step of the run.
+   */
+  constructor(matrix, rows, extreme, last = Infinity) {
     this.matrix = matrix;
     this.rows = rows;
     this.extreme = extreme;
     this.columns = matrix.columns;
     this.plane = matrix.plane(matrix.exact ? "value" : extreme);
-    this._edges = edges(matrix);
+    this._edges = edges(matrix, last);
   }
 
   /** The step at which column `column` begins; that of the column after the last one is the end. */
@@ -77,9 +80,12 @@ export function winner(one, other, extreme) {
   return largest ? Math.max(one, other) : Math.min(one, other);
 }
 
-// A sample is drawn until the next one. The last, and one before a pause, is as wide as is usual.
-function edges({ steps, ends }) {
+// A sample is drawn until the next one; the last as wide as is usual, but hardly beyond the run's end.
+function edges({ steps, ends }, last) {
+  if (steps.length === 0) return [];
   const pauses = steps.slice(1).map((step, index) => step - ends[index]);
   const usual = pauses.length ? [...pauses].sort((a, b) => a - b)[pauses.length >> 1] : 1;
-  return steps.length ? [...steps, ends[ends.length - 1] + Math.max(usual, 1)] : [];
+  const end = ends[ends.length - 1];
+  const visible = end + (end - steps[0]) * 0.015;
+  return [...steps, Math.max(Math.min(end + usual, Math.max(last + 1, visible)), end + 1)];
 }

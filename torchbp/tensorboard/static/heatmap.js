@@ -5,11 +5,12 @@ import { css, INF, NAN, Scale, viridis, ZERO } from "./colour.js";
 import { el, ink, onWidth } from "./dom.js";
 import { count, exact, logTick, percent, short, words } from "./format.js";
 import { Grid } from "./grid.js";
+import { MOST_LINES } from "./lines.js";
 import { Panel } from "./panel.js";
 import { FINE } from "./run.js";
 
-const ROW_HEIGHT = 18;
-const [LOWEST, HIGHEST] = [220, 470];
+const ROW_HEIGHT = 26;
+const [LOWEST, HIGHEST] = [160, 470];
 
 export class HeatMap {
   keys = new Set(["run", "compare", "quantity", "filter", "group", "first", "last", "extreme"]);
@@ -67,7 +68,7 @@ export class HeatMap {
       const quantity = run.quantity(name);
       if (!quantity) continue;
       const extreme = state.get("extreme");
-      const rows = this._page.rows(quantity);
+      const rows = await this._page.rows(run, quantity);
       const whole = await run.matrix(name, { columns: FINE, planes: [extreme] });
       const [first, last] = [state.get("first"), state.get("last")];
       let matrix = whole;
@@ -76,7 +77,12 @@ export class HeatMap {
           ? whole.slice(first, last)
           : await run.matrix(name, { first, last, columns: FINE, planes: [extreme] });
       }
-      shown.push({ run, quantity, whole, grid: new Grid(matrix, rows, extreme) });
+      shown.push({
+        run,
+        quantity,
+        whole,
+        grid: new Grid(matrix, rows, extreme, run.overview.last_step),
+      });
     }
     this._shown = shown;
     if (shown.length === 0 || shown.every(({ grid }) => grid.rows.length === 0)) {
@@ -112,16 +118,19 @@ export class HeatMap {
     const gap = 16;
     const width = Math.floor((this._width - gap * (this._shown.length - 1)) / this._shown.length);
     const selected = new Map(this._page.chosen.map(({ layer, colour }) => [layer, colour]));
+    const span = ({ grid }) => {
+      const rows = grid.rows.length;
+      const top = Math.min(state.get("top") ?? 0, rows - 1);
+      return { top, bottom: Math.min(state.get("bottom") ?? rows - 1, rows - 1) };
+    };
+    const tallest = Math.max(...this._shown.map(span).map(({ top, bottom }) => bottom - top + 1));
+    const height = Math.min(Math.max(tallest * ROW_HEIGHT, LOWEST), HIGHEST);
     this._panels.forEach((panel, index) => {
       const one = this._shown[index];
       panel.box.hidden = !one;
       if (!one) return;
       const { grid, codes, run, quantity } = one;
       panel.head.textContent = this._shown.length > 1 ? run.name : "";
-      const rows = grid.rows.length;
-      const top = Math.min(state.get("top") ?? 0, rows - 1);
-      const bottom = Math.min(state.get("bottom") ?? rows - 1, rows - 1);
-      const height = Math.min(Math.max((bottom - top + 1) * ROW_HEIGHT, LOWEST), HIGHEST);
       const [begin, end] = grid.columns ? [grid.edge(0), grid.edge(grid.columns)] : [0, 1];
       const first = state.get("first") ?? begin;
       const last = state.get("last") ?? end;
@@ -129,8 +138,7 @@ export class HeatMap {
         grid,
         codes,
         name: `${quantity.title}, ${run.name}`,
-        top,
-        bottom,
+        ...span(one),
         first,
         last: Math.max(last, first + 1),
         width,
@@ -206,13 +214,12 @@ export class HeatMap {
     const { grid } = this._shown[index];
     const changes = {};
     if (column >= 0) changes.step = grid.matrix.ends[column];
-    const { layer } = grid.rows[row];
+    const { layers } = grid.rows[row];
     const chosen = this._page.chosen.map((one) => one.layer);
-    if (!adds) changes.layers = [layer];
-    else
-      changes.layers = chosen.includes(layer)
-        ? chosen.filter((one) => one !== layer)
-        : [...chosen, layer];
+    if (!adds) changes.layers = layers.slice(0, MOST_LINES);
+    else if (layers.every((layer) => chosen.includes(layer))) {
+      changes.layers = chosen.filter((layer) => !layers.includes(layer));
+    } else changes.layers = [...new Set([...chosen, ...layers])].slice(0, MOST_LINES);
     this._page.state.set(changes);
   }
 

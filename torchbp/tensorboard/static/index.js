@@ -5,7 +5,7 @@ import { listen } from "./ipc.js";
 import { start } from "./page.js";
 import { TabSource } from "./source.js";
 
-const PREFIX = "p.torchbp.view";
+const PREFIX = "p.torchbp."; // as TensorBoard has it for what plugins keep in its address
 
 /** What TensorBoard calls. */
 export async function render() {
@@ -48,15 +48,22 @@ function follow(body) {
 function address() {
   const { location, history } = window.parent;
   const parts = () => location.hash.slice(1).split("&");
+  const own = (part) => part.startsWith(PREFIX);
   return {
     read() {
-      const part = parts().find((one) => one.startsWith(`${PREFIX}=`));
-      return part ? decodeURIComponent(part.slice(PREFIX.length + 1)) : "";
+      const found = parts().filter(own);
+      return found.map((part) => part.slice(PREFIX.length)).join("&");
     },
     write(text) {
-      const others = parts().filter((one) => !one.startsWith(`${PREFIX}=`));
-      const own = text ? [`${PREFIX}=${encodeURIComponent(text)}`] : [];
-      history.replaceState(history.state, "", `#${[...others, ...own].join("&")}`);
+      const others = parts().filter((part) => !own(part));
+      const mine = text.split("&").filter((part) => part !== "");
+      const hash = [...others, ...mine.map((part) => PREFIX + part)].join("&");
+      history.replaceState(history.state, "", `#${hash}`);
+    },
+    listen(changed) {
+      window.parent.addEventListener("hashchange", () => {
+        if (parts().some(own)) changed();
+      });
     },
   };
 }

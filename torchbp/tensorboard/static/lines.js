@@ -2,12 +2,12 @@
 
 import { Card } from "./card.js";
 import { Chart, together } from "./chart.js";
-import { el } from "./dom.js";
+import { el, ink } from "./dom.js";
 import { clip, words } from "./format.js";
 import { layerOf } from "./rows.js";
 import { COARSE } from "./run.js";
 
-const MOST_LINES = 8;
+export const MOST_LINES = 8;
 
 export class Lines {
   keys = new Set(["run", "compare", "quantity", "layers", "first", "last"]);
@@ -76,6 +76,7 @@ export class Lines {
       logarithm: quantity.logarithm,
       unit: quantity.unit === "1" ? words(quantity.name) : quantity.unit,
       marker: this._page.step,
+      legend: this._page.runs.length > 1 ? this._page.runs.map((run) => this._sample(run)) : [],
     });
     const chips = this._page.chosen.map(({ layer, colour }) => {
       const swatch = el("i", { class: "swatch" });
@@ -93,6 +94,11 @@ export class Lines {
       );
     });
     this._key.replaceChildren(...chips);
+  }
+
+  // How a run's lines look, whatever their colour.
+  _sample(run) {
+    return { name: run.name, colour: ink("--muted"), dash: this._page.dashOf(run) };
   }
 
   _table() {

@@ -88,6 +88,7 @@ export class Losses {
             ? ""
             : "loss",
       marker: this._page.step,
+      legend: this._lines,
     });
   }
 

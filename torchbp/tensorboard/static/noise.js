@@ -51,16 +51,10 @@ export class Noise {
           high: line("high"),
         });
       }
-      if (run.quantity("run/batch")) {
-        const matrix = await run.matrix("run/batch", options);
-        this._lines.push({
-          ...about,
-          name: `batch size${suffix}`,
-          dash: [3, 3],
-          width: 1.2,
-          x: matrix.ends,
-          values: matrix.line(matrix.exact ? "value" : "last", 0),
-        });
+      const batch = await this._batch(run, options);
+      if (batch) {
+        const name = `batch size${suffix}`;
+        this._lines.push({ ...about, name, dash: [2, 3], width: 1.2, ...batch });
       }
     }
     this.card.say(
@@ -71,6 +65,21 @@ export class Noise {
     this.redraw();
   }
 
+  // The samples of a step: those of a backward pass times their number.
+  async _batch(run, options) {
+    if (!run.quantity("run/batch")) return null;
+    const last = (matrix) => matrix.line(matrix.exact ? "value" : "last", 0);
+    const size = await run.matrix("run/batch", options);
+    if (!run.quantity("run/backwards")) return { x: size.ends, values: last(size) };
+    const passes = await run.matrix("run/backwards", options);
+    const often = last(passes);
+    const values = last(size).map((value, index) => {
+      const column = passes.columns ? passes.column(size.ends[index]) : -1;
+      return value * (often[column] ?? 1);
+    });
+    return { x: size.ends, values };
+  }
+
   redraw() {
     if (!this._lines?.length) return;
     this._chart.draw({
@@ -78,6 +87,7 @@ export class Noise {
       logarithm: true,
       unit: "samples",
       marker: this._page.step,
+      legend: this._lines,
     });
   }
 

@@ -1,11 +1,11 @@
 // The page: the views, what they share, and when each has to be drawn again.
 
-import { PALETTE } from "./colour.js";
 import { Controls } from "./controls.js";
 import { el, ink } from "./dom.js";
 import { HeatMap } from "./heatmap.js";
 import { Lines } from "./lines.js";
 import { Losses } from "./losses.js";
+import { isAbsent } from "./matrix.js";
 import { Noise } from "./noise.js";
 import { Profile } from "./profile.js";
 import { rowsOf } from "./rows.js";
@@ -63,14 +63,20 @@ export class Page {
     return this.state.get("step") ?? this.steps[this.steps.length - 1] ?? null;
   }
 
-  rows(quantity) {
-    return rowsOf(
-      quantity,
-      quantity.names,
-      quantity.kinds,
-      this.state.get("filter"),
-      this.state.get("group"),
-    );
+  /** The rows of a quantity: those that pass the filter and for which anything was ever measured. */
+  async rows(run, quantity) {
+    const planes = [this.state.get("extreme")];
+    const whole = await run.matrix(quantity.name, { columns: FINE, planes });
+    const rows = rowsOf(quantity, this.state.get("filter"), this.state.get("group"));
+    const { bits } = whole.plane(planes[0]);
+    const measured = (entry) => {
+      for (let at = entry; at < bits.length; at += whole.entries.length) {
+        if (!isAbsent(bits[at])) return true;
+      }
+      return false;
+    };
+    const kept = rows.map((row) => ({ ...row, entries: row.entries.filter(measured) }));
+    return kept.filter(({ entries }) => entries.length > 0);
   }
 
   /** Runs differ by colour and by dash. */
@@ -168,17 +174,15 @@ export class Page {
     if (!quantity) return;
     const planes = [this.state.get("extreme")];
     this.steps = (await this.runs[0].matrix(quantity.name, { columns: FINE, planes })).ends;
-    const layers = this.state.get("layers").length > 0 ? this.state.get("layers") : this._usual();
-    this.chosen = layers.map((layer, index) => ({
-      layer,
-      colour: PALETTE[index % PALETTE.length],
-    }));
+    const layers =
+      this.state.get("layers").length > 0 ? this.state.get("layers") : await this._usual();
+    this.chosen = layers.map((layer, index) => ({ layer, colour: ink(`--line-${index % 8}`) }));
   }
 
   // Where nothing was chosen: the layer of the worst verdict, the first, one in the middle, the last.
-  _usual() {
-    const rows = this.rows({ ...this.quantity });
-    const layers = [...new Set(rows.map(({ layer }) => layer))];
+  async _usual() {
+    const rows = await this.rows(this.runs[0], this.quantity);
+    const layers = [...new Set(rows.flatMap((row) => row.layers))];
     const accused = (this.runs[0].overview.verdicts ?? []).map(({ layer }) => layer);
     const guilty = accused.filter((layer) => layers.includes(layer)).slice(0, 1);
     return [
@@ -223,9 +227,9 @@ export class Page {
 
   /** Draws everything again, as after a change of theme. */
   redraw() {
-    for (const view of this._views) {
-      if (!view.card.element.hidden && this._listing) view.redraw();
-    }
+    return this._busy(async () => {
+      if (this.runs.length > 0) await this._update(this._views);
+    });
   }
 
   _tell(message) {

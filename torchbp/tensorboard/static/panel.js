@@ -73,6 +73,8 @@ export class Panel {
     this._height = height - BOTTOM;
     this._rowHeight = this._height / (bottom - top + 1);
     this._stepWidth = this._width / (last - first);
+    // Where the cells are, for whoever looks from outside, as tests do.
+    this.element.dataset.cells = [this._left, 0, this._width, this._height].join(" ");
   }
 
   _x(step) {
@@ -92,7 +94,7 @@ export class Panel {
     const image = new ImageData(wide, high);
     const colours = new Uint32Array(image.data.buffer);
     const rows = bottom - top + 1;
-    const gap = high / rows >= 9 * ratio ? ratio : 0;
+    const gap = high / rows >= 12 * ratio ? ratio : 0;
     const ranges = new Int32Array(2 * high);
     for (let y = 0; y < high; y++) {
       ranges[2 * y] = top + Math.floor((y * rows) / high);
@@ -133,7 +135,7 @@ export class Panel {
   }
 
   _axes() {
-    const { top, bottom, first, last, selected, width, height } = this._drawing;
+    const { first, last, width, height } = this._drawing;
     const context = this.canvas.getContext("2d");
     context.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
     context.clearRect(0, 0, width, height);
@@ -143,25 +145,7 @@ export class Panel {
     context.font = FONT;
     context.textBaseline = "middle";
     context.textAlign = "right";
-    const every = Math.max(1, Math.ceil(13 / this._rowHeight));
-    for (let row = top; row <= bottom; row++) {
-      const colour = selected.get(this._drawing.grid.rows[row].layer);
-      if ((row - top) % every !== 0 && !colour) continue;
-      const y = this._y(row) + this._rowHeight / 2;
-      if (every === 1 || (row - top) % every === 0) {
-        context.fillStyle = ink(colour ? "--text" : "--muted");
-        context.fillText(this._labels[row], this._left - 12, y, this._left - 14);
-      }
-      if (colour) {
-        context.fillStyle = colour;
-        context.fillRect(
-          this._left - 8,
-          y - Math.min(this._rowHeight / 2 - 0.5, 6),
-          4,
-          Math.min(this._rowHeight - 1, 12),
-        );
-      }
-    }
+    this._rowLabels(context);
     context.textAlign = "center";
     context.fillStyle = ink("--muted");
     context.strokeStyle = ink("--grid");
@@ -174,6 +158,33 @@ export class Panel {
       const half = context.measureText(count(step)).width / 2;
       context.fillText(count(step), Math.min(Math.max(x, half), width - half), this._height + 14);
     }
+  }
+
+  // The selected rows' labels first; of the others those that have room.
+  _rowLabels(context) {
+    const { grid, top, bottom, selected } = this._drawing;
+    const taken = [];
+    const middle = (row) => this._y(row) + this._rowHeight / 2;
+    const label = (row, colour) => {
+      const y = Math.min(Math.max(middle(row), 6), this._height - 6);
+      if (taken.some((other) => Math.abs(other - y) < 12.5)) return;
+      taken.push(y);
+      context.fillStyle = ink(colour);
+      context.fillText(this._labels[row], this._left - 12, y, this._left - 14);
+    };
+    const rows = [];
+    for (let row = top; row <= bottom; row++) rows.push(row);
+    for (const row of rows) {
+      const layer = grid.rows[row].layers.find((one) => selected.has(one));
+      const colour = selected.get(layer);
+      if (!colour) continue;
+      label(row, "--text");
+      const size = Math.min(Math.max(this._rowHeight - 1, 3), 12);
+      context.fillStyle = colour;
+      context.fillRect(this._left - 8, middle(row) - size / 2, 4, size);
+    }
+    const every = Math.max(1, Math.ceil(13 / this._rowHeight));
+    for (const row of rows) if ((row - top) % every === 0) label(row, "--muted");
   }
 
   _overlayNow() {

@@ -5,6 +5,8 @@ import { Chart } from "./chart.js";
 import { el } from "./dom.js";
 import { clip, count, words } from "./format.js";
 import { Grid } from "./grid.js";
+import { MOST_LINES } from "./lines.js";
+import { holds } from "./rows.js";
 
 const FRAME = 150; // ms a step while it plays
 
@@ -53,11 +55,8 @@ export class Profile {
       const quantity = run.quantity(name);
       if (!quantity) continue;
       const matrix = await run.profile(name, step);
-      shown.push({
-        run,
-        quantity,
-        grid: new Grid(matrix, this._page.rows(quantity), this._page.state.get("extreme")),
-      });
+      const rows = await this._page.rows(run, quantity);
+      shown.push({ run, quantity, grid: new Grid(matrix, rows, this._page.state.get("extreme")) });
     }
     this._shown = shown.filter(({ grid }) => grid.rows.length > 0 && grid.columns > 0);
     this.card.say(this._shown.length ? "" : "No name passes the filter.");
@@ -88,7 +87,7 @@ export class Profile {
       points: x.length <= 64,
     }));
     const marks = this._page.chosen.flatMap(({ layer, colour }) => {
-      const row = grid.rows.findIndex((one) => one.layer === layer);
+      const row = grid.rows.findIndex((one) => holds(one, layer));
       if (row < 0) return [];
       const at = x.map((one) => (one === row ? grid.cell(row, 0).value : undefined));
       return [{ name: layer, colour, values: at, points: true, size: 9, quiet: true }];
@@ -99,14 +98,15 @@ export class Profile {
       series: [...lines, ...marks],
       logarithm: quantity.logarithm,
       unit: quantity.unit === "1" ? words(quantity.name) : quantity.unit,
+      legend: several ? lines : [],
       ticks: (row) => labels[row] ?? "",
       place: (row) => longest.grid.rows[row].label,
     });
   }
 
   _pick(row) {
-    const layer = this._shown[0].grid.rows[row]?.layer;
-    if (layer !== undefined) this._page.state.set({ layers: [layer] });
+    const layers = this._shown[0].grid.rows[row]?.layers;
+    if (layers) this._page.state.set({ layers: layers.slice(0, MOST_LINES) });
   }
 
   _slid() {

@@ -33,27 +33,25 @@ export function depth(names) {
 }
 
 /**
- * Rows of a quantity: `{label, kind, entries}`, where `entries` are places in its names. `group` 0 gives
- * each a row; n puts those together whose names share the first n parts.
+ * Rows of a quantity: `{label, kind, layers, entries}`, where `entries` are places in its names. `group` 0
+ * gives each a row; n puts those together whose names share the first n parts.
  */
-export function rowsOf(quantity, names, kinds, filter, group) {
-  const rows = [];
-  const known = new Map();
+export function rowsOf(quantity, filter, group) {
+  const { names, kinds } = quantity;
+  const rows = new Map();
   names.forEach((name, entry) => {
     if (!passes(filter, name)) return;
     const label = group > 0 ? name.split(".").slice(0, group).join(".") : name;
-    if (group > 0 && known.has(label)) {
-      known.get(label).entries.push(entry);
-      return;
-    }
-    const row = {
-      label,
-      kind: kinds[entry] ?? "",
-      layer: layerOf(quantity, name),
-      entries: [entry],
-    };
-    known.set(label, row);
-    rows.push(row);
+    const row = rows.get(label) ?? { label, kind: kinds[entry] ?? "", layers: [], entries: [] };
+    const layer = layerOf(quantity, name);
+    if (!row.layers.includes(layer)) row.layers.push(layer);
+    row.entries.push(entry);
+    rows.set(label, row);
   });
-  return rows;
+  return [...rows.values()];
+}
+
+/** Whether a row holds a layer. */
+export function holds(row, layer) {
+  return row.layers.includes(layer);
 }

@@ -2,7 +2,6 @@
 
 import { Card } from "./card.js";
 import { Chart, together } from "./chart.js";
-import { el } from "./dom.js";
 import { passes } from "./rows.js";
 import { COARSE } from "./run.js";
 
@@ -27,18 +26,6 @@ export class Updates {
       pick: (step) => page.state.set({ step }),
       zoom: (first, last) => page.state.set({ first, last }),
     });
-    this.card.body.append(
-      el(
-        "p",
-        { class: "legend-line" },
-        el("i", { class: "swatch line" }),
-        "median",
-        el("i", { class: "swatch band" }),
-        "smallest to largest",
-        el("i", { class: "swatch zone" }),
-        "healthy, about 10⁻³",
-      ),
-    );
   }
 
   async update() {
@@ -80,6 +67,13 @@ export class Updates {
       target: TARGET,
       marker: this._page.step,
       range: this._range(),
+      legend: [
+        ...this._lines.flatMap(({ name, colour, dash, run }) => [
+          { name, colour, dash },
+          { name: this._lines.length > 1 ? `all, ${run.name}` : "all", colour, kind: "band" },
+        ]),
+        { name: "healthy, about 10⁻³", kind: "zone" },
+      ],
     });
   }
 
