@@ -39,8 +39,10 @@ export class Grid {
   place(row, column) {
     const { values, bits } = this.plane;
     const base = column * this.matrix.entries.length;
+    const { entries } = this.rows[row];
+    if (entries.length === 1) return isAbsent(bits[base + entries[0]]) ? -1 : base + entries[0];
     let best = -1;
-    for (const entry of this.rows[row].entries) {
+    for (const entry of entries) {
       const at = base + entry;
       if (isAbsent(bits[at])) continue;
       const value = values[at];

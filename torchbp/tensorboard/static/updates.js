@@ -100,24 +100,24 @@ export class Updates {
 
 // Median of the last, smallest and largest of all samples, over the entries at `places`.
 function spread(matrix, places) {
-  const exact = matrix.exact;
   const [last, least, most] = ["last", "min", "max"].map(
-    (name) => matrix.plane(exact ? "value" : name).values,
+    (name) => matrix.plane(matrix.exact ? "value" : name).values,
   );
   const width = matrix.entries.length;
+  const there = new Float32Array(places.length);
   const [values, low, high] = [[], [], []];
   for (let column = 0; column < matrix.columns; column++) {
-    const base = column * width;
-    const there = places.map((place) => last[base + place]).filter((value) => !Number.isNaN(value));
-    there.sort((a, b) => a - b);
-    values.push(there.length ? there[there.length >> 1] : undefined);
+    let count = 0;
     let [small, large] = [Infinity, -Infinity];
     for (const place of places) {
-      if (least[base + place] < small) small = least[base + place];
-      if (most[base + place] > large) large = most[base + place];
+      const at = column * width + place;
+      if (!Number.isNaN(last[at])) there[count++] = last[at];
+      if (least[at] < small) small = least[at];
+      if (most[at] > large) large = most[at];
     }
-    low.push(there.length ? small : undefined);
-    high.push(there.length ? large : undefined);
+    values.push(count ? there.subarray(0, count).sort()[count >> 1] : undefined);
+    low.push(count ? small : undefined);
+    high.push(count ? large : undefined);
   }
   return { values, low, high };
 }
