@@ -1,13 +1,14 @@
 """What is written to the run's folder: vectors for the tab, and little else for the stock tabs."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchbp.monitor._diagnosis import Layers, Reading, Verdict
 from torchbp.monitor._quantity import Quantity
-from torchbp.monitor._registry import all_quantities
+from torchbp.monitor._registry import all_diagnoses, all_quantities
 
 if TYPE_CHECKING:
     from torchbp.tensorboard import EventWriter, Layout
@@ -17,6 +18,24 @@ __all__ = ["Journal"]
 _EVERY_STEP = frozenset({"gradient_norm", "loss_train", "loss_val", "global_gradient_norm"})
 _INTERVAL = 50
 _FLOOR = 1e-45  # log10 of 0 is drawn here, below every float32
+_ROWS = 50  # of the table of verdicts
+_GRAVITY = ("alert", "warning", "info")
+_CHARTS = {
+    "training": {
+        "loss": ["loss/train", "loss/val"],
+        "gradient norm of the model, log10": ["run/global_gradient_norm_log10"],
+        "gap between validation and training loss": ["run/generalisation_gap"],
+    },
+    "optimizer": {
+        "learning rate": ["run/learning_rate"],
+        "gradient norm after clipping / before": ["run/clip_coefficient"],
+        "skipped steps": ["run/skipped"],
+    },
+    "cost": {
+        "time of a step, seconds": ["run/step_time"],
+        "share of the monitor": ["run/monitor_share"],
+    },
+}
 
 
 class Journal:
@@ -24,16 +43,22 @@ class Journal:
 
     Args:
         writer: The event file.
+        about: What the run was made with.
     """
 
-    def __init__(self, writer: "EventWriter") -> None:
+    def __init__(
+        self, writer: "EventWriter", about: Mapping[str, bool | float | str] | None = None
+    ) -> None:
         self._writer = writer
+        self._about = about
         self._layouts: dict[tuple[str, int], Layout] = {}
         self._said: list[Verdict] = []
+        self._judged = False
         self._range: tuple[np.ndarray, np.ndarray, int] | None = None
 
     def write(self, reading: Reading) -> None:
         """Write what was measured at a step."""
+        self._introduce(reading)
         for name, values in reading.values.items():
             quantity = all_quantities().get(name)
             if quantity is None or quantity.axis == "run":
@@ -41,7 +66,8 @@ class Journal:
                     self._scalar(name, quantity, reading, float(values[0]))
             elif reading.sampled or name in _EVERY_STEP:
                 layout = self._layout(quantity, reading.layers, len(values))
-                self._writer.vector(layout, reading.step, values, when=reading.when)
+                kept = _kept(values, reading.present.get(name))
+                self._writer.vector(layout, reading.step, kept, when=reading.when)
                 if quantity.axis == "layer" and reading.sampled:
                     self._histogram(quantity, reading, values)
         if reading.sampled and "learning_rate" in reading.values:
@@ -51,6 +77,18 @@ class Journal:
                 "run/learning_rate", reading.step, rate, help=about, when=reading.when
             )
         self._extremes(reading)
+
+    def _introduce(self, reading: Reading) -> None:
+        """Write what the run was made with, once, when the batch is known."""
+        if self._about is None:
+            return
+        about = dict(self._about)
+        if "batch" in reading.values:
+            about["batch_size"] = float(reading.values["batch"][0])
+        self._about = None
+        self._writer.record("run", reading.step, about)
+        self._writer.hyperparameters(about, reading.step)
+        self._writer.charts(_CHARTS, reading.step)
 
     def _scalar(self, name: str, quantity: Quantity | None, reading: Reading, value: float) -> None:
         tag, shown = _scalar(name, quantity, value)
@@ -80,9 +118,14 @@ class Journal:
             self._range = None
 
     def verdicts(self, step: int, verdicts: Sequence[Verdict]) -> None:
-        """Write the verdicts as a table, where they have changed."""
-        if list(verdicts) != self._said:
-            self._said = list(verdicts)
+        """Write what has changed of the verdicts; and the table for people, where anything has."""
+        known = len(self._said)
+        changes = [
+            [i, _told(v)] for i, v in enumerate(verdicts) if i >= known or v != self._said[i]
+        ]
+        if changes or not self._judged:
+            self._judged, self._said = True, list(verdicts)
+            self._writer.record("verdicts", step, changes)
             self._writer.text("verdicts", step, _table(verdicts))
 
     def close(self) -> None:
@@ -102,7 +145,15 @@ class Journal:
                 names = ("value", "low", "high")
             elif quantity.axis == "parameter":
                 names = layers.parameters
-            self._layouts[key] = Layout(quantity.name, quantity.axis, names, kinds, quantity.unit)
+            self._layouts[key] = Layout(
+                quantity.name,
+                quantity.axis,
+                names,
+                kinds,
+                quantity.unit,
+                quantity.title,
+                quantity.logarithm,
+            )
         return self._layouts[key]
 
 
@@ -116,11 +167,29 @@ def _scalar(name: str, quantity: Quantity | None, value: float) -> tuple[str, fl
     return f"run/{name}", value
 
 
+def _kept(values: np.ndarray, present: np.ndarray | None) -> np.ndarray:
+    from torchbp.tensorboard import with_absent
+
+    return values if present is None else with_absent(values, present)
+
+
+def _told(verdict: Verdict) -> dict[str, Any]:
+    reads = next((d.reads for d in all_diagnoses() if d.name == verdict.kind), ())
+    return asdict(verdict) | {"quantities": reads}
+
+
 def _table(verdicts: Sequence[Verdict]) -> str:
+    if not verdicts:
+        return "Nothing is wrong so far."
+    worst = sorted(
+        verdicts, key=lambda v: (v.until is not None, _GRAVITY.index(v.severity), v.step)
+    )
     rows = ["| | what | where | since step | until | measured | try |", "|-|-|-|-|-|-|-|"]
     rows += [
         f"| {v.severity} | **{v.kind}** | `{v.layer or 'the run'}` | {v.step} | "
         f"{'' if v.until is None else v.until} | {v.evidence} | {v.advice} |"
-        for v in verdicts
+        for v in worst[:_ROWS]
     ]
+    if len(worst) > _ROWS:
+        rows.append(f"\nand {len(worst) - _ROWS} more")
     return "\n".join(rows)

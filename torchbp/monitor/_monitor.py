@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
+from torchbp.monitor._about import about
 from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._desk import Desk
 from torchbp.monitor._diagnosis import Layers, Verdict
@@ -358,7 +359,7 @@ def watch(
     Catalogue(model, layers)  # refuses before anything is written
     journal = None
     if _is_writing_rank(rank) and (log_dir is not None or writer is not None):
-        journal = Journal(_open(log_dir, writer))
+        journal = Journal(_open(log_dir, writer), about(model, optimizers))
     return Monitor(
         model, optimizers, journal, every=every, sample_every=sample_every, layers=layers
     )

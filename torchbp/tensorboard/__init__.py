@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchbp.tensorboard._layout import Layout as Layout
     from torchbp.tensorboard._layout import is_absent as is_absent
+    from torchbp.tensorboard._layout import with_absent as with_absent
     from torchbp.tensorboard._reader import Run as Run
     from torchbp.tensorboard._reader import Series as Series
     from torchbp.tensorboard._reader import read as read
@@ -24,8 +25,18 @@ _HOME = {
     "Series": "_reader",
     "is_absent": "_layout",
     "read": "_reader",
+    "with_absent": "_layout",
 }
-__all__ = list(_HOME)
+__all__ = [
+    "BorrowedWriter",
+    "EventWriter",
+    "Layout",
+    "Run",
+    "Series",
+    "is_absent",
+    "read",
+    "with_absent",
+]
 
 
 def __getattr__(name: str) -> Any:
