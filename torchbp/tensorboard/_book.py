@@ -13,8 +13,6 @@ from torchbp.tensorboard._verdicts import GRAVITY, about, verdicts, verdicts_tex
 
 __all__ = ["Book", "Page"]
 
-_PATIENCE = 2.0
-
 
 class Page:
     """One run. Several threads may ask at once."""
@@ -33,7 +31,8 @@ class Page:
             if self._quantities[0] != version:
                 found: dict[str, Vector | Scalar] = {**scalars(self._index)}
                 found |= {q: v for q, v in vectors(self._index).items() if "/" not in q}
-                self._quantities = version, found
+                held = {name: q for name, q in found.items() if len(q.steps)}
+                self._quantities = version, held
             return self._quantities
 
     def line(self) -> dict[str, Any] | None:
@@ -69,8 +68,6 @@ class Page:
         entries: dict[tuple[Any, Any], int] = {}
         told = []
         for name, q in quantities.items():
-            if not len(q.steps):
-                continue
             place = entries.setdefault((q.names, q.kinds), len(entries))
             told.append(
                 {
@@ -104,7 +101,7 @@ class Page:
 
 
 def _span(quantities: Mapping[str, Vector | Scalar]) -> tuple[int, int]:
-    steps = [q.steps for q in quantities.values() if len(q.steps)]
+    steps = [q.steps for q in quantities.values()]
     return min((int(s[0]) for s in steps), default=0), max((int(s[-1]) for s in steps), default=0)
 
 
@@ -114,10 +111,12 @@ class Book:
     Args:
         roots: Each with the name that its runs begin with, as in TensorBoard's ``--logdir_spec``;
             ``""`` for none.
+        patience: Seconds that :meth:`lines` may take to read what it has not read yet.
     """
 
-    def __init__(self, roots: Iterable[tuple[str, Path]]) -> None:
+    def __init__(self, roots: Iterable[tuple[str, Path]], patience: float = 2.0) -> None:
         self._roots = list(roots)
+        self._patience = patience
         self._pages: dict[str, Page] = {}
         self._lock = threading.Lock()
         self._ours = False
@@ -133,7 +132,7 @@ class Book:
         pages = self._find()
         began, lines = time.monotonic(), []
         for number, page in enumerate(pages):
-            if time.monotonic() - began > _PATIENCE:
+            if time.monotonic() - began > self._patience:
                 return lines, len(pages) - number
             try:
                 line = page.line()
