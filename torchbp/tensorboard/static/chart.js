@@ -176,38 +176,30 @@ export class Chart {
 
   // Below the lines: the healthy zone.
   _under(plot) {
-    const { zone, target } = this._drawing;
+    const { zone } = this._drawing;
     if (!zone) return;
     const { ctx, bbox } = plot;
-    const y = (value) =>
-      Math.min(Math.max(plot.valToPos(value, "y", true), bbox.top), bbox.top + bbox.height);
+    const [bottom, top] = zone.map((value) => level(plot, value));
     ctx.save();
     ctx.fillStyle = ink("--healthy");
-    ctx.fillRect(bbox.left, y(zone[1]), bbox.width, y(zone[0]) - y(zone[1]));
-    ctx.strokeStyle = ink("--healthy-line");
-    ctx.setLineDash([6 * devicePixelRatio, 4 * devicePixelRatio]);
-    ctx.beginPath();
-    ctx.moveTo(bbox.left, y(target));
-    ctx.lineTo(bbox.left + bbox.width, y(target));
-    ctx.stroke();
+    ctx.fillRect(bbox.left, top, bbox.width, bottom - top);
     ctx.restore();
   }
 
   // Above the lines: the step looked at, and marks for what the axis can't hold.
   _over(plot) {
     const { ctx, bbox } = plot;
-    const { x, series, marker, logarithm } = this._drawing;
+    const { x, series, marker, logarithm, target } = this._drawing;
     const { min, max } = plot.scales.x;
     ctx.save();
+    if (target !== undefined) {
+      const at = Math.round(level(plot, target)) + 0.5;
+      const dash = [6 * devicePixelRatio, 4 * devicePixelRatio];
+      rule(ctx, [bbox.left, at], [bbox.left + bbox.width, at], ink("--healthy-line"), dash);
+    }
     if (marker !== undefined && marker !== null && marker >= min && marker <= max) {
-      ctx.strokeStyle = ink("--marker");
-      ctx.lineWidth = devicePixelRatio;
-      ctx.setLineDash([]);
       const at = Math.round(plot.valToPos(marker, "x", true)) + 0.5;
-      ctx.beginPath();
-      ctx.moveTo(at, bbox.top);
-      ctx.lineTo(at, bbox.top + bbox.height);
-      ctx.stroke();
+      rule(ctx, [at, bbox.top], [at, bbox.top + bbox.height], ink("--marker"));
     }
     ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
     ctx.textAlign = "center";
@@ -330,6 +322,21 @@ function markOf(value, logarithm) {
   if (Number.isNaN(value)) return "nan";
   if (!Number.isFinite(value)) return "inf";
   return logarithm && value === 0 ? "zero" : "";
+}
+
+// Where a value stands; at the edge if it is beyond it.
+function level({ valToPos, bbox }, value) {
+  return Math.min(Math.max(valToPos(value, "y", true), bbox.top), bbox.top + bbox.height);
+}
+
+function rule(ctx, from, to, colour, dash = []) {
+  ctx.strokeStyle = colour;
+  ctx.lineWidth = devicePixelRatio;
+  ctx.setLineDash(dash);
+  ctx.beginPath();
+  ctx.moveTo(...from);
+  ctx.lineTo(...to);
+  ctx.stroke();
 }
 
 // Series of two runs stand on shared x: where one has no sample, its nearest one is meant.

@@ -15,7 +15,12 @@ import { Tooltip } from "./tooltip.js";
 import { Updates } from "./updates.js";
 import { Verdicts } from "./verdicts.js";
 
-const SHOWN_IN = { noise_scale: "noise", update_ratio: "updates" };
+const SHOWN_IN = {
+  noise_scale: "noise",
+  update_ratio: "updates",
+  loss_train: "losses",
+  loss_val: "losses",
+};
 
 export class Page {
   constructor(root, source, address) {
@@ -94,14 +99,16 @@ export class Page {
     const changes = { first: null, last: null, top: null, bottom: null, step: verdict.step };
     if (run !== this.runs[0]) Object.assign(changes, { run: run.name, compare: this.runs[0].name });
     const vector = verdict.quantities.find((name) => run.vectors.some((one) => one.name === name));
+    const scalar = `run/${verdict.quantities[0]}`;
+    let place = SHOWN_IN[verdict.quantities[0]] ?? (vector ? "heatmap" : "losses");
+    if (verdict.layer) {
+      place = "heatmap";
+      Object.assign(changes, { layers: [verdict.layer], filter: "", group: 0 });
+    }
     if (vector) changes.quantity = vector;
-    if (verdict.layer) changes.layers = [verdict.layer];
-    if (verdict.layer) Object.assign(changes, { filter: "", group: 0 });
+    else if (run.quantity(scalar)) changes.scalar = scalar;
     this.state.set(changes);
-    const first = verdict.quantities[0] ?? "";
-    const scalar = !vector && run.scalars.some(({ name }) => name === first);
-    const place = SHOWN_IN[first] ?? (scalar ? "losses" : "heatmap");
-    this._views.find(({ card }) => card.name === (verdict.layer ? "heatmap" : place)).card.point();
+    this._views.find(({ card }) => card.name === place).card.point();
   }
 
   /** Resolves when nothing is being fetched or drawn. */
@@ -124,8 +131,6 @@ export class Page {
         this._empty.replaceChildren(...emptyState(logdir));
         return;
       }
-      if (!runs.some(({ run }) => run === this.state.get("run")))
-        this.state.set({ run: worst(runs).run });
       await this._update(this._views);
     });
   }
@@ -151,6 +156,13 @@ export class Page {
 
   // The runs that are looked at, opened anew where they have grown.
   async _open() {
+    const isThere = () => this._listing.runs.some(({ run }) => run === this.state.get("run"));
+    if (!isThere()) this._listing = await this._source.runs(); // of a link, newer than what we know
+    if (!isThere()) {
+      const missed = this.state.get("run");
+      if (missed) this._tell(`There is no run ${missed} here; this is another one.`);
+      this.state.assume({ run: worst(this._listing.runs).run });
+    }
     const wanted = [this.state.get("run"), this.state.get("compare")].filter((name) => name !== "");
     const opened = [];
     for (const name of wanted) {

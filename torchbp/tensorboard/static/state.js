@@ -40,6 +40,12 @@ export class State {
     for (const listener of this._listeners) listener(new Set(changed));
   }
 
+  /** Changes some values where whoever listens knows already. */
+  assume(changes) {
+    Object.assign(this._values, changes);
+    this._address.write(encode(this._values));
+  }
+
   listen(listener) {
     this._listeners.push(listener);
   }
