@@ -7,8 +7,10 @@ if TYPE_CHECKING:
     from torchbp import functional as functional
     from torchbp import nn as nn
     from torchbp.monitor import watch as watch
+    from torchbp.recompute import lean as lean
+    from torchbp.recompute import lean_scope as lean_scope
+    from torchbp.recompute import revert as revert
     from torchbp.swap import convert as convert
-    from torchbp.swap import revert as revert
     from torchbp.verify import gradcheck as gradcheck
 
 # Public name -> where it lives. Nothing is imported before it is asked for (PEP 562), so that
@@ -17,12 +19,14 @@ _HOME = {
     "convert": "torchbp.swap",
     "functional": "torchbp.functional",
     "gradcheck": "torchbp.verify",
+    "lean": "torchbp.recompute",
+    "lean_scope": "torchbp.recompute",
     "nn": "torchbp.nn",
-    "revert": "torchbp.swap",
+    "revert": "torchbp.recompute",
     "watch": "torchbp.monitor",
 }
 
-__all__ = ["convert", "functional", "gradcheck", "nn", "revert", "watch"]
+__all__ = ["convert", "functional", "gradcheck", "lean", "lean_scope", "nn", "revert", "watch"]
 
 
 def __getattr__(name: str) -> object:

@@ -12,6 +12,8 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.function import Function
 from torch.overrides import handle_torch_function, has_torch_function
 
+from torchbp.ops import _recipe
+
 __all__ = [
     "Context",
     "directional",
@@ -51,7 +53,12 @@ class Context(Protocol):
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
-def entry(function: type[Function]) -> Callable[..., Tensor]:
+def entry(
+    function: type[Function],
+    *,
+    again: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
+) -> Callable[..., Tensor]:
     """Return the callable that runs ``function``: eagerly, under ``torch.func``, under ``torch.compile``.
 
     - Dynamo (torch 2.13) refuses a Function that defines ``jvp`` (pytorch#180284), so while it traces, a subclass
@@ -61,18 +68,26 @@ def entry(function: type[Function]) -> Callable[..., Tensor]:
 
     Args:
         function: Function with ``forward``, ``setup_context``, ``backward`` and ``jvp``.
+        again: Makes the output again, to the last bit, from the arguments of ``function.forward``; most often that
+            itself. ``lean`` then need not keep the output. ``None`` for what can't be, or isn't worth it.
+        flops: Of ``again``, from its arguments; left out where it is cheap: one pass over memory.
 
     Returns:
         A callable with the arguments of ``function.forward``, all positional.
     """
     traced = type(function.__name__, (function,), {"jvp": staticmethod(Function.jvp)})
     bare = super(Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+    noted = bare
+    if again is not None:
+        noted = super(Function, _recipe.noting(function, again, flops)).apply  # pyright: ignore[reportAttributeAccessIssue]
 
     def apply(*args: object) -> Tensor:
         if torch.compiler.is_compiling():
             return traced.apply(*args)
         if torch._C._are_functorch_transforms_active():
             return function.apply(*args)
+        if _recipe.asked and torch.is_grad_enabled():
+            return noted(*unwrap_dead_wrappers(args))
         return bare(*unwrap_dead_wrappers(args))
 
     return apply

@@ -89,7 +89,7 @@ def _times_derivative(
     return in_float32(of_y if is_output else of_x, v, kept)
 
 
-_elu = entry(ELUFunction)
+_elu = entry(ELUFunction, again=ELUFunction.forward)
 
 
 def scaled_elu(op: str, x: Tensor, alpha: float, s: float, beta: float, inplace: bool) -> Tensor:

@@ -86,7 +86,7 @@ def _of_tanh(v: Tensor, x: Tensor) -> Tensor:
 _DERIVATIVES = {"none": _of_erf, "tanh": _of_tanh}
 
 
-_gelu = entry(GELUFunction)
+_gelu = entry(GELUFunction, again=GELUFunction.forward)
 
 
 @public

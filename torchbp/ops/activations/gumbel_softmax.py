@@ -72,7 +72,7 @@ class GumbelSoftmaxFunction(Function):
         return _project(tangent_x / ctx.tau, y, ctx.dim)
 
 
-_gumbel_softmax = entry(GumbelSoftmaxFunction)
+_gumbel_softmax = entry(GumbelSoftmaxFunction, again=GumbelSoftmaxFunction.forward)
 
 
 @public

@@ -61,7 +61,7 @@ def _where_kept(v: Tensor, y: Tensor, lambd: float) -> Tensor:
     return v.masked_fill(y == 0, 0) if lambd >= 0 else v * 1  # (1)
 
 
-_hardshrink = entry(HardshrinkFunction)
+_hardshrink = entry(HardshrinkFunction, again=HardshrinkFunction.forward)
 
 
 @public

@@ -72,7 +72,7 @@ def _exact(input: Tensor, inplace: bool = False) -> Tensor:
     )
 
 
-_hardsigmoid = entry(HardsigmoidFunction)
+_hardsigmoid = entry(HardsigmoidFunction, again=HardsigmoidFunction.forward)
 
 
 @public

@@ -68,7 +68,7 @@ def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
     return torch.where(x <= -3, 0, torch.where(x < 3, middle, v))  # (1)
 
 
-_hardswish = entry(HardswishFunction)
+_hardswish = entry(HardswishFunction, again=HardswishFunction.forward)
 
 
 @public

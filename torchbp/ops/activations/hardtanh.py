@@ -68,7 +68,7 @@ def _where_between(v: Tensor, kept: Tensor, lo: float, hi: float) -> Tensor:
     return v.masked_fill((kept <= lo) | (kept >= hi), 0)  # (1); so written, NaN passes
 
 
-_hardtanh = entry(HardtanhFunction)
+_hardtanh = entry(HardtanhFunction, again=HardtanhFunction.forward)
 
 
 @public

@@ -69,7 +69,7 @@ def _times_slope(v: Tensor, kept: Tensor, slope: float) -> Tensor:
     return torch.where(kept > 0, v, v * slope)  # (1)
 
 
-_leaky_relu = entry(LeakyReLUFunction)
+_leaky_relu = entry(LeakyReLUFunction, again=LeakyReLUFunction.forward)
 
 
 @public

@@ -77,7 +77,7 @@ def _probabilities(kept: Tensor, original: Tensor, dim: int) -> Tensor:
     return torch.softmax(kept, dim) if is_half(original) else kept.exp()
 
 
-_log_softmax = entry(LogSoftmaxFunction)
+_log_softmax = entry(LogSoftmaxFunction, again=LogSoftmaxFunction.forward)
 
 
 @public

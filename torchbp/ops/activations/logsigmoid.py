@@ -62,7 +62,7 @@ def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
     return v * torch.sigmoid(-x)  # (1); not 1 - σ(x), which is 0 where σ(x) rounds to 1
 
 
-_logsigmoid = entry(LogSigmoidFunction)
+_logsigmoid = entry(LogSigmoidFunction, again=LogSigmoidFunction.forward)
 
 
 @public

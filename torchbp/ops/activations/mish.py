@@ -73,7 +73,7 @@ def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
     return v * ((m + x * (u * (1 + u) / (m + 1))) / (m + 1))  # (1)
 
 
-_mish = entry(MishFunction)
+_mish = entry(MishFunction, again=MishFunction.forward)
 
 
 @public

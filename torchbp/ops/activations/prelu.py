@@ -85,7 +85,7 @@ def _times_slope(v: Tensor, x: Tensor, w: Tensor) -> Tensor:
     return torch.where(x > 0, v, v * w)
 
 
-_prelu = entry(PReLUFunction)
+_prelu = entry(PReLUFunction, again=PReLUFunction.forward)
 
 
 @public

@@ -63,7 +63,7 @@ def _where_positive(v: Tensor, y: Tensor) -> Tensor:
     return v.masked_fill(y <= 0, 0)  # (1); not `y > 0`: NaN must pass
 
 
-_relu = entry(ReLUFunction)
+_relu = entry(ReLUFunction, again=ReLUFunction.forward)
 
 
 @public

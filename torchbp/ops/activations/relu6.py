@@ -63,7 +63,7 @@ def _where_between(v: Tensor, y: Tensor) -> Tensor:
     return v.masked_fill((y <= 0) | (y >= 6), 0)  # (1); so written, NaN passes
 
 
-_relu6 = entry(ReLU6Function)
+_relu6 = entry(ReLU6Function, again=ReLU6Function.forward)
 
 
 @public

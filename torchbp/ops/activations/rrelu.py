@@ -74,7 +74,7 @@ def _uniform(x: Tensor) -> Tensor:
     return torch.rand_like(x, memory_format=torch.contiguous_format)
 
 
-_rrelu = entry(RReLUFunction)
+_rrelu = entry(RReLUFunction, again=RReLUFunction.forward)
 
 
 @public

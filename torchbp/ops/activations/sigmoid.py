@@ -67,7 +67,7 @@ def _times_derivative(v: Tensor, kept: Tensor) -> Tensor:
     return v * (kept * (1 - kept)).conj()  # (1)
 
 
-_sigmoid = entry(SigmoidFunction)
+_sigmoid = entry(SigmoidFunction, again=SigmoidFunction.forward)
 
 
 @public

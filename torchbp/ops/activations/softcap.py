@@ -75,7 +75,7 @@ def _times_derivative(v: Tensor, kept: Tensor, cap: float) -> Tensor:
     return v * (1 - t * t).conj()  # (1)
 
 
-_softcap = entry(SoftcapFunction)
+_softcap = entry(SoftcapFunction, again=SoftcapFunction.forward)
 
 
 @public

@@ -65,7 +65,7 @@ def _project(v: Tensor, y: Tensor, dim: int) -> Tensor:
     return in_float32(lambda v, y: y * (v - (v * y).sum(dim, keepdim=True)), v, y)  # (1)
 
 
-_softmax = entry(SoftmaxFunction)
+_softmax = entry(SoftmaxFunction, again=SoftmaxFunction.forward)
 
 
 def implicit_dim(op: str, input: Tensor, stacklevel: int) -> int:

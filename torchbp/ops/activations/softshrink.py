@@ -61,7 +61,7 @@ def _where_not_zero(v: Tensor, y: Tensor) -> Tensor:
     return v.masked_fill(y == 0, 0)  # (1)
 
 
-_softshrink = entry(SoftshrinkFunction)
+_softshrink = entry(SoftshrinkFunction, again=SoftshrinkFunction.forward)
 
 
 @public

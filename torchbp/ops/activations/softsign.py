@@ -65,7 +65,7 @@ def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
     return v / (scale * scale)  # (1)
 
 
-_softsign = entry(SoftsignFunction)
+_softsign = entry(SoftsignFunction, again=SoftsignFunction.forward)
 
 
 @public

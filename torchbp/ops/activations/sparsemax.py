@@ -84,7 +84,7 @@ def _project(v: Tensor, y: Tensor, dim: int) -> Tensor:
     return in_float32(formula, v, y)
 
 
-_sparsemax = entry(SparsemaxFunction)
+_sparsemax = entry(SparsemaxFunction, again=SparsemaxFunction.forward)
 
 
 @public

@@ -69,7 +69,7 @@ def _times_derivative(v: Tensor, kept: Tensor) -> Tensor:
     return v * (1 - kept * kept).conj()  # (1)
 
 
-_tanh = entry(TanhFunction)
+_tanh = entry(TanhFunction, again=TanhFunction.forward)
 
 
 @public

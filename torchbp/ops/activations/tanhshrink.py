@@ -63,7 +63,7 @@ def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
     return v * (t * t).conj()  # (1)
 
 
-_tanhshrink = entry(TanhshrinkFunction)
+_tanhshrink = entry(TanhshrinkFunction, again=TanhshrinkFunction.forward)
 
 
 @public

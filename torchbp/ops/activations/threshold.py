@@ -68,7 +68,7 @@ def _where_above(v: Tensor, kept: Tensor, t: float) -> Tensor:
     return v.masked_fill(kept <= t, 0)  # (1); so written, NaN passes
 
 
-_threshold = entry(ThresholdFunction)
+_threshold = entry(ThresholdFunction, again=ThresholdFunction.forward)
 
 
 @public

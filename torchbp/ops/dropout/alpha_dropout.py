@@ -85,7 +85,7 @@ def _chosen(x: Tensor, mask: Tensor, a: float, b: float) -> Tensor:
     return y.add_(scale.mul_(-_SATURATION).add_(a * _SATURATION + b))  # (2)
 
 
-_alpha_dropout = entry(AlphaDropoutFunction)
+_alpha_dropout = entry(AlphaDropoutFunction, again=AlphaDropoutFunction.forward)
 
 
 def _coefficients(p: float) -> tuple[float, float]:

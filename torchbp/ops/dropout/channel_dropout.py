@@ -32,7 +32,7 @@ from torchbp.ops.dropout.dropout import DropoutFunction
 
 __all__ = ["Dropout1d", "Dropout2d", "Dropout3d", "dropout1d", "dropout2d", "dropout3d"]
 
-_dropout = entry(DropoutFunction)
+_dropout = entry(DropoutFunction, again=DropoutFunction.forward)
 
 
 def _drop(op: str, x: Tensor, p: float, training: bool, inplace: bool, leading: int) -> Tensor:

@@ -63,7 +63,7 @@ class DropoutFunction(Function):
         return masked(tangent_x, mask, ctx.scale)
 
 
-_dropout = entry(DropoutFunction)
+_dropout = entry(DropoutFunction, again=DropoutFunction.forward)
 
 
 @public

@@ -49,7 +49,7 @@ class GradientScaleFunction(Function):
         return tangent_x * ctx.scale
 
 
-_gradient_scale = entry(GradientScaleFunction)
+_gradient_scale = entry(GradientScaleFunction, again=GradientScaleFunction.forward)
 
 
 @public

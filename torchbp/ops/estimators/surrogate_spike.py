@@ -70,7 +70,7 @@ def _times_pulse(v: Tensor, x: Tensor, surrogate: str, k: float) -> Tensor:
     return in_float32(lambda v, x: v * (k * _PULSES[surrogate](k * x)), v, x)
 
 
-_surrogate_spike = entry(SurrogateSpikeFunction)
+_surrogate_spike = entry(SurrogateSpikeFunction, again=SurrogateSpikeFunction.forward)
 
 
 @public

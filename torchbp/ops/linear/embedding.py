@@ -96,7 +96,7 @@ def _weighted(rows: Tensor, i: Tensor, count: int, padding: int, by_frequency: b
     return rows  # (3)
 
 
-_embedding = entry(EmbeddingFunction)
+_embedding = entry(EmbeddingFunction, again=EmbeddingFunction.forward)
 
 
 @public

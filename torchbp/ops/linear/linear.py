@@ -95,7 +95,11 @@ def _rows(t: Tensor) -> Tensor:  # (*, D) -> (N, D)
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-_linear = entry(LinearFunction)
+def _flops(x: Tensor, weight: Tensor, _bias: Tensor | None) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+_linear = entry(LinearFunction, again=LinearFunction.forward, flops=_flops)
 
 
 @public

@@ -84,6 +84,23 @@ class BatchNormFunction(Function):
         return output
 
     @staticmethod
+    def again(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the output of ``forward`` again, without moving the running statistics a second time."""
+        if training:
+            running_mean = running_var = None
+        args = (x, weight, bias, running_mean, running_var, training, momentum, eps)
+        return BatchNormFunction.forward(*args)
+
+    @staticmethod
     def setup_context(
         ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
@@ -181,7 +198,7 @@ def _normalize(
     return (widened(x) - along_channels(running_mean, x)) * r, r
 
 
-_batch_norm = entry(BatchNormFunction)
+_batch_norm = entry(BatchNormFunction, again=BatchNormFunction.again)
 
 
 @public

@@ -104,7 +104,7 @@ class DyTFunction(Function):
         return tangent_y.to(x.dtype)
 
 
-_dyt = entry(DyTFunction)
+_dyt = entry(DyTFunction, again=DyTFunction.forward)
 
 
 @public

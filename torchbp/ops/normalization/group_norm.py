@@ -160,7 +160,7 @@ def _centred(x: Tensor, mean: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return x - mean.reshape(*mean.shape, *(1 for _ in x.shape[2:])), torch.zeros_like(mean)
 
 
-_group_norm = entry(GroupNormFunction)
+_group_norm = entry(GroupNormFunction, again=GroupNormFunction.forward)
 
 
 @public

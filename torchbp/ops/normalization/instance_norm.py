@@ -34,8 +34,8 @@ from torchbp.ops.normalization.group_norm import GroupNormFunction
 
 __all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "instance_norm"]
 
-_group_norm = entry(GroupNormFunction)
-_batch_norm = entry(BatchNormFunction)
+_group_norm = entry(GroupNormFunction, again=GroupNormFunction.forward)
+_batch_norm = entry(BatchNormFunction, again=BatchNormFunction.again)
 
 
 @public

@@ -125,7 +125,7 @@ class LayerNormFunction(Function):
         return tangent_y.to(x.dtype), None, None
 
 
-_layer_norm = entry(LayerNormFunction)
+_layer_norm = entry(LayerNormFunction, again=LayerNormFunction.forward)
 
 
 @public

@@ -105,7 +105,7 @@ def _window_sum(t: Tensor, size: int, mirrored: bool = False) -> Tensor:
     return total
 
 
-_local_response_norm = entry(LocalResponseNormFunction)
+_local_response_norm = entry(LocalResponseNormFunction, again=LocalResponseNormFunction.forward)
 
 
 @public

@@ -103,7 +103,7 @@ def _real(t: Tensor) -> Tensor:
     return t.real if t.is_complex() else t
 
 
-_normalize = entry(NormalizeFunction)
+_normalize = entry(NormalizeFunction, again=NormalizeFunction.forward)
 
 
 @public

@@ -1,0 +1,147 @@
+"""Where an op remembers how its output is made again; ``recompute`` reads it. Nothing is noted while nobody asks.
+
+A :class:`Note` stands on the node that autograd made for the call. It holds no tensor of any size: an argument that the
+node saves is named by its place among the saved ones, another by the edge of the graph it came along.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+from weakref import ReferenceType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+__all__ = ["Edge", "Note", "Saved", "asked", "noting", "version_only"]
+
+asked = 0  # how many scopes that want notes are open, in all threads
+
+# An argument that nobody else keeps (a frozen bias) is copied if it is at most this share of the output.
+_COPIED_SHARE = 1 / 64
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """An argument that the node saves for backward, by its place among the saved tensors."""
+
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """An argument that another node made, by its place among the node's next functions; as it was when it was read."""
+
+    place: int
+    version: int
+    storage: int
+
+
+@dataclass(slots=True)
+class Note:
+    """How a node's first output is made again.
+
+    Attributes:
+        again: Called with the arguments, the tensors among them filled in, it gives the output, or a tuple that starts
+            with it.
+        arguments: Of the call; a tensor is :class:`Saved`, :class:`Edge`, or a small copy. ``None`` where one is none
+            of these: the output cannot be made again.
+        flops: Floating-point operations that making it again takes; 0 for what is cheap.
+        version: Of the output, as the call left it.
+        storage: Of the output.
+        nbytes: Of the output.
+        device: Type of the output's device.
+        witness: Shares the output's version counter, and no memory: tells whether the output was written to since.
+        autocast: Whether autocast was on, and its dtype.
+        item: What ``recompute`` keeps for the output.
+    """
+
+    again: Callable[..., Any]
+    arguments: tuple[Any, ...] | None
+    flops: int
+    version: int
+    storage: int
+    nbytes: int
+    device: str
+    witness: Tensor
+    autocast: tuple[bool, torch.dtype]
+    item: "ReferenceType[Any] | None" = None
+
+
+def noting(
+    function: type[Function],
+    again: Callable[..., Any],
+    flops: Callable[..., int] | None,
+) -> type[Function]:
+    """Return ``function`` as a class whose nodes carry a :class:`Note`.
+
+    Args:
+        function: With ``setup_context``.
+        again: Takes the arguments of ``function.forward``, and has no side effect. ``inplace`` is passed as ``False``.
+        flops: Takes the same arguments; ``None`` for what is cheap.
+    """
+    names = list(signature(function.forward).parameters)  # pyright: ignore[reportArgumentType]
+    in_place = names.index("inplace") if "inplace" in names else None
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        function.setup_context(ctx, inputs, output)
+        first = output if isinstance(output, Tensor) else output[0]
+        saved = ctx.to_save or ()
+        written = bool(in_place is not None and inputs[in_place])
+        arguments: list[Any] | None = []
+        edges = 0
+        for place, value in enumerate(inputs):
+            if not isinstance(value, Tensor):
+                arguments.append(False if place == in_place else value)
+                continue
+            argument = _argument(value, edges, saved, first, written and not edges)
+            edges += 1
+            if argument is None:
+                arguments = None
+                break
+            arguments.append(argument)
+        device = first.device.type
+        ctx.note = Note(
+            again,
+            None if arguments is None else tuple(arguments),
+            0 if flops is None else flops(*inputs),
+            first._version + written,  # mark_dirty raises it once more, after this
+            first.untyped_storage()._cdata,
+            first.numel() * first.element_size(),
+            device,
+            version_only(first),
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+        )
+
+    return type(function.__name__, (function,), {"setup_context": staticmethod(setup_context)})
+
+
+def _argument(
+    t: Tensor, edge: int, saved: tuple[Tensor | None, ...], output: Tensor, written: bool
+) -> Saved | Edge | Tensor | None:
+    """Return how the tensor argument ``t`` is found again; ``written`` where the call wrote the output into it."""
+    if not written:
+        for place, other in enumerate(saved):
+            if other is t:
+                return Saved(place)
+    if t.requires_grad:
+        # The call itself has raised the version of what it wrote to.
+        return Edge(edge, t._version - written, t.untyped_storage()._cdata)
+    if not written and t.numel() <= output.numel() * _COPIED_SHARE:
+        return t.detach().clone()
+    return None
+
+
+_EMPTY: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def version_only(t: Tensor) -> Tensor:
+    """Return a tensor that shares the version counter of ``t`` and holds none of its memory."""
+    key = (t.device, t.dtype)
+    empty = _EMPTY.get(key)
+    if empty is None:
+        empty = _EMPTY[key] = torch.empty(0, device=t.device, dtype=t.dtype)
+    alias = t.detach()
+    alias.data = empty
+    return alias

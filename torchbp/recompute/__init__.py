@@ -1,0 +1,7 @@
+"""lean: train the same network, to the same bits, in far less memory. Recipes are kept instead of tensors."""
+
+from torchbp.recompute._lean import lean as lean
+from torchbp.recompute._lean import lean_scope as lean_scope
+from torchbp.recompute._lean import revert as revert
+
+__all__ = ["lean", "lean_scope", "revert"]

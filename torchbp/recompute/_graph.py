@@ -1,0 +1,214 @@
+"""Finds how a tensor is made again, from the node of autograd's graph that made it.
+
+Two kinds of nodes tell: those of torchbp's ops by the note they carry, those of torch's own cheap ops by what they
+save (_torch.py). A tensor that a node saves is found among the saved; another, an operand, along the edge to its own
+node. Of an operand there is no tensor to look at, so that it was not written to meanwhile must be known: from a version
+that an op of ours has noted, or from the witness of the node that made it.
+"""
+
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+from torchbp.ops._recipe import Edge, Note, Saved
+from torchbp.recompute._kept import Kept, Made, Recipe, Share
+from torchbp.recompute._torch import RULES, Operand
+
+__all__ = ["kept_or_share"]
+
+# Below this, what is kept weighs less than the recipe.
+small = 16 << 10
+
+# No chain takes more calls than this: what they make is there at once. Residual networks would reach from end to end.
+longest = 8
+
+# A part of at most this share of the output is copied: it may be a parameter, whose memory FSDP frees after forward.
+_COPIED_SHARE = 1 / 64
+
+_KEY = "torchbp"  # in the metadata of torch's own nodes
+_DENSE = (Tensor, nn.Parameter)
+_NO_AUTOCAST = (False, torch.bfloat16)
+_MISSING = object()
+
+
+class Reading(NamedTuple):
+    """What a tensor was when an op read it."""
+
+    version: int
+    storage: int
+
+
+def kept_or_share(t: Tensor) -> Kept | Share:
+    """Return what is kept for ``t``, which a node wants to save: a share of what can be made again, or ``t`` itself."""
+    if type(t) not in _DENSE:
+        return _as_it_is(t)
+    node = t.grad_fn
+    if node is None or t.numel() * t.element_size() < small:
+        return Kept(t)
+    base = t
+    if t._is_view():
+        base = t._base
+        if base is None or (node := base.grad_fn) is None:
+            return Kept(t)
+    made = _output(node, base)
+    if made is not None and not t.is_neg() and not t.is_conj():
+        return Share(made, t, checked=True)
+    kept = Kept(t)
+    if base is t:
+        _register(node, kept, t.output_nr)
+    return kept
+
+
+def _as_it_is(t: Tensor) -> Kept:
+    with torch._C.DisableTorchFunctionSubclass():
+        return Kept(t)
+
+
+def _output(node: Any, base: Tensor) -> Made | None:
+    """Return how ``base``, the output of ``node``, is made again; ``None`` if it can't, or isn't worth it."""
+    found = _registered(node, base.output_nr)
+    if found is not None:
+        return found if type(found) is Made and found.untouched() else None
+    storage = base.untyped_storage()
+    if storage.nbytes() != base.numel() * base.element_size():
+        return None  # holes, or a part of something larger
+    how = _how(node, base.output_nr, Reading(base._version, storage._cdata), base)
+    if how is None:
+        return None
+    recipe, witness = how
+    if recipe.steps > longest:
+        return None
+    made = Made(base, recipe, witness)
+    _register(node, made, base.output_nr)
+    return made
+
+
+def _how(
+    node: Any, nr: int, reading: Reading | None, output: Tensor | None
+) -> tuple[Recipe, Tensor | None] | None:
+    """Return how output ``nr`` of ``node`` is made again, and its witness if there is one.
+
+    Args:
+        node: Of the graph.
+        nr: Which output; ops of several are known by their first.
+        reading: The version and storage it had when it was read; ``None`` where nobody noted them.
+        output: The tensor itself, where it is at hand.
+    """
+    note = _note(node)
+    if note is None:
+        found = _of_torch(node, reading, output) if nr == 0 and reading is not None else None
+        return None if found is None else (found, None)
+    if nr or note.flops or note.arguments is None:
+        return None
+    last = (note.version, note.storage)
+    if note.witness._version != note.version if reading is None else reading != last:
+        return None
+    parts = [_argument(node, a) for a in note.arguments]
+    if any(p is _MISSING for p in parts):
+        return None
+    limit = note.nbytes * _COPIED_SHARE
+    return Recipe(note.again, _copied(parts, limit), note.autocast, note.device), note.witness
+
+
+def _of_torch(node: Any, reading: Reading, output: Tensor | None) -> Recipe | None:
+    """Return how the output of a node of torch's own is made again."""
+    rule = RULES.get(type(node).__name__)
+    if rule is None:
+        return None
+    first = None
+    if reading.version:
+        # Written to since it was made; all is well if by the op itself, as `x += y` does to its first operand.
+        if reading.version > 1 or not rule.may_write:
+            return None
+        first = Reading(reading.version - 1, reading.storage)
+    call = rule.read(node, output)
+    if call is None:
+        return None
+    operands = rule.operands
+    if operands is None:
+        operands = [Operand(i) for i in range(len(node.next_functions))]
+    parts: list[Any] = []
+    for operand in operands:
+        part = None
+        if operand.saved is not None:
+            part = _part(getattr(node, f"_raw_saved_{operand.saved}"))
+        if part is None:
+            part = _along(node, operand.edge, first)
+        if part is None:
+            return None
+        parts.append(part)
+        first = None
+    return Recipe(call, tuple(parts), _NO_AUTOCAST, "cpu" if output is None else output.device.type)
+
+
+def _argument(node: Any, argument: Any) -> Any:
+    """Return an argument that a note names, ready for a recipe."""
+    if type(argument) is Saved:
+        part = _part(node._raw_saved_tensors[argument.place])
+    elif type(argument) is Edge:
+        part = _along(node, argument.place, Reading(argument.version, argument.storage))
+    else:
+        return Kept(argument) if isinstance(argument, Tensor) else argument
+    return _MISSING if part is None else part
+
+
+def _along(node: Any, place: int, reading: Reading | None) -> Kept | Share | Recipe | None:
+    """Return the operand that came along an edge, as a part."""
+    source, nr = node.next_functions[place]
+    if source is None:
+        return None
+    if type(source).__name__ == "AccumulateGrad":
+        leaf = source.variable
+        return Kept(leaf) if reading is None or leaf._version == reading.version else None
+    found = _registered(source, nr)
+    if found is None:
+        how = _how(source, nr, reading, None)
+        return None if how is None else how[0]
+    if not found.untouched() if reading is None else found.version != reading.version:
+        return None
+    return Share(found, None, checked=False) if isinstance(found, Made) else found
+
+
+def _part(saved: Any) -> Kept | Share | None:
+    """Return what a node keeps for a saved tensor, as a part; ``None`` if it saved it outside, or under other hooks."""
+    data = saved.data
+    if type(data) is Share:
+        return data.part()
+    return data if type(data) is Kept else None
+
+
+def _copied(parts: list[Any], limit: float) -> tuple[Any, ...]:
+    return tuple(
+        Kept(p.open().clone()) if type(p) is Kept and p.nbytes <= limit else p for p in parts
+    )
+
+
+def _note(node: Any) -> Note | None:
+    if not isinstance(node, BackwardCFunction):
+        return None
+    note = getattr(node, "note", None)
+    return note if type(note) is Note else None
+
+
+def _registered(node: Any, nr: int) -> Kept | Made | None:
+    """Return what is kept for an output of ``node``, if somebody saved it, and it is still there."""
+    if nr:
+        return None
+    if isinstance(node, BackwardCFunction):
+        note = _note(node)
+        item = None if note is None else note.item
+    else:
+        item = node.metadata.get(_KEY)
+    return None if item is None else item()
+
+
+def _register(node: Any, item: Kept | Made, nr: int) -> None:
+    if nr:
+        return
+    if not isinstance(node, BackwardCFunction):
+        node.metadata[_KEY] = ref(item)
+    elif (note := _note(node)) is not None:
+        note.item = ref(item)

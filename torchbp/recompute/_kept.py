@@ -1,0 +1,214 @@
+"""What stands in the graph for a tensor that an op wants for backward: the tensor, or how it is made again.
+
+Autograd's own check, that nobody wrote to a saved tensor, is off where there are saved-tensor hooks: it is made here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from torchbp.ops._recipe import version_only
+
+__all__ = ["Kept", "Made", "Recipe", "Share"]
+
+
+class Kept:
+    """A tensor that is kept as it is, with the version it had."""
+
+    __slots__ = ("__weakref__", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Detached: a saved output would hold its own node, which holds this.
+        self.tensor = tensor.detach()
+        self.version = None if tensor.is_inference() else tensor._version
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+    def untouched(self) -> bool:
+        """Whether nobody wrote to it since."""
+        return self.version is None or self.tensor._version == self.version
+
+    def open(self) -> Tensor:
+        """Return the tensor; raise as autograd does if it was changed in place."""
+        if not self.untouched():
+            raise _changed(self.tensor, self.tensor._version, self.version)
+        return self.tensor
+
+
+class Recipe:
+    """A call that makes an output again.
+
+    Args:
+        call: Gives the output, or a tuple that starts with it.
+        arguments: Of the call: what is :class:`Kept`, a :class:`Share` of what is made, a :class:`Recipe` of what
+            nobody saves, or no tensor.
+        autocast: Whether autocast was on as the output was made first, and its dtype.
+        device: Type of the output's device.
+    """
+
+    __slots__ = ("arguments", "autocast", "call", "device", "steps")
+
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        autocast: tuple[bool, torch.dtype],
+        device: str,
+    ) -> None:
+        self.call, self.arguments, self.autocast, self.device = call, arguments, autocast, device
+        self.steps = 1  # calls in the whole chain
+        for a in arguments:
+            if type(a) is Share:
+                self.steps += a.made.recipe.steps
+            elif type(a) is Recipe:
+                self.steps += a.steps
+
+    def open(self) -> Tensor:
+        """Return the output, made again."""
+        arguments = [a.open() if type(a) in _OPENED else a for a in self.arguments]
+        enabled, dtype = self.autocast
+        with torch.no_grad():
+            if enabled or torch.is_autocast_enabled(self.device):
+                with torch.autocast(self.device, dtype, enabled, cache_enabled=False):
+                    made = self.call(*arguments)
+            else:
+                made = self.call(*arguments)
+        return made if isinstance(made, Tensor) else made[0]
+
+
+class Made:
+    """An output that was let go: made again when backward needs it, once for all who share it.
+
+    Args:
+        output: The tensor that is let go, a whole dense storage.
+        recipe: Of it.
+        witness: As :func:`version_only` gives it for the output.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "made",
+        "nbytes",
+        "recipe",
+        "size",
+        "stride",
+        "users",
+        "version",
+        "witness",
+    )
+
+    def __init__(self, output: Tensor, recipe: Recipe, witness: Tensor | None) -> None:
+        self.recipe = recipe
+        self.size, self.stride = output.size(), output.stride()
+        self.nbytes = output.numel() * output.element_size()
+        self.version = output._version
+        self.witness = version_only(output) if witness is None else witness
+        self.users = 0  # shares alive
+        self.made: Tensor | None = None
+
+    def untouched(self) -> bool:
+        """Whether nobody wrote to the output since."""
+        return self.witness._version == self.version
+
+    def open(self) -> Tensor:
+        """Return the output, made again unless another who needs it had it made in this backward."""
+        made = self.made
+        if made is None:
+            made = self.recipe.open()
+            if made.stride() != self.stride:
+                strided = torch.empty_strided(
+                    self.size, self.stride, dtype=made.dtype, device=made.device
+                )
+                made = strided.copy_(made)
+            if self.users > 1 and _in_backward():
+                self.made = made
+                _made.add(self)
+        elif self.users <= 1:  # the last one: as soon as it is done, the memory is free
+            self.made = None
+        return made
+
+
+class Share:
+    """What one node keeps of a :class:`Made`: the output or a view of it.
+
+    Args:
+        made: Of which.
+        view: The view, whose geometry is taken; ``None`` for the output itself.
+        checked: Whether the output must not have been written to, as is asked of what a node saves; a part of another
+            is made again from what it was made of, whatever became of it.
+    """
+
+    __slots__ = ("__weakref__", "checked", "made", "offset", "size", "stride")
+
+    def __init__(self, made: Made, view: Tensor | None, checked: bool) -> None:
+        made.users += 1
+        self.made, self.checked = made, checked
+        if view is None:
+            self.size, self.stride, self.offset = made.size, made.stride, 0
+        else:
+            self.size, self.stride = view.size(), view.stride()
+            self.offset = view.storage_offset()
+
+    def __del__(self) -> None:
+        self.made.users -= 1
+
+    def part(self) -> "Share":
+        """Return the same as a part of another."""
+        share = Share(self.made, None, checked=False)
+        share.size, share.stride, share.offset = self.size, self.stride, self.offset
+        return share
+
+    def open(self) -> Tensor:
+        """Return the tensor, made again; raise as autograd does if it, or what it is made of, was changed in place."""
+        made = self.made
+        if self.checked and not made.untouched():
+            raise _changed(made.witness, made.witness._version, made.version, made.size)
+        tensor = made.open()
+        if self.size == tensor.size() and self.stride == tensor.stride():
+            return tensor
+        return tensor.as_strided(self.size, self.stride, self.offset + tensor.storage_offset())
+
+
+_OPENED = (Kept, Share, Recipe)
+
+_made: WeakSet[Made] = WeakSet()  # those that hold their output for who needs it next
+_task = -1  # the backward at whose end they let it go
+
+
+def _in_backward() -> bool:
+    """Whether a backward runs, at whose end what is made is let go: with retain_graph the shares live on."""
+    global _task  # noqa: PLW0603
+    task = torch._C._current_graph_task_id()
+    if task == -1:
+        return False
+    if task != _task:
+        Variable._execution_engine.queue_callback(_let_go)
+        _task = task
+    return True
+
+
+def _let_go() -> None:
+    global _task  # noqa: PLW0603
+    _task = -1
+    for made in list(_made):
+        made.made = None
+    _made.clear()
+
+
+def _changed(
+    t: Tensor, version: int, expected: int | None, size: torch.Size | None = None
+) -> RuntimeError:
+    """Return the error that autograd raises for a saved tensor that was written to."""
+    shape = list(t.size() if size is None else size)
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{t.type()} {shape}] is at version {version}; expected version {expected} instead. "
+        "Hint: write out of place, or clone the tensor before the op that needs it."
+    )

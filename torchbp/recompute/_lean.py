@@ -1,0 +1,194 @@
+"""lean(), lean_scope(), revert(): what a model's forward saves for backward is kept as recipes where it can be.
+
+The model's forward runs between two hooks of its own, which put saved-tensor hooks around it. Nothing of the model
+changes but that and the classes of its layers: it is copied, pickled, sharded and saved as before.
+"""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torchbp import swap
+from torchbp.ops import _recipe
+from torchbp.ops._errors import wrong
+from torchbp.recompute._graph import kept_or_share
+from torchbp.recompute._kept import Kept, Share
+
+__all__ = ["lean", "lean_scope", "revert"]
+
+M = TypeVar("M", bound=nn.Module)
+
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def lean(model: M) -> M:
+    """Make ``model`` keep far fewer bytes for backward; every gradient stays the same to the last bit.
+
+    Its torch layers are converted (:func:`torchbp.convert`). In each forward, what an op wants to keep is let go where
+    an activation, a normalization, a dropout, a gate, a residual sum or another cheap op made it, and is made again in
+    backward. Convolutions, Linear, attention and user code need not know.
+
+    It is inert under ``torch.no_grad``, ``torch.compile``, ``torch.func``, and inside others' saved-tensor hooks (a
+    checkpoint, ``save_on_cpu``). :func:`torchbp.revert` undoes it.
+
+    Args:
+        model: Any module. Before ``fully_shard``, ``DistributedDataParallel`` and ``torch.compile``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        RuntimeError: ``model`` is sharded already.
+
+    Example:
+        >>> import torch, torchbp
+        >>> from torch import nn
+        >>> model = torchbp.lean(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)))
+        >>> model(torch.randn(256, 64)).sum().backward()
+    """
+    swap.convert(model)
+    if _hooks_of(model) is None:
+        hooks = _Hooks()
+        model.register_forward_pre_hook(hooks.enter, prepend=True)
+        model.register_forward_hook(hooks.leave, always_call=True)
+    return model
+
+
+def revert(model: M) -> M:
+    """Undo :func:`lean` and :func:`convert`: every torchbp layer of ``model`` becomes torch's again, in place.
+
+    Layers that were built as torchbp's become torch's too.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        RuntimeError: ``model`` is sharded already.
+
+    Example:
+        >>> import torch, torchbp
+        >>> type(torchbp.revert(torchbp.lean(torch.nn.Linear(4, 3))))
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+    swap.revert(model)
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if _is_ours(hook)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+    return model
+
+
+@contextmanager
+def lean_scope() -> Iterator[None]:
+    """Keep recipes instead of tensors in whatever runs inside: forward, loss, and backward if you like.
+
+    For what is not in a model's forward, or for a model that is lean in some steps only. The layers must be torchbp's:
+    those of torch have no recipe, but for the cheapest.
+
+    Warns:
+        UserWarning: Tensors were kept, and none of them by a recipe.
+
+    Example:
+        >>> import torch, torchbp
+        >>> import torchbp.functional as F
+        >>> x, w = torch.randn(256, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
+        >>> with torchbp.lean_scope():
+        ...     loss = F.linear(F.gelu(x), w).sum()
+        >>> loss.backward()
+    """
+    pack = _open()
+    try:
+        yield
+    finally:
+        if pack is not None:
+            _close()
+    if pack is not None and pack.kept and not pack.shared:
+        message = wrong(
+            "lean_scope",
+            "outputs of torchbp's layers among what is kept for backward",
+            f"none in {pack.kept} tensors",
+            "convert the model first: torchbp.lean(model), or torchbp.convert(model)",
+        )
+        warnings.warn(message, UserWarning, stacklevel=3)
+
+
+class _Pack:
+    """The pack hook, which counts what it gives: one of a kind for each scope."""
+
+    def __init__(self) -> None:
+        self.kept = self.shared = 0
+
+    def __call__(self, t: Tensor) -> Kept | Share:
+        item = kept_or_share(t)
+        if type(item) is Share:
+            self.shared += 1
+        else:
+            self.kept += 1
+        return item
+
+
+def _unpack(item: Kept | Share) -> Tensor:
+    return item.open()
+
+
+def _open() -> _Pack | None:
+    """Put our hooks on the innermost place; ``None`` where they would be refused, useless, or in somebody's way."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or not _autograd._saved_tensors_hooks_is_enabled()
+        or _autograd._top_saved_tensors_default_hooks(False) is not None
+    ):
+        return None
+    pack = _Pack()
+    _autograd._push_saved_tensors_default_hooks(pack, _unpack)
+    _recipe.asked += 1
+    return pack
+
+
+def _close() -> None:
+    _autograd._pop_saved_tensors_default_hooks()
+    _recipe.asked -= 1
+
+
+class _Opened(threading.local):
+    """Of this thread, whose forwards are under way, and whether each has opened the hooks."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[int, bool]] = []
+
+
+_opened = _Opened()
+
+
+class _Hooks:
+    """The two hooks around a model's forward. They hold nothing of it, so they are copied and pickled with it."""
+
+    def enter(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            _opened.stack.append((id(module), _open() is not None))
+
+    def leave(self, module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+        if torch.compiler.is_compiling() or not _opened.stack:
+            return
+        if _opened.stack[-1][0] == id(module) and _opened.stack.pop()[1]:
+            _close()
+
+
+def _is_ours(hook: object) -> bool:
+    return isinstance(getattr(hook, "__self__", None), _Hooks)
+
+
+def _hooks_of(model: nn.Module) -> object | None:
+    return next((h for h in model._forward_pre_hooks.values() if _is_ours(h)), None)

@@ -1,0 +1,102 @@
+"""How the outputs of torch's own cheap ops are made again, by the names of their nodes in autograd's graph.
+
+A node of torch's keeps its attributes under ``_saved_<name>``. A rule reads them, and names the operands: by what the
+node saves them as, or, where it doesn't, by the edge they came along. Such a node was made after autocast's casts.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["RULES", "Operand"]
+
+aten = torch.ops.aten
+
+
+class Operand(NamedTuple):
+    """An operand of a node: the edge it came along, and the name it is saved under, if it is."""
+
+    edge: int
+    saved: str | None = None
+
+
+class Rule(NamedTuple):
+    """How the output of a kind of node is made again.
+
+    Attributes:
+        read: Called with the node, and the output where it is at hand; gives what makes the output from the operands,
+            or ``None`` if that can't be told.
+        operands: Of the call, in order; ``None``: one along each edge.
+        may_write: Whether the op has an in-place form, into its first operand, with the same node.
+    """
+
+    read: Callable[[Any, Tensor | None], Callable[..., Tensor] | None]
+    operands: Sequence[Operand] | None
+    may_write: bool = False
+
+
+def _unary(call: Callable[..., Tensor], *attributes: str) -> Rule:
+    """Return the rule of an op of one tensor, which its node saves, and attributes that are named alike."""
+
+    def read(node: Any, _: Tensor | None) -> Callable[..., Tensor]:
+        values = [getattr(node, f"_saved_{name}") for name in attributes]
+        return lambda x: call(x, *values)
+
+    return Rule(read, (Operand(0, "self"),))
+
+
+def _always(call: Callable[..., Tensor]) -> Callable[[Any, Tensor | None], Callable[..., Tensor]]:
+    return lambda _node, _output: call
+
+
+def _with_alpha(call: Callable[..., Tensor]) -> Rule:
+    def read(node: Any, _: Tensor | None) -> Callable[..., Tensor]:
+        return call if node._saved_alpha == 1 else partial(call, alpha=node._saved_alpha)
+
+    return Rule(read, (Operand(0), Operand(1)), may_write=True)
+
+
+def _cat(node: Any, _: Tensor | None) -> Callable[..., Tensor]:
+    dim = node._saved_dim
+    dim = dim - (1 << 64) if dim >= 1 << 63 else dim  # a negative one reads as unsigned
+    return lambda *tensors: torch.cat(tensors, dim)
+
+
+def _cast(_: Any, output: Tensor | None) -> Callable[..., Tensor] | None:
+    if output is None:
+        return None
+    dtype, device = output.dtype, output.device
+    return lambda x: x.to(device, dtype)
+
+
+def _gelu(node: Any, _: Tensor | None) -> Callable[..., Tensor]:
+    return partial(aten.gelu, approximate=node._saved_approximate)
+
+
+_of_result = (Operand(0),)
+_of_both = (Operand(0, "self"), Operand(1, "other"))
+
+RULES = {
+    "AddBackward0": _with_alpha(torch.add),
+    "SubBackward0": _with_alpha(torch.sub),
+    "NegBackward0": Rule(_always(torch.neg), _of_result),
+    "MulBackward0": Rule(_always(torch.mul), _of_both),
+    "DivBackward0": Rule(_always(torch.div), _of_both),
+    "CatBackward0": Rule(_cat, None),
+    "ToCopyBackward0": Rule(_cast, _of_result),
+    "GeluBackward0": Rule(_gelu, (Operand(0, "self"),)),
+    "SiluBackward0": _unary(aten.silu),
+    "MishBackward0": _unary(aten.mish),
+    "LeakyReluBackward0": _unary(aten.leaky_relu, "negative_slope"),
+    "HardswishBackward0": _unary(aten.hardswish),
+    "HardsigmoidBackward0": _unary(aten.hardsigmoid),
+    "SoftplusBackward0": _unary(aten.softplus, "beta", "threshold"),
+    "EluBackward0": _unary(aten.elu, "alpha", "scale", "input_scale"),
+    "PowBackward0": _unary(aten.pow.Tensor_Scalar, "exponent"),
+    "ReluBackward0": Rule(_always(torch.relu), _of_result),
+    "SigmoidBackward0": Rule(_always(torch.sigmoid), _of_result),
+    "TanhBackward0": Rule(_always(torch.tanh), _of_result),
+}
