@@ -77,6 +77,7 @@ from torchbp.ops.losses.huber_loss import huber_loss as huber_loss
 from torchbp.ops.losses.info_nce_loss import info_nce_loss as info_nce_loss
 from torchbp.ops.losses.kl_div import kl_div as kl_div
 from torchbp.ops.losses.l1_loss import l1_loss as l1_loss
+from torchbp.ops.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from torchbp.ops.losses.log_cosh_loss import log_cosh_loss as log_cosh_loss
 from torchbp.ops.losses.margin_ranking_loss import margin_ranking_loss as margin_ranking_loss
 from torchbp.ops.losses.mse_loss import mse_loss as mse_loss

@@ -75,6 +75,7 @@ from torchbp.ops.losses.huber_loss import HuberLoss as HuberLoss
 from torchbp.ops.losses.info_nce_loss import InfoNCELoss as InfoNCELoss
 from torchbp.ops.losses.kl_div import KLDivLoss as KLDivLoss
 from torchbp.ops.losses.l1_loss import L1Loss as L1Loss
+from torchbp.ops.losses.linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from torchbp.ops.losses.log_cosh_loss import LogCoshLoss as LogCoshLoss
 from torchbp.ops.losses.margin_ranking_loss import MarginRankingLoss as MarginRankingLoss
 from torchbp.ops.losses.mse_loss import MSELoss as MSELoss

@@ -23,7 +23,7 @@ from torchbp.ops._function import Context, entry, is_half
 from torchbp.ops._reduction import reduce, spread
 from torchbp.ops.losses._classes import class_dim, positions
 
-__all__ = ["LogPartitionPenaltyFunction", "log_partition_penalty"]
+__all__ = ["LogPartitionPenaltyFunction", "gradient_of_penalty", "log_partition_penalty"]
 
 
 class LogPartitionPenaltyFunction(Function):
@@ -50,20 +50,16 @@ class LogPartitionPenaltyFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, counts = ctx.saved_tensors
-        s = spread(grad, ctx.reduction, _count(x, counts))
-        if counts is not None:
-            s = s.expand(counts.shape).masked_fill(~counts, 0)
-        return _gradient(x, s, ctx.factor).to(x.dtype), None, None, None
+        grad_x = gradient_of_penalty(x, grad, counts, ctx.factor, ctx.reduction)
+        return grad_x.to(x.dtype), None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
         x, counts = ctx.saved_tensors
-        wide = _wide(x)
-        gradient = _gradient(x, wide.new_ones(()), ctx.factor)
-        values = (gradient * tangent_x).sum(class_dim(x))
-        values = values if counts is None else values.masked_fill(~counts, 0)
-        values = values if ctx.reduction == "none" else values.sum()
-        return spread(values, ctx.reduction, _count(x, counts)).to(x.dtype)
+        one = torch.ones((), dtype=x.dtype, device=x.device)
+        product = gradient_of_penalty(x, one, counts, ctx.factor, ctx.reduction) * tangent_x
+        values = product.sum(class_dim(x)) if ctx.reduction == "none" else product.sum()
+        return values.to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -74,7 +70,13 @@ def _count(x: Tensor, counts: Tensor | None) -> int | Tensor:
     return positions(x) if counts is None else counts.sum()
 
 
-def _gradient(x: Tensor, s: Tensor, factor: float) -> Tensor:
+def gradient_of_penalty(
+    x: Tensor, grad: Tensor, counts: Tensor | None, factor: float, reduction: str
+) -> Tensor:
+    """Return (1) for the gradient ``grad`` of the reduced penalty, in float32 for half precision."""
+    s = spread(grad, reduction, _count(x, counts))
+    if counts is not None:
+        s = s.expand(counts.shape).masked_fill(~counts, 0)
     dim, x = class_dim(x), _wide(x)
     scale = 2 * factor * s * x.logsumexp(dim)
     return torch.softmax(x, dim) * scale.unsqueeze(dim)  # (1)

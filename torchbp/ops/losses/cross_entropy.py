@@ -35,12 +35,17 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, is_half, public, scale_fresh
+from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import named, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.activations.softcap import softcap as capped
 from torchbp.ops.losses._classes import along_classes, class_dim, counted, positions
+from torchbp.ops.losses._logits_gradient import (
+    gradient_of_indices,
+    gradient_of_probabilities,
+    terms_of_probabilities,
+)
 from torchbp.ops.losses._z_loss import log_partition_penalty
 
 __all__ = [
@@ -82,20 +87,16 @@ class IndexCrossEntropyFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, target, w = ctx.saved_tensors
-        _, w_t, total = counted(x, target, w, ctx.ignored)
-        s = spread(grad.to(w_t.dtype), ctx.reduction, total)
-        if ctx.reduction == "mean":
-            s = s.masked_fill(total == 0, 0)  # nothing counted: 0, as in torch, not 0/0
-        grad_x = _gradient(x, s, target, w, ctx.ignored, ctx.smoothing).to(x.dtype)
-        return grad_x, None, None, None, None, None
+        grad_x = gradient_of_indices(x, grad, target, w, ctx.reduction, ctx.ignored, ctx.smoothing)
+        return grad_x.to(x.dtype), None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_others: None) -> Tensor:
         x, target, w = ctx.saved_tensors
-        _, w_t, total = counted(x, target, w, ctx.ignored)
-        gradient = _gradient(x, w_t.new_ones(()), target, w, ctx.ignored, ctx.smoothing)
-        values = (gradient * tangent_x).sum(class_dim(x))  # (5)
-        values = values if ctx.reduction == "none" else spread(values.sum(), ctx.reduction, total)
+        one = torch.ones((), dtype=x.dtype, device=x.device)
+        settings = (ctx.reduction, ctx.ignored, ctx.smoothing)
+        product = gradient_of_indices(x, one, target, w, *settings) * tangent_x  # (5)
+        values = product.sum(class_dim(x)) if ctx.reduction == "none" else product.sum()
         return values.to(x.dtype)
 
 
@@ -125,14 +126,12 @@ class ProbabilityCrossEntropyFunction(Function):
         x, target, w = ctx.saved_tensors
         need_x, need_target, need_w, *_ = ctx.needs_input_grad
         dim = class_dim(x)
-        q, log_p, wide_w = _terms(x, target, w, ctx.smoothing)
+        q, log_p, wide_w = terms_of_probabilities(x, target, w, ctx.smoothing)
         s = spread(grad.to(log_p.dtype), ctx.reduction, positions(x))
         s = s.unsqueeze(dim) if ctx.reduction == "none" else s
         grad_x = grad_target = grad_w = None
         if need_x:
-            wq = wide_w * q
-            grad_x = s * (log_p.exp() * wq.sum(dim, keepdim=True) - wq)  # (2)
-            grad_x = grad_x.to(x.dtype)
+            grad_x = gradient_of_probabilities(s, q, log_p, wide_w, dim).to(x.dtype)  # (2)
         if need_target:
             grad_target = (-s * (1 - ctx.smoothing) * wide_w * log_p).to(target.dtype)  # (3)
         if need_w:
@@ -150,7 +149,7 @@ class ProbabilityCrossEntropyFunction(Function):
     ) -> Tensor:
         x, target, w = ctx.saved_tensors
         dim = class_dim(x)
-        q, log_p, wide_w = _terms(x, target, w, ctx.smoothing)
+        q, log_p, wide_w = terms_of_probabilities(x, target, w, ctx.smoothing)
         tangent = torch.zeros_like(log_p)  # (5)
         if tangent_x is not None:
             expected = (log_p.exp() * tangent_x).sum(dim, keepdim=True)
@@ -183,37 +182,6 @@ def _values_by_rows(
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / counted(x, target, w, ignored)[2]
-
-
-def _gradient(
-    x: Tensor, s: Tensor, target: Tensor, w: Tensor | None, ignored: int, smoothing: float
-) -> Tensor:
-    """Return (1), in float32 for half precision."""
-    dim = class_dim(x)
-    index, w_t, _ = counted(x, target, w, ignored)
-    a = s * (1 - smoothing) * w_t
-    p = torch.softmax(x, dim, dtype=w_t.dtype)
-    if smoothing == 0.0:
-        gradient = scale_fresh(p, a.unsqueeze(dim))
-    else:
-        classes = x.shape[dim]
-        b = (s * (smoothing / classes)).expand_as(a).masked_fill(target == ignored, 0)
-        gradient = scale_fresh(p, (a + b * (classes if w is None else w.sum())).unsqueeze(dim))
-        b = b.unsqueeze(dim)
-        gradient = gradient - (b if w is None else b * along_classes(w, x))
-    return gradient.scatter_add_(dim, index.unsqueeze(dim), -a.unsqueeze(dim))
-
-
-def _terms(
-    x: Tensor, target: Tensor, w: Tensor | None, smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, log p and w along the classes, in float32 for half precision."""
-    dim = class_dim(x)
-    dtype = torch.float32 if is_half(x) else x.dtype
-    q = target.to(torch.promote_types(dtype, target.dtype))
-    q = q * (1 - smoothing) + smoothing / max(1, x.shape[dim])
-    wide_w = q.new_ones(()) if w is None else along_classes(w, x)
-    return q, torch.log_softmax(x, dim, dtype=dtype), wide_w
 
 
 _of_indices = entry(IndexCrossEntropyFunction)

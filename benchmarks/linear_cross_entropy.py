@@ -1,0 +1,163 @@
+"""Times linear + cross entropy and measures its peak: torch unfused, torch chunked, torchbp, the three products alone.
+
+Each way runs in a process of its own, forward and backward on float32, with all threads. The peak is what resident
+memory rose to beyond what the inputs take (Linux: VmHWM, reset by /proc/self/clear_refs). The ways run in turns.
+``python benchmarks/linear_cross_entropy.py`` writes benchmarks/data/linear-cross-entropy-cpu-<date>.json.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import torchbp.functional as bp
+
+DATA = Path(__file__).parent / "data"
+SHAPES = {"1024x1024x32000": (1024, 1024, 32000), "4096x256x8000": (4096, 256, 8000)}  # N, D, C
+
+
+def products(x: Tensor, weight: Tensor, target: Tensor) -> None:
+    """Run the three matrix products that no implementation can do without, 512 rows at a time, in reused memory."""
+    del target
+    x, weight = x.detach(), weight.detach()
+    grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+    buffer = torch.empty(512, len(weight))
+    for some, grad in zip(x.split(512), grad_x.split(512), strict=True):
+        z = torch.mm(some, weight.T, out=buffer[: len(some)])
+        torch.mm(z, weight, out=grad)
+        grad_weight.addmm_(z.T, some)
+
+
+def unfused(x: Tensor, weight: Tensor, target: Tensor) -> None:
+    F.cross_entropy(F.linear(x, weight), target).backward()
+
+
+def chunked(x: Tensor, weight: Tensor, target: Tensor) -> None:
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method="aspect_ratio")
+    F.linear_cross_entropy(x, weight, target, options=options).backward()
+
+
+def torchbp(x: Tensor, weight: Tensor, target: Tensor) -> None:
+    bp.linear_cross_entropy(x, weight, target).backward()
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
+    f.__name__: f for f in (products, unfused, chunked, torchbp)
+}
+
+
+def status(field: str) -> int:
+    """Return a field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) << 10
+    raise LookupError(field)
+
+
+def one(way: str, shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
+    """Return seconds of each repeat and the peak in bytes; in this process."""
+    positions, features, classes = shape
+    torch.manual_seed(0)
+    x = torch.randn(positions, features, requires_grad=True)
+    weight = (torch.randn(classes, features) / features**0.5).requires_grad_()
+    target = torch.randint(classes, (positions,))
+    warm = torch.randn(64, features, requires_grad=True)  # threads and code, not memory
+    WAYS[way](warm, weight[:256].detach().requires_grad_(), target[:64] % 256)
+    times, peaks = [], []
+    for _ in range(repeats):
+        x.grad = weight.grad = None
+        Path("/proc/self/clear_refs").write_text("5")
+        before, start = status("VmRSS"), time.perf_counter()
+        WAYS[way](x, weight, target)
+        times.append(time.perf_counter() - start)
+        peaks.append(status("VmHWM") - before)
+    return {"seconds": times, "peak": max(peaks)}
+
+
+def measure(shape: tuple[int, int, int], repeats: int, rounds: int) -> list[dict[str, Any]]:
+    """Return one row a way."""
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for k in range(rounds):
+        for way in list(WAYS)[:: 1 if k % 2 else -1]:
+            command = [sys.executable, __file__, "--one", way, "--repeats", str(repeats)]
+            command += ["--shape", *map(str, shape)]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found[way].append(json.loads(text))
+    rows = []
+    for way, runs in found.items():
+        seconds = sorted(s for r in runs for s in r["seconds"])
+        rows.append(
+            {
+                "way": way,
+                "shape": list(shape),
+                "seconds": statistics.median(seconds),
+                "seconds_min": seconds[0],
+                "peak_mib": round(max(r["peak"] for r in runs) / 2**20, 1),
+                "repeats": len(seconds),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as text, with the shares that count."""
+    lines = []
+    for shape in dict.fromkeys(tuple(r["shape"]) for r in rows):
+        of = {r["way"]: r for r in rows if tuple(r["shape"]) == shape}
+        lines.append("N{} D{} C{}".format(*shape))
+        for way, r in of.items():
+            time_share = r["seconds"] / of["products"]["seconds"]
+            peak_share = r["peak_mib"] / of["unfused"]["peak_mib"]
+            lines.append(
+                f"  {way:9} {r['seconds']:6.3f} s, {time_share:4.2f} of the products;"
+                f" peak {r['peak_mib']:6.1f} MiB, {peak_share:4.2f} of unfused"
+            )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the benchmark and write its rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "C"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(args.one, tuple(args.shape), args.repeats)))
+        return 0
+    shapes = [tuple(args.shape)] if args.shape else list(SHAPES.values())
+    rows = [row for shape in shapes for row in measure(shape, args.repeats, args.rounds)]
+    print(table(rows))
+    if not args.no_write:
+        from run import processor
+
+        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        about = {
+            "date": date,
+            "device": processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        path = DATA / f"linear-cross-entropy-cpu-{date}.json"
+        text = ",\n".join(json.dumps(r) for r in rows)
+        path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The gradient of a cross entropy for its logits; the numbers are those of the derivation in cross_entropy.py."""
+
+import torch
+from torch import Tensor
+
+from torchbp.ops._function import is_half, scale_fresh
+from torchbp.ops._reduction import spread
+from torchbp.ops.losses._classes import along_classes, class_dim, counted
+
+__all__ = ["gradient_of_indices", "gradient_of_probabilities", "terms_of_probabilities"]
+
+
+def gradient_of_indices(
+    x: Tensor,
+    grad: Tensor,
+    target: Tensor,
+    w: Tensor | None,
+    reduction: str,
+    ignored: int,
+    smoothing: float,
+) -> Tensor:
+    """Return (1) for the gradient ``grad`` of the reduced loss, in float32 for half precision."""
+    dim = class_dim(x)
+    index, w_t, total = counted(x, target, w, ignored)
+    s = spread(grad.to(w_t.dtype), reduction, total)
+    if reduction == "mean":
+        s = s.masked_fill(total == 0, 0)  # nothing counted: 0, as in torch, not 0/0
+    a = s * (1 - smoothing) * w_t
+    p = torch.softmax(x, dim, dtype=w_t.dtype)
+    if smoothing == 0.0:
+        gradient = scale_fresh(p, a.unsqueeze(dim))
+    else:
+        classes = x.shape[dim]
+        b = (s * (smoothing / classes)).expand_as(a).masked_fill(target == ignored, 0)
+        gradient = scale_fresh(p, (a + b * (classes if w is None else w.sum())).unsqueeze(dim))
+        b = b.unsqueeze(dim)
+        gradient = gradient - (b if w is None else b * along_classes(w, x))
+    return gradient.scatter_add_(dim, index.unsqueeze(dim), -a.unsqueeze(dim))
+
+
+def gradient_of_probabilities(
+    s: Tensor, q: Tensor, log_p: Tensor, wide_w: Tensor, dim: int
+) -> Tensor:
+    """Return (2) for the gradient s of each value, from what :func:`terms_of_probabilities` gives."""
+    wq = wide_w * q
+    return s * (log_p.exp() * wq.sum(dim, keepdim=True) - wq)
+
+
+def terms_of_probabilities(
+    x: Tensor, target: Tensor, w: Tensor | None, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, log p and w along the classes, in float32 for half precision."""
+    dim = class_dim(x)
+    dtype = torch.float32 if is_half(x) else x.dtype
+    q = target.to(torch.promote_types(dtype, target.dtype))
+    q = q * (1 - smoothing) + smoothing / max(1, x.shape[dim])
+    wide_w = q.new_ones(()) if w is None else along_classes(w, x)
+    return q, torch.log_softmax(x, dim, dtype=dtype), wide_w
