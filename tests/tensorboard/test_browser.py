@@ -8,7 +8,8 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from tests.tensorboard.conftest import HOSTILE, SPECIAL, Tab, tensorboard
+from tests.tensorboard.conftest import HOSTILE, SPECIAL
+from tests.tensorboard.page import Tab, tensorboard
 from torchbp.tensorboard import EventWriter, Layout, read
 
 pytestmark = pytest.mark.browser

@@ -15,7 +15,7 @@ async function open() {
     document.documentElement.dataset.theme = shown;
   };
   follow();
-  const page = await start(document.body, new ReportSource(data), address());
+  const page = await start(document.body, new ReportSource(data), address(data.runs.runs));
   const button = el(
     "button",
     { type: "button", class: "theme", title: "Colours: of the system, light, dark" },
@@ -28,16 +28,21 @@ async function open() {
     follow();
     page.redraw();
   });
-  page.controls.extra.append(button);
+  const made = new Date(data.made * 1000).toLocaleString();
+  page.controls.extra.append(el("span", { class: "muted" }, `made ${made}`), button);
   dark.addEventListener("change", () => {
     follow();
     page.redraw();
   });
 }
 
-function address() {
+// A report of several runs begins with the first two side by side.
+function address(runs) {
+  const both = runs.slice(0, 2).map(({ run }) => run);
+  const first =
+    both.length < 2 ? "" : new URLSearchParams({ run: both[0], compare: both[1] }).toString();
   return {
-    read: () => location.hash.slice(1),
+    read: () => location.hash.slice(1) || first,
     write: (text) => history.replaceState(null, "", `#${text}`),
     listen: (changed) => window.addEventListener("hashchange", changed),
   };

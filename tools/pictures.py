@@ -1,0 +1,62 @@
+"""Takes the pictures of docs/pictures/ again: the demo's runs in TensorBoard, in a real browser.
+
+    make pictures                       trains the demo's networks first
+    make pictures ARGS=runs/demo-...    of runs that are there
+
+Look at each picture before it is committed.
+"""
+
+import subprocess
+import sys
+import tempfile
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tests.tensorboard.page import Tab, chromium, tensorboard  # noqa: E402
+
+PICTURES = ROOT / "docs" / "pictures"
+MOST = 200_000  # bytes
+SICK, HEALTHY = "sigmoid", "norm-residual"
+
+
+def take(logdir: Path) -> None:
+    """Write the pictures of the runs in ``logdir``."""
+    with tensorboard(logdir) as address, chromium() as browser:
+        page = browser.new_page(viewport={"width": 1440, "height": 1215})
+        tab = Tab(page, address).open(run=SICK, step=100)
+        keep("tab", page.screenshot())
+        tab.open(run=SICK, compare=HEALTHY, step=100)
+        keep("compare", tab.frame.locator("#heatmap").screenshot())
+        page.evaluate("document.body.classList.add('dark-mode')")
+        tab.frame.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+        tab.ready()
+        keep("dark", page.screenshot(clip={"x": 0, "y": 0, "width": 1440, "height": 832}))
+
+
+def keep(name: str, png: bytes) -> None:
+    """Write a picture, packed as well as PNG can."""
+    path = PICTURES / f"{name}.png"
+    Image.open(BytesIO(png)).convert("RGB").save(path, optimize=True)
+    print(f"{path.relative_to(ROOT)}: {path.stat().st_size} bytes")
+    if path.stat().st_size > MOST:
+        raise SystemExit(f"pictures: expected {name} of at most {MOST} bytes; show less in it")
+
+
+def main() -> None:
+    """Train unless there are runs, then take the pictures."""
+    if len(sys.argv) > 1:
+        take(Path(sys.argv[1]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        logdir = Path(folder) / "demo"
+        command = [Path(sys.executable).with_name("torchbp"), "demo", "--log-dir", logdir]
+        subprocess.run(command, check=True)
+        take(logdir)
+
+
+if __name__ == "__main__":
+    main()
