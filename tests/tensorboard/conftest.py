@@ -12,6 +12,7 @@ from tests.tensorboard.page import Tab, chromium, tensorboard
 from torchbp.tensorboard import EventWriter, Layout, with_absent
 
 HOSTILE = '<img src=x onerror="window.hacked=1">'
+SPIKE = 1001
 SPECIAL = np.array([[1e-3, 0.0, 1.0], [np.nan, np.inf, 1.0], [1e-3, 1e-2, 1.0]], np.float32)
 
 
@@ -30,6 +31,7 @@ def logdir(tmp_path_factory) -> Path:
     _train(logdir / "sound", nn.ReLU, steps=60)
     _write_special(logdir / "special")
     _write_hostile(logdir / HOSTILE)
+    _write_long(logdir / "long")
     for name, content in (
         ("garbage", b"no event file" * 99),
         ("hollow", b""),
@@ -49,6 +51,9 @@ def _train(folder: Path, activation: type[nn.Module], *, steps: int) -> None:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(16, 16), activation()) for _ in range(12)]
     model = nn.Sequential(*layers, nn.Linear(16, 3))
+    if activation is nn.ReLU:
+        for layer in layers:
+            nn.init.kaiming_normal_(layer[0].weight)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     x, y = torch.randn(64, 16), torch.randint(0, 3, (64,))
     with torchbp.watch(model, optimizer, log_dir=folder, sample_every=5) as monitor:
@@ -60,7 +65,7 @@ def _train(folder: Path, activation: type[nn.Module], *, steps: int) -> None:
             optimizer.step()
             monitor.log_loss(train=loss * 2)
             if step % 10 == 0:
-                monitor.log_loss(val=loss * 2.5)
+                monitor.log_loss(val=loss * 2.1)
 
 
 def _write_special(folder: Path) -> None:
@@ -78,6 +83,16 @@ def _write_special(folder: Path) -> None:
         for step, row in enumerate(SPECIAL):
             present = np.array([True, True, step < 2])
             writer.vector(layout, step * 10, with_absent(row, present))
+
+
+def _write_long(folder: Path) -> None:
+    """More samples than a screen has columns, and a spike and a dip in one of them each."""
+    layout = Layout("error_signal", "layer", ("a", "b"), unit="loss / output", logarithm=True)
+    values = np.ones((2500, 2), np.float32)
+    values[SPIKE, 0], values[SPIKE, 1] = 1e3, 1e-3
+    with EventWriter(folder) as writer:
+        for step, row in enumerate(values):
+            writer.vector(layout, step, row)
 
 
 def _write_hostile(folder: Path) -> None:

@@ -115,7 +115,7 @@ class Tab:
 
     def ready(self) -> "Tab":
         """Wait until all is drawn."""
-        self.frame.wait_for_function("document.documentElement.dataset.ready === 'yes'")
+        self.frame.wait_for_selector("html[data-ready='yes']", state="attached")
         return self
 
     def set(self, selector: str, value: str) -> None:

@@ -8,8 +8,9 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from tests.tensorboard.conftest import HOSTILE, SPECIAL
+from tests.tensorboard.conftest import HOSTILE, SPECIAL, SPIKE
 from tests.tensorboard.page import Tab, tensorboard
+from torchbp.cli import main
 from torchbp.tensorboard import EventWriter, Layout, read
 
 pytestmark = pytest.mark.browser
@@ -79,6 +80,25 @@ def test_zero_nan_inf_and_absent_are_told_apart(tab):
     point = tab.cell(2, 3, 0.99)
     assert "not measured" in tab.hover(*point)
     assert tab.colour_at(*point)[:3] not in {colour[:3] for colour in cells.values()}
+
+
+def test_a_spike_of_one_step_is_seen_among_thousands(tab):
+    tab.open(run="long")
+    x, y = tab.cell(0, 2, SPIKE / 2500)
+    tones = {tab.colour_at(x + offset, y) for offset in (-2, -1, 0, 1, 2)}
+    assert len(tones) == 2
+    said = [tab.hover(x + offset, y) for offset in (-1, 0, 1)]
+    assert any(number(one) == 1000 for one in said)
+    assert number(tab.hover(*tab.cell(1, 2, SPIKE / 2500))) == 1
+    tab.set("#heatmap select", "min")
+    said = [tab.hover(x + offset, tab.cell(1, 2, 0)[1]) for offset in (-1, 0, 1)]
+    assert any(number(one) == np.float32(1e-3) for one in said)
+    band = tab.colours("#lines canvas")
+    tab.open(run="long", first=SPIKE - 10, last=SPIKE + 10)
+    said = tab.hover(*tab.cell(0, 2, 10.5 / 20))
+    assert said.startswith("a, step 1\u2009001")
+    assert number(said) == 1000
+    assert tab.colours("#lines canvas") != band
 
 
 def test_a_brush_zooms_and_a_double_click_shows_all_again(tab):
@@ -277,3 +297,43 @@ def test_with_the_python_loader(page, logdir):
         assert number(tab.hover(*tab.cell(0, 13, 0.01))) == signals.values[0, 0]
         assert len(tab.colours("#heatmap canvas.cells")) > 40
         assert tab.errors == []
+
+
+def test_the_report_is_the_same_page_without_a_server(page, logdir, tmp_path, capsys):
+    file = tmp_path / "report.html"
+    runs = [str(logdir / run) for run in ("sick", "sound", HOSTILE, "special")]
+    assert main(["report", *runs, "-o", str(file)]) == 1
+    capsys.readouterr()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    tab = Tab(page, "").open_file(file)
+    assert tab.frame.input_value("#choose-run") == HOSTILE  # the newest with an alert
+    assert tab.frame.input_value("#choose-compare") == "sound"
+    assert tab.text(".verdict .evidence") == HOSTILE
+    tab.set("#choose-run", "sick")
+    assert "vanishing" in tab.text("#verdicts")
+    signals = read(logdir / "sick").vectors["error_signal"]
+    assert number(tab.hover(*tab.cell(4, 13, 0.01))) == signals.values[0, 4]
+    tab.set("#choose-compare", "")
+    for canvas in ("#profile", "#updates", "#losses", "#noise"):
+        assert tab.colours(f"{canvas} canvas")[RUN_A] > 20, canvas
+    light = tab.frame.evaluate("getComputedStyle(document.body).backgroundColor")
+    tab.click(".theme")
+    tab.click(".theme")
+    assert tab.text(".theme") == "☾ dark"
+    assert tab.frame.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    for quantity in tab.frame.eval_on_selector(
+        "#choose-quantity", "(node) => [...node.options].map((option) => option.value)"
+    ):
+        tab.set("#choose-quantity", quantity)
+        assert not tab.frame.is_visible("#heatmap .message"), quantity
+    tab.set("#choose-run", "special")
+    np.testing.assert_equal(number(tab.hover(*tab.cell(0, 3, 1.5 / 2.1))), SPECIAL[1, 0])
+    assert "not measured" in tab.hover(*tab.cell(2, 3, 0.99))
+    assert tab.frame.evaluate("window.hacked") is None
+    assert tab.errors == []
+    assert asked == [file.as_uri()]
+    page.emulate_media(color_scheme="dark")
+    tab.open_file(file, "#run=sound&quantity=activation_rms")
+    assert tab.frame.get_attribute("html", "data-theme") == "dark"
+    assert tab.frame.input_value("#choose-quantity") == "activation_rms"

@@ -161,7 +161,7 @@ export class Page {
     if (!isThere()) {
       const missed = this.state.get("run");
       if (missed) this._tell(`There is no run ${missed} here; this is another one.`);
-      this.state.assume({ run: worst(this._listing.runs).run });
+      this.state.assume({ run: worstFirst(this._listing.runs)[0].run });
     }
     const wanted = [this.state.get("run"), this.state.get("compare")].filter((name) => name !== "");
     const opened = [];
@@ -257,10 +257,10 @@ export async function start(root, source, address) {
   return page;
 }
 
-// The run to open first: the one in most trouble; of these the newest.
-function worst(runs) {
+/** Runs, the one in most trouble first, as it is what one opens; of like ones the newest. */
+export function worstFirst(runs) {
   const weight = ({ verdicts }) => (verdicts ? verdicts.alert * 1e4 + verdicts.warning : 0);
-  return [...runs].sort((a, b) => weight(b) - weight(a) || b.updated - a.updated)[0];
+  return [...runs].sort((a, b) => weight(b) - weight(a) || b.updated - a.updated);
 }
 
 function emptyState(logdir) {

@@ -1,7 +1,7 @@
 // The page as a report: one file that holds the data, opened from a disk or a mail.
 
 import { el } from "./dom.js";
-import { start } from "./page.js";
+import { start, worstFirst } from "./page.js";
 import { ReportSource } from "./source.js";
 
 const THEMES = { auto: "◐ auto", light: "☀ light", dark: "☾ dark" };
@@ -36,11 +36,11 @@ async function open() {
   });
 }
 
-// A report of several runs begins with the first two side by side.
+// A report of several runs begins with the worst beside the best.
 function address(runs) {
-  const both = runs.slice(0, 2).map(({ run }) => run);
-  const first =
-    both.length < 2 ? "" : new URLSearchParams({ run: both[0], compare: both[1] }).toString();
+  const names = worstFirst(runs).map(({ run }) => run);
+  const both = { run: names[0], compare: names[names.length - 1] };
+  const first = names.length < 2 ? "" : new URLSearchParams(both).toString();
   return {
     read: () => location.hash.slice(1) || first,
     write: (text) => history.replaceState(null, "", `#${text}`),
