@@ -226,9 +226,15 @@ def _point(tag: Tag, value: Any, payload: bytes, place: int) -> Any:
         return _number(tensor)
     names = tag.content.get("names")
     if names is not None and len(tensor.tensor_content) == 4 * len(names):
-        # Where the same bytes stand earlier in the payload, they are as good.
-        return place + payload.find(tensor.tensor_content)
+        return place + _where(tensor.tensor_content, payload)
     return None
+
+
+def _where(content: bytes, payload: bytes) -> int:
+    """Return where ``content`` stands. Where the same bytes stand earlier, they are as good."""
+    if payload.endswith(content):  # always, but for the first event of a tag
+        return len(payload) - len(content)
+    return payload.find(content)
 
 
 def _number(tensor: Any) -> float | None:
