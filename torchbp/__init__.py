@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torchbp.monitor import watch as watch
     from torchbp.recompute import lean as lean
     from torchbp.recompute import lean_scope as lean_scope
+    from torchbp.recompute import memory as memory
     from torchbp.recompute import revert as revert
     from torchbp.swap import convert as convert
     from torchbp.verify import gradcheck as gradcheck
@@ -21,12 +22,23 @@ _HOME = {
     "gradcheck": "torchbp.verify",
     "lean": "torchbp.recompute",
     "lean_scope": "torchbp.recompute",
+    "memory": "torchbp.recompute",
     "nn": "torchbp.nn",
     "revert": "torchbp.recompute",
     "watch": "torchbp.monitor",
 }
 
-__all__ = ["convert", "functional", "gradcheck", "lean", "lean_scope", "nn", "revert", "watch"]
+__all__ = [
+    "convert",
+    "functional",
+    "gradcheck",
+    "lean",
+    "lean_scope",
+    "memory",
+    "nn",
+    "revert",
+    "watch",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -3,5 +3,6 @@
 from torchbp.recompute._lean import lean as lean
 from torchbp.recompute._lean import lean_scope as lean_scope
 from torchbp.recompute._lean import revert as revert
+from torchbp.recompute._memory import memory as memory
 
-__all__ = ["lean", "lean_scope", "revert"]
+__all__ = ["lean", "lean_scope", "memory", "revert"]
