@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchbp.monitor._quantity import precise
 from torchbp.monitor._registry import all_quantities
-from torchbp.monitor._row import Row
+from torchbp.monitor._row import Pieces, Row
 
 __all__ = ["Sums", "harvest", "reduced"]
 
@@ -31,12 +31,14 @@ class Sums:
         row: Where it comes from, for its step and time.
         parameters: By quantity, sums ``(P,)``.
         layers: By quantity, sums and numbers of elements ``(L,)``.
+        times: By layer, norms of what came back to it at each time step ``(T,)``.
         host: The host's numbers.
     """
 
     row: Row
     parameters: dict[str, Vector] = field(default_factory=dict)
     layers: dict[str, tuple[Vector, Vector]] = field(default_factory=dict)
+    times: list[tuple[int, Vector]] = field(default_factory=list)
     host: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,91 +50,103 @@ def harvest(rows: Sequence[Row], parameters: int, layers: int) -> Callable[[], l
         parameters: Number of parameters P.
         layers: Number of layers L.
     """
-    tensors = [tensor for row in rows for tensor in _tensors(row)]
-    shapes = [(tensor.device, tensor.numel()) for tensor in tensors]
-    devices = dict.fromkeys(device for device, _ in shapes)
+    tensors = [value for row in rows for value in _values(row) if isinstance(value, Tensor)]
+    devices = dict.fromkeys(tensor.device for tensor in tensors)
     waits = {device: _send([t for t in tensors if t.device == device]) for device in devices}
+    shapes = [(tensor.device, tensor.numel()) for tensor in tensors]
+    del tensors
 
     def receive() -> list[Sums]:
         parts: dict[torch.device, Iterator[Vector]] = {}
         for device, wait in waits.items():
             ends = np.cumsum([n for d, n in shapes if d == device])
             parts[device] = iter(np.split(wait(), ends[:-1]))
-        values = (next(parts[device]) for device, _ in shapes)
-        return [_fill(row, values, parameters, layers) for row in rows]
+        arrived = (next(parts[device]) for device, _ in shapes)
+
+        def take(value: Any) -> Any:
+            return next(arrived) if isinstance(value, Tensor) else value
+
+        return [_fill(row, take, parameters, layers) for row in rows]
 
     return receive
 
 
-def _tensors(row: Row) -> Iterator[Tensor]:
-    """Yield the tensors of a row; :func:`_fill` takes them in the same order."""
+def _values(row: Row) -> Iterator[Any]:
+    """Yield what a row holds, tensors and numbers; :func:`_fill` takes them in the same order."""
     for pieces in (*row.parameters.values(), *row.earlier):
         for _, values in pieces:
             yield values
-    for places in row.layers.values():
-        for parts in places.values():
-            for total, _, _ in parts:
-                yield total
-    yield from _host_tensors(row)
+    for parts in row.layers.values():
+        for part in parts:
+            yield part[1]
+    for _, values in row.times:
+        yield values
+    yield row.scale
+    for value in row.host.values():
+        yield from value if isinstance(value, list) else (value,)
 
 
-def _host_tensors(row: Row) -> Iterator[Tensor]:
-    for value in (row.scale, *row.host.values()):
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, Tensor):
-                yield item
-
-
-def _fill(row: Row, values: Iterator[Vector], parameters: int, layers: int) -> Sums:
-    sums = Sums(row)
+def _fill(row: Row, take: Callable[[Any], Any], parameters: int, layers: int) -> Sums:
+    quantities, sums = all_quantities(), Sums(row)
     for name, pieces in row.parameters.items():
-        sums.parameters[name] = _scattered(pieces, values, parameters)
-    earlier = [_scattered(pieces, values, parameters) for pieces in row.earlier]
-    for name, places in row.layers.items():
-        total, count, power = np.zeros(layers), np.zeros(layers), all_quantities()[name].power
-        for place, parts in places.items():
-            for _, factor, size in parts:
-                total[place] += (factor * next(values)[0]) ** power
-                count[place] += size
+        vector = _scattered(pieces, take, parameters)
+        sums.parameters[name] = np.square(vector) if quantities[name].power == 2 else vector
+    earlier = [_scattered(pieces, take, parameters) for pieces in row.earlier]
+    for name, parts in row.layers.items():
+        places, values, factors, counts = (
+            np.concatenate(column)
+            for column in zip(*((p, take(v), f, n) for p, v, f, n in parts), strict=True)
+        )
+        totals = np.multiply(values, factors, dtype=np.float64) ** quantities[name].power
+        total, count = (np.bincount(places, weights, layers) for weights in (totals, counts))
         sums.layers[name] = (total, count)
-    scale = 1.0 if row.scale is None else float(next(values)[0])
+    sums.times = [(place, np.asarray(take(values), np.float64)) for place, values in row.times]
+    scale = take(row.scale)
     for name, value in row.host.items():
-        items = value if isinstance(value, list) else [value]
-        numbers = [float(next(values)[0]) if isinstance(v, Tensor) else float(v) for v in items]
-        sums.host[name] = np.array(numbers)
-    _unscale(sums, scale)
+        items = value if isinstance(value, list) else (value,)
+        sums.host[name] = np.array([_number(take(item)) for item in items])
+    _unscale(sums, 1.0 if scale is None else _number(scale))
     _look_back(sums, earlier)
-    row.parameters, row.layers, row.earlier = {}, {}, []  # let the device's memory go
+    row.parameters, row.layers, row.times, row.earlier = {}, {}, [], []  # let the memory go
     return sums
 
 
-def _scattered(pieces: Any, values: Iterator[Vector], size: int) -> Vector:
+def _number(value: Any) -> float:
+    return float(value[0] if isinstance(value, np.ndarray) else value)
+
+
+def _scattered(pieces: Pieces, take: Callable[[Any], Any], size: int) -> Vector:
+    if len(pieces) == 1 and len(pieces[0][0]) == size:
+        return np.asarray(take(pieces[0][1]), np.float64)
     vector = np.zeros(size)
-    for indices, _ in pieces:
-        vector[list(indices)] = next(values)
+    for indices, values in pieces:
+        vector[list(indices)] = take(values)
     return vector
 
 
 def _unscale(sums: Sums, scale: float) -> None:
     """Divide out what a GradScaler multiplied the loss by; the sums are of squares."""
-    for name in ("gradient_norm",):
-        if name in sums.parameters:
-            sums.parameters[name] /= scale**2
+    if scale == 1:
+        return
+    if "gradient_norm" in sums.parameters:
+        sums.parameters["gradient_norm"] /= scale**2
     if "error_signal" in sums.layers:
         total, count = sums.layers["error_signal"]
         sums.layers["error_signal"] = (total / scale**2, count)
+    sums.times = [(place, values / scale) for place, values in sums.times]
 
 
 def _look_back(sums: Sums, earlier: list[Vector]) -> None:
     """Keep what the first micro-batch had; count the backward passes a GradScaler threw away."""
     skipped = sum(not np.isfinite(vector).all() for vector in earlier)
     if earlier and not skipped:
-        sums.host["first_square"] = np.array([earlier[0].sum()])
+        sums.host["first_square"] = np.array([np.square(earlier[0]).sum()])
     found_inf = sums.host.pop("found_inf", None)
     if found_inf is not None and found_inf[0]:
         skipped += 1
         sums.parameters.clear()
         sums.layers.clear()
+        sums.times.clear()
     sums.host["skipped"] = np.array([float(skipped)])
 
 

@@ -1,11 +1,12 @@
 """Where layers are listened to: their outputs, what comes back to them, and the activation behind.
 
-All of it hangs on two module hooks for every module of the process, which are there in sampled steps
-only. The model itself carries no module hook: it can be copied, pickled and saved at any time.
+All of it hangs on a module hook for every module of the process, which is there in sampled steps only.
+The model itself carries no module hook: it can be copied, pickled and saved at any time.
 """
 
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,15 +17,14 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from torchbp.monitor._backwards import in_backward
 from torchbp.monitor._catalogue import Catalogue
-from torchbp.monitor._quantity import Quantity
-from torchbp.monitor._registry import all_quantities
+from torchbp.monitor._heard import Forward, Heard
 from torchbp.monitor._row import Row
 
 __all__ = ["Listener"]
 
 _MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
-_WINDOW_SAMPLES, _WINDOW_STEPS = 1024, 10
 
 
 class Listener:
@@ -44,138 +44,133 @@ class Listener:
         self._model = weakref.ref(model)
         self._catalogue = catalogue
         self._row = row
+        self._recurs = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._hooks: list[RemovableHandle] = []
-        self._last: int | None = None  # the layer that ran last
-        self._told: set[int] = set()  # layers whose activation was seen in this forward
-        self._ran: set[int] = set()  # layers that ran in this forward outside a backward
-        self._windows: dict[int, tuple[Tensor, int, int]] = {}
-        quantities = all_quantities().values()
-        self._error = next(q for q in quantities if q.at == "error")
-        self._outputs = [q for q in quantities if q.at == "output"]
-        self._activations = [q for q in quantities if q.at == "activation"]
-        (self._units,) = (q for q in quantities if q.at == "units")
+        self._heard = Heard()
+        self._forward = Forward(row(), over=True)
 
     def listen(self, on: bool) -> None:
         """Set the hooks, or take them away."""
+        self._heard.forget()
+        self._forward.over = True
         if on and not self._hooks:
-            self._hooks = [
-                register_module_forward_pre_hook(self._before_forward),
-                register_module_forward_hook(self._after_forward),
-            ]
+            self._hooks = [register_module_forward_hook(self._after_forward)]
+            if self._recurs:
+                self._hooks.append(register_module_forward_pre_hook(self._before_forward))
         elif not on:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
 
-    def _before_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if module is self._model():
-            if not _in_backward():
-                self._last = None
-                self._told, self._ran = set(), set()
-                tensors = (t for t in inputs if isinstance(t, Tensor) and t.ndim)
-                self.batch = next((t.shape[0] for t in tensors), self.batch)
-            return
-        place = self._catalogue.place(module)
-        if place is None:
-            return
-        if self._is_recomputed(place):
-            self._last = None
-        if self._awaits_activation():
-            given = inputs[0] if inputs else None
-            function = _function_of(given) if isinstance(given, Tensor) else None
-            if function is not None:
-                self._note_activation(given, function)
+    def settle(self) -> None:
+        """Measure what was heard, now that a backward has ended."""
+        self._heard.settle()
 
-    def _after_forward(self, module: nn.Module, _: object, output: Any) -> None:
+    def forget(self) -> None:
+        """Drop what was heard since the backward before."""
+        self._heard.forget()
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Listen to what comes back to the time steps of a recurrent layer's input."""
+        if not isinstance(module, nn.RNNBase) or torch.compiler.is_compiling():
+            return None
+        place = self._catalogue.place(module)
+        sequence = args[0] if args else None
+        if place is None or not isinstance(sequence, Tensor) or not torch.is_grad_enabled():
+            return None
+        # Of its own, so that what other layers do with the sequence doesn't count; raw data gets
+        # a gradient for this once.
+        own = sequence.view_as(sequence) if sequence.requires_grad else sequence.detach()
+        own.requires_grad_()
+        row, heard = self._row(), self._heard
+        dim = 1 if module.batch_first and own.ndim == 3 else 0
+        own.register_hook(lambda delta: heard.times(row, place, delta, dim))
+        return (own, *args[1:])
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         place = self._catalogue.place(module)
-        if place is None:
-            function = next((f for kind, f in _MODULES.items() if isinstance(module, kind)), None)
-            takes_part = isinstance(output, Tensor) and output.requires_grad
-            if function and takes_part and self._awaits_activation():
-                self._note_activation(output, function)
+        if place is not None:
+            self._after_layer(module, place, args, output)
+        else:
+            function = _function_of_module(type(module))
+            if function and isinstance(output, Tensor) and output.requires_grad:
+                self._note_function(output, function)
+        if module is self._model() and not in_backward():
+            self._end_forward(args)
+
+    def _after_layer(
+        self, module: nn.Module, place: int, args: tuple[Any, ...], output: Any
+    ) -> None:
+        forward, again = self._forward, in_backward()
+        if forward.over and not again:
+            self._heard.forget()  # what is left is of a backward that failed
+            forward = self._forward = Forward(self._row())
+        given = args[0] if args and isinstance(args[0], Tensor) else None
+        if again and place in forward.ran:
+            # Checkpointing runs it once more. (Its reentrant form runs it without autograd at
+            # first; then this is the run that counts.)
+            forward.last = None
             return
+        if given is not None:
+            if forward.last is not None and forward.last not in forward.told:
+                function = _function_of(given)
+                if function is not None:
+                    self._note_function(given, function)
+            if not forward.batch and given.ndim:
+                self.batch = forward.batch = given.shape[0]
         self._catalogue.note_run(place)
         tensor = _first_tensor(output)
         if tensor is None or not tensor.requires_grad:
             return
-        if self._is_recomputed(place):
-            return
-        if not _in_backward():
-            self._ran.add(place)
-        self._last = place
-        self._told.discard(place)
-        row = self._row()
-        self._listen_to_error(row, place, tensor)
-        with torch.no_grad():
-            for quantity in self._outputs:
-                row.add(quantity.name, place, _measured(quantity, tensor), tensor.numel())
+        if not again:
+            forward.ran.add(place)
+        forward.last = place
+        forward.told.discard(place)
+        call = forward.calls[place] = forward.calls.get(place, -1) + 1
+        self._await_delta(forward, place, call, True, tensor)
+        if isinstance(module, nn.LSTMCell):  # the gradient through time comes by its second output
+            self._await_delta(forward, place, call, False, output[1])
+        self._heard.output(forward.row, place, tensor)
 
-    def _awaits_activation(self) -> bool:
-        return self._last is not None and self._last not in self._told
+    def _await_delta(
+        self, forward: Forward, place: int, call: int, first: bool, output: Tensor
+    ) -> None:
+        take = self._heard.delta
+        output.register_hook(lambda delta: take(forward, place, call, first, delta))
 
-    def _is_recomputed(self, place: int) -> bool:
-        """Whether checkpointing runs the layer once more, inside backward.
+    def _note_function(self, output: Tensor, function: str) -> None:
+        forward = self._forward
+        if forward.last is not None and forward.last not in forward.told:
+            forward.told.add(forward.last)
+            self._heard.function(forward.row, forward.last, function, output)
 
-        Its reentrant form runs it without autograd at first; then this is the run that counts.
-        """
-        return _in_backward() and place in self._ran
-
-    def _listen_to_error(self, row: Row, place: int, output: Tensor) -> None:
-        batch, quantity = self.batch, self._error
-
-        def note(delta: Tensor) -> None:
-            with torch.no_grad():
-                total = _measured(quantity, delta)
-            row.add(quantity.name, place, total, delta.numel(), batch)
-
-        output.register_hook(note)
-
-    def _note_activation(self, output: Any, function: str) -> None:
-        place = self._last
-        assert place is not None
-        self._told.add(place)
-        row = self._row()
-        with torch.no_grad():
-            values = output.detach()
-            for quantity in self._activations:
-                total = _measured(quantity, values, function)
-                if total is not None:
-                    row.add(quantity.name, place, total, values.numel())
-            alive = _measured(self._units, values, function)
-            if alive is not None:
-                self._note_units(row, place, alive, values.numel() // max(alive.numel(), 1))
-
-    def _note_units(self, row: Row, place: int, alive: Tensor, samples: int) -> None:
-        before, seen, steps = self._windows.get(place, (alive, 0, 0))
-        if before.shape != alive.shape:
-            before, seen, steps = alive, 0, 0
-        alive, seen, steps = before | alive, seen + samples, steps + 1
-        self._windows[place] = (alive, seen, steps)
-        if seen >= _WINDOW_SAMPLES and steps >= _WINDOW_STEPS:
-            dead = (~alive).sum(dtype=torch.float32)
-            row.add(self._units.name, place, dead, alive.numel())
-            del self._windows[place]
+    def _end_forward(self, args: tuple[Any, ...]) -> None:
+        if self._forward.over:
+            return  # no layer of it ran
+        tensors = (t for t in args if isinstance(t, Tensor) and t.ndim)
+        size = next((t.shape[0] for t in tensors), self._forward.batch)
+        self.batch = self._forward.batch = size
+        self._forward.over = True
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # noqa: SLF001
-
-
-def _measured(quantity: Quantity, *values: Any) -> Any:
-    assert quantity.measure is not None
-    return quantity.measure(*values)
+@cache
+def _function_of_module(kind: type[nn.Module]) -> str | None:
+    return next((f for activation, f in _MODULES.items() if issubclass(kind, activation)), None)
 
 
 def _function_of(tensor: Tensor) -> str | None:
     """Return which activation made the tensor: torch's, or a Function that bears its name."""
     node = tensor.grad_fn
-    name = "" if node is None else node.name().lower()
-    return next((f for f in _MODULES.values() if name.startswith(f"{f}backward")), None) or next(
-        (f for f in _MODULES.values() if name.startswith(f"{f}functionbackward")), None
+    return None if node is None else _function_named(node.name())
+
+
+@cache
+def _function_named(node: str) -> str | None:
+    name, functions = node.lower(), _MODULES.values()
+    return next(
+        (f for f in functions if name.startswith((f"{f}backward", f"{f}functionbackward"))), None
     )
 
 

@@ -33,15 +33,16 @@ class Quantity:
             ``"activation"``, ``"units"``: the output of the activation behind a layer;
             ``"derived"``: on the host, from other quantities;
             ``"host"``: a number that the training loop or the optimizer knows.
-        measure: On the device, without synchronisation. For parameters: a list of n dense tensors
-            -> ``(n,)``; for ``"error"`` and ``"output"``: one tensor -> 0-d;
-            for ``"activation"``: tensor and function's name -> 0-d, or None where it doesn't apply;
-            for ``"units"`` the same -> bool ``(units,)``.
+        measure: On the device, without synchronisation.
+            Of parameters and of ``"error"``: a bundle of n dense tensors -> ``(n,)``.
+            For ``"output"``: one tensor -> 0-d.
+            For ``"activation"``: n outputs of one shape ``(n, N, *)`` and the function's name ->
+            ``(n,)``, or None where it doesn't apply; for ``"units"`` the same -> bool ``(n, units)``.
         finish: On the host, in numpy float64: ``(sums, counts)`` -> values; for ``"derived"``:
             ``(reading)`` -> values, or None where it can't be had.
         logarithm: Stock charts show log10 of it.
-        power: The host raises what ``"error"`` and ``"output"`` measure to it before it adds up: one
-            operation less on the device.
+        power: The host raises what was measured to it before it adds up: one operation less on the
+            device.
         often: ``"every step"``, ``"sampled"``, or ``"rarely"``: every fifth sampled step.
     """
 

@@ -1,14 +1,20 @@
 """What one step leaves behind on the device, until a drain brings it to the host."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Pieces", "Row"]
+__all__ = ["Part", "Pieces", "Row"]
 
-# Indices of the parameters and their values ``(n,)``, one piece a device.
-Pieces = list[tuple[tuple[int, ...], Tensor]]
+# Indices of the parameters and their values ``(n,)``, one piece a device; in numpy where it is the CPU.
+Pieces = list[tuple[tuple[int, ...], "Tensor | NDArray[np.floating[Any]]"]]
+
+# Of some layers: their places, what was measured ``(n,)``, what to multiply it by, and the numbers of elements.
+Part = tuple[Sequence[int], "Tensor | NDArray[np.floating[Any]]", Sequence[float], Sequence[int]]
 
 
 @dataclass
@@ -21,9 +27,9 @@ class Row:
         sampled: Whether the layers were listened to.
         rare: Whether what is measured rarely is measured.
         backwards: Number of backward passes so far.
-        parameters: By quantity, sums.
-        layers: By quantity and layer, 0-d tensors, what to multiply them by, and their numbers of
-            elements.
+        parameters: By quantity, what was measured of the parameters.
+        layers: By quantity, what was measured of the layers, in parts.
+        times: By layer, what came back to it at each time step ``(T,)``; one a backward.
         earlier: Gradients that a later backward of the same step replaced.
         scale: What the loss was multiplied by (GradScaler).
         host: Numbers known to the host, or 0-d tensors.
@@ -35,21 +41,19 @@ class Row:
     when: float = 0.0
     backwards: int = 0
     parameters: dict[str, Pieces] = field(default_factory=dict)
-    layers: dict[str, dict[int, list[tuple[Tensor, float, int]]]] = field(default_factory=dict)
+    layers: dict[str, list[Part]] = field(default_factory=dict)
+    times: list[tuple[int, "Tensor | NDArray[np.floating[Any]]"]] = field(default_factory=list)
     earlier: list[Pieces] = field(default_factory=list)
     scale: Tensor | None = None
     host: dict[str, Any] = field(default_factory=dict)
 
-    def add(
-        self, quantity: str, place: int, total: Tensor, count: int, factor: float = 1.0
-    ) -> None:
-        """Add a sum over ``count`` elements of a layer."""
-        parts = self.layers.setdefault(quantity, {}).setdefault(place, [])
-        parts.append((total, factor, count))
+    def add(self, quantity: str, part: Part) -> None:
+        """Add what was measured of some layers."""
+        self.layers.setdefault(quantity, []).append(part)
 
     def absorb(self, later: "Row") -> None:
         """Take over what was seen of the layers since."""
-        for quantity, places in later.layers.items():
-            for place, parts in places.items():
-                self.layers.setdefault(quantity, {}).setdefault(place, []).extend(parts)
-        later.layers = {}
+        for quantity, parts in later.layers.items():
+            self.layers.setdefault(quantity, []).extend(parts)
+        self.times += later.times
+        later.layers, later.times = {}, []

@@ -1,43 +1,34 @@
-"""Where gradients are read, and how a step is told from the next.
+"""What belongs to which step, and when it is read.
 
-A post-accumulate hook on every parameter notes that a backward is under way and queues a callback
-for its end; the callback queues itself once more, because DDP queues its reduction after ours.
-What it then reads is reduced and not yet clipped. The backward that an optimizer's step follows
-is the one that counts: under accumulation the earlier ones hold part of the sum.
-
-Parameters that are stepped inside backward have no gradient left at its end: theirs are read in the
-hook, which stands before the user's. A closure (LBFGS) runs backward inside the step: its first one
-is read, the gradient where the step began. A GradScaler is found on the call stack of the step; what
-it scaled is divided out on the host.
+The backward that an optimizer's step follows is the one that counts: under accumulation the earlier
+ones hold part of the sum. A closure (LBFGS) runs backward inside the step: its first one is read, the
+gradient where the step began. Where no optimizer is known, one that steps a watched parameter is found
+when it does; a loop that has none at all steps once a backward.
 """
 
-import sys
 import time
-import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from torchbp.monitor._backwards import Backwards, in_backward
 from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._listener import Listener
-from torchbp.monitor._norms import changes, copies, squares
-from torchbp.monitor._quantity import Quantity
-from torchbp.monitor._registry import all_quantities
+from torchbp.monitor._meter import Group, Meter, local
+from torchbp.monitor._probe import Probe
 from torchbp.monitor._row import Row
+from torchbp.monitor._scaler import Scaler
 
 __all__ = ["Capture"]
 
 _DENSE_START = 5  # so many first steps are all sampled: trouble may be there from the beginning
 _KEPT_EARLIER = 64
 _RARELY = 5
-_SCALER = torch.amp.GradScaler
-_SCALER_STEPS = {_SCALER.step.__code__, _SCALER._maybe_opt_step.__code__}  # noqa: SLF001
+_RELEARN = 200  # steps after which it is looked again which parameters a backward reaches
 
 Optimizer = torch.optim.Optimizer
 
@@ -48,8 +39,7 @@ class Capture:
     Args:
         model: The model; held weakly, as its parameters are.
         catalogue: Its layers and parameters.
-        optimizers: Those whose steps are counted. Without any they are found when they first step;
-            a loop that has none at all steps once a backward.
+        optimizers: Those whose steps are counted. Without any they are found when they first step.
         every: Gradients are read every so many steps.
         sample_every: Layers are listened to every so many steps.
         listens: Whether layers can be listened to at all.
@@ -58,7 +48,6 @@ class Capture:
     Attributes:
         step: The step under way, from 0.
         row: Its row.
-        last: The row before, if any.
         own_time: Seconds spent here so far.
     """
 
@@ -75,36 +64,26 @@ class Capture:
     ) -> None:
         self.step = 0
         self.row = Row(0)
-        self.last: Row | None = None
         self.own_time = 0.0
+        self._last: Row | None = None  # the row before
+        self._reached: set[int] = set()  # parameters whose gradients that row has
         self._stepped_at = time.perf_counter()
-        self._catalogue = catalogue
+        self._catalogue, self._deliver = catalogue, deliver
         self._every, self._sample_every, self._listens = every, sample_every, listens
-        self._deliver = deliver
-        self._measures = {
-            at: [q for q in all_quantities().values() if q.at == at]
-            for at in ("gradient", "stepped", "weight", "update")
-        }
-        self._task = -1
-        self._scaler: Callable[[], Any] = lambda: None
-        self._steps_in_backward: set[int] | None = None  # not known before the first backward
-        self._marks_only = False
-        self._early: dict[int, Tensor] = {}
         self._optimizers: set[int] = set()
         self._closure = False  # whether a step that runs backward itself is under way
-        self._before: tuple[tuple[int, ...], list[Tensor]] | None = None
-        self._probe: tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, int] | None = None
-        self._ended: Row | None = None
+        self._before: list[Group] = []  # parameters before the step
+        self._ended: Row | None = None  # without an optimizer: the backward that may be the step
+        self._meter = Meter(catalogue)
+        self._scaler = Scaler()
+        self._probe = Probe(catalogue)
         self._listener = Listener(model, catalogue, lambda: self.row)
         self._hooks: list[RemovableHandle] = []
-        for index, parameter in catalogue.alive():
-            hook = parameter.register_post_accumulate_grad_hook(partial(self._accumulated, index))
-            self._hooks.append(hook)
-            _put_first(parameter._post_accumulate_grad_hooks, hook.id)  # noqa: SLF001
         for optimizer in optimizers:
             self._attend(optimizer)
         if not optimizers:
             self._hooks.append(register_optimizer_step_pre_hook(self._discover))
+        self._backwards = Backwards(catalogue, local, self._end_backward)
         self._begin(0)
 
     def close(self) -> None:
@@ -112,6 +91,7 @@ class Capture:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._backwards.close()
         self._listener.listen(False)
         if self._ended is not None:
             ended, self._ended = self._ended, None
@@ -124,30 +104,14 @@ class Capture:
         """Go on at ``step``, in a run that is resumed."""
         self._begin(step)
 
-    # -------------------------------------------------------------------------------- gradients
-    def _accumulated(self, index: int, parameter: Tensor) -> None:
-        # Most calls end here: they come once a parameter and backward.
-        if self._marks_only and torch._C._current_graph_task_id() == self._task:  # noqa: SLF001
-            return
-        if self.step % self._every and self._optimizers:
-            return
-        known = self._steps_in_backward
-        if (known is None or index in known) and parameter.grad is not None:
-            with torch.no_grad():
-                self._early[index] = squares([_local(parameter.grad)])
-        # By the number of the graph task: a flag would stay set after an exception in backward.
-        task = torch._C._current_graph_task_id()  # noqa: SLF001
-        if task != self._task:
-            self._task = task
-            queue = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001
-            queue(lambda: queue(self._end_backward))
-
-    def _end_backward(self) -> None:
+    # -------------------------------------------------------------------------------- backward
+    def _end_backward(self, another: bool) -> None:
         start = time.perf_counter()
-        if self._closure and self.row.backwards:
+        if self._closure and self.row.backwards and another:
+            self._listener.forget()
             return  # a closure's later look; its first one is the gradient where the step began
-        accumulating = self._optimizers or self._is_accumulating()
-        if not accumulating and self._ended is not None:
+        self._listener.settle()
+        if not self._optimizers and self._ended is not None and not self._probe.accumulates():
             self._hand_over(self._ended)
             self._ended = None
         if self.step % self._every and self._ended is None:
@@ -156,80 +120,37 @@ class Capture:
         row = self.row if self._ended is None else self._ended
         if row is not self.row:
             row.absorb(self.row)
-        gradients = self._present_gradients()
-        if row.backwards and len(row.earlier) < _KEPT_EARLIER:
-            row.earlier.append(row.parameters.get("gradient_norm", []))
-        row.backwards += 1
-        row.host["batch"] = self._listener.batch
-        self._measure(row, "gradient", gradients)
-        self._add_early(row, {index for index, _ in gradients})
+        self._read(row, another)
         if not self._optimizers:
             self._ended = row
             if self.row is row:
                 self._begin(self.step + 1)
-            self._set_probe()
+            self._probe.set()
         self.own_time += time.perf_counter() - start
 
-    def _add_early(self, row: Row, present: set[int]) -> None:
-        early = {i: t for i, t in self._early.items() if i not in present}
-        self._early = {}
-        if self._steps_in_backward is None:
-            self._steps_in_backward = set(early)
-            self._marks_only = not early
-        for index, square in early.items():
-            row.parameters.setdefault("gradient_norm", []).append(((index,), square))
+    def _read(self, row: Row, another: bool) -> None:
+        """Put the gradients into ``row``, in place of those of an earlier backward."""
+        if another:
+            if row.backwards and len(row.earlier) < _KEPT_EARLIER:
+                row.earlier.append(row.parameters.get("gradient_norm", []))
+            row.backwards += 1
+        row.parameters.clear()
+        groups = self._meter.gradients()
+        self._meter.measure(row, "gradient", groups)
+        self._reached = {index for indices, _ in groups for index in indices}
+        if self._backwards.early:
+            gone = self._backwards.gone(self._reached)
+            row.parameters.setdefault("gradient_norm", []).extend(gone)
+        else:
+            self._backwards.gone(self._reached)
+        row.host["batch"] = self._listener.batch
 
-    def _present_gradients(self) -> list[tuple[int, Tensor]]:
-        found = []
-        for index, reference in enumerate(self._catalogue.parameters):
-            parameter = reference()
-            gradient = None if parameter is None else parameter.grad
-            if gradient is not None:
-                if type(gradient) is not Tensor or gradient.layout is not torch.strided:
-                    gradient = _local(gradient)
-                if gradient.numel():
-                    found.append((index, gradient))
-        return found
-
-    def _measure(self, row: Row, at: str, tensors: list[tuple[int, Tensor]]) -> None:
-        devices: dict[torch.device, list[tuple[int, Tensor]]] = {}
-        for index, tensor in tensors:
-            devices.setdefault(tensor.device, []).append((index, tensor))
-        with torch.no_grad():
-            for quantity in self._measures[at]:
-                if not _is_due(quantity, row):
-                    continue
-                assert quantity.measure is not None
-                row.parameters[quantity.name] = [
-                    (tuple(i for i, _ in group), quantity.measure([t for _, t in group]))
-                    for group in devices.values()
-                ]
-
-    # ------------------------------------------------------------------- steps without optimizer
-    def _set_probe(self) -> None:
-        for _, parameter in self._catalogue.alive():
-            grad = parameter.grad
-            if grad is not None:
-                versions = parameter._version, grad._version  # noqa: SLF001
-                self._probe = (weakref.ref(parameter), weakref.ref(grad), *versions)
-                return
-        self._probe = None
-
-    def _is_accumulating(self) -> bool:
-        """Whether since the last backward neither a parameter was changed nor its gradient reset."""
-        if self._probe is None or self._ended is None:
-            return False
-        parameter, grad = self._probe[0](), self._probe[1]()
-        if parameter is None or grad is None or parameter.grad is not grad:
-            return False
-        versions = parameter._version, grad._version  # noqa: SLF001
-        return versions == (self._probe[2], self._probe[3] + 1)
-
+    # ------------------------------------------------------------------------------ optimizers
     def _discover(self, optimizer: Optimizer, *_: Any) -> None:
         mine = {id(p) for _, p in self._catalogue.alive()}
         groups = optimizer.param_groups
         known = id(optimizer) in self._optimizers
-        if known or _in_backward() or not any(id(p) in mine for g in groups for p in g["params"]):
+        if known or in_backward() or not any(id(p) in mine for g in groups for p in g["params"]):
             return
         if self._ended is not None:  # the backward that looked like a step of its own
             self._listener.listen(False)
@@ -242,12 +163,11 @@ class Capture:
         pre = optimizer.register_step_pre_hook(self._before_step)
         self._hooks += [pre, optimizer.register_step_post_hook(self._after_step)]
 
-    # ------------------------------------------------------------------------------------ steps
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
-        if _in_backward():
+        if in_backward():
             return
         start = time.perf_counter()
-        self._find_scaler()
+        self._scaler.look()
         self._closure = kwargs.get("closure") is not None or any(a is not None for a in args[1:])
         if self._closure:
             self.row.backwards, self.row.parameters = 0, {}
@@ -256,31 +176,43 @@ class Capture:
             self.row.host["found_inf"] = found_inf.clone()
         row = self._row_of_step()
         if row is not None and row.sampled:
-            mine = self._parameters_of(optimizer)
-            if not self._closure:
-                self._measure_stepped(row, optimizer, mine)
-            self._measure_more(row, "weight", mine)
-            self._before = tuple(i for i, _ in mine), copies([p for _, p in mine])
+            members = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            with torch.no_grad():
+                now = self._meter.parameters(members)
+                if not self._closure:
+                    self._measure_stepped(row, optimizer, {i for group, _ in now for i in group})
+                self._meter.measure(row, "weight", now)
+                self._before = [(indices, bundle.kept()) for indices, bundle in now]
         self.own_time += time.perf_counter() - start
 
+    def _measure_stepped(self, row: Row, optimizer: Optimizer, members: set[int]) -> None:
+        name = "stepped_gradient_norm"
+        others = row.parameters.pop(name, [])
+        self._meter.measure(row, "stepped", self._meter.gradients(members))
+        scale = getattr(optimizer, "grad_scale", None)  # fused: it unscales inside the step
+        pieces = row.parameters.get(name, [])
+        if isinstance(scale, Tensor):
+            pieces = [
+                (i, torch.as_tensor(t) / scale.to(torch.as_tensor(t).device)) for i, t in pieces
+            ]
+        row.parameters[name] = others + pieces
+
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        if _in_backward():
+        if in_backward():
             return
         start = time.perf_counter()
         row = self._row_of_step()
-        self._closure = False
-        if row is not None and self._before is not None:
-            indices, before = self._before
-            after = dict(self._parameters_of(optimizer))
+        if row is not None and self._before:
+            members = {id(p) for group in optimizer.param_groups for p in group["params"]}
             with torch.no_grad():
-                difference = changes([after[i] for i in indices], before)
-            self._measure_more(row, "update", list(zip(indices, difference, strict=True)))
-        self._before = None
-        if self.row.backwards or self.step % self._every:
+                pairs = zip(self._meter.parameters(members), self._before, strict=True)
+                changes = [(indices, now.minus(before)) for (indices, now), (_, before) in pairs]
+            self._meter.measure(row, "update", changes)
+        self._before, self._closure = [], False
+        missed = row is not self.row and self._is_missed(optimizer)
+        if self.row.backwards or self.step % self._every or missed:
             row = self.row
-            scaler = self._scaler()
-            if scaler is not None and scaler.is_enabled() and scaler._scale is not None:  # noqa: SLF001
-                row.scale = scaler._scale.clone()  # noqa: SLF001  # changed in place by update()
+            row.scale = self._scaler.scale()
             row.host["learning_rate"] = [_rate(g["lr"]) for g in optimizer.param_groups]
             self._begin(self.step + 1)
             self.own_time += time.perf_counter() - start
@@ -289,91 +221,45 @@ class Capture:
         else:
             self.own_time += time.perf_counter() - start
 
+    def _is_missed(self, optimizer: Optimizer) -> bool:
+        """Whether there was a backward that reached no witness; then all are hooked again.
+
+        Its gradient is left out, for what is there by now may have been clipped.
+        """
+        members = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        mine = [(i, p) for i, p in self._catalogue.alive() if id(p) in members]
+        if any(i in self._reached for i, _ in mine) or all(p.grad is None for _, p in mine):
+            return False
+        self._backwards.learn()
+        return True
+
     def _row_of_step(self) -> Row | None:
         """Return the row of the step under way, or the last one where a second optimizer steps."""
-        return self.row if self.row.backwards or self._closure else self.last
+        return self.row if self.row.backwards or self._closure else self._last
 
-    def _parameters_of(self, optimizer: Optimizer) -> list[tuple[int, Tensor]]:
-        members = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        local = ((i, _local(p.detach())) for i, p in self._catalogue.alive() if id(p) in members)
-        return [(i, p) for i, p in local if p.numel()]
-
-    def _measure_stepped(
-        self, row: Row, optimizer: Optimizer, mine: list[tuple[int, Tensor]]
-    ) -> None:
-        members = {i for i, _ in mine}
-        gradients = [(i, g) for i, g in self._present_gradients() if i in members]
-        self._measure_more(row, "stepped", gradients)
-        scale = getattr(optimizer, "grad_scale", None)  # fused: it unscales inside the step
-        if isinstance(scale, Tensor):
-            name = self._measures["stepped"][0].name
-            scaled = row.parameters[name]
-            row.parameters[name] = [(i, t / scale.to(t.device).square()) for i, t in scaled]
-
-    def _measure_more(self, row: Row, at: str, tensors: list[tuple[int, Tensor]]) -> None:
-        """Measure, beside what another optimizer of the same step has left."""
-        before = {q.name: row.parameters.get(q.name, []) for q in self._measures[at]}
-        self._measure(row, at, tensors)
-        for name, pieces in before.items():
-            row.parameters[name] = pieces + row.parameters.get(name, [])
-
-    def _find_scaler(self) -> None:
-        if self._scaler() is not None:
-            return
-        frame = sys._getframe(2)  # noqa: SLF001
-        for _ in range(12):
-            if frame is None:
-                return
-            # Not of other frames: asking a frame for its locals keeps them alive.
-            if frame.f_code in _SCALER_STEPS:
-                self._scaler = weakref.ref(frame.f_locals["self"])
-                return
-            frame = frame.f_back
-
+    # ----------------------------------------------------------------------------------- rows
     def _begin(self, step: int) -> None:
         self.step = step
-        sampled = (
-            self._listens
-            and step % self._every == 0
-            and (step < _DENSE_START or step % self._sample_every == 0)
-        )
-        self.row = Row(step, sampled, sampled and step % (_RARELY * self._sample_every) == 0)
+        due = step % self._every == 0
+        sampled = self._listens and due and (step < _DENSE_START or step % self._sample_every == 0)
+        rare = sampled and step % (_RARELY * self._sample_every) == 0
+        self.row = Row(step, sampled, rare)
         self._listener.listen(sampled)
+        self._backwards.begin_step()
+        self._backwards.paused = not due and bool(self._optimizers)
+        if step >= _DENSE_START:
+            if step % _RELEARN == 0:
+                self._backwards.learn()
+            else:
+                self._backwards.settle()
 
     def _hand_over(self, row: Row) -> None:
         row.when, now = time.time(), time.perf_counter()
         row.host["step_time"] = 1e3 * (now - self._stepped_at)
         self._stepped_at = now
         row.host["backwards"] = row.backwards
-        self.last = row
+        self._last = row
         self._deliver(row)
-
-
-def _is_due(quantity: Quantity, row: Row) -> bool:
-    return {"every step": True, "sampled": row.sampled, "rarely": row.rare}[quantity.often]
-
-
-def _put_first(hooks: Any, key: int) -> None:
-    """Let a hook run before those that were there. Torch runs them as a plain dict is ordered."""
-    if isinstance(hooks, dict) and key in hooks:
-        others = {k: v for k, v in hooks.items() if k != key}
-        mine = hooks[key]
-        hooks.clear()
-        hooks[key] = mine
-        hooks.update(others)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard, and the values of a sparse gradient."""
-    if isinstance(tensor, DTensor):
-        tensor = tensor.to_local()
-    if tensor.layout != torch.strided:
-        tensor = tensor.coalesce().values()
-    return tensor.detach()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # noqa: SLF001
 
 
 def _rate(value: Tensor | float) -> Tensor | float:

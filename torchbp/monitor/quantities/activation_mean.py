@@ -28,4 +28,5 @@ QUANTITY = Quantity(
     at="output",
     measure=measure,
     finish=finish,
+    often="rarely",
 )

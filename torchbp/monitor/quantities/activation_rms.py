@@ -24,4 +24,5 @@ QUANTITY = Quantity(
     finish=root_mean,
     power=2,
     logarithm=True,
+    often="rarely",
 )

@@ -14,12 +14,13 @@ from torchbp.monitor._quantity import Quantity
 __all__ = ["QUANTITY"]
 
 
-def measure(output: Tensor, function: str) -> Tensor | None:
-    """Return bool ``(units,)``, whether a unit is alive in this output of ``function``."""
-    if function != "relu" or output.ndim < 2:
+def measure(outputs: Tensor, function: str) -> Tensor | None:
+    """Return bool ``(n, units)``: whether a unit is alive in each of n outputs of ``function``."""
+    if function != "relu" or outputs.ndim < 3:
         return None
-    units = 1 if output.ndim > 3 else output.ndim - 1
-    return (output > 0).movedim(units, 0).flatten(1).any(1)
+    units = 2 if outputs.ndim > 4 else outputs.ndim - 1
+    samples = [d for d in range(1, outputs.ndim) if d != units]
+    return ~(outputs.amax(samples) <= 0)  # NaN counts as alive: it is another trouble
 
 
 def finish(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:

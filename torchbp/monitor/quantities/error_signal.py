@@ -4,19 +4,10 @@ Under a loss that is a mean over the batch ∂L/∂z falls as 1/B; times B it do
 runs several times in a step counts with all its outputs together.
 """
 
-import torch
-from torch import Tensor
-
-from torchbp.monitor._norms import root_mean
-from torchbp.monitor._quantity import Quantity, precise
+from torchbp.monitor._norms import norms, root_mean
+from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
-
-
-def measure(delta: Tensor) -> Tensor:
-    """Return √Σ δ². In double: deep down a vanished δ² is 0 in float32."""
-    return torch.linalg.vector_norm(delta, dtype=precise(delta))
-
 
 QUANTITY = Quantity(
     name="error_signal",
@@ -24,7 +15,7 @@ QUANTITY = Quantity(
     unit="loss / output",
     axis="layer",
     at="error",
-    measure=measure,
+    measure=norms,
     finish=root_mean,
     power=2,
     logarithm=True,

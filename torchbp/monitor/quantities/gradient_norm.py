@@ -4,7 +4,7 @@ Read where the gradient is final: summed over micro-batches and ranks, unscaled,
 A parameter without a gradient counts as 0.
 """
 
-from torchbp.monitor._norms import root, squares
+from torchbp.monitor._norms import norms, root
 from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
@@ -15,8 +15,9 @@ QUANTITY = Quantity(
     unit="loss / weight",
     axis="parameter",
     at="gradient",
-    measure=squares,
+    measure=norms,
     finish=root,
+    power=2,
     logarithm=True,
     often="every step",
 )

@@ -5,14 +5,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchbp.monitor._bundle import Bundle
 from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
 
 
-def measure(gradients: list[Tensor]) -> Tensor:
+def measure(bundle: Bundle) -> Tensor | NDArray[np.float64]:
     """Count them."""
-    return torch.stack([(g == 0).sum() for g in gradients])
+    if bundle.starts is not None:
+        return bundle.sum_of(np.equal(bundle.flat, 0).astype(np.float64))
+    return torch.stack([(g == 0).sum() for g in bundle.tensors])
 
 
 def finish(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -16,13 +16,15 @@ __all__ = ["QUANTITY"]
 _SLOPE = 0.06
 
 
-def measure(output: Tensor, function: str) -> Tensor | None:
-    """Count the saturated elements of the output of ``function``."""
+def measure(outputs: Tensor, function: str) -> Tensor | None:
+    """Count the saturated elements of each of n outputs of ``function``: ``(n,)``."""
     if function == "tanh":
-        return (1 - output.square() < _SLOPE).sum(dtype=torch.float32)
-    if function == "sigmoid":
-        return (4 * output * (1 - output) < _SLOPE).sum(dtype=torch.float32)
-    return None
+        flat = 1 - outputs.square() < _SLOPE
+    elif function == "sigmoid":
+        flat = 4 * outputs * (1 - outputs) < _SLOPE
+    else:
+        return None
+    return flat.flatten(1).sum(1, dtype=torch.float32)
 
 
 def finish(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:

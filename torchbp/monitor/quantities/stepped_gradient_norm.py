@@ -1,6 +1,6 @@
 """Weight-gradient norm of every parameter as the optimizer sees it, after clipping: ‖g_p‖₂."""
 
-from torchbp.monitor._norms import root, squares
+from torchbp.monitor._norms import norms, root
 from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
@@ -11,7 +11,8 @@ QUANTITY = Quantity(
     unit="loss / weight",
     axis="parameter",
     at="stepped",
-    measure=squares,
+    measure=norms,
     finish=root,
+    power=2,
     logarithm=True,
 )

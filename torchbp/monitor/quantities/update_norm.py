@@ -1,6 +1,6 @@
 """Norm of what a step adds to every parameter: ‖Δθ_p‖₂, Δθ = θ after − θ before."""
 
-from torchbp.monitor._norms import root, squares
+from torchbp.monitor._norms import norms, root
 from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
@@ -11,7 +11,8 @@ QUANTITY = Quantity(
     unit="weight",
     axis="parameter",
     at="update",
-    measure=squares,
+    measure=norms,
     finish=root,
+    power=2,
     logarithm=True,
 )

@@ -1,6 +1,6 @@
 """Norm of every parameter before the update: ‖θ_p‖₂."""
 
-from torchbp.monitor._norms import root, squares
+from torchbp.monitor._norms import norms, root
 from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
@@ -11,6 +11,7 @@ QUANTITY = Quantity(
     unit="weight",
     axis="parameter",
     at="weight",
-    measure=squares,
+    measure=norms,
     finish=root,
+    power=2,
 )

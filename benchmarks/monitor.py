@@ -1,0 +1,295 @@
+"""Times what ``torchbp.watch`` adds to a training step, beside what is done in its place.
+
+Plain and watched models train in turns, block by block, in one process on one thread; what is counted is the
+time of the process, so that the writer's thread is in it too. ``make bench-monitor`` writes
+benchmarks/data/monitor-cpu-<date>.json and prints the table. Method: README.md beside this file.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+import torchbp
+from benchmarks.run import DATA, processor
+
+F = nn.functional
+
+
+class Branch(nn.Module):
+    """A residual block of ResNet-20."""
+
+    def __init__(self, a: int, b: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(a, b, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(b, b, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(b), nn.BatchNorm2d(b)
+        self.short = nn.Conv2d(a, b, 1, stride, bias=False) if a != b else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + self.short(x))
+
+
+class Block(nn.Module):
+    """A block of a GPT."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.n1, self.n2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = self.qkv(self.n1(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(b, t, c))
+        return x + self.down(F.gelu(self.up(self.n2(x))))
+
+
+class GPT(nn.Module):
+    """A small GPT: 12 layers, width 192, 65 tokens, as trained on characters."""
+
+    def __init__(self, depth: int = 12, width: int = 192, vocabulary: int = 65) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(128, width)
+        self.blocks = nn.ModuleList(Block(width, 6) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tokens(x) + self.places(torch.arange(x.shape[1], device=x.device))
+        for block in self.blocks:
+            h = block(h)
+        return self.head(self.norm(h))
+
+
+def _mlp() -> nn.Module:
+    hidden = [part for _ in range(40) for part in (nn.Linear(32, 32), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(32, 10))
+
+
+def _resnet() -> nn.Module:
+    widths = [16] * 3 + [32] * 3 + [64] * 3
+    blocks = [Branch(a, b, 1 if a == b else 2) for a, b in zip([16, *widths], widths, strict=False)]
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with its batch.
+
+    Attributes:
+        model: Makes the model.
+        inputs: Makes inputs and targets.
+        block: Steps a block, for the plain model.
+    """
+
+    model: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, Tensor]]
+    block: int
+
+
+TASKS = {
+    "MLP, 40 layers of 32": Task(
+        _mlp, lambda: (torch.randn(64, 32), torch.randint(0, 10, (64,))), 50
+    ),
+    "ResNet-20, 32×32": Task(
+        _resnet, lambda: (torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))), 10
+    ),
+    "GPT, 12 layers of 192": Task(
+        GPT, lambda: (torch.randint(0, 65, (8, 128)), torch.randint(0, 65, (8, 128))), 10
+    ),
+}
+
+After = Callable[[int, Tensor], None]
+
+
+def _nothing(_model: nn.Module, _optimizer: torch.optim.Optimizer, _folder: str) -> After:
+    return lambda _step, _loss: None
+
+
+def _watch(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> After:
+    monitor = torchbp.watch(model, optimizer, log_dir=folder)
+    return lambda _step, loss: monitor.log_loss(train=loss)
+
+
+def _scalars(model: nn.Module, _optimizer: torch.optim.Optimizer, folder: str) -> After:
+    writer = SummaryWriter(folder)
+
+    def after(step: int, loss: Tensor) -> None:
+        writer.add_scalar("loss", loss.item(), step)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                writer.add_scalar(f"grad/{name}", parameter.grad.norm().item(), step)
+
+    return after
+
+
+def _histograms(model: nn.Module, _optimizer: torch.optim.Optimizer, folder: str) -> After:
+    writer = SummaryWriter(folder)
+
+    def after(step: int, loss: Tensor) -> None:
+        writer.add_scalar("loss", loss.item(), step)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                writer.add_histogram(f"grad/{name}", parameter.grad, step)
+
+    return after
+
+
+def _wandb(model: nn.Module, _optimizer: torch.optim.Optimizer, folder: str) -> After:
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    run = wandb.init(mode="offline", dir=folder, settings=wandb.Settings(silent=True))
+    run.watch(model, log="gradients", log_freq=10)
+
+    def after(step: int, loss: Tensor) -> None:
+        run.log({"loss": loss.item()}, step=step)
+
+    return after
+
+
+WAYS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, str], After]] = {
+    "nothing": _nothing,
+    "torchbp.watch": _watch,
+    "norm().item() and add_scalar": _scalars,
+    "add_histogram": _histograms,
+    "wandb.watch, offline, every 10 steps": _wandb,
+}
+
+
+class Training:
+    """A model that trains in a way of being watched."""
+
+    def __init__(self, task: Task, way: str, folder: str) -> None:
+        torch.manual_seed(0)
+        self._model = task.model()
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3, momentum=0.9)
+        self._inputs = task.inputs()
+        self._step = 0
+        self._after = WAYS[way](self._model, self._optimizer, folder)
+
+    def block(self, steps: int) -> float:
+        """Train; return the process time of a step in seconds."""
+        x, y = self._inputs
+        start = time.process_time()
+        for _ in range(steps):
+            self._optimizer.zero_grad()
+            logits = self._model(x)
+            loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
+            loss.backward()
+            self._optimizer.step()
+            self._after(self._step, loss)
+            self._step += 1
+        return (time.process_time() - start) / steps
+
+
+def measure(name: str, way: str, seconds: float) -> dict[str, Any]:
+    """Return one row: the time of a step as it is and as it is watched, and their ratio with its interval."""
+    task = TASKS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        ours, plain = Training(task, way, folder), Training(task, "nothing", folder)
+        for training in (ours, plain):  # beyond the first steps, which are all sampled
+            training.block(max(task.block, 20))
+        times: tuple[list[float], list[float]] = ([], [])
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times[0]) < 6:
+            order = (0, 1) if len(times[0]) % 2 else (1, 0)
+            for which in order:
+                times[which].append((ours, plain)[which].block(task.block))
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    low, high = interval(ratios)
+    return {
+        "model": name,
+        "way": way,
+        "ratio": statistics.median(ratios),
+        "low": low,
+        "high": high,
+        "blocks": len(ratios),
+        "steps_a_block": task.block,
+        "plain_us": 1e6 * statistics.median(times[1]),
+        "added_us": 1e6 * statistics.median(a - b for a, b in zip(*times, strict=True)),
+    }
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the median, by resampling."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor(values)[
+        torch.randint(len(values), (2000, len(values)), generator=generator)
+    ]
+    low, high = drawn.median(1).values.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as markdown: one line a way, one column a model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [
+        "| time of a step, ratio | " + " | ".join(models) + " |",
+        "|-" * (len(models) + 1) + "|",
+    ]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = {row["model"]: row for row in rows if row["way"] == way}
+        cells = [
+            f"{r['ratio']:.3f} ({r['low']:.3f} to {r['high']:.3f})" if r else "–"
+            for r in map(mine.get, models)
+        ]
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the benchmark and write its rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(TASKS), help="by the start of a name")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), help="by the start of a name")
+    parser.add_argument("--seconds", type=float, default=30.0, help="for each row")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    rows = []
+    for model in (m for m in TASKS if m.startswith(tuple(args.models))):
+        for way in (w for w in WAYS if w.startswith(tuple(args.ways))):
+            try:
+                rows.append(measure(model, way, args.seconds))
+            except ImportError as error:
+                print(f"{way}: not timed: {error}", file=sys.stderr)
+                continue
+            print(json.dumps(rows[-1]), file=sys.stderr)
+    print(table(rows))
+    if not args.no_write:
+        DATA.mkdir(exist_ok=True)
+        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        about = {
+            "date": date,
+            "device": processor(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        path = DATA / f"monitor-cpu-{date}.json"
+        text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
