@@ -85,6 +85,8 @@ class Reading:
         layers: What the entries of the vectors are.
         when: Wall time at its end, in seconds since 1970.
         sampled: Whether the layers were listened to at this step.
+        rare: Whether what is measured rarely was.
+        times: By layer of ``layers``: norms of what came back to it at each time step ``(T,)``.
         memory: Belongs to the quantity or diagnosis that reads; lasts as long as the monitor.
     """
 
@@ -94,6 +96,8 @@ class Reading:
     layers: Layers
     when: float = 0.0
     sampled: bool = True
+    rare: bool = True
+    times: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
 
 

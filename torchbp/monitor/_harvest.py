@@ -93,12 +93,10 @@ def _fill(row: Row, take: Callable[[Any], Any], parameters: int, layers: int) ->
         sums.parameters[name] = np.square(vector) if quantities[name].power == 2 else vector
     earlier = [_scattered(pieces, take, parameters) for pieces in row.earlier]
     for name, parts in row.layers.items():
-        places, values, factors, counts = (
-            np.concatenate(column)
-            for column in zip(*((p, take(v), f, n) for p, v, f, n in parts), strict=True)
-        )
+        columns: Any = zip(*((p, take(v), f, n) for p, v, f, n in parts), strict=True)
+        places, values, factors, counts = map(np.concatenate, columns)
         totals = np.multiply(values, factors, dtype=np.float64) ** quantities[name].power
-        total, count = (np.bincount(places, weights, layers) for weights in (totals, counts))
+        total, count = (np.bincount(places, w, layers).astype(float) for w in (totals, counts))
         sums.layers[name] = (total, count)
     sums.times = [(place, np.asarray(take(values), np.float64)) for place, values in row.times]
     scale = take(row.scale)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -225,6 +224,5 @@ def _add_times(deltas: Sequence[_Delta], values: Any) -> None:
         width = max(map(len, ordered))  # an LSTM cell has two outputs
         columns = [[c[min(k, len(c) - 1)] for c in ordered] for k in range(width)]
         row = deltas[ordered[0][0]].forward.row
-        stacked = np.stack if isinstance(values, np.ndarray) else torch.stack
-        squares = stacked([values[column] ** 2 for column in columns])
-        row.times.append((place, squares.sum(0) ** 0.5))
+        squares = sum(values[column] ** 2 for column in columns)
+        row.times.append((place, squares**0.5))

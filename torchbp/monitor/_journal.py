@@ -1,6 +1,6 @@
 """What is written to the run's folder: vectors for the tab, and little else for the stock tabs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +56,13 @@ class Journal:
         self._judged = False
         self._range: tuple[np.ndarray, np.ndarray, int] | None = None
 
-    def write(self, reading: Reading) -> None:
-        """Write what was measured at a step."""
+    def write(self, readings: Iterable[Reading]) -> None:
+        """Write what was measured at some steps, in one go."""
+        with self._writer.together():
+            for reading in readings:
+                self._write(reading)
+
+    def _write(self, reading: Reading) -> None:
         self._introduce(reading)
         for name, values in reading.values.items():
             quantity = all_quantities().get(name)
@@ -68,7 +73,7 @@ class Journal:
                 layout = self._layout(quantity, reading.layers, len(values))
                 kept = _kept(values, reading.present.get(name))
                 self._writer.vector(layout, reading.step, kept, when=reading.when)
-                if quantity.axis == "layer" and reading.sampled:
+                if quantity.axis == "layer" and reading.rare:
                     self._histogram(quantity, reading, values)
         if reading.sampled and "learning_rate" in reading.values:
             rate = float(reading.values["learning_rate"][0])

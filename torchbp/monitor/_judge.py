@@ -33,14 +33,18 @@ class Judge:
         self.verdicts: list[Verdict] = []
         self._diagnoses = diagnoses
         self._cases: dict[str, dict[str, _Case]] = {d.name: {} for d in diagnoses}
+        self._served: dict[tuple[str, ...], list[Diagnosis]] = {}
         self._memories: dict[str, dict[str, Any]] = {d.name: {} for d in diagnoses}
 
     def consider(self, reading: Reading) -> None:
         """Take one more reading into account; readings come in the order of their steps."""
-        for diagnosis in self._diagnoses:
-            if all(name in reading.values for name in diagnosis.reads):
-                reading.memory = self._memories[diagnosis.name]
-                found = {s.key: s for s in diagnosis.examine(reading)}
+        names = tuple(reading.values)
+        if names not in self._served:
+            self._served[names] = [d for d in self._diagnoses if set(d.reads) <= set(names)]
+        for diagnosis in self._served[names]:
+            reading.memory = self._memories[diagnosis.name]
+            found = {s.key: s for s in diagnosis.examine(reading)}
+            if found or self._cases[diagnosis.name]:
                 self._follow(diagnosis, reading.step, found)
 
     def _follow(self, diagnosis: Diagnosis, step: int, found: dict[str, Suspicion]) -> None:

@@ -56,7 +56,8 @@ class Listener:
         if on and not self._hooks:
             self._hooks = [register_module_forward_hook(self._after_forward)]
             if self._recurs:
-                self._hooks.append(register_module_forward_pre_hook(self._before_forward))
+                before: Any = self._before_forward  # torch's annotation leaves out what it returns
+                self._hooks.append(register_module_forward_pre_hook(before))
         elif not on:
             for hook in self._hooks:
                 hook.remove()

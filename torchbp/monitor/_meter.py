@@ -35,16 +35,15 @@ class Meter:
 
     def gradients(self, members: Iterable[int] | None = None) -> list[Group]:
         """Return the gradients that are there, by device; of ``members`` only, if given."""
-        chosen = None if members is None else set(members)
-        indices, tensors = [], []
-        for index, reference in enumerate(self._catalogue.parameters):
-            if chosen is not None and index not in chosen:
-                continue
-            parameter = reference()
-            gradient = None if parameter is None else parameter.grad
-            if gradient is not None:
-                indices.append(index)
-                tensors.append(gradient)
+        found = [
+            (index, gradient)
+            for index, reference in enumerate(self._catalogue.parameters)
+            if (parameter := reference()) is not None and (gradient := parameter.grad) is not None
+        ]
+        if members is not None:
+            chosen = set(members)
+            found = [(index, gradient) for index, gradient in found if index in chosen]
+        indices, tensors = [index for index, _ in found], [gradient for _, gradient in found]
         return self._groups(indices, tensors)
 
     def parameters(self, members: set[int]) -> list[Group]:

@@ -227,16 +227,15 @@ class Monitor:
     def _work(self, rows: list[Sums]) -> None:
         assert self._layers is not None
         journal, failure = self._journal, None
-        for sums in rows:
-            reading = self._reader.read(sums, *self._layers)
+        readings = [self._reader.read(sums, *self._layers) for sums in rows]
+        for reading in readings:
             self._judge.consider(reading)
-            if journal is not None:
-                try:
-                    journal.write(reading)
-                except (OSError, ValueError) as error:  # a full disk ends the files, not verdicts
-                    journal, self._journal, failure = None, None, error
         if journal is not None and rows:
-            journal.verdicts(rows[-1].row.step, self._judge.verdicts)
+            try:
+                journal.write(readings)
+                journal.verdicts(rows[-1].row.step, self._judge.verdicts)
+            except (OSError, ValueError) as error:  # a full disk ends the files, not verdicts
+                self._journal, failure = None, error
         if failure is not None:
             raise failure
 

@@ -17,7 +17,8 @@ class Reader:
 
     def __init__(self) -> None:
         self._memories: dict[str, dict[str, Any]] = {}
-        self._derived = [q for q in all_quantities().values() if q.at == "derived"]
+        self._quantities = all_quantities()
+        self._derived = [q for q in self._quantities.values() if q.at == "derived"]
 
     def read(
         self, sums: Sums, layers: Layers, order: NDArray[np.int64], columns: NDArray[np.int64]
@@ -30,7 +31,7 @@ class Reader:
             order: Where each of these layers stands by registration.
             columns: Where each of these parameters does.
         """
-        quantities = all_quantities()
+        quantities = self._quantities
         values: dict[str, NDArray[np.float64]] = {}
         present: dict[str, NDArray[np.bool_]] = {}
         for name, totals in sums.parameters.items():
@@ -45,7 +46,9 @@ class Reader:
             present[name] = there
         values.update(sums.host)
         row = sums.row
-        reading = Reading(row.step, values, present, layers, row.when, row.sampled)
+        reading = Reading(
+            row.step, values, present, layers, row.when, row.sampled, row.rare, _times(sums, order)
+        )
         for quantity in self._derived:
             reading.memory = self._memories.setdefault(quantity.name, {})
             assert quantity.finish is not None
@@ -53,3 +56,16 @@ class Reader:
             if derived is not None:
                 values[quantity.name] = derived
         return reading
+
+
+def _times(sums: Sums, order: NDArray[np.int64]) -> dict[int, NDArray[np.float64]]:
+    """Return the time steps by layer as it runs; of several backwards those of the longest together."""
+    places = {int(place): index for index, place in enumerate(order)} if sums.times else {}
+    found: dict[int, NDArray[np.float64]] = {}
+    for place, norms in sums.times:
+        before = found.get(places[place])
+        if before is None or len(norms) > len(before):
+            found[places[place]] = norms
+        elif len(norms) == len(before):
+            found[places[place]] = np.hypot(before, norms)
+    return found

@@ -1,12 +1,14 @@
 """The record around every event of an event file: ``length, crc(length), payload, crc(payload)``.
 
 The checksum is CRC-32C, masked as TFRecord masks it. tensorboard's own, in pure Python, takes
-1.6 ms for 8 kB; this one takes 55 µs, and google-crc32c, where it is installed, 0.6 µs.
+1.6 ms for 8 kB; this one takes some 60 µs, and less where many are of one length; google-crc32c, where
+it is installed, takes 0.6 µs.
 """
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import BinaryIO
 
 import numpy as np
@@ -38,22 +40,38 @@ def _tables() -> tuple[list[int], NDArray[np.uint32]]:
 
 _TABLE, _PLACES = _tables()
 _FLAT = _PLACES.ravel()
-_S0, _S1, _S2, _S3 = (_PLACES[k].tolist() for k in range(4))
+_S0, _S1, _S2, _S3 = (_PLACES[k] for k in range(4))
 _OFFSETS = (np.arange(_CHUNK) * 256).astype(np.intp)
+_SHORT = 64
+
+
+def _bytewise(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _TABLE[(crc ^ byte) & 255] ^ crc >> 8
+    return crc ^ 0xFFFFFFFF
+
+
+def _alike(data: Sequence[bytes]) -> NDArray[np.uint32]:
+    """Return the checksums of strings of one length, 4 bytes and more."""
+    size = len(data[0])
+    full = -(-size // _CHUNK)
+    # Zeros in front change nothing while the register is 0; what it begins with goes into the data.
+    padded = np.zeros((len(data), full * _CHUNK), np.uint8)
+    padded[:, full * _CHUNK - size :] = np.frombuffer(b"".join(data), np.uint8).reshape(-1, size)
+    padded[:, full * _CHUNK - size :][:, :4] ^= np.uint8(255)
+    chunks = padded.reshape(len(data), full, _CHUNK)
+    # A chunk's own part is independent of the register so far, which touches 4 bytes only.
+    parts = np.bitwise_xor.reduce(_FLAT[chunks + _OFFSETS], axis=2)
+    crc = parts[:, 0]
+    for k in range(1, full):
+        low, high = _S0[crc & 255] ^ _S1[crc >> 8 & 255], _S2[crc >> 16 & 255] ^ _S3[crc >> 24]
+        crc = low ^ high ^ parts[:, k]
+    return crc ^ np.uint32(0xFFFFFFFF)
 
 
 def _crc32c(data: bytes) -> int:
-    crc, full = 0xFFFFFFFF, len(data) // _CHUNK
-    if full:
-        chunks = np.frombuffer(data, np.uint8, full * _CHUNK).reshape(full, _CHUNK)
-        # A chunk's own part is independent of the checksum so far, which touches 4 bytes only.
-        for part in np.bitwise_xor.reduce(_FLAT[chunks + _OFFSETS], axis=1).tolist():
-            crc = (
-                _S0[crc & 255] ^ _S1[crc >> 8 & 255] ^ _S2[crc >> 16 & 255] ^ _S3[crc >> 24] ^ part
-            )
-    for byte in data[full * _CHUNK :]:
-        crc = _TABLE[(crc ^ byte) & 255] ^ crc >> 8
-    return crc ^ 0xFFFFFFFF
+    return _bytewise(data) if len(data) < _SHORT else int(_alike([data])[0])
 
 
 try:
@@ -62,15 +80,35 @@ except ImportError:
     crc32c = _crc32c
 
 
-def _masked(data: bytes) -> bytes:
-    crc = crc32c(data)
+def _mask(crc: int) -> bytes:
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def pack(payload: bytes) -> bytes:
-    """Return ``payload`` as one record."""
-    length = struct.pack("<Q", len(payload))
-    return length + _masked(length) + payload + _masked(payload)
+def _masked(data: bytes) -> bytes:
+    return _mask(crc32c(data))
+
+
+@lru_cache(maxsize=1024)
+def _head(size: int) -> bytes:
+    length = struct.pack("<Q", size)
+    return length + _masked(length)
+
+
+def pack(*payloads: bytes) -> bytes:
+    """Return every payload as a record, one behind the other."""
+    sums: dict[int, bytes] = {}
+    if crc32c is _crc32c:
+        alike: dict[int, list[int]] = {}
+        for index, payload in enumerate(payloads):
+            if len(payload) >= _SHORT:
+                alike.setdefault(len(payload), []).append(index)
+        for indices in alike.values():
+            found = _alike([payloads[i] for i in indices]).tolist()
+            sums.update(zip(indices, map(_mask, found), strict=True))
+    return b"".join(
+        _head(len(payload)) + payload + (sums.get(i) or _masked(payload))
+        for i, payload in enumerate(payloads)
+    )
 
 
 def unpack(file: BinaryIO, at: int = 0) -> Iterator[tuple[int, bytes]]:

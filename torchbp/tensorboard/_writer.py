@@ -1,6 +1,6 @@
 """The event file writer.
 
-Every record is one ``write``: a process that is killed leaves at most one torn record, at the end
+Records go out by one ``write``: a process that is killed leaves at most one torn record, at the end
 of its file, and nothing waits in a buffer. A run that is resumed gets a new file.
 """
 
@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tensorboard.plugins.scalar import metadata as scalars
 from tensorboard.plugins.text import metadata as texts
 
 from torchbp.tensorboard import _stock as stock
+from torchbp.tensorboard._encode import event, summary_value
 from torchbp.tensorboard._layout import PLUGIN, VERSION, Layout
 from torchbp.tensorboard._proto import (
     DATA_CLASS_TENSOR,
@@ -32,7 +33,6 @@ from torchbp.tensorboard._proto import (
     Summary,
     SummaryMetadata,
     TensorProto,
-    TensorShapeProto,
 )
 from torchbp.tensorboard._record import pack
 
@@ -73,9 +73,25 @@ class EventWriter:
         name = f"events.out.tfevents.{time.time():017.6f}.{host}.{os.getpid()}.{next(_FILE_NUMBER)}"
         self.path = folder / f"{name}.{PLUGIN}"
         self._file = self.path.open("xb", buffering=0)
+        self._begin(started=False)
+        self._write(
+            [Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()]
+        )
+
+    def _begin(self, *, started: bool) -> None:
         self._described: set[str] = set()
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        self._started, self._last = False, 0
+        self._started, self._last = started, 0
+        self._gathered: dict[tuple[int, float], list[bytes]] | None = None
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Write what is written inside at its end, in one go and with one event a step."""
+        self._gathered = {}
+        try:
+            yield
+        finally:
+            gathered, self._gathered = self._gathered, None
+            self._put(gathered)
 
     def vector(
         self, layout: Layout, step: int, values: ArrayLike, *, kind: str = "", when: float = 0.0
@@ -99,7 +115,7 @@ class EventWriter:
             )
             raise ValueError(message)
         tag = f"{layout.tag}/{kind}" if kind else layout.tag
-        self._summary(tag, step, _tensor(array, DT_FLOAT), lambda: _ours(layout.content()), when)
+        self._array(tag, step, array, DT_FLOAT, lambda: _ours(layout.content()), when)
 
     def record(self, name: str, step: int, value: Any, *, when: float = 0.0) -> None:
         """Write ``value``, which JSON can hold, for readers of ours: ``read(run_dir).records``."""
@@ -112,10 +128,11 @@ class EventWriter:
         self, tag: str, step: int, value: float, *, help: str = "", when: float = 0.0
     ) -> None:
         """Write one number for TensorBoard's Scalars; ``help`` is shown beside the chart."""
-        self._summary(
+        self._array(
             tag,
             step,
-            _tensor(np.float32(value), DT_FLOAT),
+            np.float32(value),
+            DT_FLOAT,
             lambda: scalars.create_summary_metadata(display_name="", description=help),
             when,
         )
@@ -127,10 +144,11 @@ class EventWriter:
         array = np.asarray(values, np.float64).ravel()
         counts, edges = np.histogram(array[np.isfinite(array)], _BUCKETS)
         buckets = np.stack([edges[:-1], edges[1:], counts], axis=1)
-        self._summary(
+        self._array(
             tag,
             step,
-            _tensor(buckets, DT_DOUBLE),
+            buckets,
+            DT_DOUBLE,
             lambda: histograms.create_summary_metadata(display_name="", description=help),
             when,
         )
@@ -167,7 +185,8 @@ class EventWriter:
         if self._started:  # or else nothing tells a run that has ended from one that was killed
             stop = SessionLog(status=SessionLog.STOP)
             with contextlib.suppress(OSError):  # a full disk
-                self._write(Event(wall_time=time.time(), step=self._last, session_log=stop))
+                end = Event(wall_time=time.time(), step=self._last, session_log=stop)
+                self._write([end.SerializeToString()])
         self._file.close()
 
     def __enter__(self) -> "EventWriter":
@@ -176,25 +195,55 @@ class EventWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _array(
+        self,
+        tag: str,
+        step: int,
+        array: "np.ndarray[Any, Any] | np.generic",
+        dtype: int,
+        describe: Callable[[], Any],
+        when: float,
+    ) -> None:
+        content = array.tobytes()
+        metadata = b"" if tag in self._described else self._metadata(tag, describe)
+        self._add(step, when, summary_value(tag, dtype, array.shape, content, metadata))
+
     def _summary(
         self, tag: str, step: int, tensor: Any, describe: Callable[[], Any], when: float
     ) -> None:
-        members: Mapping[str, Any] = {"tag": tag, "tensor": tensor}
-        if tag not in self._described:  # a tag without it in its first event of a file is lost
-            metadata = describe()
-            metadata.data_class = metadata.data_class or DATA_CLASS_TENSOR
-            members = {**members, "metadata": metadata}
-            self._described.add(tag)
-        summary = Summary(value=[Summary.Value(**members)])
-        if not self._started:
-            self._started = True
-            start = SessionLog(status=SessionLog.START)
-            self._write(Event(wall_time=time.time(), step=step, session_log=start))
-        self._last = step
-        self._write(Event(wall_time=when or time.time(), step=step, summary=summary))
+        members: dict[str, Any] = {"tag": tag, "tensor": tensor}
+        if tag not in self._described:
+            members["metadata"] = SummaryMetadata.FromString(self._metadata(tag, describe))
+        self._add(step, when, Summary(value=[Summary.Value(**members)]).SerializeToString())
 
-    def _write(self, event: Any) -> None:
-        self._file.write(pack(event.SerializeToString()))
+    def _metadata(self, tag: str, describe: Callable[[], Any]) -> bytes:
+        """Return the metadata of a tag: one without it in its first event of a file is lost."""
+        self._described.add(tag)
+        metadata = describe()
+        metadata.data_class = metadata.data_class or DATA_CLASS_TENSOR
+        return metadata.SerializeToString()
+
+    def _add(self, step: int, when: float, value: bytes) -> None:
+        when = when or time.time()
+        if self._gathered is None:
+            self._put({(step, when): [value]})
+        else:
+            self._gathered.setdefault((step, when), []).append(value)
+
+    def _put(self, gathered: Mapping[tuple[int, float], list[bytes]]) -> None:
+        events = [event(when, step, b"".join(values)) for (step, when), values in gathered.items()]
+        if events and not self._started:
+            self._started = True
+            first, _ = next(iter(gathered))
+            start = SessionLog(status=SessionLog.START)
+            begin = Event(wall_time=time.time(), step=first, session_log=start)
+            events.insert(0, begin.SerializeToString())
+        if events:
+            self._last, _ = next(reversed(gathered))
+            self._write(events)
+
+    def _write(self, events: Sequence[bytes]) -> None:
+        self._file.write(pack(*events))
 
 
 class BorrowedWriter(EventWriter):
@@ -206,22 +255,17 @@ class BorrowedWriter(EventWriter):
 
     def __init__(self, writer: Any) -> None:
         self._file_writer = writer._get_file_writer()  # noqa: SLF001  # no public way to an event
-        self._described = set()
-        self._started, self._last = True, 0
+        self._begin(started=True)
 
     def close(self) -> None:
         """Flush the user's writer."""
         self._file_writer.flush()
 
-    def _write(self, event: Any) -> None:
-        self._file_writer.add_event(event, event.step, event.wall_time)
+    def _write(self, events: Sequence[bytes]) -> None:
+        for made in map(Event.FromString, events):
+            self._file_writer.add_event(made, made.step, made.wall_time)
 
 
 def _ours(content: bytes) -> Any:
     plugin = SummaryMetadata.PluginData(plugin_name=PLUGIN, content=content)
     return SummaryMetadata(plugin_data=plugin)
-
-
-def _tensor(array: "np.ndarray[Any, Any] | np.generic", dtype: int) -> Any:
-    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=n) for n in array.shape])
-    return TensorProto(dtype=dtype, tensor_shape=shape, tensor_content=array.tobytes())

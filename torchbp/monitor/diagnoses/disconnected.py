@@ -16,7 +16,7 @@ def examine(reading: Reading) -> Iterator[Suspicion]:
         reading.memory["signals"] = np.nan_to_num(signals)
     norms = reading.values["layer_gradient_norm"]
     known = reading.memory.get("signals")
-    if not norms.any() or known is None or known.shape != norms.shape:
+    if norms.all() or not norms.any() or known is None or known.shape != norms.shape:
         return
     owners = np.unique(reading.layers.owner)
     # A signal that arrives but is lost in the squares of a norm has vanished: not this trouble.
