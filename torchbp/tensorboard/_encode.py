@@ -18,7 +18,7 @@ __all__ = ["event", "summary_value"]
 
 def varint(number: int) -> bytes:
     """Return a number in groups of seven bits, the lowest first; a negative one as 64 bits."""
-    number &= 0xFFFFFFFFFFFFFFFF
+    number = int(number) & 0xFFFFFFFFFFFFFFFF  # a step may be numpy's
     out = bytearray()
     while number > 127:
         out.append(number & 127 | 128)

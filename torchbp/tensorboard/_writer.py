@@ -230,7 +230,7 @@ class EventWriter:
         else:
             self._gathered.setdefault((step, when), []).append(value)
 
-    def _put(self, gathered: Mapping[tuple[int, float], list[bytes]]) -> None:
+    def _put(self, gathered: dict[tuple[int, float], list[bytes]]) -> None:
         events = [event(when, step, b"".join(values)) for (step, when), values in gathered.items()]
         if events and not self._started:
             self._started = True
