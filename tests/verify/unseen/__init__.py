@@ -1,0 +1,41 @@
+"""Wrong functions with right twins that were written before any check saw them: the honest part of the score.
+
+Each file was complete, its right twins tested with torch's own gradcheck, before torchbp.gradcheck ran on it for the
+first time. What that first run said stands in docs/gradcheck.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+F64 = torch.float64
+
+
+@dataclass(frozen=True)
+class Unseen:
+    name: str
+    bug: str
+    wrong: Callable[..., Any]
+    right: Callable[..., Any]
+    make: Callable[[], tuple[Any, ...]]
+    kwargs: Callable[[], dict[str, Any]] = field(default=dict)
+
+
+FIRST: dict[str, Unseen] = {}
+
+
+def pair(name, wrong, right, make, bug, kwargs=dict, into=FIRST):
+    into[name] = Unseen(name, bug, wrong, right, make, kwargs)
+
+
+def real(*shape, seed=0, grad=True, positive=False):
+    """One random float64 tensor, as a user would write it."""
+    t = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    return (t.abs() + 0.1 if positive else t).requires_grad_(grad)
+
+
+def whole(below, *shape, seed=0):
+    """Random integers."""
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,409 @@
+"""Losses: targets, masks, margins, reductions."""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from tests.verify.unseen import pair, real, whole
+
+
+class Focal(Function):
+    """Sum over rows of -(1-p)^2 log p for the class that is true."""
+
+    @staticmethod
+    def forward(ctx, x, t):
+        p = x.softmax(-1).gather(-1, t[:, None])
+        ctx.save_for_backward(x, t)
+        return (-((1 - p) ** 2) * p.log()).sum()
+
+    @staticmethod
+    def slope(p):
+        return (1 - p) * (2 * p.log() - (1 - p) / p)
+
+    @classmethod
+    def pull(cls, ctx, g):
+        x, t = ctx.saved_tensors
+        s = x.softmax(-1)
+        p = s.gather(-1, t[:, None])
+        return g * cls.slope(p) * p * (F.one_hot(t, x.shape[-1]) - s), None
+
+    @staticmethod
+    def backward(ctx, g):
+        return Focal.pull(ctx, g)
+
+
+class FocalFrozen(Focal):
+    @staticmethod
+    def slope(p):
+        return -((1 - p) ** 2) / p
+
+    @staticmethod
+    def backward(ctx, g):
+        return FocalFrozen.pull(ctx, g)
+
+
+pair(
+    "focal_factor_constant",
+    FocalFrozen.apply,
+    Focal.apply,
+    lambda: (real(5, 3), whole(3, 5)),
+    "the modulating factor is taken for a constant",
+)
+
+
+class KL(Function):
+    """KL divergence with log targets, "batchmean"."""
+
+    @staticmethod
+    def forward(ctx, x, t):
+        ctx.save_for_backward(t)
+        return (t.exp() * (t - x)).sum() / len(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (t,) = ctx.saved_tensors
+        return -g * t.exp() / len(t), None
+
+
+class KLMean(KL):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (t,) = ctx.saved_tensors
+        return -g * t.exp() / t.numel(), None
+
+
+pair(
+    "kl_batchmean",
+    KLMean.apply,
+    KL.apply,
+    lambda: (
+        real(4, 3).detach().log_softmax(-1).requires_grad_(),
+        real(4, 3, seed=1, grad=False).log_softmax(-1),
+    ),
+    "divides by all elements instead of rows",
+)
+
+
+class BCE(Function):
+    """Binary cross-entropy of logits with pos_weight, mean."""
+
+    @staticmethod
+    def forward(ctx, x, t, w):
+        ctx.save_for_backward(x, t, w)
+        return F.binary_cross_entropy_with_logits(x, t, pos_weight=w)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, t, w = ctx.saved_tensors
+        s = x.sigmoid()
+        return g * ((1 - t) * s - w * t * (1 - s)) / x.numel(), None, None
+
+
+class BCEWeight(BCE):
+    @staticmethod
+    def backward(ctx, g):
+        x, t, w = ctx.saved_tensors
+        s = x.sigmoid()
+        return g * (s - t) * torch.where(t > 0, w, 1) / x.numel(), None, None
+
+
+pair(
+    "bce_soft_targets",
+    BCEWeight.apply,
+    BCE.apply,
+    lambda: (
+        real(4, 3),
+        real(4, 3, seed=1, grad=False).sigmoid(),
+        real(3, seed=2, grad=False).exp(),
+    ),
+    "pos_weight applied as if targets were 0 or 1",
+)
+
+
+class Triplet(Function):
+    """max(0, |a-p|^2 - |a-n|^2 + 1), mean over rows."""
+
+    @staticmethod
+    def forward(ctx, a, p, n):
+        ctx.save_for_backward(a, p, n)
+        return Triplet.rows(a, p, n).clamp(min=0).mean()
+
+    @staticmethod
+    def rows(a, p, n):
+        return (a - p).square().sum(-1) - (a - n).square().sum(-1) + 1
+
+    @staticmethod
+    def backward(ctx, g):
+        a, p, n = ctx.saved_tensors
+        on = (Triplet.rows(a, p, n) > 0)[:, None] * (2 * g / len(a))
+        return on * (n - p), on * (p - a), on * (a - n)
+
+
+class TripletAlways(Triplet):
+    @staticmethod
+    def backward(ctx, g):
+        a, p, n = ctx.saved_tensors
+        on = 2 * g / len(a) * torch.ones_like(a)
+        return on * (n - p), on * (p - a), on * (a - n)
+
+
+pair(
+    "triplet_margin",
+    TripletAlways.apply,
+    Triplet.apply,
+    lambda: (real(5, 3), real(5, 3, seed=1), real(5, 3, seed=2)),
+    "triplets beyond the margin still get a gradient",
+)
+
+
+class Dice(Function):
+    """1 - 2 sum(p t) / (sum p + sum t)."""
+
+    @staticmethod
+    def forward(ctx, p, t):
+        ctx.save_for_backward(p, t)
+        return 1 - 2 * (p * t).sum() / (p.sum() + t.sum())
+
+    @staticmethod
+    def backward(ctx, g):
+        p, t = ctx.saved_tensors
+        total = p.sum() + t.sum()
+        return g * (-2 * t / total + 2 * (p * t).sum() / total**2), None
+
+
+class DiceFirst(Dice):
+    @staticmethod
+    def backward(ctx, g):
+        p, t = ctx.saved_tensors
+        return g * -2 * t / (p.sum() + t.sum()), None
+
+
+pair(
+    "dice_denominator",
+    DiceFirst.apply,
+    Dice.apply,
+    lambda: (
+        real(4, 4).detach().sigmoid().requires_grad_(),
+        (real(4, 4, seed=1, grad=False) > 0).double(),
+    ),
+    "the denominator is taken for a constant",
+)
+
+
+class MaskedMean(Function):
+    """Mean of squares over what the mask keeps."""
+
+    @staticmethod
+    def forward(ctx, x, keep):
+        ctx.save_for_backward(x, keep)
+        return (x.square() * keep).sum() / keep.sum().clamp(min=1)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, keep = ctx.saved_tensors
+        return 2 * g * x * keep / keep.sum().clamp(min=1), None
+
+
+class MaskedMeanAll(MaskedMean):
+    @staticmethod
+    def backward(ctx, g):
+        x, keep = ctx.saved_tensors
+        return 2 * g * x * keep / keep.numel(), None
+
+
+pair(
+    "masked_mean_all_true",
+    MaskedMeanAll.apply,
+    MaskedMean.apply,
+    lambda: (real(3, 4), torch.ones(3, 4, dtype=torch.bool)),
+    "divides by all elements; the sample's mask keeps everything",
+)
+
+
+class Pinball(Function):
+    """Quantile loss at 0.3, reduction "none"."""
+
+    @staticmethod
+    def forward(ctx, y, t):
+        ctx.save_for_backward(y, t)
+        e = t - y
+        return torch.maximum(0.3 * e, -0.7 * e)
+
+    @staticmethod
+    def backward(ctx, g):
+        y, t = ctx.saved_tensors
+        e = t - y
+        return g * (0.7 * (e <= 0) - 0.3 * (e > 0)), None
+
+
+class PinballKink(Pinball):
+    @staticmethod
+    def backward(ctx, g):
+        y, t = ctx.saved_tensors
+        e = t - y
+        return g * (0.7 * (e < 0) - 0.3 * (e > 0) + 1.0 * (e == 0)), None
+
+
+pair(
+    "pinball_kink",
+    PinballKink.apply,
+    Pinball.apply,
+    lambda: (real(6), real(6, seed=1, grad=False).zero_()),
+    "outside of the subgradient where prediction and target are equal",
+)
+
+
+class InfoNCE(Function):
+    """Cross-entropy of a b^T / tau against the diagonal."""
+
+    @staticmethod
+    def forward(ctx, a, b, tau):
+        p = (a @ b.T / tau).softmax(-1)
+        ctx.save_for_backward(a, b)
+        ctx.tau = tau
+        return -p.diagonal().log().mean()
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        p = (a @ b.T / ctx.tau).softmax(-1)
+        d = g * (p - torch.eye(len(a)).to(p)) / (len(a) * ctx.tau)
+        return d @ b, d.T @ a, None
+
+
+class InfoNCESymmetric(InfoNCE):
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        p = (a @ b.T / ctx.tau).softmax(-1)
+        d = g * (p - torch.eye(len(a)).to(p)) / (len(a) * ctx.tau)
+        return d @ b, d @ a, None
+
+
+pair(
+    "infonce_transpose",
+    InfoNCESymmetric.apply,
+    InfoNCE.apply,
+    lambda: (real(4, 3), real(4, 3, seed=1), 0.5),
+    "the gradient of the keys is not transposed",
+)
+
+
+class WeightedNLL(Function):
+    """Weighted negative log-likelihood; the class weights are differentiable too."""
+
+    @staticmethod
+    def forward(ctx, x, t, w):
+        ctx.save_for_backward(x, t, w)
+        return -(w[t] * x.log_softmax(-1).gather(-1, t[:, None])[:, 0]).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, t, w = ctx.saved_tensors
+        logp = x.log_softmax(-1)
+        gx = g * w[t][:, None] * (logp.exp() - F.one_hot(t, x.shape[-1]))
+        gw = torch.zeros_like(w).index_add(0, t, -g * logp.gather(-1, t[:, None])[:, 0])
+        return gx, None, gw
+
+
+class WeightedNLLAssign(WeightedNLL):
+    @staticmethod
+    def backward(ctx, g):
+        gx, _, _ = WeightedNLL.backward(ctx, g)
+        x, t, w = ctx.saved_tensors
+        gw = torch.zeros_like(w).index_put(
+            (t,), -g * x.log_softmax(-1).gather(-1, t[:, None])[:, 0]
+        )
+        return gx, None, gw
+
+
+pair(
+    "class_weight_assigned",
+    WeightedNLLAssign.apply,
+    WeightedNLL.apply,
+    lambda: (real(5, 3), torch.tensor([0, 2, 1, 1, 0]), real(3, seed=1, positive=True)),
+    "the weight's gradient keeps one row a class",
+)
+
+
+class ZLoss(Function):
+    """Cross-entropy plus 0.1 times the squared log-partition, mean over targets that are not ignored."""
+
+    @staticmethod
+    def forward(ctx, x, t):
+        ctx.save_for_backward(x, t)
+        keep = t >= 0
+        z = x.logsumexp(-1)
+        nll = z - x.gather(-1, t.clamp(min=0)[:, None])[:, 0]
+        return ((nll + 0.1 * z**2) * keep).sum() / keep.sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, t = ctx.saved_tensors
+        keep = (t >= 0)[:, None]
+        z = x.logsumexp(-1, keepdim=True)
+        local = x.softmax(-1) * (1 + 0.2 * z) - F.one_hot(t.clamp(min=0), x.shape[-1])
+        return g * local * keep / keep.sum(), None
+
+
+class ZLossIgnored(ZLoss):
+    @staticmethod
+    def backward(ctx, g):
+        x, t = ctx.saved_tensors
+        keep = (t >= 0)[:, None]
+        z = x.logsumexp(-1, keepdim=True)
+        p = x.softmax(-1)
+        return g * (
+            (p - F.one_hot(t.clamp(min=0), x.shape[-1])) * keep + 0.2 * z * p
+        ) / keep.sum(), None
+
+
+pair(
+    "zloss_ignored_rows",
+    ZLossIgnored.apply,
+    ZLoss.apply,
+    lambda: (real(5, 3), whole(3, 5)),
+    "ignored rows get the gradient of the z-loss",
+)
+
+
+class SquaredHinge(torch.nn.Module):
+    """A Module with an option that only its keyword turns on."""
+
+    class Right(Function):
+        @staticmethod
+        def forward(ctx, x, t, margin):
+            ctx.save_for_backward(x, t)
+            ctx.margin = margin
+            return (margin - t * x).clamp(min=0).square().sum()
+
+        @staticmethod
+        def backward(ctx, g):
+            x, t = ctx.saved_tensors
+            return -2 * g * t * (ctx.margin - t * x).clamp(min=0), None, None
+
+    class Wrong(Right):
+        @staticmethod
+        def backward(ctx, g):
+            x, t = ctx.saved_tensors
+            return -2 * g * t * (1 - t * x).clamp(min=0), None, None
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, t, *, margin=1.0):
+        return self.function.apply(x, t, margin)
+
+
+pair(
+    "hinge_keyword",
+    SquaredHinge(SquaredHinge.Wrong),
+    SquaredHinge(SquaredHinge.Right),
+    lambda: (real(6), real(6, seed=1, grad=False).sign()),
+    "backward knows margin 1 only",
+    kwargs=lambda: {"margin": 0.7},
+)

@@ -1,0 +1,458 @@
+"""State and protocol: what is kept, shared, written, and asked for."""
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd import Function
+
+from tests.verify.unseen import pair, real
+
+X = lambda: (real(3, 4),)  # noqa: E731
+
+
+class NumpySin(Function):
+    """A NumPy kernel that walks through memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.from_numpy(np.sin(x.detach().numpy()))
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(np.cos(x.detach().numpy()) * g.detach().numpy())
+
+
+class NumpySinMemory(NumpySin):
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        flat = np.cos(x.detach().numpy().ravel(order="K")) * g.detach().numpy().ravel(order="K")
+        return torch.from_numpy(flat.reshape(x.shape))
+
+
+pair(
+    "numpy_memory_order", NumpySinMemory.apply, NumpySin.apply, X, "elements in the order of memory"
+)
+
+
+class LinearData(Function):
+    """x w^T, whose weight went around save_for_backward."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.mT @ x
+
+
+class LinearDataWrong(LinearData):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x)
+        ctx.w = w.data
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g @ ctx.w, g.mT @ x
+
+
+XW = lambda: (real(4, 3), real(5, 3, seed=1))  # noqa: E731
+pair(
+    "weight_data",
+    LinearDataWrong.apply,
+    LinearData.apply,
+    XW,
+    "ctx.w = w.data: an optimizer step goes unseen",
+)
+
+
+class Workspace(Function):
+    """exp through a buffer that all calls share."""
+
+    buffer = torch.empty(4096, dtype=torch.float64)
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * y
+
+
+class WorkspaceShared(Workspace):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.view = Workspace.buffer[: y.numel()].view(y.shape) if y.numel() <= 4096 else y.clone()
+        ctx.view.copy_(y.detach())
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.view
+
+
+pair("shared_workspace", WorkspaceShared.apply, Workspace.apply, X, "one buffer for all calls")
+
+
+class SigmoidInPlace(Function):
+    """In place by design: the input becomes the output."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x.sigmoid_()
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * y * (1 - y)
+
+
+class SigmoidInPlaceInput(SigmoidInPlace):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.before = x
+        x.sigmoid_()
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        s = ctx.before.detach().sigmoid()
+        return g * s * (1 - s)
+
+
+pair(
+    "in_place_input_gone",
+    SigmoidInPlaceInput.apply,
+    SigmoidInPlace.apply,
+    X,
+    "needs the input that it overwrote",
+)
+
+
+class Needs(Function):
+    """softmax(x / t, dim), with an integer between the tensors."""
+
+    @staticmethod
+    def forward(ctx, x, dim, t):
+        y = (x / t).softmax(dim)
+        ctx.save_for_backward(x, t, y)
+        ctx.dim = dim
+        return y
+
+    @staticmethod
+    def pull(ctx, g, asked):
+        x, t, y = ctx.saved_tensors
+        gz = y * (g - (g * y).sum(ctx.dim, keepdim=True))
+        return (
+            gz / t if ctx.needs_input_grad[0] else None,
+            None,
+            -(gz * x).sum() / t**2 if asked else None,
+        )
+
+    @staticmethod
+    def backward(ctx, g):
+        return Needs.pull(ctx, g, ctx.needs_input_grad[2])
+
+
+class NeedsOff(Needs):
+    @staticmethod
+    def backward(ctx, g):
+        return Needs.pull(ctx, g, ctx.needs_input_grad[0])
+
+
+pair(
+    "needs_input_grad_index",
+    NeedsOff.apply,
+    Needs.apply,
+    lambda: (real(3, 4), -1, torch.tensor(0.7, dtype=torch.float64, requires_grad=True)),
+    "the temperature's gradient hangs on the flag of x",
+)
+
+
+class SmallDropped(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.atan()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g / (1 + x * x)
+
+
+class SmallDroppedWrong(SmallDropped):
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return torch.where(g.abs() < 1e-7, 0, g) / (1 + x * x)
+
+
+class NormClipped(SmallDropped):
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g / g.norm().clamp(min=10) * 10 / (1 + x * x)
+
+
+class NoGradPart(SmallDropped):
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            d = 1 / (1 + x * x)
+        return g * d
+
+
+class GradData(SmallDropped):
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g.data / (1 + x * x)
+
+
+pair(
+    "small_grad_dropped",
+    SmallDroppedWrong.apply,
+    SmallDropped.apply,
+    X,
+    "grad_output below 1e-7 is dropped",
+)
+pair(
+    "grad_norm_clipped", NormClipped.apply, SmallDropped.apply, X, "grad_output clipped to norm 10"
+)
+pair(
+    "no_grad_in_backward", NoGradPart.apply, SmallDropped.apply, X, "part of backward under no_grad"
+)
+pair(
+    "grad_data",
+    GradData.apply,
+    SmallDropped.apply,
+    X,
+    "grad_output.data: second order with respect to it is lost",
+)
+
+
+class Dropout(Function):
+    """Dropout whose mask is drawn again in backward from the seed that forward drew."""
+
+    @staticmethod
+    def mask(x, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.rand(x.shape, generator=generator, dtype=torch.float64) > 0.4).to(x) / 0.6
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.seed = int(torch.randint(2**31, ()))
+        return x * Dropout.mask(x, ctx.seed)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * Dropout.mask(g, ctx.seed)
+
+
+class DropoutScale(Dropout):
+    @staticmethod
+    def backward(ctx, g):
+        return g * (Dropout.mask(g, ctx.seed) > 0)
+
+
+class DropoutReseeds(Dropout):
+    @staticmethod
+    def mask(x, seed):
+        torch.manual_seed(seed)
+        return (torch.rand(x.shape, dtype=torch.float64) > 0.4).to(x) / 0.6
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.seed = int(torch.randint(2**31, ()))
+        state = torch.get_rng_state()
+        y = x * DropoutReseeds.mask(x, ctx.seed)
+        torch.set_rng_state(state)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * DropoutReseeds.mask(g, ctx.seed)
+
+
+pair("dropout_scale", DropoutScale.apply, Dropout.apply, X, "1 / (1 - p) is missing in backward")
+pair(
+    "dropout_reseeds", DropoutReseeds.apply, Dropout.apply, X, "backward seeds the global generator"
+)
+
+
+class Blocks(Function):
+    """Mean of each row; backward fills blocks of 64, the last of which starts early so as to be whole."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square().mean(-1)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * g[..., None] * x / x.shape[-1]
+
+
+class BlocksOverlap(Blocks):
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        n = x.shape[-1]
+        grad = torch.zeros_like(x)
+        for begin in range(0, n, 64):
+            at = min(begin, max(n - 64, 0))
+            grad[..., at : at + 64] += 2 * g[..., None] * x[..., at : at + 64] / n
+        return grad
+
+
+pair(
+    "block_overlap",
+    BlocksOverlap.apply,
+    Blocks.apply,
+    X,
+    "the last block of 64 is added over the one before",
+)
+
+
+class Centre(nn.Module):
+    """Subtracts a running mean of the batches."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.always = always
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        if self.training or self.always:
+            with torch.no_grad():
+                self.mean.lerp_(x.detach().mean(0).to(self.mean), 0.1)
+        return (x - self.mean).tanh()
+
+
+pair(
+    "buffer_in_eval",
+    Centre(True),
+    Centre(False),
+    lambda: (torch.randn(5, 3, requires_grad=True),),
+    "the running mean moves in eval mode too",
+)
+
+
+class SumAndDifference(Function):
+    """(x + y, x - y) as a dictionary's values."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        return x + y, x - y
+
+    @staticmethod
+    def backward(ctx, a, b):
+        return a + b, a - b
+
+
+class SumTwice(SumAndDifference):
+    @staticmethod
+    def backward(ctx, a, b):
+        return a + b, a + b
+
+
+def structured(function):
+    def sums(batch, *, other):
+        both = function.apply(batch["x"], other)
+        return {"sum": both[0], "parts": [both[1]]}
+
+    return sums
+
+
+pair(
+    "structured_keyword",
+    structured(SumTwice),
+    structured(SumAndDifference),
+    lambda: ({"x": real(2, 3), "unused": "text"},),
+    "the gradient of a keyword argument",
+    kwargs=lambda: {"other": real(2, 3, seed=1)},
+)
+
+
+class Vmapped(Function):
+    """x w for a row x and a matrix w, with a rule for vmap."""
+
+    @staticmethod
+    def forward(x, w):
+        return x @ w
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return (g[..., None, :] @ w.mT)[..., 0, :], x[..., :, None] * g[..., None, :]
+
+    @staticmethod
+    def vmap(info, in_dims, x, w):
+        x = (
+            x.movedim(in_dims[0], 0)
+            if in_dims[0] is not None
+            else x.expand(info.batch_size, *x.shape)
+        )
+        w = (
+            w.movedim(in_dims[1], 0)
+            if in_dims[1] is not None
+            else w.expand(info.batch_size, *w.shape)
+        )
+        return BatchedProduct.apply(x, w), 0
+
+
+class BatchedProduct(Vmapped):
+    @staticmethod
+    def forward(x, w):
+        return (x[..., None, :] @ w)[..., 0, :]
+
+
+class VmappedShared(Vmapped):
+    @staticmethod
+    def vmap(info, in_dims, x, w):
+        x = (
+            x.movedim(in_dims[0], 0)
+            if in_dims[0] is not None
+            else x.expand(info.batch_size, *x.shape)
+        )
+        w = (
+            w.movedim(in_dims[1], 0)[:1].expand(
+                info.batch_size, *w.movedim(in_dims[1], 0).shape[1:]
+            )
+            if in_dims[1] is not None
+            else w.expand(info.batch_size, *w.shape)
+        )
+        return BatchedProduct.apply(x, w), 0
+
+
+pair(
+    "vmap_weight_shared",
+    VmappedShared.apply,
+    Vmapped.apply,
+    lambda: (real(3), real(3, 4, seed=1)),
+    "under vmap all samples get the first one's weight",
+)
