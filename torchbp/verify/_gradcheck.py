@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from torchbp.verify._check import Check, Level, NotApplicable, NothingChecked, Refused, all_checks
-from torchbp.verify.cases import BackwardRaised, Case, ForwardRaised, build, is_deliberate, reason
+from torchbp.verify.cases import Case, build
+from torchbp.verify.raised import (
+    BackwardRaised,
+    ForwardRaised,
+    PastDeadline,
+    is_deliberate,
+    reason,
+)
 from torchbp.verify.report import Capability, Finding, GradientError, Report, Status
 
 __all__ = ["gradcheck"]
@@ -55,7 +62,7 @@ def gradcheck(
         skip: Names of checks to leave out.
         seed: Of every random number drawn here.
         kwargs: Keyword arguments of ``func``.
-        deadline: Seconds after which no further check begins.
+        deadline: Seconds after which no further call of ``func`` is made: the checks that are left are not run.
         repeat: The line to paste that repeats a finding, with ``{check}`` in the place of the check's name; by default
             a call of this function.
         raise_exception: Raise :class:`GradientError` where a gradient is wrong; otherwise only return the report.
@@ -68,7 +75,7 @@ def gradcheck(
         check_batched_grad: ``True``: a refusal under ``vmap`` over backward counts as wrong.
         check_batched_forward_grad: ``True``: a refusal under ``vmap`` over forward mode counts as wrong.
         check_forward_ad: ``True``: a refusal in forward mode counts as wrong.
-        check_backward_ad: ``False`` leaves out all that needs a backward pass.
+        check_backward_ad: ``False`` leaves out all that needs a backward pass: forward mode alone is checked.
         fast_mode: Accepted; the number of calls never grows with the size of the inputs.
         masked: Handed on to torch's own; sparse gradients are not checked here.
 
@@ -88,6 +95,8 @@ def gradcheck(
     """
     options = {
         "repeat": repeat,
+        "deadline": deadline,
+        "kwargs": kwargs,
         "reference": reference,
         "eps": eps,
         "atol": atol,
@@ -102,6 +111,8 @@ def gradcheck(
         "fast_mode": fast_mode,
         "masked": masked,
     }
+    if not check_backward_ad and checks is None:
+        checks = "forward_mode"
     chosen = _choose(level, checks, skip)
     report = _run_all(func, inputs, kwargs, chosen, seed, deadline, options)
     if raise_exception and not report:
@@ -153,20 +164,14 @@ def _run_all(
                 f"gradcheck: expected an output of {case.name} that requires grad, got none; "
                 "there is nothing to check"
             )
+        if deadline is not None:
+            case.calls.until = start + deadline
         broken = ""
         for check in chosen:
             begun = time.perf_counter()
             if broken:
                 capabilities[check.name] = Capability(
                     status="not run", seconds=0.0, detail=broken, tests=check.tests
-                )
-                continue
-            if deadline is not None and begun - start > deadline:
-                capabilities[check.name] = Capability(
-                    status="not run",
-                    seconds=0.0,
-                    detail=f"past the deadline of {deadline:g} s",
-                    tests=check.tests,
                 )
                 continue
             found, status, detail = _run_one(check, case)
@@ -208,6 +213,8 @@ def _run_one(check: Check, case: Case) -> tuple[list[Finding], Status, str]:
             )
     except ForwardRaised as error:
         status, detail = "refuses", str(error)
+    except PastDeadline:
+        status, detail = "not run", f"past the deadline of {case.options['deadline']:g} s"
     except Exception as error:  # ours: said, but never a false alarm
         status, detail = "not run", f"the check itself failed: {reason(error)}"
     found = [replace(f, repeat=f.repeat or _repeat(check, case)) for f in found]
@@ -220,4 +227,6 @@ def _repeat(check: Check, case: Case) -> str:
     line = case.options["repeat"]
     if line:
         return line.replace("{check}", check.name)
-    return f"torchbp.gradcheck({case.name}, inputs, checks={check.name!r}, seed={case.seed})"
+    given = [f"{n}={n}" for n in ("kwargs", "reference") if case.options[n] is not None]
+    arguments = ", ".join(["inputs", *given, f"checks={check.name!r}", f"seed={case.seed}"])
+    return f"torchbp.gradcheck({case.name}, {arguments})"

@@ -1,51 +1,23 @@
 """The function under test and its sample, in one form that every check can call."""
 
-import copy
-import dis
-import zlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = [
-    "BackwardRaised",
-    "Case",
-    "ForwardRaised",
-    "Plain",
-    "build",
-    "double",
-    "graph",
-    "is_deliberate",
-    "reason",
-]
+from torchbp.verify.raised import BackwardRaised, ForwardRaised, PastDeadline, reason
+from torchbp.verify.sample import Sample
+from torchbp.verify.tensors import double, signed_like, tensors_in
 
-_DOUBLE = {
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float32: torch.float64,
-    torch.complex32: torch.complex128,
-    torch.complex64: torch.complex128,
-}
-_TORCH = str(Path(torch.__file__).parent)
+__all__ = ["Case", "Plain", "build"]
 
 
-class ForwardRaised(Exception):  # noqa: N818  # carries the user's exception to the driver
-    """The function under test raised; ``__cause__`` is what."""
-
-
-class BackwardRaised(Exception):  # noqa: N818  # carries the user's exception to the driver
-    """The backward of the function under test raised; ``__cause__`` is what."""
-
-
-@dataclass(frozen=True)
-class Plain:
+class Plain(NamedTuple):
     """Forward and backward as everybody runs them: what other ways of running are compared with."""
 
     outputs: tuple[Tensor, ...]
@@ -55,23 +27,32 @@ class Plain:
 
 @dataclass
 class Calls:
-    """How often the function was called, its variants counted in."""
+    """How often the function was called, its variants counted in; and until when it may be."""
 
     forward: int = 0
     backward: int = 0
+    until: float = float("inf")  # on the clock of time.perf_counter
+
+    def count(self, *, forward: int = 0, backward: int = 0) -> None:
+        """Count a call that is about to be made; raise :class:`PastDeadline` where none may."""
+        if time.perf_counter() > self.until:
+            raise PastDeadline
+        self.forward += forward
+        self.backward += backward
 
 
-class Case:
-    """A function, its differentiable leaves, and everything else it is called with.
+class Case(Sample):
+    """A sample's function, called: forward, backward, and what other ways of running are compared with.
 
     Attributes:
-        name: How the function is called in reports.
-        flat: All that the function is called with: its arguments flattened, then a Module's tensors; detached.
-        where: Positions of the leaves, the differentiable tensors, in ``flat``.
-        names: One name a leaf: ``input 0``, ``input 1['w']``, ``parameter weight``.
-        differentiable: Which outputs require a gradient, by position among the output tensors.
+        options: The arguments of gradcheck.
         calls: Calls made so far.
+        copies_leaves: Whether an input is copied first, for a function that writes in it.
+        given: The case in the sample's own precision.
     """
+
+    measured = ("first", "plain", "again", "epsilon", "_positions")
+    _positions: tuple[int, ...] | None = None  # which outputs require grad
 
     def __init__(
         self,
@@ -82,77 +63,12 @@ class Case:
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.func = func
-        self.name = name_of(func)
-        self.seed = seed
+        super().__init__(func, inputs, kwargs, seed=seed)
         self.options = dict(options or {})
         self.calls = Calls()
         self.copies_leaves = False
-        self.memo: dict[str, Any] = {}  # what checks work out about the sample and share
-        self.given = self  # the case in the sample's own precision
-        structure = (tuple(inputs), dict(kwargs or {}))
-        paths, self._spec = pytree.tree_flatten_with_path(structure)
-        named = [(_path(keys), x) for keys, x in paths]
-        self._arguments = len(named)
-        self._module = copy.deepcopy(func) if isinstance(func, nn.Module) else None
-        self._tensors: list[str] = []  # names of the Module's tensors, which follow the arguments
-        if self._module is not None:
-            state = [*self._module.named_parameters(), *self._module.named_buffers()]
-            self._tensors = [n for n, _ in state]
-            named += [(f"parameter {n}", x) for n, x in state]
-        self.flat: list[Any] = [x.detach() if isinstance(x, Tensor) else x for _, x in named]
-        self.where = [i for i, (_, x) in enumerate(named) if _is_differentiable(x)]
-        self.names = [named[i][0] for i in self.where]
-        if not self.where:
-            raise ValueError(
-                "gradcheck: expected an input that requires grad, got none; "
-                "pass floating-point or complex tensors with requires_grad=True"
-            )
-        strange = [
-            n
-            for n, i in zip(self.names, self.where, strict=True)
-            if self.flat[i].layout != torch.strided
-        ]
-        if strange:
-            raise TypeError(
-                f"gradcheck: expected strided tensors, got another layout in {strange[0]}"
-            )
+        self.given = self
 
-    @property
-    def leaves(self) -> list[Tensor]:
-        """The differentiable tensors, detached: inputs in order, then a Module's parameters."""
-        return [self.flat[i] for i in self.where]
-
-    def variant(self, change: Callable[[Tensor], Tensor], *, parameters: bool = False) -> "Case":
-        """Return the same function at another sample.
-
-        Args:
-            change: Makes the new tensor of an old one.
-            parameters: Change a Module's tensors too.
-        """
-        return self.edited(lambda _, x: change(x), parameters=parameters)
-
-    def edited(
-        self, change: Callable[[int, Tensor], Tensor], *, parameters: bool = False
-    ) -> "Case":
-        """Return the same function at another sample; ``change`` is told the position in ``flat``."""
-        other = copy.copy(self)
-        for memo in ("differentiable", "plain", "epsilon", "draws", "steady"):
-            other.__dict__.pop(memo, None)
-        end = len(self.flat) if parameters else self._arguments
-        other.memo = {}
-        other.flat = [
-            change(i, x) if isinstance(x, Tensor) and i < end else x
-            for i, x in enumerate(self.flat)
-        ]
-        return other
-
-    @property
-    def arguments(self) -> list[tuple[int, Tensor]]:
-        """The tensors among the arguments, with their position in ``flat``."""
-        return [(i, x) for i, x in enumerate(self.flat[: self._arguments]) if isinstance(x, Tensor)]
-
-    # ------------------------------------------------------------------------------- calling
     def fresh(self) -> list[Tensor]:
         """Return new leaves that require grad."""
         return [leaf.clone().requires_grad_() for leaf in self.leaves]
@@ -161,6 +77,7 @@ class Case:
         self,
         leaves: Sequence[Tensor],
         *,
+        seed: int | None = None,
         seeded: bool = True,
         func: Callable[..., Any] | None = None,
         fixed: Callable[[Tensor], Tensor] = Tensor.clone,
@@ -169,35 +86,26 @@ class Case:
 
         Args:
             leaves: One tensor a leaf.
-            seeded: ``False`` leaves the random state as it is.
+            seed: Another seed than the case's.
+            seeded: ``False`` leaves the random state alone, as vmap demands.
             func: Another function of the same arguments.
             fixed: Makes what is passed of a tensor that is not a leaf; by default a copy, for functions that write.
         """
-        self.calls.forward += 1
+        self.calls.count(forward=1)
         if self.copies_leaves:
             leaves = [leaf.clone() for leaf in leaves]
         others = {i: fixed(x) for i, x in enumerate(self.flat) if isinstance(x, Tensor)}
         flat = self._filled(leaves, others)
         if seeded:
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.seed if seed is None else seed)
         try:
             return self._invoke(flat, func)
         except Exception as error:
             raise ForwardRaised(reason(error)) from error
         finally:
             if seeded:  # what runs after a forward, its backward first of all, meets another state each time
+                self.state_after = torch.get_rng_state()
                 torch.manual_seed(self.seed + 1 + self.calls.forward)
-
-    def _filled(self, leaves: Sequence[Tensor], others: Mapping[int, Tensor]) -> list[Any]:
-        given = {**others, **dict(zip(self.where, leaves, strict=True))}
-        return [given.get(i, x) for i, x in enumerate(self.flat)]
-
-    def _invoke(self, flat: list[Any], func: Callable[..., Any] | None = None) -> Any:
-        args, kwargs = pytree.tree_unflatten(flat[: self._arguments], self._spec)
-        if func is not None or self._module is None:
-            return (func or self.func)(*args, **kwargs)
-        state = dict(zip(self._tensors, flat[self._arguments :], strict=True))
-        return torch.func.functional_call(self._module, state, args, kwargs)
 
     def bare(self) -> Callable[[Sequence[Tensor]], Any]:
         """Return the function of the leaves alone, with nothing of ours around it that a tracer would meet."""
@@ -207,14 +115,6 @@ class Case:
 
         return run
 
-    def in_mode(self, training: bool) -> "Case":
-        """Return the case of the same Module in train or eval mode."""
-        other = self.variant(lambda t: t)
-        other._module = copy.deepcopy(self._module)  # noqa: SLF001  # another of this class
-        if other._module is not None:  # noqa: SLF001
-            other._module.train(training)  # noqa: SLF001
-        return other
-
     def forward_of(self, module: nn.Module) -> list[Tensor]:
         """Return the outputs of ``module``, with its own parameters, on the sample."""
         flat = self._filled(self.fresh(), {})[: self._arguments]
@@ -223,7 +123,11 @@ class Case:
 
     def forward(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the output tensors that require grad on the sample."""
-        outputs = tensors_in(self.call(leaves))
+        return self._chosen(tensors_in(self.call(leaves)), leaves)
+
+    def _chosen(self, outputs: list[Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if self._positions is None and all(leaf.requires_grad for leaf in leaves):
+            self._positions = tuple(i for i, y in enumerate(outputs) if y.requires_grad)
         return tuple(outputs[i] for i in self.differentiable)
 
     def backward(
@@ -240,7 +144,7 @@ class Case:
         Raises:
             BackwardRaised: From whatever the function's backward raised.
         """
-        self.calls.backward += 1
+        self.calls.count(backward=1)
         pairs = [
             (y, v)
             for y, v in zip(outputs, cotangents, strict=True)
@@ -270,11 +174,10 @@ class Case:
         return self.backward(self.forward(leaves), leaves, cotangents)
 
     def vjps(self, several: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
-        """One forward, several backwards; a forward each where the graph can be run once only."""
-        leaves = self.fresh()
-        outputs = self.forward(leaves)
-        found = [self.backward(outputs, leaves, several[0], retain_graph=True)]
-        for cotangents in several[1:]:
+        """Several backwards through the first call's graph; a forward each where that can be run once only."""
+        leaves, outputs = self.kept
+        found = []
+        for cotangents in several:
             try:
                 found.append(self.backward(outputs, leaves, cotangents, retain_graph=True))
             except BackwardRaised:  # noqa: PERF203
@@ -283,42 +186,67 @@ class Case:
 
     # ------------------------------------------------------------------------ what is trusted
     @cached_property
-    def differentiable(self) -> tuple[int, ...]:
-        """Which outputs require grad, by position; an input is copied first for a function that writes in it."""
+    def first(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The first call: its leaves and all its output tensors, with their graph."""
+        leaves = self.fresh()
         try:
-            outputs = tensors_in(self.call(self.fresh()))
+            outputs = tensors_in(self.call(leaves))
         except ForwardRaised as error:
             if "leaf Variable" not in str(error.__cause__):
                 raise
             self.copies_leaves = True
-            outputs = tensors_in(self.call(self.fresh()))
-        self.all_outputs = [y.detach() for y in outputs]
-        return tuple(i for i, y in enumerate(outputs) if y.requires_grad)
+            outputs = tensors_in(self.call(leaves))
+        self.first_state = self.state_after
+        torch.manual_seed(self.seed)
+        self.draws = not torch.equal(torch.get_rng_state(), self.first_state)
+        torch.manual_seed(self.seed + 1 + self.calls.forward)
+        return leaves, outputs
+
+    @property
+    def kept(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """The first call: its leaves and the outputs that require grad."""
+        leaves, outputs = self.first
+        return leaves, self._chosen(outputs, leaves)
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Which outputs require grad, by position among the output tensors."""
+        if self._positions is None:
+            _ = self.kept
+        return self._positions or ()
+
+    @property
+    def all_outputs(self) -> list[Tensor]:
+        """The values of all output tensors."""
+        return [y.detach() for y in self.first[1]]
 
     @cached_property
     def plain(self) -> Plain:
-        """One forward, one backward with a random signed, contiguous grad_output."""
+        """The first call, and its backward with a random signed, contiguous grad_output."""
+        leaves, outputs = self.kept
+        values = tuple(y.detach().clone() for y in outputs)
+        cotangents = self.cotangents(outputs, "plain")
+        if self.options.get("check_backward_ad", True):
+            grads = self.backward(outputs, leaves, cotangents, retain_graph=True)
+        else:
+            grads = tuple(torch.zeros_like(leaf) for leaf in leaves)
+        return Plain(values, cotangents, tuple(g.detach().clone() for g in grads))
+
+    @cached_property
+    def again(self) -> Plain:
+        """A second call, and its backward with the same grad_output."""
         leaves = self.fresh()
         outputs = self.forward(leaves)
-        cotangents = self.cotangents(outputs, "plain")
-        grads = self.backward(outputs, leaves, cotangents)
-        return Plain(tuple(y.detach() for y in outputs), cotangents, grads)
+        grads = self.backward(outputs, leaves, self.plain.cotangents)
+        return Plain(tuple(y.detach() for y in outputs), self.plain.cotangents, grads)
 
-    @cached_property
-    def draws(self) -> bool:
-        """Whether forward draws from torch's random numbers."""
-        torch.manual_seed(self.seed)
-        before = torch.get_rng_state()
-        self.call(self.fresh(), seeded=False)
-        return not torch.equal(before, torch.get_rng_state())
-
-    @cached_property
+    @property
     def steady(self) -> bool:
         """Whether forward gives the same values twice, but for rounding."""
-        again = self.forward(self.fresh())
+        slack = 1e3 * self.epsilon
         return all(
-            torch.allclose(a, b, rtol=1e3 * self.epsilon, atol=1e3 * self.epsilon, equal_nan=True)
-            for a, b in zip(again, self.plain.outputs, strict=True)
+            a.shape == b.shape and torch.allclose(a, b, rtol=slack, atol=slack, equal_nan=True)
+            for a, b in zip(self.again.outputs, self.plain.outputs, strict=True)
         )
 
     @cached_property
@@ -336,11 +264,6 @@ class Case:
             ):
                 eps = max(eps, torch.finfo(torch.float32).eps)
         return eps
-
-    # ------------------------------------------------------------------------- random numbers
-    def generator(self, purpose: str) -> torch.Generator:
-        """Return a generator that depends on the seed and on ``purpose`` only."""
-        return torch.Generator().manual_seed(self.seed + zlib.crc32(purpose.encode()))
 
     def cotangents(self, outputs: Sequence[Tensor], purpose: str) -> tuple[Tensor, ...]:
         """Return a random grad_output for each output."""
@@ -364,86 +287,7 @@ def build(
     if all(a.dtype == b.dtype for a, b in zip(case.leaves, given.leaves, strict=True)):
         return given, given
     try:
-        _ = case.differentiable
+        _ = case.first
     except ForwardRaised:  # whatever it is, the sample as given decides
         return given, given
     return case, given
-
-
-def double(t: Tensor) -> Tensor:
-    """Return a floating-point or complex tensor in double precision."""
-    return t.to(_DOUBLE.get(t.dtype, t.dtype))
-
-
-def signed_like(t: Tensor, generator: torch.Generator) -> Tensor:
-    """Return values of both signs, none near 0: |v| is in [0.5, 1.5). They hide nothing by being small."""
-
-    def draw() -> Tensor:
-        r = torch.rand(t.shape, generator=generator, dtype=torch.float64)
-        sign = torch.randint(2, t.shape, generator=generator) * 2 - 1
-        return sign * (r + 0.5)
-
-    value = torch.complex(draw(), draw()) if t.is_complex() else draw()
-    return value.to(device=t.device, dtype=t.dtype)
-
-
-def tensors_in(structure: object) -> list[Tensor]:
-    """Return the tensors of a nested structure, in order."""
-    return [x for x in pytree.tree_leaves(structure) if isinstance(x, Tensor)]
-
-
-def graph(outputs: Sequence[Tensor]) -> list[Any]:
-    """Return the nodes of the autograd graph behind ``outputs``."""
-    found: dict[Any, None] = {}
-    queue: list[Any] = [y.grad_fn for y in outputs]
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in found:
-            found[node] = None
-            queue += [before for before, _ in node.next_functions]
-    return list(found)
-
-
-def name_of(func: object) -> str:
-    """Return how a person would call ``func``."""
-    owner = getattr(func, "__self__", None)  # Function.apply is a bound method of the class
-    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
-        return f"{owner.__name__}.{getattr(func, '__name__', 'apply')}"
-    name = getattr(func, "__qualname__", None) or type(func).__name__
-    return name.rpartition("<locals>.")[2].removeprefix("_VariableFunctionsClass.")
-
-
-def reason(error: BaseException) -> str:
-    """Return an exception in one line."""
-    if isinstance(error, (BackwardRaised, ForwardRaised)):
-        return str(error)
-    text = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {text[0]}"[:200].rstrip(": ")
-
-
-def is_deliberate(error: BaseException) -> bool:
-    """Whether ``error`` was meant: NotImplementedError, or a ``raise`` written outside of torch."""
-    if isinstance(error, NotImplementedError) or "once_differentiable" in str(error):
-        return True
-    last: TracebackType | None = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or last.tb_frame.f_code.co_filename.startswith(_TORCH):
-        return False
-    code = last.tb_frame.f_code
-    return any(
-        i.opname == "RAISE_VARARGS" and i.offset == last.tb_lasti
-        for i in dis.get_instructions(code)
-    )
-
-
-def _is_differentiable(x: object) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
-
-
-def _path(keys: Sequence[Any]) -> str:
-    part, first, *rest = keys
-    tail = pytree.keystr(tuple(rest))
-    if getattr(part, "idx", 0) == 1:
-        return f"argument {getattr(first, 'key', first)}{tail}"
-    return f"input {getattr(first, 'idx', first)}{tail}"

@@ -3,18 +3,22 @@
 import torch
 from torch import Tensor
 
-from torchbp.verify.cases import BackwardRaised, Case, ForwardRaised
+from torchbp.verify.cases import Case
+from torchbp.verify.raised import BackwardRaised, ForwardRaised
 
 __all__ = ["in_dtype", "is_real", "rounded_norm_error", "spread", "terms"]
 
-SAMPLES = 2
+MANY = 16  # elements: one random movement of so many is typical
+SAMPLES = 2  # of fewer
 
 
 def in_dtype(case: Case, dtype: torch.dtype) -> tuple[Case, Case]:
-    """Return the case in ``dtype``, and in float64 at the same, rounded, sample."""
-    low = case.variant(lambda t: t.to(dtype) if t.is_floating_point() else t, parameters=True)
-    exact = low.variant(lambda t: t.double() if t.is_floating_point() else t, parameters=True)
-    return low, exact
+    """Return the case in ``dtype``, and in float64 at the same, rounded, sample; the same ones each time."""
+    if dtype not in case.memo:
+        low = case.variant(lambda t: t.to(dtype) if t.is_floating_point() else t, parameters=True)
+        exact = low.variant(lambda t: t.double() if t.is_floating_point() else t, parameters=True)
+        case.memo[dtype] = low, exact
+    return case.memo[dtype]
 
 
 def is_real(case: Case) -> bool:
@@ -30,8 +34,9 @@ def spread(case: Case, dtype: torch.dtype) -> list[float]:
     eps = torch.finfo(dtype).eps
     found = [0.0] * len(case.leaves)
     base = case.plain
+    samples = 1 if min(g.numel() for g in base.grads) >= MANY else SAMPLES
     floor = terms(case)
-    for number in range(SAMPLES):
+    for number in range(samples):
         generator = case.generator(f"rounding {number}")
 
         def moved(t: Tensor, generator: torch.Generator = generator) -> Tensor:

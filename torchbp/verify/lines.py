@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from torchbp.verify.cases import Case, ForwardRaised, signed_like
+from torchbp.verify.cases import Case
 from torchbp.verify.differences import settle
+from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.report import Finding
+from torchbp.verify.tensors import signed_like
 from torchbp.verify.tolerance import compare, largest
 
 __all__ = ["Lines", "check_lines", "like", "like_mask", "real", "scale_of"]
@@ -44,9 +46,11 @@ class Lines:
                 for v, y in zip(case.plain.cotangents, case.plain.outputs, strict=True)
             )
         )
-        self.step = 2.0**-9 if case.epsilon < 1e-12 else 2.0**-5
+        exact = case.epsilon < 1e-12
+        self.step = 2.0**-9 if exact else 2.0**-5
+        self.near = 2.0**-17 if exact else 2.0**-7  # the cube root of epsilon
         rtol = case.options.get("rtol")
-        fitted = 3e-9 if case.epsilon < 1e-12 else 2e4 * case.epsilon
+        fitted = 3e-9 if exact else 2e4 * case.epsilon
         self.relative: float = fitted if rtol is None else rtol
         self.scales = [scale_of(leaf.detach().cpu()) for leaf in case.leaves]
         self._ones: list[Tensor] | None = None
@@ -77,19 +81,15 @@ class Lines:
 
     def along_all(self, number: int, check: str, when: str = "") -> Finding | None:
         """Move every element at once; on a mismatch halve the set until one element is left."""
-        generator = self.case.generator(f"line {number}")
-        directions = {
-            i: signed_like(real(g), generator) * scale
-            for i, (g, scale) in enumerate(zip(self.grads, self.scales, strict=True))
-        }
-        if self._agrees(directions):
+        directions = self.direction(number)
+        if self.agrees(directions) is not False:
             return None
         while sum(int((d != 0).sum()) for d in directions.values()) > 1:
             half = _half(directions)
             rest = {i: d - half[i] if i in half else d for i, d in directions.items()}
-            if not self._agrees(half):
+            if self.agrees(half) is False:
                 directions = half
-            elif not self._agrees(rest):
+            elif self.agrees(rest) is False:
                 directions = rest
             else:
                 return None
@@ -110,14 +110,23 @@ class Lines:
             leaf=self.case.leaves[which].cpu(),
         )
 
-    def _agrees(self, directions: dict[int, Tensor]) -> bool:
+    def direction(self, number: int) -> dict[int, Tensor]:
+        """Return a random direction that moves every element, one tensor a leaf."""
+        generator = self.case.generator(f"line {number}")
+        return {
+            i: signed_like(real(g), generator) * scale
+            for i, (g, scale) in enumerate(zip(self.grads, self.scales, strict=True))
+        }
+
+    def agrees(self, directions: dict[int, Tensor]) -> bool | None:
+        """Return whether gradient and differences agree; ``None`` where the latter do not settle."""
         got = allowed = 0.0
         for i, d in directions.items():
             g = real(self.grads[i])
             got += float((g * d).sum())
             allowed += float((_each(self.tolerance(i), self.grads[i]) * d).norm())
         value, settled = self.measure(directions, got, allowed)
-        return not settled or abs(value - got) <= allowed
+        return abs(value - got) <= allowed if settled else None
 
     def measure(
         self, directions: dict[int, Tensor], got: float, allowed: float
@@ -127,8 +136,9 @@ class Lines:
         def phi(t: float) -> float:
             return self.value(directions, t)
 
-        step = float(self.case.options.get("eps") or self.step)
-        return settle(phi, got, allowed, step, self.noise)
+        asked = self.case.options.get("eps")
+        step, near = (float(asked), float(asked)) if asked else (self.step, self.near)
+        return settle(phi, got, allowed, step, self.noise, near)
 
     def value(self, directions: dict[int, Tensor], t: float) -> float:
         """Return ⟨v, f(x + t·directions) - f(x)⟩; NaN outside of the domain."""

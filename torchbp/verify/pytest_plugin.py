@@ -61,9 +61,9 @@ def pytest_pycollect_makeitem(
         return None
     from torchbp.verify._check import all_checks
 
-    level = collector.config.getoption("--gradcheck-level")
-    names = [c.name for c in all_checks().values() if c.level in ("quick", level)]
     options = marks[0].kwargs
+    level = options.get("level") or collector.config.getoption("--gradcheck-level")
+    names = [c.name for c in all_checks().values() if c.level in ("quick", level)]
     if options.get("checks"):
         names = (
             [options["checks"]] if isinstance(options["checks"], str) else list(options["checks"])
@@ -72,7 +72,12 @@ def pytest_pycollect_makeitem(
     function = obj if not isinstance(collector, pytest.Class) else getattr(collector.obj(), name)
     return [
         _Item.from_parent(
-            collector, name=f"{name}[{check}]", make=function, check=check, options=options
+            collector,
+            name=f"{name}[{check}]",
+            make=function,
+            check=check,
+            options=options,
+            marks=list(getattr(obj, "pytestmark", ())),
         )
         for check in names
     ]
@@ -82,11 +87,20 @@ class _Item(pytest.Item):
     """One check of one marked function."""
 
     def __init__(
-        self, *, make: Callable[[], Any], check: str, options: dict[str, Any], **kwargs: Any
+        self,
+        *,
+        make: Callable[[], Any],
+        check: str,
+        options: dict[str, Any],
+        marks: list[pytest.Mark],
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.make, self.check, self.options = make, check, options
-        self.add_marker(MARK)
+        self.own_markers += (
+            marks  # skip, xfail, slow: the function's marks hold for each of its items
+        )
+        self.keywords.update({mark.name: mark for mark in marks})
 
     def runtest(self) -> None:
         from torchbp.verify import gradcheck as check

@@ -107,7 +107,10 @@ class Report:
             if not names:
                 continue
             if status in ("refuses", "not run"):
-                lines += [f"{mark:8} {n}: {self.capabilities[n].detail}" for n in names]
+                details = dict.fromkeys(self.capabilities[n].detail for n in names)
+                for detail in details:
+                    alike = [n for n in names if self.capabilities[n].detail == detail]
+                    lines.append(f"{mark:8} {', '.join(alike)}: {detail}")
             else:
                 lines.append(f"{mark:8} {', '.join(names)}")
         return "\n".join(lines).rstrip()

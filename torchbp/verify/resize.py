@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from torchbp.verify.cases import Case, ForwardRaised
+from torchbp.verify.cases import Case
+from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.tolerance import largest
 
 __all__ = ["accepts", "fits", "free_sizes", "resized"]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable, Refused
-from torchbp.verify.cases import Case, ForwardRaised
-from torchbp.verify.conditioning import is_real, rounded_norm_error, spread, terms
+from torchbp.verify.cases import Case
+from torchbp.verify.conditioning import in_dtype, is_real, rounded_norm_error, spread, terms
+from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.report import Finding
 
 NAME = "autocast"
@@ -21,7 +22,7 @@ LOW = torch.bfloat16
 def _run(case: Case) -> Iterator[Finding]:
     if case.draws or not case.steady or not is_real(case):
         raise NotApplicable("forward draws random numbers, or works with complex ones")
-    single = case.variant(lambda t: t.float() if t.is_floating_point() else t, parameters=True)
+    single, _ = in_dtype(case, torch.float32)
     try:
         exact = single.plain
     except ForwardRaised as error:

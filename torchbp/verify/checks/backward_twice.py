@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from torchbp.verify._check import Check, Refused
-from torchbp.verify.cases import BackwardRaised, Case
+from torchbp.verify.cases import Case
+from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.tolerance import compare_all
 
@@ -11,11 +12,8 @@ NAME = "backward_twice"
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    v = case.plain.cotangents
-    leaves = case.fresh()
-    outputs = case.forward(leaves)
-    first = case.backward(outputs, leaves, v, retain_graph=True)
-    first = [g.clone() for g in first]
+    v, first = case.plain.cotangents, case.plain.grads
+    leaves, outputs = case.kept
     try:
         second = case.backward(outputs, leaves, v, retain_graph=True)
     except BackwardRaised as error:

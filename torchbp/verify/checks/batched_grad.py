@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from torchbp.verify._check import Check, Refused
-from torchbp.verify.cases import Case, reason
+from torchbp.verify.cases import Case
+from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
 from torchbp.verify.tolerance import compare_all
 
@@ -16,13 +17,12 @@ BATCH = 2
 def _run(case: Case) -> Iterator[Finding]:
     several = [case.cotangents(case.plain.outputs, f"{NAME} {i}") for i in range(BATCH)]
     expected = case.vjps(several)
-    leaves = case.fresh()
-    outputs = case.forward(leaves)
+    leaves, outputs = case.kept
     stacked = [torch.stack(parts) for parts in zip(*several, strict=True)]
-    case.calls.backward += 1
+    case.calls.count(backward=1)
     try:
         got = torch.autograd.grad(
-            outputs, leaves, stacked, is_grads_batched=True, allow_unused=True
+            outputs, leaves, stacked, is_grads_batched=True, allow_unused=True, retain_graph=True
         )
     except Exception as error:
         message = f"check_batched_grad: a batch of grad_outputs raises {reason(error)}"

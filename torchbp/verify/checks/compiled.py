@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchbp.verify._check import Check, NotApplicable, Refused
-from torchbp.verify.cases import BackwardRaised, Case, ForwardRaised, reason, tensors_in
+from torchbp.verify.cases import Case
+from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.report import Finding
+from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import compare, compare_all, largest, rounding
 
 NAME = "compile"

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
-from torchbp.verify.cases import Case, signed_like
+from torchbp.verify.cases import Case
 from torchbp.verify.lines import check_lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
+from torchbp.verify.tensors import signed_like
 
 NAME = "complex_plane"
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
-from torchbp.verify.cases import Case, signed_like
+from torchbp.verify.cases import Case
 from torchbp.verify.differences import one_sided
 from torchbp.verify.lines import Lines, real
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
+from torchbp.verify.tensors import signed_like
 
 NAME = "extremes"
 

@@ -1,54 +1,107 @@
-"""Forward mode: ⟨v, J u⟩ from the jvp equals ⟨Jᵀ v, u⟩ from backward; where not, differences tell which is wrong."""
+"""Forward mode: ⟨v, J u⟩ from the jvp equals ⟨Jᵀ v, u⟩ from backward; where not, differences tell which is wrong.
 
+Under vmap, as jacfwd runs it, a batch of tangents gives what a loop gives.
+"""
+
+import math
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 import torch.autograd.forward_ad as fwd
 from torch import Tensor
 
 from torchbp.verify._check import Check, Refused
-from torchbp.verify.cases import Case, reason, signed_like, tensors_in
+from torchbp.verify.cases import Case
 from torchbp.verify.lines import Lines, real
+from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
+from torchbp.verify.tensors import signed_like, tensors_in
+from torchbp.verify.tolerance import compare, largest, rounding
 
 NAME = "forward_mode"
-LINES = 2
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    lines = Lines(case)
-    for number in range(LINES):
-        generator = case.generator(f"{NAME} {number}")
-        u = [signed_like(leaf, generator) for leaf in case.leaves]
-        try:
-            tangents = _jvp(case, u)
-        except Exception as error:
-            yield from _refuse(case, error)
-            raise Refused(reason(error)) from error
-        forward = reverse = size = 0.0
-        for v, t in zip(case.plain.cotangents, tangents, strict=True):
-            if t is not None:
-                forward += float((v.conj() * t).real.double().sum())
-                size += float((v.abs() * t.abs()).double().sum())
-        for g, d in zip(case.plain.grads, u, strict=True):
-            reverse += float((g.conj() * d).real.double().sum())
-            size += float((g.abs() * d.abs()).double().sum())
-        allowed = max(1e-6, 4096 * case.epsilon) * size
-        if abs(forward - reverse) <= allowed or (forward != forward and reverse != reverse):  # noqa: PLR0124
-            continue
-        directions = {i: real(d).cpu() for i, d in enumerate(u)}
-        truth, settled = lines.measure(directions, forward, allowed)
-        if settled and not abs(truth - forward) <= allowed:
-            none = all(t is None or not t.any() for t in tangents)
-            yield Finding(
-                check=NAME,
-                severity="wrong",
-                message=f"<v, J u> by forward mode is {forward:.6g}, expected {truth:.6g} "
-                f"(by differences; reverse mode {reverse:.6g})",
-                got=forward,
-                expected=truth,
-                ratio=forward / truth if truth else None,
-                cause="jvp gives zero: the tangent is dropped" if none else "the jvp rule is wrong",
-            )
+    generator = case.generator(NAME)
+    u = [signed_like(leaf, generator) for leaf in case.leaves]
+    try:
+        tangents = _jvp(case, u)
+    except Exception as error:
+        yield from _refuse(case, error)
+        raise Refused(reason(error)) from error
+    wrong = _dot_test(case, u, tangents)
+    if wrong:
+        yield wrong
+        return
+    if not case.draws:
+        yield from _batch(case, u, tangents)
+
+
+def _dot_test(case: Case, u: list[Tensor], tangents: list[Tensor | None]) -> Finding | None:
+    forward = reverse = size = 0.0
+    for v, t in zip(case.plain.cotangents, tangents, strict=True):
+        if t is not None:
+            forward += float((v.conj() * t).real.double().sum())
+            size += float((v.abs() * t.abs()).double().sum())
+    for g, d in zip(case.plain.grads, u, strict=True):
+        reverse += float((g.conj() * d).real.double().sum())
+        size += float((g.abs() * d.abs()).double().sum())
+    allowed = max(1e-6, 4096 * case.epsilon) * size
+    backward = case.options["check_backward_ad"]
+    same = abs(forward - reverse) <= allowed or (math.isnan(forward) and math.isnan(reverse))
+    if backward and same:
+        return None
+    truth, settled = Lines(case).measure(
+        {i: real(d).cpu() for i, d in enumerate(u)}, forward, allowed
+    )
+    if not settled or abs(truth - forward) <= allowed:
+        return None
+    none = all(t is None or not t.any() for t in tangents)
+    return Finding(
+        check=NAME,
+        severity="wrong",
+        message=f"<v, J u> by forward mode is {forward:.6g}, expected {truth:.6g} "
+        f"(by differences{f'; reverse mode {reverse:.6g}' if backward else ''})",
+        got=forward,
+        expected=truth,
+        ratio=forward / truth if truth else None,
+        cause="jvp gives zero: the tangent is dropped" if none else "the jvp rule is wrong",
+    )
+
+
+def _batch(case: Case, u: list[Tensor], tangents: list[Tensor | None]) -> Iterator[Finding]:
+    """Compare the batch (u, -2u) of tangents with what u gave alone."""
+
+    def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs = tensors_in(case.call(leaves, seeded=False))
+        return tuple(outputs[i] for i in case.differentiable)
+
+    def jvp(*tangents: Tensor) -> tuple[Tensor, ...]:
+        pushed: tuple[Any, ...] = torch.func.jvp(forward, tuple(case.leaves), tangents)
+        return pushed[1]
+
+    try:
+        got = torch.vmap(jvp)(*(torch.stack([t, -2 * t]) for t in u))
+    except Exception as error:  # a refusal
+        if case.options["check_batched_forward_grad"]:
+            message = f"check_batched_forward_grad: a batch of tangents raises {reason(error)}"
+            yield Finding(check=NAME, severity="wrong", message=message)
+        return
+    for k, (batch, alone) in enumerate(zip(got, tangents, strict=True)):
+        expected = torch.zeros_like(batch) if alone is None else torch.stack([alone, -2 * alone])
+        wrong = compare(
+            NAME,
+            f"output {k}",
+            batch,
+            expected,
+            rounding(case, expected) * (largest(expected) + 1 / 16),
+            what="tangent of",
+            when=" under vmap over a batch of tangents",
+            cause="forward mode mixes a batch of tangents",
+        )
+        if wrong:
+            yield wrong
             return
 
 

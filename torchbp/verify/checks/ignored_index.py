@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable, Refused
-from torchbp.verify.cases import BackwardRaised, Case
+from torchbp.verify.cases import Case
 from torchbp.verify.lines import check_lines
+from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, Refused
-from torchbp.verify.cases import Case, ForwardRaised
+from torchbp.verify.cases import Case
+from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.tolerance import compare, compare_all, largest, rounding
 

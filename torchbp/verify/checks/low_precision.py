@@ -5,13 +5,15 @@ at samples moved by one rounding; that movement, many times over, is the toleran
 whose forward is not finite in it, is not blamed for its gradient there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
-from torchbp.verify.cases import BackwardRaised, Case, ForwardRaised, is_deliberate
+from torchbp.verify.cases import Case
 from torchbp.verify.conditioning import in_dtype, is_real, rounded_norm_error, spread, terms
+from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate
 from torchbp.verify.report import Finding
 
 NAME = "low_precision"
@@ -23,51 +25,38 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("forward draws random numbers, or works with complex ones")
     if case.epsilon > 1e-12:
         raise NotApplicable("the function does not compute in float64")
-    single = _errors(case, torch.float32)
+    lost = [float("inf")] * len(case.leaves)  # ulps in float32
     for dtype in DTYPES:
-        yield from _compare(case, dtype, single)
+        low, exact = in_dtype(case, dtype)
+        try:
+            outputs, same = low.plain.outputs, exact.plain.outputs
+            expected = exact.vjps([[v.double() for v in low.plain.cotangents]])[0]
+        except ForwardRaised:
+            continue
+        except BackwardRaised as error:
+            if dtype is torch.float32 and not is_deliberate(error.__cause__ or error):
+                raise
+            continue
+        if dtype is torch.float32:
+            lost = [
+                rounded_norm_error(g, e, terms(exact)) / torch.finfo(dtype).eps
+                for g, e in zip(low.plain.grads, expected, strict=True)
+            ]
+        if not all(bool(y.isfinite().all()) for y in outputs):
+            continue
+        if max(rounded_norm_error(y, e) for y, e in zip(outputs, same, strict=True)) > 0.1:
+            continue  # forward itself lost its precision: the domain of this dtype is left
+        yield from _compare(low, exact, expected, lost)
 
 
-def _errors(case: Case, dtype: torch.dtype) -> list[float]:
-    """Return the error of each leaf's gradient in ``dtype``, in ulps."""
-    low, exact = in_dtype(case, dtype)
-    try:
-        expected = exact.vjp([v.double() for v in low.plain.cotangents])
-    except (ForwardRaised, BackwardRaised):
-        return [float("inf")] * len(case.leaves)
-    floor = terms(exact)
-    eps = torch.finfo(dtype).eps
-    return [
-        rounded_norm_error(g, e, floor) / eps
-        for g, e in zip(low.plain.grads, expected, strict=True)
-    ]
-
-
-def _compare(case: Case, dtype: torch.dtype, single: list[float]) -> Iterator[Finding]:
-    low, exact = in_dtype(case, dtype)
-    try:
-        outputs = low.plain.outputs
-        same = exact.plain
-    except ForwardRaised:
-        return
-    except BackwardRaised as error:
-        if (
-            dtype is torch.float32
-            and error.__cause__ is not None
-            and not is_deliberate(error.__cause__)
-        ):
-            raise
-        return
-    if len(outputs) != len(same.outputs) or not all(bool(y.isfinite().all()) for y in outputs):
-        return
-    v = [a.double() for a in low.plain.cotangents]
-    expected = exact.vjp(v)
-    if max(rounded_norm_error(y, e) for y, e in zip(outputs, same.outputs, strict=True)) > 0.1:
-        return  # forward itself lost its precision: the domain of this dtype is left
+def _compare(
+    low: Case, exact: Case, expected: Sequence[Tensor], lost: list[float]
+) -> Iterator[Finding]:
+    dtype = low.plain.grads[0].dtype
     eps = torch.finfo(dtype).eps
     name_of = str(dtype).removeprefix("torch.")
-    for name, g, e, limit, lost in zip(
-        case.names, low.plain.grads, expected, spread(exact, dtype), single, strict=True
+    for name, g, e, limit, ulps in zip(
+        low.names, low.plain.grads, expected, spread(exact, dtype), lost, strict=True
     ):
         if not bool(g.isfinite().all()) and float(e.abs().max()) < torch.finfo(dtype).max / 4:
             yield Finding(
@@ -81,7 +70,7 @@ def _compare(case: Case, dtype: torch.dtype, single: list[float]) -> Iterator[Fi
             continue
         error = rounded_norm_error(g, e, terms(exact))
         # What float32 loses too is the formula's conditioning, not this dtype's fault.
-        kept = 1000 if dtype is torch.float32 else 8 * lost
+        kept = 1000 if dtype is torch.float32 else 8 * ulps
         allowed = eps * (16 * g.numel() ** 0.5 + kept) + 64 * limit
         if error > allowed:
             yield Finding(

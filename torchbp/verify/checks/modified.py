@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check
-from torchbp.verify.cases import BackwardRaised, Case
+from torchbp.verify.cases import Case
+from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.tolerance import compare_all
 

@@ -6,24 +6,27 @@ import torch
 
 from torchbp.verify._check import Check
 from torchbp.verify.cases import Case
+from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
+from torchbp.verify.tensors import tensors_in
 
 NAME = "random_state"
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    after: dict[str, list[torch.Tensor]] = {"forward": [], "backward": []}
+    leaves = case.fresh()
+    outputs = tensors_in(case.call(leaves, seed=case.seed + 11))
+    after = {"forward": [case.first_state, case.state_after], "backward": []}
+    chosen = [outputs[i] for i in case.differentiable]
     for seed in (case.seed + 11, case.seed + 12):
         torch.manual_seed(seed)
-        case.call(case.fresh(), seeded=False)
-        after["forward"].append(torch.get_rng_state())
-        leaves = case.fresh()
-        outputs = case.forward(leaves)  # seeded: what it keeps for backward is the same both times
-        torch.manual_seed(seed)
-        case.backward(outputs, leaves, case.plain.cotangents)
+        try:
+            case.backward(chosen, leaves, case.plain.cotangents, retain_graph=True)
+        except BackwardRaised:  # a graph that can be run once only
+            break
         after["backward"].append(torch.get_rng_state())
-    for phase, (one, other) in after.items():
-        if torch.equal(one, other):
+    for phase, states in after.items():
+        if len(states) == 2 and torch.equal(*states):
             yield Finding(
                 check=NAME,
                 severity="wrong" if phase == "backward" else "note",

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from torchbp.verify._check import Check, NotApplicable
-from torchbp.verify.cases import BackwardRaised, Case, graph, reason
+from torchbp.verify.cases import Case
+from torchbp.verify.raised import BackwardRaised, reason
 from torchbp.verify.report import Finding
+from torchbp.verify.tensors import graph
 
 NAME = "raw_gradients"
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
-from torchbp.verify.cases import Case, tensors_in
+from torchbp.verify.cases import Case
 from torchbp.verify.report import Finding
+from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import compare, compare_all, largest
 
 NAME = "reference"

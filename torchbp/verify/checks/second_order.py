@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable, Refused
-from torchbp.verify.cases import Case, ForwardRaised, graph, signed_like
+from torchbp.verify.cases import Case
 from torchbp.verify.differences import settle
 from torchbp.verify.lines import like, real, scale_of
+from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.report import Finding
+from torchbp.verify.tensors import graph, signed_like
 
 NAME = "second_order"
 
@@ -22,8 +24,7 @@ def _run(case: Case) -> Iterator[Finding]:
     if not case.steady:
         raise NotApplicable("forward gives other values each time it is called")
     v = [t.clone().requires_grad_() for t in case.plain.cotangents]
-    leaves = case.fresh()
-    outputs = case.forward(leaves)
+    leaves, outputs = case.kept
     first = case.backward(outputs, leaves, v, create_graph=True)
     generator = case.generator(NAME)
     w = [signed_like(g, generator) for g in first]
@@ -33,9 +34,11 @@ def _run(case: Case) -> Iterator[Finding]:
     if any("Error" in node.name() for node in graph(wanted)):
         raise Refused("once_differentiable")
     inner = [w[i] for i, g in enumerate(first) if g.requires_grad]
-    case.calls.backward += 1
+    case.calls.count(backward=1)
     try:
-        second = torch.autograd.grad(wanted, [*leaves, *v], inner, allow_unused=True)
+        second = torch.autograd.grad(
+            wanted, [*leaves, *v], inner, allow_unused=True, retain_graph=True
+        )
     except Exception as error:
         if "once_differentiable" in str(error) or isinstance(error, NotImplementedError):
             raise Refused(str(error).splitlines()[0]) from error
@@ -92,7 +95,7 @@ def _compare(
         relative = 1e-6 if case.epsilon < 1e-12 else 1e5 * case.epsilon
         allowed = relative * norm + 10 * noise + 1e5 * case.epsilon * terms
         step = 2.0**-8 if case.epsilon < 1e-12 else 2.0**-4
-        value, settled = settle(phi, sum(parts), allowed, step, noise)
+        value, settled = settle(phi, sum(parts), allowed, step, noise, step / 256)
         return sum(parts), value, settled and abs(value - sum(parts)) > allowed
 
     if not along(list(range(len(points))))[2]:

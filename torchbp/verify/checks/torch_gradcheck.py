@@ -7,8 +7,10 @@ import torch
 from torch.autograd.gradcheck import GradcheckError
 
 from torchbp.verify._check import Check
-from torchbp.verify.cases import Case, reason, tensors_in
+from torchbp.verify.cases import Case
+from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
+from torchbp.verify.tensors import tensors_in
 
 NAME = "torch"
 DEFAULTS = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3}

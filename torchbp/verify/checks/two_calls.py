@@ -24,7 +24,7 @@ def _run(case: Case) -> Iterator[Finding]:
     when = " after another call of the function"
     yield from compare_all(NAME, case, first, case.plain.grads, when=when, cause=CAUSE)
     yield from compare_all(
-        NAME, other, second, expected, when=" in the second of two calls", cause=CAUSE
+        NAME, case, second, expected, when=" in the second of two calls", cause=CAUSE
     )
 
 

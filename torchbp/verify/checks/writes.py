@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check
-from torchbp.verify.cases import Case, tensors_in
+from torchbp.verify.cases import Case
 from torchbp.verify.report import Finding
+from torchbp.verify.tensors import tensors_in
 
 NAME = "writes"
 

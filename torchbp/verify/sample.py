@@ -1,0 +1,122 @@
+"""What the function under test is called with, and its neighbours: the same function at other samples."""
+
+import copy
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchbp.verify.tensors import flatten, name_of
+
+__all__ = ["Sample"]
+
+S = TypeVar("S", bound="Sample")
+
+
+class Sample:
+    """A function, its differentiable leaves, and everything else it is called with.
+
+    Attributes:
+        name: How the function is called in reports.
+        flat: All that the function is called with: its arguments flattened, then a Module's tensors; detached.
+        where: Positions of the leaves, the differentiable tensors, in ``flat``.
+        names: One name a leaf: ``input 0``, ``input 1['w']``, ``parameter weight``.
+        memo: What checks work out about the sample and share.
+    """
+
+    measured: tuple[str, ...] = ()  # cached properties that hold for one sample
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.func = func
+        self.name = name_of(func)
+        self.seed = seed
+        self.memo: dict[Any, Any] = {}
+        named, self._spec = flatten(inputs, kwargs or {})
+        self._arguments = len(named)
+        self._module = copy.deepcopy(func) if isinstance(func, nn.Module) else None
+        self._tensors: list[str] = []  # names of the Module's tensors, which follow the arguments
+        if self._module is not None:
+            state = [*self._module.named_parameters(), *self._module.named_buffers()]
+            self._tensors = [n for n, _ in state]
+            named += [(f"parameter {n}", x) for n, x in state]
+        self.flat: list[Any] = [x.detach() if isinstance(x, Tensor) else x for _, x in named]
+        self.where = [
+            i for i, (_, x) in enumerate(named) if isinstance(x, Tensor) and x.requires_grad
+        ]
+        self.names = [named[i][0] for i in self.where]
+        if not self.where:
+            raise ValueError(
+                "gradcheck: expected an input that requires grad, got none; "
+                "pass floating-point or complex tensors with requires_grad=True"
+            )
+        for name, leaf in zip(self.names, self.leaves, strict=True):
+            if leaf.layout != torch.strided:
+                raise TypeError(
+                    f"gradcheck: expected strided tensors, got {leaf.layout} in {name}; "
+                    "pass a dense tensor and convert it inside of the function"
+                )
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The differentiable tensors, detached: inputs in order, then a Module's parameters."""
+        return [self.flat[i] for i in self.where]
+
+    @property
+    def arguments(self) -> list[tuple[int, Tensor]]:
+        """The tensors among the arguments, with their position in ``flat``."""
+        return [(i, x) for i, x in enumerate(self.flat[: self._arguments]) if isinstance(x, Tensor)]
+
+    def variant(self: S, change: Callable[[Tensor], Tensor], *, parameters: bool = False) -> S:
+        """Return the same function at another sample.
+
+        Args:
+            change: Makes the new tensor of an old one.
+            parameters: Change a Module's tensors too.
+        """
+        return self.edited(lambda _, x: change(x), parameters=parameters)
+
+    def edited(self: S, change: Callable[[int, Tensor], Tensor], *, parameters: bool = False) -> S:
+        """Return the same function at another sample; ``change`` is told the position in ``flat``."""
+        other = copy.copy(self)
+        for name in self.measured:
+            other.__dict__.pop(name, None)
+        end = len(self.flat) if parameters else self._arguments
+        other.memo = {}
+        other.flat = [
+            change(i, x) if isinstance(x, Tensor) and i < end else x
+            for i, x in enumerate(self.flat)
+        ]
+        return other
+
+    def in_mode(self: S, training: bool) -> S:
+        """Return the case of the same Module in train or eval mode."""
+        other = self.variant(lambda t: t)
+        other._module = copy.deepcopy(self._module)  # noqa: SLF001  # another of this class
+        if other._module is not None:  # noqa: SLF001
+            other._module.train(training)  # noqa: SLF001
+        return other
+
+    def _filled(self, leaves: Sequence[Tensor], others: Mapping[int, Tensor]) -> list[Any]:
+        given = {**others, **dict(zip(self.where, leaves, strict=True))}
+        return [given.get(i, x) for i, x in enumerate(self.flat)]
+
+    def _invoke(self, flat: list[Any], func: Callable[..., Any] | None = None) -> Any:
+        args, kwargs = pytree.tree_unflatten(flat[: self._arguments], self._spec)
+        if func is not None or self._module is None:
+            return (func or self.func)(*args, **kwargs)
+        state = dict(zip(self._tensors, flat[self._arguments :], strict=True))
+        return torch.func.functional_call(self._module, state, args, kwargs)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return a generator that depends on the seed and on ``purpose`` only."""
+        return torch.Generator().manual_seed(self.seed + zlib.crc32(purpose.encode()))

@@ -1,0 +1,77 @@
+"""Tensors in and around the function under test: found, named, drawn."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["double", "flatten", "graph", "name_of", "signed_like", "tensors_in"]
+
+_DOUBLE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+
+
+def double(t: Tensor) -> Tensor:
+    """Return a floating-point or complex tensor in double precision."""
+    return t.to(_DOUBLE.get(t.dtype, t.dtype))
+
+
+def signed_like(t: Tensor, generator: torch.Generator) -> Tensor:
+    """Return values of both signs, none near 0: |v| is in [0.5, 1.5). They hide nothing by being small."""
+
+    def draw() -> Tensor:
+        r = torch.rand(t.shape, generator=generator, dtype=torch.float64)
+        sign = torch.randint(2, t.shape, generator=generator) * 2 - 1
+        return sign * (r + 0.5)
+
+    value = torch.complex(draw(), draw()) if t.is_complex() else draw()
+    return value.to(device=t.device, dtype=t.dtype)
+
+
+def tensors_in(structure: object) -> list[Tensor]:
+    """Return the tensors of a nested structure, in order."""
+    return [x for x in pytree.tree_leaves(structure) if isinstance(x, Tensor)]
+
+
+def flatten(
+    args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
+    """Return arguments with a name each, ``input 1['w']`` or ``argument scale``, and how to put them back."""
+    paths, spec = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    return [(_path(keys), x) for keys, x in paths], spec
+
+
+def _path(keys: Sequence[Any]) -> str:
+    part, first, *rest = keys
+    tail = pytree.keystr(tuple(rest))
+    if getattr(part, "idx", 0) == 1:
+        return f"argument {getattr(first, 'key', first)}{tail}"
+    return f"input {getattr(first, 'idx', first)}{tail}"
+
+
+def graph(outputs: Sequence[Tensor]) -> list[Any]:
+    """Return the nodes of the autograd graph behind ``outputs``."""
+    found: dict[Any, None] = {}
+    queue: list[Any] = [y.grad_fn for y in outputs]
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            queue += [before for before, _ in node.next_functions]
+    return list(found)
+
+
+def name_of(func: object) -> str:
+    """Return how a person would call ``func``."""
+    owner = getattr(func, "__self__", None)  # Function.apply is a bound method of the class
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        return f"{owner.__name__}.{getattr(func, '__name__', 'apply')}"
+    name = getattr(func, "__qualname__", None) or type(func).__name__
+    return name.rpartition("<locals>.")[2].removeprefix("_VariableFunctionsClass.")
