@@ -271,9 +271,3 @@ for _m in (
     torch.nn.PReLU(),
 ):
     add(f"nn.{type(_m).__name__}", _m, lambda: (r(5, 3),))
-
-# What is left, each torch's own: a reproduction in plain torch stands beside it. At most 8.
-KNOWN: dict[str, str] = {
-    "F.hardsigmoid": "x = torch.zeros((), dtype=torch.float64, requires_grad=True); "
-    "torch.autograd.grad(F.hardsigmoid(x), x)[0] - 1 / 6 is 5e-9: the slope is a float32 constant",
-}

@@ -1,5 +1,13 @@
-"""`make mutation`: how many wrong functions gradcheck catches, and on how many right ones it gives a false alarm."""
+"""`make mutation`: how many wrong functions gradcheck catches, and on how many right ones it gives a false alarm.
 
+Four parts, each with one line of sum: the wrong functions with right twins that the tests hold, those that were written
+before any check saw them, every op of torchbp, and functions of torch. What alarms on a right function must stand in
+`alarms.KNOWN`, which holds a reproduction of each in plain torch.
+
+    make mutation ARGS="--parts twins unseen --verbose"
+"""
+
+import argparse
 import sys
 import time
 
@@ -7,44 +15,117 @@ import torch
 
 import torchbp
 from tests.verify import reported  # noqa: F401  # registers
-from tests.verify.functions import FUNCTIONS, KNOWN
+from tests.verify.alarms import KNOWN
+from tests.verify.functions import FUNCTIONS
 from tests.verify.pairs import PAIRS
+from tests.verify.unseen import SETS, every
+from torchbp.ops._op import all_ops
+from torchbp.ops._samples import Make
 
 
-def check(function, inputs, **options):
-    begun = time.perf_counter()
-    report = torchbp.gradcheck(function, inputs, raise_exception=False, **options)
-    return report, time.perf_counter() - begun
+class Score:
+    """Counts, and says what was unexpected."""
+
+    def __init__(self, verbose):
+        self.verbose, self.unexpected, self.known = verbose, 0, set()
+
+    def check(self, name, function, inputs, **options):
+        begun = time.perf_counter()
+        report = torchbp.gradcheck(function, inputs, raise_exception=False, **options)
+        if self.verbose:
+            outcome = report.wrong[0].check if report.wrong else "-"
+            print(f"{name:44} {outcome:22} {time.perf_counter() - begun:.2f} s", flush=True)
+        return report
+
+    def pair(self, name, wrong, right, make, **options):
+        """Return (caught, alarm, caught by torch) for one wrong function and its right twin."""
+        report = self.check(name, wrong, make(), **options)
+        if report:
+            self.unexpected += 1
+            print(f"MISSED {name}", flush=True)
+        twin = self.right(f"{name} (twin)", right, make(), **options)
+        given = torchbp.gradcheck(wrong, make(), checks="torch", raise_exception=False)
+        return not report, twin, not given
+
+    def right(self, name, function, inputs, **options):
+        """Return whether a right function gives an alarm."""
+        report = self.check(name, function, inputs, **options)
+        if report:
+            return False
+        if name in KNOWN:
+            self.known.add(name)
+        else:
+            self.unexpected += 1
+            print(f"ALARM on {name}\n{report}\n", flush=True)
+        return True
+
+
+def twins(score):
+    rows = []
+    for name, pair in PAIRS.items():
+        options = {"reference": pair.reference} if pair.needs_reference else {}
+        rows.append(score.pair(name, pair.wrong, pair.right, pair.make, **options))
+    return _sum("wrong functions of the tests", rows)
+
+
+def unseen(score):
+    lines = []
+    for title, pairs in SETS.items():
+        rows = []
+        for name, p in pairs.items():
+            rows.append(score.pair(name, p.wrong, p.right, p.make, kwargs=p.kwargs()))
+        lines.append(_sum(title, rows))
+    return "\n".join(lines)
+
+
+def _sum(title, rows):
+    caught, alarms, torchs = (sum(column) for column in zip(*rows, strict=True))
+    n = len(rows)
+    return (
+        f"{title}: caught {caught} of {n} ({caught / n:.1%}), torch.autograd.gradcheck {torchs}; "
+        f"alarms on {alarms} of {n} right twins"
+    )
+
+
+def ops(score):
+    alarms = count = 0
+    for op in all_ops().values():
+        samples = list(op.samples(Make()))
+        for index in sorted({0, len(samples) - 1}):
+            sample = samples[index]
+            name = f"torchbp {op.name} {sample.name or index}"
+            if not any(t.requires_grad for t in sample.tensors()):
+                continue
+            skip = ["differences"] if op.estimator else []
+            alarms += score.right(name, op.function, sample.args, kwargs=sample.kwargs, skip=skip)
+            count += 1
+    return f"ops of torchbp: alarms on {alarms} of {count} samples of {len(all_ops())} ops"
+
+
+def functions(score):
+    alarms = 0
+    for name, (function, make) in FUNCTIONS.items():
+        alarms += score.right(name, function, make(), skip=["compile"])
+    return f"functions of torch, without compile: alarms on {alarms} of {len(FUNCTIONS)}"
+
+
+PARTS = {"twins": twins, "unseen": unseen, "ops": ops, "functions": functions}
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--verbose", action="store_true", help="a line for every function")
+    args = parser.parse_args()
+    every()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    caught, alarms, unexpected = 0, 0, 0
-    for name, pair in PAIRS.items():
-        reference = pair.reference if pair.needs_reference else None
-        report, seconds = check(pair.wrong, pair.make(), reference=reference)
-        caught += not report
-        first = report.wrong[0].check if report.wrong else "MISSED"
-        print(f"{name:28} {first:22} {seconds:.2f} s")
-        twin, _ = check(pair.right, pair.make(), reference=reference)
-        alarms += not twin
-        if not twin:
-            print(f"  FALSE ALARM on its right twin\n{twin}")
-    right = 0
-    for name, (function, make) in FUNCTIONS.items():
-        report, seconds = check(
-            function, make(), skip=() if "--compile" in sys.argv else ("compile",)
-        )
-        right += 1
-        if not report:
-            alarms += 1
-            unexpected += name not in KNOWN
-            print(f"  ALARM on {name} ({KNOWN.get(name, 'not in the list')})\n{report}")
-    print(
-        f"caught {caught} of {len(PAIRS)}; alarms {alarms} on {len(PAIRS)} twins and {right} functions of torch"
-    )
-    return int(caught < len(PAIRS) or unexpected > 0)
+    score = Score(args.verbose)
+    lines = [PARTS[part](score) for part in args.parts]
+    print("\n".join(lines))
+    for name in sorted(score.known):
+        print(f"alarm in the list: {name}: {KNOWN[name].why}")
+    return int(score.unexpected > 0)
 
 
 if __name__ == "__main__":

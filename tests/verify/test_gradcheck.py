@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 
 import pytest
 import torch
@@ -110,15 +111,111 @@ def test_random_function_draws_the_same_numbers_and_leaves_the_state():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_large_input_needs_no_more_calls():
+COMPILE = ("compile",)
+
+
+class Counted(Function):
+    """sin, which counts its calls."""
+
+    forwards = backwards = 0
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        Counted.forwards += 1
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        Counted.backwards += 1
+        return grad_y * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize(("level", "forwards", "backwards"), [("quick", 20, 30), ("full", 68, 90)])
+@pytest.mark.parametrize("shape", [(20, 50), (200, 200)])
+def test_number_of_calls_does_not_grow_with_the_size(level, forwards, backwards, shape):
+    Counted.forwards = Counted.backwards = 0
+    assert torchbp.gradcheck(Counted.apply, sample(*shape), level=level, skip=COMPILE)
+    assert 10 < Counted.forwards <= forwards
+    assert 10 < Counted.backwards <= backwards
+
+
+def test_deadline_holds_within_a_check():
     calls = []
 
-    def function(x):
-        calls.append(1)
-        return (x * x.roll(1)).tanh()
+    def slow(x):
+        calls.append(time.perf_counter())
+        time.sleep(0.02)
+        return x.sin()
 
-    assert torchbp.gradcheck(function, sample(200, 200), checks="values")
-    assert len(calls) < 30
+    report = torchbp.gradcheck(slow, sample(3), deadline=0.1)
+    late = [c for c in report.capabilities.values() if "deadline" in c.detail]
+    assert report
+    assert len(late) > 15
+    assert all(c.status == "not run" for c in late)
+    assert len(calls) <= 6
+
+
+def test_forward_mode_alone():
+    class NoBackward(Function):
+        @staticmethod
+        def forward(x):
+            return x.sin()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            return tangent * ctx.saved_tensors[0].cos()
+
+    class Wrong(NoBackward):
+        @staticmethod
+        def jvp(ctx, tangent):
+            return tangent * ctx.saved_tensors[0].sin()
+
+    options = {"check_backward_ad": False, "check_forward_ad": True, "raise_exception": False}
+    assert torchbp.gradcheck(NoBackward.apply, sample(3), **options)
+    assert not torchbp.gradcheck(Wrong.apply, sample(3), **options)
+
+
+class Unbatched(Scaled):
+    """In the old style, and its backward leaves torch: neither forward mode nor vmap work."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return 3 * torch.from_numpy(grad_y.numpy())
+
+
+class UnbatchedTangent(Unbatched):
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 3 * tangent
+
+
+@pytest.mark.parametrize(
+    ("option", "function", "check"),
+    [
+        ("check_batched_grad", Unbatched, "batched_grad"),
+        ("check_forward_ad", Unbatched, "forward_mode"),
+        ("check_batched_forward_grad", UnbatchedTangent, "forward_mode"),
+    ],
+)
+def test_a_refusal_is_wrong_where_an_argument_of_torch_asks(option, function, check):
+    options = {"checks": ("values", check), "raise_exception": False}
+    assert torchbp.gradcheck(function.apply, sample(3), **options)
+    report = torchbp.gradcheck(function.apply, sample(3), **options, **{option: True})
+    assert [f.check for f in report.wrong] == [check]
+    assert option in str(report)
 
 
 def test_one_wrong_element_of_many_is_found():

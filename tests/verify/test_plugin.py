@@ -6,6 +6,8 @@ import sys
 SOURCE = """
 import pytest, torch
 
+HEAVY = ["low_precision", "sizes", "long_reductions", "extremes", "vmap", "edges"]
+
 class Double(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x): return x * 1
@@ -25,6 +27,15 @@ def test_right():
 
 def test_fixture(gradcheck):
     assert gradcheck(torch.sin, sample())
+
+@pytest.mark.gradcheck(level="full", skip=["compile", *HEAVY])
+def test_level():
+    return torch.sin, sample()
+
+@pytest.mark.skip(reason="a mark of the function")
+@pytest.mark.gradcheck
+def test_marks():
+    raise AssertionError
 """
 
 
@@ -56,6 +67,9 @@ def test_one_item_per_check_and_the_finding_as_failure(tmp_path):
     assert "factor 2 too large" in out
     assert "test_right[second_order]" not in out
     assert "_gradcheck.py" not in out
+    assert "PASSED test_functions.py::test_level[second_order]" in out
+    assert "test_marks[values] SKIPPED" in out
+    assert "AssertionError" not in out
 
 
 def test_torch_is_not_imported_until_it_is_used(tmp_path):

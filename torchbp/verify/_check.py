@@ -38,6 +38,8 @@ class Check:
             function under test in its forward is a refusal, in its backward a finding; neither is caught here.
         order: Place in the report: where several checks see one fault, the first names it.
         level: "quick" checks run always, "full" ones at `level="full"`, "asked" ones only by name.
+        differences: Whether it holds the gradient against the slope of forward, which a straight-through estimator
+            fails by design; ``skip=["differences"]`` leaves out all that do.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Check:
     run: Callable[[Case], Iterable[Finding]]
     order: int
     level: Literal["quick", "full", "asked"] = "quick"
+    differences: bool = False
 
 
 @cache

@@ -59,7 +59,8 @@ def gradcheck(
         reference: A trusted function of the same arguments; its values and gradients are compared too.
         level: "quick" for the cheap checks, "full" for all.
         checks: Names of the checks to run; ``"torch"`` runs exactly torch's own gradcheck.
-        skip: Names of checks to leave out.
+        skip: Names of checks to leave out; ``"differences"`` for all that hold the gradient against the slope of
+            ``func``, for a straight-through estimator, a gradient reversal or the like.
         seed: Of every random number drawn here.
         kwargs: Keyword arguments of ``func``.
         deadline: Seconds after which no further call of ``func`` is made: the checks that are left are not run.
@@ -127,7 +128,7 @@ def _choose(
     if level not in ("quick", "full"):
         raise ValueError(f"gradcheck: expected level 'quick' or 'full', got {level!r}")
     wanted = [names] if isinstance(names, str) else names
-    for name in [*(wanted or ()), *skip]:
+    for name in [*(wanted or ()), *(n for n in skip if n != "differences")]:
         if name not in known:
             raise ValueError(f"gradcheck: expected checks among {', '.join(known)}, got {name!r}")
     if wanted is not None:
@@ -135,6 +136,8 @@ def _choose(
     else:
         chosen = [c for c in known.values() if c.level in ("quick", level)]
     chosen = [c for c in chosen if c.name not in skip]
+    if "differences" in skip:
+        chosen = [c for c in chosen if not c.differences]
     if not chosen:
         raise ValueError("gradcheck: expected at least one check, got none; skip fewer")
     return chosen
@@ -227,6 +230,6 @@ def _repeat(check: Check, case: Case) -> str:
     line = case.options["repeat"]
     if line:
         return line.replace("{check}", check.name)
-    given = [f"{n}={n}" for n in ("kwargs", "reference") if case.options[n] is not None]
+    given = [f"{n}={n}" for n in ("kwargs", "reference") if case.options[n]]
     arguments = ", ".join(["inputs", *given, f"checks={check.name!r}", f"seed={case.seed}"])
     return f"torchbp.gradcheck({case.name}, {arguments})"

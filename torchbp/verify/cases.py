@@ -49,6 +49,7 @@ class Case(Sample):
         calls: Calls made so far.
         copies_leaves: Whether an input is copied first, for a function that writes in it.
         given: The case in the sample's own precision.
+        wrong_here: Whether the gradient is known to be wrong at the sample; its variants' need not be looked at then.
     """
 
     measured = ("first", "plain", "again", "epsilon", "_positions")
@@ -67,6 +68,7 @@ class Case(Sample):
         self.options = dict(options or {})
         self.calls = Calls()
         self.copies_leaves = False
+        self.wrong_here = False
         self.given = self
 
     def fresh(self) -> list[Tensor]:
@@ -227,7 +229,10 @@ class Case(Sample):
         values = tuple(y.detach().clone() for y in outputs)
         cotangents = self.cotangents(outputs, "plain")
         if self.options.get("check_backward_ad", True):
-            grads = self.backward(outputs, leaves, cotangents, retain_graph=True)
+            own = [
+                v.clone() for v in cotangents
+            ]  # a backward that writes in them is another check's
+            grads = self.backward(outputs, leaves, own, retain_graph=True)
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)
         return Plain(values, cotangents, tuple(g.detach().clone() for g in grads))
@@ -237,7 +242,7 @@ class Case(Sample):
         """A second call, and its backward with the same grad_output."""
         leaves = self.fresh()
         outputs = self.forward(leaves)
-        grads = self.backward(outputs, leaves, self.plain.cotangents)
+        grads = self.backward(outputs, leaves, [v.clone() for v in self.plain.cotangents])
         return Plain(tuple(y.detach() for y in outputs), self.plain.cotangents, grads)
 
     @property

@@ -87,15 +87,20 @@ def settle(  # noqa: PLR0911  # one return a verdict
         The derivative, which is ``got`` where that is within the error, and whether the differences settle it. At a
         kink they do not, unless ``got`` lies outside of the two one-sided slopes.
     """
-    value = (phi(near) - phi(-near)) / (2 * near)
-    if abs(value - got) <= allowed:
-        return value, True
+    close_by = (phi(near) - phi(-near)) / (2 * near)
+    if abs(close_by - got) <= allowed:
+        return close_by, True
     value, bound = slope(phi, step, noise)
-    if abs(value - got) <= allowed:
+    off = abs(value - got)
+    if off <= allowed:
         return value, True
-    value, bound = slope(phi, 4 * step, noise, DEEP)
-    if abs(value - got) <= max(allowed, 5 * bound):
-        return got, bound < 0.1 * abs(got) or bound < allowed
+    plain = (
+        max(abs(close_by - value), bound) < 0.02 * off
+    )  # smooth at all of these steps, and not got
+    if not plain:
+        value, bound = slope(phi, 4 * step, noise, DEEP)
+        if abs(value - got) <= max(allowed, 5 * bound):
+            return got, bound < 0.1 * abs(got) or bound < allowed
     (left, left_bound), (right, right_bound) = one_sided(phi, step / 64, noise)
     low = min(left - left_bound, right - right_bound)
     high = max(left + left_bound, right + right_bound)
@@ -106,14 +111,13 @@ def settle(  # noqa: PLR0911  # one return a verdict
         return value, False
     if not math.isfinite(got):
         return value, True
-    again, bound_again = slope(
-        phi, 1.3 * step, noise, DEEP
-    )  # near a jump other steps say another thing
     off = abs(value - got)
-    tiny = (
-        step * 2.0**-14
-    )  # the function may bend within the larger steps: a median that changes hands
-    near = (phi(tiny) - phi(-tiny)) / (2 * tiny)
-    if not abs(near - value) < 0.05 * off + 2 * noise / tiny:
+    tiny = step * 2.0**-14  # the function may bend within larger steps: a median that changes hands
+    close_by = (phi(tiny) - phi(-tiny)) / (2 * tiny)
+    if not abs(close_by - value) < 0.05 * off + 2 * noise / tiny:
         return value, False
+    if plain:
+        return value, True
+    # Near a jump other steps say another thing.
+    again, bound_again = slope(phi, 1.3 * step, noise, DEEP)
     return value, abs(again - value) < 0.05 * off and max(bound, bound_again) < 0.1 * off

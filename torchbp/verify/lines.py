@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from torchbp.verify._check import NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import settle
 from torchbp.verify.raised import ForwardRaised
@@ -22,6 +23,8 @@ def check_lines(case: Case, check: str, when: str = "", number: int = 1) -> Find
         when: The condition, for the message.
         number: How many lines; 2 calls each where all is well.
     """
+    if case.wrong_here:
+        raise NotApplicable("the gradient is wrong at the sample itself: see values")
     if not any(g.numel() for g in case.plain.grads):
         return None
     lines = Lines(case)

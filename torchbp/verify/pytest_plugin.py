@@ -63,7 +63,10 @@ def pytest_pycollect_makeitem(
 
     options = marks[0].kwargs
     level = options.get("level") or collector.config.getoption("--gradcheck-level")
-    names = [c.name for c in all_checks().values() if c.level in ("quick", level)]
+    checks = [c for c in all_checks().values() if c.level in ("quick", level)]
+    if "differences" in options.get("skip", ()):
+        checks = [c for c in checks if not c.differences]
+    names = [c.name for c in checks]
     if options.get("checks"):
         names = (
             [options["checks"]] if isinstance(options["checks"], str) else list(options["checks"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +73,8 @@ def compare(
     if not bad.any():
         return None
     flat = torch.where(bad, difference, -1.0).nan_to_num(nan=torch.inf).reshape(-1)
-    at = tuple(int(i) for i in torch.unravel_index(flat.argmax(), got.shape)) if got.dim() else ()
+    # numpy's: the first torch.unravel_index of a process imports sympy, half a second
+    at = tuple(map(int, np.unravel_index(int(flat.argmax()), got.shape))) if got.dim() else ()
     g, e = got[at].item(), expected[at].item()
     tested = got.numel() if known is None else int(known.sum())
     place = f", worst at {list(at)}" if at else ""

@@ -70,4 +70,5 @@ CHECK = Check(
     run=_run,
     order=81,
     level="full",
+    differences=True,
 )

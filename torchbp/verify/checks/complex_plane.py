@@ -40,4 +40,5 @@ CHECK = Check(
     tests="the gradient of a complex input is right off the real line too",
     run=_run,
     order=18,
+    differences=True,
 )

@@ -187,4 +187,5 @@ CHECK = Check(
     run=_run,
     order=84,
     level="full",
+    differences=True,
 )

@@ -49,4 +49,5 @@ CHECK = Check(
     run=_run,
     order=82,
     level="full",
+    differences=True,
 )

@@ -113,4 +113,5 @@ CHECK = Check(
     run=_run,
     order=85,
     level="full",
+    differences=True,
 )

@@ -130,4 +130,5 @@ CHECK = Check(
     run=_run,
     order=72,
     level="full",
+    differences=True,
 )

@@ -54,4 +54,5 @@ CHECK = Check(
     run=_run,
     order=83,
     level="full",
+    differences=True,
 )

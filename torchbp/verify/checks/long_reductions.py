@@ -1,7 +1,8 @@
 """Long reductions: a gradient summed over many rows in bfloat16 or float16 does not stall.
 
 A running sum in bfloat16 stops growing at 256 addends of its own size: 256 + 1 rounds to 256. The sample is lengthened
-to 2048 along each dimension that can be, and made positive so that nothing cancels.
+to 2048 along each dimension that an input lacks, whose gradient is then a sum over it: a bias over rows. It is made
+positive so that nothing cancels.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torchbp.verify.resize import fits, free_sizes, resized
 
 NAME = "long_reductions"
 LENGTH = 2048
+SHORT = 128  # where nothing stalls yet
 LARGEST = 2**16
 OFF = 0.1  # of the norm: rounding of 2048 addends in another order stays below 0.02
 DTYPES = (torch.bfloat16, torch.float16)  # the second where the first is refused
@@ -27,14 +29,13 @@ def _run(case: Case) -> Iterator[Finding]:
     if case.draws or not case.steady or not is_real(case):
         raise NotApplicable("forward draws random numbers, or works with complex ones")
     tested = False
-    positive = case.variant(lambda t: t.abs() if t.is_floating_point() else t, parameters=True)
     for n in free_sizes(case):
-        if not fits(case, {n: LENGTH}, LARGEST):
+        summed = [i for i, leaf in enumerate(case.leaves) if n not in leaf.shape]
+        if not summed or not fits(case, {n: LENGTH}, LARGEST):
             continue
-        long = resized(positive, {n: LENGTH})
         for dtype in DTYPES:
             try:
-                found = _compare(long, dtype)
+                found = _compare(case, n, summed, dtype)
             except (ForwardRaised, BackwardRaised):
                 continue  # refuses this dtype
             tested = True
@@ -43,32 +44,47 @@ def _run(case: Case) -> Iterator[Finding]:
                 return
             break
     if not tested:
-        raise NotApplicable("no dimension can be lengthened in low precision")
+        raise NotApplicable("no input is summed over a dimension, in low precision")
 
 
-def _compare(long: Case, dtype: torch.dtype) -> Finding | None:
+def _compare(case: Case, n: int, summed: list[int], dtype: torch.dtype) -> Finding | None:
+    positive = case.variant(lambda t: t.abs() if t.is_floating_point() else t, parameters=True)
+    errors = _errors(resized(positive, {n: LENGTH}), dtype)
+    worst = max(summed, key=errors.__getitem__) if errors else 0
+    if not errors or errors[worst] <= OFF:
+        return None
+    short = _errors(resized(positive, {n: SHORT}), dtype)
+    if not short or errors[worst] < 4 * short[worst]:
+        return None  # as bad at a short length: conditioning, no stall
+    name = case.names[worst]
+    return Finding(
+        check=NAME,
+        severity="wrong",
+        input=name,
+        message=f"grad of {name} in {str(dtype)[6:]} with a dimension of {LENGTH} is off by {errors[worst]:.2g} "
+        "of its norm",
+        got=errors[worst],
+        expected=0.0,
+        cause="a running sum kept in low precision stalls: sum in float32",
+    )
+
+
+def _errors(long: Case, dtype: torch.dtype) -> list[float]:
+    """Return how far each gradient is off, of its norm; nothing where forward or float32 is off too."""
     low, exact = in_dtype(long, dtype)
     if not all(bool(y.isfinite().all()) for y in low.plain.outputs):
-        return None
+        return []
     got, expected, single = (_for_ones(c) for c in (low, exact, _single(low)))
     pairs = zip(low.plain.outputs, exact.plain.outputs, strict=True)
     if any(rounded_norm_error(y, e) > 2 * torch.finfo(dtype).eps for y, e in pairs):
-        return None  # forward loses as much: a recurrence or a sum in this dtype, by its own definition
+        return []  # forward loses as much: a recurrence or a sum in this dtype, by its own definition
     floor = terms(exact) / 3
-    for name, g, e, s in zip(long.names, got, expected, single, strict=True):
-        error = rounded_norm_error(g, e, floor)
-        if error > OFF and rounded_norm_error(s, e, floor) < OFF / 100 and bool(g.isfinite().all()):
-            return Finding(
-                check=NAME,
-                severity="wrong",
-                input=name,
-                message=f"grad of {name} in {str(dtype)[6:]} with a dimension of {LENGTH} is off by {error:.2g} "
-                "of its norm",
-                got=error,
-                expected=0.0,
-                cause="a running sum kept in low precision stalls: sum in float32",
-            )
-    return None
+    return [
+        rounded_norm_error(g, e, floor)
+        if rounded_norm_error(s, e, floor) < OFF / 100 and bool(g.isfinite().all())
+        else 0.0
+        for g, e, s in zip(got, expected, single, strict=True)
+    ]
 
 
 def _for_ones(case: Case) -> tuple[Tensor, ...]:

@@ -62,4 +62,5 @@ CHECK = Check(
     run=_run,
     order=89,
     level="full",
+    differences=True,
 )

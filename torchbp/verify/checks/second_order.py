@@ -125,4 +125,5 @@ CHECK = Check(
     run=_run,
     order=70,
     level="full",
+    differences=True,
 )

@@ -57,4 +57,5 @@ CHECK = Check(
     run=_run,
     order=80,
     level="full",
+    differences=True,
 )

@@ -1,8 +1,8 @@
 """Values: the gradient equals the slope of the function, measured by finite differences.
 
 ⟨v, f(x)⟩ is differenced for one random v of both signs over all outputs at once, while all inputs move together in
-random directions of both signs: the number of calls does not grow with the size. Where a direction disagrees, or does
-not settle because of a kink, each element is moved alone if there are at most 64 real numbers; beyond that the
+a random direction of both signs: the number of calls does not grow with the size. Where the direction disagrees, or
+does not settle because of a kink, each element is moved alone if there are at most 64 real numbers; beyond that the
 direction is halved until the culprit is left. A mismatch is measured again with more step sizes before it counts, and a
 kink is told by its two one-sided slopes, between which any gradient is right.
 """
@@ -19,8 +19,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.tolerance import compare
 
 NAME = "values"
-TOGETHER = 2  # random directions
-EACH = 64  # real numbers up to which every one is moved alone, if a direction does not agree
+EACH = 64  # real numbers up to which every one is moved alone, where the direction does not agree
 ALONE = 2  # beyond that: this many
 
 
@@ -29,9 +28,9 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("forward gives other values each time it is called")
     lines = Lines(case)
     size = sum(g.numel() * (1 + g.is_complex()) for g in lines.grads)
-    agree = [lines.agrees(lines.direction(number)) for number in range(TOGETHER)]
+    agrees = lines.agrees(lines.direction(0))
     exact = case.epsilon < 1e-12  # else the tolerance of a direction would hide a single element
-    if all(agree) and (exact or size > EACH):
+    if agrees and (exact or size > EACH):
         return
     known = [torch.zeros(g.numel() * (1 + g.is_complex()), dtype=torch.bool) for g in lines.grads]
     truth = [real(g).clone() for g in lines.grads]
@@ -42,7 +41,6 @@ def _run(case: Case) -> Iterator[Finding]:
         unsettled += not settled
         known[which][index] = settled
         truth[which][index] = value
-    seen = False
     for which, (name, g, leaf) in enumerate(zip(case.names, lines.grads, case.leaves, strict=True)):
         found = compare(
             NAME,
@@ -56,13 +54,14 @@ def _run(case: Case) -> Iterator[Finding]:
             sizes=_sizes(case),
         )
         if found:
-            seen = True
+            case.wrong_here = True
             yield found
-    if not seen and size > EACH and False in agree:
-        found = lines.along_all(agree.index(False), NAME)
+    if not case.wrong_here and size > EACH and agrees is False:
+        found = lines.along_all(0, NAME)
         if found:
+            case.wrong_here = True
             yield found
-    if unsettled == len(elements) and None in agree:
+    if unsettled == len(elements) and agrees is None:
         raise NotApplicable("finite differences settle nowhere: no smooth point in the sample")
 
 
@@ -91,4 +90,5 @@ CHECK = Check(
     tests="the gradient equals finite differences of <v, f(x)> for a random signed v",
     run=_run,
     order=10,
+    differences=True,
 )
