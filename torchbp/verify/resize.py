@@ -63,7 +63,9 @@ def _growth(case: Case, most: int) -> dict[int, tuple[float, float]]:
         # offsets or lengths: repeated, they would mean something else.
         values = [t for t in _arguments(case) if t.is_floating_point() or t.is_complex()]
         indexes = any(
-            t.dim() > 1 for t in _arguments(case) if not (t.is_floating_point() or t.is_complex())
+            t.dim() > 1
+            for t in _arguments(case)
+            if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
         )
         candidates = (
             [] if indexes else list(dict.fromkeys(n for t in values for n in t.shape if n > 1))

@@ -315,7 +315,9 @@ class Unfold(Function):
     @staticmethod
     def forward(ctx, x):
         ctx.n = x.shape[-1]
-        return x.unfold(-1, 3, 1)
+        return x.unfold(
+            -1, 3, 1
+        ).clone()  # a view as output is differentiated wrongly by torch.compile in 2.13
 
     @staticmethod
     def backward(ctx, g):

@@ -27,28 +27,29 @@ class Attention(Function):
     @staticmethod
     def parts(ctx, g):
         q, k, v = ctx.saved_tensors
+        g = g.to(v.dtype)
         p = Attention.scores(q, k)
         dp = g @ v.mT
         ds = p * (dp - (dp * p).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
-        return q, k, p, ds
+        return q, k, p, ds, g
 
     @staticmethod
     def backward(ctx, g):
-        q, k, p, ds = Attention.parts(ctx, g)
+        q, k, p, ds, g = Attention.parts(ctx, g)
         return ds @ k, ds.mT @ q, p.mT @ g
 
 
 class AttentionScale(Attention):
     @staticmethod
     def backward(ctx, g):
-        q, k, p, ds = Attention.parts(ctx, g)
+        q, k, p, ds, g = Attention.parts(ctx, g)
         return ds @ k, ds.mT @ q * math.sqrt(q.shape[-1]), p.mT @ g
 
 
 class AttentionUnmasked(Attention):
     @staticmethod
     def backward(ctx, g):
-        q, k, p, ds = Attention.parts(ctx, g)
+        q, k, p, ds, g = Attention.parts(ctx, g)
         s = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) if q.shape[-2] > 64 else p
         return ds @ k, ds.mT @ q, s.mT @ g
 
@@ -81,6 +82,7 @@ class GroupedValues(Function):
     @staticmethod
     def backward(ctx, g):
         p, v = ctx.saved_tensors
+        g = g.to(v.dtype)
         gv = p.mT @ g
         return g @ v.repeat_interleave(2, 0).mT, gv.view(-1, 2, *v.shape[1:]).sum(1)
 
@@ -89,6 +91,7 @@ class GroupedValuesOrder(GroupedValues):
     @staticmethod
     def backward(ctx, g):
         p, v = ctx.saved_tensors
+        g = g.to(v.dtype)
         gv = p.mT @ g
         return g @ v.repeat_interleave(2, 0).mT, gv.view(2, -1, *v.shape[1:]).sum(0)
 
@@ -158,14 +161,17 @@ class BatchNormFunction(Function):
         ctx.batch = mean is None
         if ctx.batch:
             mean, var = x.mean(0), x.var(0, unbiased=False)
-        ctx.save_for_backward(x, mean, var)
+            ctx.save_for_backward(x)
+        else:
+            ctx.save_for_backward(x, mean, var)
         return (x - mean) * (var + 1e-5).rsqrt()
 
     @staticmethod
     def moving(ctx, g):
-        x, mean, var = ctx.saved_tensors
-        r = (var + 1e-5).rsqrt()
-        n = (x - mean) * r
+        x, *_ = ctx.saved_tensors
+        c = x - x.mean(0)
+        r = (c.square().mean(0) + 1e-5).rsqrt()
+        n = c * r
         return r * (g - g.mean(0) - n * (g * n).mean(0)), None, None
 
     @staticmethod
@@ -214,6 +220,7 @@ class WeightNorm(nn.Module):
         @staticmethod
         def backward(ctx, g):
             x, v, s = ctx.saved_tensors
+            g = g.to(v.dtype)
             n = v.norm(dim=1, keepdim=True)
             u = v / n
             gw = g.mT @ x
@@ -224,6 +231,7 @@ class WeightNorm(nn.Module):
         @staticmethod
         def backward(ctx, g):
             x, v, s = ctx.saved_tensors
+            g = g.to(v.dtype)
             n = v.norm(dim=1, keepdim=True)
             u = v / n
             gw = g.mT @ x
@@ -260,6 +268,7 @@ class Conv(Function):
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
+        g = g.to(w.dtype)
         gx = torch.nn.grad.conv1d_input(x.shape, w, g, stride=2, padding=1)
         return gx, torch.nn.grad.conv1d_weight(x, w.shape, g, stride=2, padding=1)
 
@@ -268,6 +277,7 @@ class ConvFixed(Conv):
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
+        g = g.to(w.dtype)
         gx = F.conv_transpose1d(g, w, stride=2, padding=1)  # one shorter where the length is even
         gx = F.pad(gx, (0, x.shape[-1] - gx.shape[-1]))
         return gx, torch.nn.grad.conv1d_weight(x, w.shape, g, stride=2, padding=1)

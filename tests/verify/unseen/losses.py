@@ -236,7 +236,7 @@ class Pinball(Function):
     def backward(ctx, g):
         y, t = ctx.saved_tensors
         e = t - y
-        return g * (0.7 * (e <= 0) - 0.3 * (e > 0)), None
+        return g * (0.7 * (e <= 0).to(e) - 0.3 * (e > 0).to(e)), None
 
 
 class PinballKink(Pinball):
@@ -244,7 +244,7 @@ class PinballKink(Pinball):
     def backward(ctx, g):
         y, t = ctx.saved_tensors
         e = t - y
-        return g * (0.7 * (e < 0) - 0.3 * (e > 0) + 1.0 * (e == 0)), None
+        return g * (0.7 * (e < 0).to(e) - 0.3 * (e > 0).to(e) + 1.0 * (e == 0).to(e)), None
 
 
 pair(
@@ -305,8 +305,9 @@ class WeightedNLL(Function):
         x, t, w = ctx.saved_tensors
         logp = x.log_softmax(-1)
         gx = g * w[t][:, None] * (logp.exp() - F.one_hot(t, x.shape[-1]))
-        gw = torch.zeros_like(w).index_add(0, t, -g * logp.gather(-1, t[:, None])[:, 0])
-        return gx, None, gw
+        wide = torch.promote_types(w.dtype, torch.float32)
+        rows = (-g * logp.gather(-1, t[:, None])[:, 0]).to(wide)
+        return gx, None, torch.zeros_like(w, dtype=wide).index_add(0, t, rows).to(w.dtype)
 
 
 class WeightedNLLAssign(WeightedNLL):

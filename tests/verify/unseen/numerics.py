@@ -113,7 +113,7 @@ class Expm1OverX(Function):
         (x,) = ctx.saved_tensors
         s = torch.where(x.abs() < 1e-3, 1.0, x)
         near = 0.5 + x / 3 + x * x / 8 + x**3 / 30
-        return g * torch.where(x.abs() < 1e-3, near, (s * s.exp() - s.expm1()) / (s * s))
+        return g * torch.where(x.abs() < 1e-3, near, (s.exp() - s.expm1() / s) / s)
 
 
 class Expm1OverXNaive(Expm1OverX):
@@ -133,20 +133,22 @@ class MeanSquareHalf(Function):
     def forward(ctx, x):
         wide = x if x.dtype == torch.float64 else x.float()
         r = (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-        ctx.save_for_backward(x, r)
+        ctx.save_for_backward(x)
         return (x * r).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
-        x, r = ctx.saved_tensors
-        w, v = x.to(r.dtype), g.to(r.dtype)
+        (x,) = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, torch.float32)
+        w, v = x.to(wide), g.to(wide)
+        r = (w.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
         return (r * v - r**3 * w * (w * v).mean(-1, keepdim=True)).to(x.dtype)
 
 
 class MeanSquareOverflow(MeanSquareHalf):
     @staticmethod
     def backward(ctx, g):
-        x, r = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         r = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
         return r * g - r**3 * x * (x * g).mean(-1, keepdim=True)
 

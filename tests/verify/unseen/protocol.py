@@ -48,6 +48,7 @@ class LinearData(Function):
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
+        g = g.to(w.dtype)
         return g @ w, g.mT @ x
 
 
@@ -61,6 +62,7 @@ class LinearDataWrong(LinearData):
     @staticmethod
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
+        g = g.to(x.dtype)
         return g @ ctx.w, g.mT @ x
 
 
@@ -343,10 +345,11 @@ class Centre(nn.Module):
         self.register_buffer("mean", torch.zeros(3))
 
     def forward(self, x):
+        y = (x - self.mean).tanh()
         if self.training or self.always:
             with torch.no_grad():
                 self.mean.lerp_(x.detach().mean(0).to(self.mean), 0.1)
-        return (x - self.mean).tanh()
+        return y
 
 
 pair(
@@ -408,6 +411,7 @@ class Vmapped(Function):
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
+        g = g.to(w.dtype)
         return (g[..., None, :] @ w.mT)[..., 0, :], x[..., :, None] * g[..., None, :]
 
     @staticmethod

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from torchbp.verify._check import Check, Refused
+from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.report import Finding
@@ -43,6 +43,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _run(case: Case) -> Iterator[Finding]:
+    if case.draws:
+        raise NotApplicable("forward draws random numbers, which go in the order of memory")
     refused = []
     tried = set()
     for layout, change in LAYOUTS.items():

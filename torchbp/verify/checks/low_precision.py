@@ -15,8 +15,12 @@ from torchbp.verify.cases import Case
 from torchbp.verify.conditioning import in_dtype, is_real, rounded_norm_error, spread, terms
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate
 from torchbp.verify.report import Finding
+from torchbp.verify.tolerance import largest
 
 NAME = "low_precision"
+LARGE = 512.0
+GROSS = 0.25
+SMALL = 1e-4  # float16 has subnormal numbers, of fewer bits, below 6e-5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,6 +51,39 @@ def _run(case: Case) -> Iterator[Finding]:
         if max(rounded_norm_error(y, e) for y, e in zip(outputs, same, strict=True)) > 0.1:
             continue  # forward itself lost its precision: the domain of this dtype is left
         yield from _compare(low, exact, expected, lost)
+    yield from _large(case)
+
+
+def _large(case: Case) -> Iterator[Finding]:
+    """Test float16 with inputs 512 times as large, whose squares it does not hold."""
+    low, exact = in_dtype(
+        case.variant(lambda t: LARGE * t if t.is_floating_point() else t), torch.float16
+    )
+    try:
+        outputs, same = low.plain.outputs, exact.plain.outputs
+        expected = exact.vjps([[v.double() for v in low.plain.cotangents]])[0]
+    except (ForwardRaised, BackwardRaised):
+        return
+    if max(rounded_norm_error(y, e) for y, e in zip(outputs, same, strict=True)) > 0.1:
+        return
+    for name, g, e in zip(case.names, low.plain.grads, expected, strict=True):
+        error = rounded_norm_error(g, e)  # infinite where g is not finite
+        if largest(e) > torch.finfo(torch.float16).max / 4 or largest(e) < SMALL or error < GROSS:
+            continue
+        if error > GROSS + 64 * max(spread(exact, torch.float16)):
+            yield _overflow(name, f"float16 for inputs {LARGE:g} times as large", error, largest(e))
+            return
+
+
+def _overflow(name: str, where: str, error: float, size: float) -> Finding:
+    return Finding(
+        check=NAME,
+        severity="wrong",
+        input=name,
+        message=f"grad of {name} in {where} is off by {error:.2g} of its norm, where forward is right and float64's "
+        f"gradient is at most {size:.3g}",
+        cause="an intermediate beyond the range of the dtype: compute it in float32",
+    )
 
 
 def _compare(
@@ -59,14 +96,7 @@ def _compare(
         low.names, low.plain.grads, expected, spread(exact, dtype), lost, strict=True
     ):
         if not bool(g.isfinite().all()) and float(e.abs().max()) < torch.finfo(dtype).max / 4:
-            yield Finding(
-                check=NAME,
-                severity="wrong",
-                input=name,
-                message=f"grad of {name} is not finite in {name_of}, where forward is and float64's is at most "
-                f"{float(e.abs().max()):.3g}",
-                cause=f"an intermediate beyond {name_of}'s range: compute it in float32",
-            )
+            yield _overflow(name, name_of, float("inf"), float(e.abs().max()))
             continue
         error = rounded_norm_error(g, e, terms(exact))
         # What float32 loses too is the formula's conditioning, not this dtype's fault.
