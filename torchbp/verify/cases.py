@@ -197,6 +197,7 @@ class Case(Sample):
             if "leaf Variable" not in str(error.__cause__):
                 raise
             self.copies_leaves = True
+            leaves = self.fresh()  # it may have written in those before it raised
             outputs = tensors_in(self.call(leaves))
         self.first_state = self.state_after
         torch.manual_seed(self.seed)

@@ -9,7 +9,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.tolerance import largest
 
-__all__ = ["accepts", "fits", "free_sizes", "resized"]
+__all__ = ["accepts", "fits", "free_sizes", "one_more", "resized"]
 
 
 def resized(case: Case, sizes: dict[int, int]) -> Case:
@@ -37,6 +37,12 @@ def resized(case: Case, sizes: dict[int, int]) -> Case:
 def free_sizes(case: Case, most: int = 3) -> list[int]:
     """Return the sizes of the sample's dimensions that the function lets change."""
     return list(_growth(case, most))
+
+
+def one_more(case: Case) -> list[Case]:
+    """Return the case with one size a time larger by one, for each that may change: odd ones are even there."""
+    free_sizes(case)
+    return case.memo.get("one more", [])
 
 
 def fits(case: Case, sizes: dict[int, int], most: int) -> bool:
@@ -73,6 +79,7 @@ def _growth(case: Case, most: int) -> dict[int, tuple[float, float]]:
         for n in candidates[:most]:
             other = resized(case, {n: n + 1})
             if accepts(other):
+                case.memo.setdefault("one more", []).append(other)
                 base = math.log((n + 1) / n)
                 known[n] = (
                     math.log(_count(_arguments(other)) / _count(_arguments(case))) / base,

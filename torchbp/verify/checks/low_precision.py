@@ -14,7 +14,7 @@ from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.conditioning import in_dtype, is_real, rounded_norm_error, spread, terms
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate
-from torchbp.verify.report import Finding
+from torchbp.verify.report import Finding, Severity
 from torchbp.verify.tolerance import largest
 
 NAME = "low_precision"
@@ -55,7 +55,7 @@ def _run(case: Case) -> Iterator[Finding]:
 
 
 def _large(case: Case) -> Iterator[Finding]:
-    """Test float16 with inputs 512 times as large, whose squares it does not hold."""
+    """Note what float16 makes of inputs 512 times as large, whose squares it does not hold."""
     low, exact = in_dtype(
         case.variant(lambda t: LARGE * t if t.is_floating_point() else t), torch.float16
     )
@@ -71,14 +71,17 @@ def _large(case: Case) -> Iterator[Finding]:
         if largest(e) > torch.finfo(torch.float16).max / 4 or largest(e) < SMALL or error < GROSS:
             continue
         if error > GROSS + 64 * max(spread(exact, torch.float16)):
-            yield _overflow(name, f"float16 for inputs {LARGE:g} times as large", error, largest(e))
+            where = f"float16 for inputs {LARGE:g} times as large"
+            yield _overflow(name, where, error, largest(e), "note")  # not the sample's domain
             return
 
 
-def _overflow(name: str, where: str, error: float, size: float) -> Finding:
+def _overflow(
+    name: str, where: str, error: float, size: float, severity: Severity = "wrong"
+) -> Finding:
     return Finding(
         check=NAME,
-        severity="wrong",
+        severity=severity,
         input=name,
         message=f"grad of {name} in {where} is off by {error:.2g} of its norm, where forward is right and float64's "
         f"gradient is at most {size:.3g}",

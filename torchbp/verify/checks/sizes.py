@@ -1,12 +1,13 @@
 """Sizes beyond the sample: block boundaries, where kernels handle the last partial block."""
 
 from collections.abc import Iterator
+from itertools import chain
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.lines import check_lines
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts, fits, free_sizes, resized
+from torchbp.verify.resize import accepts, fits, free_sizes, one_more, resized
 
 NAME = "sizes"
 TRIES = 2
@@ -21,19 +22,23 @@ def _run(case: Case) -> Iterator[Finding]:
     free = free_sizes(case)
     if not free:
         raise NotApplicable("no dimension can change")
+    for other in chain(one_more(case), _runs(case, free)):
+        shapes = ", ".join(str(tuple(t.shape)) for _, t in other.arguments)
+        found = check_lines(other, NAME, f" at shapes {shapes}")
+        if found:
+            yield found
+            return
+
+
+def _runs(case: Case, free: list[int]) -> Iterator[Case]:
     indexed = any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
     for row in RUNS:
         sizes = dict(zip(free, row, strict=False))
         if indexed and any(new < old for old, new in sizes.items()):
             continue  # an index may point at what is gone
         other = _largest_that_runs(case, sizes)
-        if other is None:
-            continue
-        shapes = ", ".join(str(tuple(t.shape)) for _, t in other.arguments)
-        found = check_lines(other, NAME, f" at shapes {shapes}")
-        if found:
-            yield found
-            return
+        if other is not None:
+            yield other
 
 
 def _largest_that_runs(case: Case, sizes: dict[int, int]) -> Case | None:
@@ -53,7 +58,7 @@ def _largest_that_runs(case: Case, sizes: dict[int, int]) -> Case | None:
 
 CHECK = Check(
     name=NAME,
-    tests="the gradient is right at other sizes: 1, 31, 32, 33, 127, 128, 129, 1025",
+    tests="the gradient is right at other sizes: one more, 1, 31, 32, 33, 127, 128, 129, 1025",
     run=_run,
     order=80,
     level="full",
