@@ -17,22 +17,16 @@ export class Card {
     this.body = el("div", { class: "body" });
     const button = (label, title_, click) =>
       el("button", { class: "export", type: "button", title: title_, on: { click } }, label);
+    this._exports = el(
+      "span",
+      { class: "exports" },
+      picture ? button("PNG", "Save the picture", () => this._picture(picture())) : null,
+      table ? button("CSV", "Save the numbers", () => save(`${name}.csv`, csv(table()))) : null,
+    );
     this.element = el(
       "section",
       { class: "card", id: name, "aria-label": title, tabIndex: -1 },
-      el(
-        "header",
-        {},
-        this._title,
-        this._note,
-        this.controls,
-        el(
-          "span",
-          { class: "exports" },
-          picture ? button("PNG", "Save the picture", () => this._picture(picture())) : null,
-          table ? button("CSV", "Save the numbers", () => save(`${name}.csv`, csv(table()))) : null,
-        ),
-      ),
+      el("header", {}, this._title, this._note, this.controls, this._exports),
       this.message,
       this.body,
     );
@@ -47,7 +41,7 @@ export class Card {
   say(sentence) {
     this.message.textContent = sentence;
     this.message.hidden = sentence === "";
-    this.body.hidden = sentence !== "";
+    this.body.hidden = this._exports.hidden = sentence !== "";
   }
 
   /** Scrolls here, and marks it for a moment. */

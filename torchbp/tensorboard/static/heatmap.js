@@ -25,6 +25,7 @@ export class HeatMap {
     this._extreme = el(
       "select",
       {
+        hidden: true,
         title: "What a cell shows that holds several samples or layers",
         "aria-label": "extreme",
         on: { change: () => page.state.set({ extreme: this._extreme.value }) },
@@ -36,6 +37,7 @@ export class HeatMap {
       "button",
       {
         type: "button",
+        hidden: true,
         title: "Show all steps and layers again (double-click, Escape)",
         on: { click: () => this._reset() },
       },
@@ -300,7 +302,7 @@ function drawLegend(context, scale, width) {
   ];
   context.font = "11px system-ui, sans-serif";
   context.textBaseline = "middle";
-  const left = 12;
+  const left = 20;
   const bar = Math.max(width - 320, 120);
   for (let x = 0; x < bar; x++) {
     context.fillStyle = css(viridis(x / (bar - 1)));

@@ -6,6 +6,7 @@ import { count, words } from "./format.js";
 
 const SIGNS = { alert: "▲", warning: "◆", info: "●" };
 const SHOWN_FIRST = 6;
+const OTHERS_FIRST = 8;
 
 export class Verdicts {
   keys = new Set(["run", "compare"]);
@@ -47,66 +48,79 @@ export class Verdicts {
         ),
       ];
     }
-    const shown = this._all ? verdicts : verdicts.slice(0, SHOWN_FIRST);
-    const more = verdicts.length - shown.length;
+    const groups = alike(verdicts);
+    const shown = this._all ? groups : groups.slice(0, SHOWN_FIRST);
+    const more = groups.length - shown.length;
     return [
       el(
         "ol",
         {},
-        shown.map((verdict) => this._item(run, verdict)),
+        shown.map((group) => this._item(run, group)),
       ),
-      more > 0
-        ? el(
-            "button",
-            {
-              type: "button",
-              on: {
-                click: () => {
-                  this._all = true;
-                  this.redraw();
-                },
-              },
-            },
-            `Show ${more} more`,
-          )
-        : null,
+      this._more(more),
     ];
   }
 
-  _item(run, verdict) {
-    const { severity, kind, layer, step, until, evidence, advice, threshold, source } = verdict;
-    const over = until !== null && until !== undefined;
-    const since = over
-      ? `steps ${count(step)} to ${count(until)}, over`
-      : `since step ${count(step)}`;
+  // Verdicts that say the same of several layers are one item: the first in full, then the others' layers.
+  _item(run, [verdict, ...others]) {
+    const { severity, kind, step, until, evidence, advice, threshold, source } = verdict;
+    const known = severity in SIGNS ? severity : "info";
     return el(
       "li",
-      { class: over ? "verdict over" : "verdict" },
-      el(
-        "button",
-        {
-          type: "button",
-          class: "go",
-          title: "Show where this is seen",
-          on: { click: () => this._page.show(run, verdict) },
-        },
+      { class: isOver(verdict) ? "verdict over" : "verdict" },
+      this._go(
+        run,
+        verdict,
+        "go",
         el(
           "span",
           { class: "what" },
+          el("span", { class: `sign ${known}` }, `${SIGNS[known]} ${severity}`),
+          el("b", {}, words(kind)),
           el(
             "span",
-            { class: `sign ${severity in SIGNS ? severity : "info"}` },
-            `${SIGNS[severity] ?? "●"} ${severity}`,
+            { class: "since" },
+            isOver(verdict)
+              ? `steps ${count(step)} to ${count(until)}, over`
+              : `since step ${count(step)}`,
           ),
-          el("b", {}, words(kind)),
-          el("span", { class: "since" }, since),
         ),
-        el("code", {}, layer || "the run as a whole"),
+        el("code", {}, verdict.layer || "the run as a whole"),
       ),
       el("p", { class: "evidence" }, evidence),
+      others.length > 0 ? this._others(run, others) : null,
       el("p", { class: "advice" }, el("b", {}, "Try "), advice),
       el("details", {}, el("summary", {}, "Rule"), el("p", {}, `${threshold} (${source})`)),
     );
+  }
+
+  _others(run, others) {
+    const shown = this._all ? others : others.slice(0, OTHERS_FIRST);
+    const more = others.length - shown.length;
+    return el(
+      "p",
+      { class: "others" },
+      "Also at ",
+      shown.map((verdict) =>
+        this._go(run, verdict, "chip", el("code", {}, verdict.layer || "the run as a whole")),
+      ),
+      this._more(more),
+    );
+  }
+
+  _more(number) {
+    if (number === 0) return null;
+    const click = () => {
+      this._all = true;
+      this.redraw();
+    };
+    return el("button", { type: "button", class: "more", on: { click } }, `Show ${number} more`);
+  }
+
+  _go(run, verdict, style, ...children) {
+    const click = () => this._page.show(run, verdict);
+    const title = `${verdict.evidence}, since step ${verdict.step}: click to see it`;
+    return el("button", { type: "button", class: style, title, on: { click } }, ...children);
   }
 
   _table() {
@@ -128,4 +142,19 @@ export class Verdicts {
     }
     return rows;
   }
+}
+
+function isOver({ until }) {
+  return until !== null && until !== undefined;
+}
+
+// Verdicts that differ only in layer, step and evidence, in the order of the first of each.
+function alike(verdicts) {
+  const groups = new Map();
+  for (const verdict of verdicts) {
+    const { severity, kind, advice, threshold } = verdict;
+    const key = JSON.stringify([isOver(verdict), severity, kind, advice, threshold]);
+    groups.set(key, [...(groups.get(key) ?? []), verdict]);
+  }
+  return [...groups.values()];
 }
