@@ -1,5 +1,6 @@
 """A browser, a TensorBoard, and small runs for them to show."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,11 @@ SPECIAL = np.array([[1e-3, 0.0, 1.0], [np.nan, np.inf, 1.0], [1e-3, 1e-2, 1.0]],
 @pytest.fixture(scope="session")
 def browser():
     """Chromium. Without it these tests fail: a page that nobody looked at is not tested."""
-    with chromium() as browser:
+    with ExitStack() as stack:
+        try:
+            browser = stack.enter_context(chromium())
+        except FileNotFoundError as error:
+            pytest.fail(str(error), pytrace=False)
         yield browser
 
 
@@ -83,6 +88,15 @@ def _write_special(folder: Path) -> None:
         for step, row in enumerate(SPECIAL):
             present = np.array([True, True, step < 2])
             writer.vector(layout, step * 10, with_absent(row, present))
+        texts = ("kind", "evidence", "threshold", "source", "advice")
+        about = dict.fromkeys(texts, "dead") | {
+            "severity": "warning",
+            "quantities": ["error_signal"],
+        }
+        layers = ["a", "b", "c", *(f"gone.{number}" for number in range(9))]
+        found = [about | {"layer": layer, "step": 20, "until": None} for layer in layers]
+        found.append(about | {"layer": "a", "step": 0, "until": 10, "severity": "info"})
+        writer.record("verdicts", 20, list(enumerate(found)))
 
 
 def _write_long(folder: Path) -> None:

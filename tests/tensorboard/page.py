@@ -29,7 +29,7 @@ def chromium():
     with sync_playwright() as playwright:
         found = next(filter(None, map(shutil.which, names)), playwright.chromium.executable_path)
         if not Path(found).exists():
-            raise RuntimeError(
+            raise FileNotFoundError(
                 "expected chromium on PATH, got none; apt-get install chromium (or playwright "
                 "install chromium), or leave its tests out: "
                 "make test ARGS='-m \"not slow and not browser\"'"

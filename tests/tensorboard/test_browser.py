@@ -142,6 +142,19 @@ def test_a_verdict_leads_to_where_it_is_seen(tab):
     assert "pointed" in tab.frame.get_attribute("#heatmap", "class")
 
 
+def test_like_verdicts_of_several_layers_are_one_item(tab):
+    tab.open(run="special")
+    assert tab.text(".verdict .others").startswith("Also at")
+    assert len(tab.frame.query_selector_all(".verdict")) == 2
+    assert len(tab.frame.query_selector_all(".others .chip")) == 8
+    tab.click(".others .more")
+    assert len(tab.frame.query_selector_all(".others .chip")) == 11
+    tab.click(".others .chip >> nth=1")
+    assert tab.text("#lines .key") == "c"
+    assert tab.text("#profile output") == "step 20"
+    assert "steps 0 to 10, over" in tab.text(".verdict.over")
+
+
 def test_two_runs_are_compared(tab, logdir):
     tab.open(run="sick", compare="sound")
     assert tab.text("#heatmap .panels h3 >> nth=1") == "sound"
@@ -183,7 +196,7 @@ def test_a_run_that_grows_is_seen_after_a_reload(tab, logdir):
         assert tab.text("#profile output") == "step 1"
 
 
-def test_names_are_filtered_and_grouped(tab):
+def test_names_are_filtered_and_grouped(tab, logdir):
     tab.open(run="sick", filter="1.0, 12")
     assert tab.frame.get_attribute(".panel", "aria-label").endswith("3 rows, 16 samples")
     tab.set("#choose-filter", "*.0")
@@ -195,7 +208,12 @@ def test_names_are_filtered_and_grouped(tab):
     assert " 26 rows" in tab.frame.get_attribute(".panel", "aria-label")
     tab.set("#choose-group", "1")
     assert " 13 rows" in tab.frame.get_attribute(".panel", "aria-label")
-    assert "2 in it" in tab.hover(*tab.cell(0, 13, 0.5))
+    both = read(logdir / "sick").vectors["gradient_norm"].values[30, :2]
+    for extreme in ("max", "min"):
+        tab.set("#heatmap select", extreme)
+        said = tab.hover(*tab.cell(0, 13, 30.5 / 60))
+        assert said.startswith("0 (2 in it), step 30")
+        assert number(said) == getattr(both, extreme)()
 
 
 def test_a_link_leads_back(tab, fresh):
