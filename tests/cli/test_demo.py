@@ -66,6 +66,14 @@ def test_the_verdict_follows_from_what_was_logged(told):
     assert f"tensorboard --logdir {log_dir}" in text.replace("\n", "")
 
 
+def test_the_report_that_it_points_to(told, capsys):
+    text, log_dir = told
+    assert f"torchbp report {log_dir} -o report.html" in text.replace("\n", "")
+    assert main(["report", str(log_dir)]) == 1
+    rows = capsys.readouterr().out.splitlines()
+    assert any(row.startswith("sigmoid") and row.endswith("vanishing") for row in rows)
+
+
 def test_checks_gradients_first(told):
     lines = told[0].splitlines()
     assert [line.split()[:2] for line in lines if " right " in line] == [

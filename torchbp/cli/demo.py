@@ -1,6 +1,9 @@
 """``torchbp demo``: deep networks that differ in one thing each; whose gradient vanishes, and what helps."""
 
 import os
+import shlex
+import shutil
+import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -83,8 +86,26 @@ def run(args: Namespace) -> int:
     finally:
         if outcomes:
             _tell(console, outcomes)
-            console.print(f"\nLook at the curves:  tensorboard --logdir {log_dir}", soft_wrap=True)
+            _point(console, log_dir)
     return 0
+
+
+def _point(console, log_dir: Path) -> None:  # noqa: ANN001
+    """Say where what was logged can be seen, in commands that work where this one did."""
+    folder = shlex.quote(str(log_dir))
+    see = f'{_beside("tensorboard")} --logdir {folder}   (the tab "Grad flow")'
+    keep = f"{_beside('torchbp')} report {folder} -o report.html"
+    console.print(f"\nsee it:   {see}\nkeep it:  {keep}", soft_wrap=True, markup=False)
+
+
+def _beside(name: str) -> str:
+    """Return the command ``name`` of this environment, as a path unless the shell finds it."""
+    here = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if not here.exists() or (found and Path(found).resolve() == here.resolve()):
+        return name
+    inside = here.is_relative_to(Path.cwd())
+    return shlex.quote(str(here.relative_to(Path.cwd()) if inside else here))
 
 
 def _claim(log_dir: Path) -> None:
