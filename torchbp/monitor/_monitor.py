@@ -353,6 +353,7 @@ def watch(
         optimizers = [optimizer]
     else:
         optimizers = list(optimizer)
+    optimizers = [_inner(optimizer) for optimizer in optimizers]
     if isinstance(layers, str):
         layers = [layers]
     Catalogue(model, layers)  # refuses before anything is written
@@ -362,6 +363,13 @@ def watch(
     return Monitor(
         model, optimizers, journal, every=every, sample_every=sample_every, layers=layers
     )
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that steps: Lightning's and accelerate's wrap one."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _open(log_dir: str | Path | None, writer: Any) -> Any:

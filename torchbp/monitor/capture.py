@@ -72,6 +72,7 @@ class Capture:
         self._every, self._sample_every, self._listens = every, sample_every, listens
         self._optimizers: set[int] = set()
         self._closure = False  # whether a step that runs backward itself is under way
+        self._looks = 0  # how many of its backwards have ended
         self._before: list[Group] = []  # parameters before the step
         self._ended: Row | None = None  # without an optimizer: the backward that may be the step
         self._meter = Meter(catalogue)
@@ -107,7 +108,8 @@ class Capture:
     # -------------------------------------------------------------------------------- backward
     def _end_backward(self, another: bool) -> None:
         start = time.perf_counter()
-        if self._closure and self.row.backwards and another:
+        self._looks += another
+        if self._closure and self._looks > 1:
             self._listener.forget()
             return  # a closure's later look; its first one is the gradient where the step began
         self._listener.settle()
@@ -169,8 +171,7 @@ class Capture:
         start = time.perf_counter()
         self._scaler.look()
         self._closure = kwargs.get("closure") is not None or any(a is not None for a in args[1:])
-        if self._closure:
-            self.row.backwards, self.row.parameters = 0, {}
+        self._looks = 0
         found_inf = getattr(optimizer, "found_inf", None)  # fused: it skips inside the step
         if isinstance(found_inf, Tensor):
             self.row.host["found_inf"] = found_inf.clone()
@@ -180,13 +181,13 @@ class Capture:
             with torch.no_grad():
                 now = self._meter.parameters(members)
                 if not self._closure:
-                    self._measure_stepped(row, optimizer, {i for group, _ in now for i in group})
+                    self._measure_stepped(row, optimizer, now)
                 self._meter.measure(row, "weight", now)
                 self._before = [(indices, bundle.kept()) for indices, bundle in now]
         self.own_time += time.perf_counter() - start
 
-    def _measure_stepped(self, row: Row, optimizer: Optimizer, members: set[int]) -> None:
-        name = "stepped_gradient_norm"
+    def _measure_stepped(self, row: Row, optimizer: Optimizer, stepped: list[Group]) -> None:
+        name, members = "stepped_gradient_norm", {i for indices, _ in stepped for i in indices}
         others = row.parameters.pop(name, [])
         self._meter.measure(row, "stepped", self._meter.gradients(members))
         scale = getattr(optimizer, "grad_scale", None)  # fused: it unscales inside the step
@@ -205,6 +206,10 @@ class Capture:
         if row is not None and self._before:
             members = {id(p) for group in optimizer.param_groups for p in group["params"]}
             with torch.no_grad():
+                if (
+                    self._closure and self._looks == 1
+                ):  # what its one backward left was stepped with
+                    self._measure_stepped(row, optimizer, self._before)
                 pairs = zip(self._meter.parameters(members), self._before, strict=True)
                 changes = [(indices, now.minus(before)) for (indices, now), (_, before) in pairs]
             self._meter.measure(row, "update", changes)
