@@ -54,7 +54,7 @@ def tensorboard(logdir: Path, *arguments: str):
         said = []
         for line in process.stderr:
             said.append(line)
-            if found := re.search(r"http://127\.0\.0\.1:\d+/", line):
+            if found := re.search(r"http://127\.0\.0\.1:\d+/\S*", line):
                 yield found[0]
                 return
         raise RuntimeError("TensorBoard did not start:\n" + "".join(said))
@@ -73,15 +73,17 @@ class Tab:
         self.frame: Any = None
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on(
-            "console",
-            lambda m: self.errors.append(m.text) if m.type == "error" else None,
-        )
+        page.on("console", self._console)
         page.on("dialog", lambda dialog: self.errors.append(f"a dialog: {dialog.message}"))
         page.add_init_script(
             "addEventListener('securitypolicyviolation', (event) => "
             "console.error(`blocked: ${event.violatedDirective} ${event.blockedURI}`));"
         )
+
+    def _console(self, message: Any) -> None:
+        # Under a path prefix TensorBoard 2.21 looks for its own fonts without it.
+        if message.type == "error" and "/font-roboto/" not in message.location["url"]:
+            self.errors.append(message.text)
 
     def open(self, **view: object) -> "Tab":
         """Show what the address says; a page that is open already is not loaded again."""

@@ -308,8 +308,8 @@ def test_what_the_server_refuses_is_said_and_the_rest_is_shown(page, server):
     assert all("500" in error for error in tab.errors)
 
 
-def test_with_the_python_loader(page, logdir):
-    with tensorboard(logdir, "--load_fast=false") as address:
+def test_with_the_python_loader_and_a_path_prefix(page, logdir):
+    with tensorboard(logdir, "--load_fast=false", "--path_prefix=/a/b") as address:
         tab = Tab(page, address).open(run="sick")
         signals = read(logdir / "sick").vectors["error_signal"]
         assert number(tab.hover(*tab.cell(0, 13, 0.01))) == signals.values[0, 0]
