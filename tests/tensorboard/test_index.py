@@ -175,3 +175,18 @@ def test_names_that_occur_twice_keep_their_columns(tmp_path):
     index = Index(tmp_path)
     index.refresh()
     np.testing.assert_array_equal(vectors(index)["q"].read(), [[1, 2, 3], [1, 2, 3]])
+
+
+def test_several_vectors_of_one_event(tmp_path):
+    layouts = [Layout(name, "layer", ("a", "b")) for name in "pqrst"]
+    rows = [[1, 2], [3, 4], [1, 2], [0, 0], [1, 2]]  # the first are the last's bytes, too
+    with EventWriter(tmp_path) as writer:
+        for step in range(3):
+            with writer.together():
+                for layout, row in zip(layouts, rows, strict=True):
+                    writer.vector(layout, step, row)
+    index = Index(tmp_path)
+    index.refresh()
+    for layout, row in zip(layouts, rows, strict=True):
+        values = vectors(index)[layout.quantity].read()
+        np.testing.assert_array_equal(values, [row] * 3)

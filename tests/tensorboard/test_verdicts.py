@@ -6,7 +6,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata as hparams
 from torch import nn
@@ -171,6 +174,21 @@ def test_custom_scalars_names_tags_that_are_there(sick):
     assert charts["loss"] == ["loss/train", "loss/val"]
     missing = [tag for chart in charts.values() for tag in chart if tag not in tags]
     assert missing == []
+
+
+def test_tensorboard_shows_the_stock_data(sick):
+    runs = EventMultiplexer().AddRun(str(sick[1]), "sick").Reload()
+    provider = MultiplexerDataProvider(runs, "")
+
+    def tags(listing, plugin):
+        listed = listing(RequestContext(), experiment_id="", plugin_name=plugin)
+        return set(listed.get("sick", {}))
+
+    assert tags(provider.list_scalars, "scalars") == set(read(sick[1]).scalars)
+    assert "verdicts" in tags(provider.list_tensors, "text")
+    assert "layers/error_signal_log10" in tags(provider.list_tensors, "histograms")
+    assert tags(provider.list_tensors, "hparams") == {hparams.SESSION_START_INFO_TAG}
+    assert tags(provider.list_tensors, "torchbp"), "or else the tab is not active"
 
 
 def test_stock_scalars_are_few(sick):

@@ -172,12 +172,20 @@ class Index:
                     tag.drop(event.step, number)
         if any(later > number and step <= event.step for later, step in self.starts):
             return  # resumed from before this step, and an older file still grows
+        at = 0
         for value in event.summary.value:
             file.ended = False
             tag = self.tags.get(value.tag)
             if tag is None:
                 tag = self.tags[value.tag] = _described(value)
-            point = _point(tag, value, payload, place)
+            point = _point(tag, value)
+            if isinstance(point, bytes):
+                # The same bytes elsewhere in the payload are as good.
+                if payload.endswith(point):  # mostly
+                    point = place + len(payload) - len(point)
+                else:  # the values of an event stand one behind the other
+                    at = payload.find(point, at)
+                    point = place + at
             if point is not None:
                 tag.append(event.step, event.wall_time, number, point)
 
@@ -216,7 +224,8 @@ def _described(value: Any) -> Tag:
     return Tag(PLUGIN, content, array("q") if "quantity" in content else [])
 
 
-def _point(tag: Tag, value: Any, payload: bytes, place: int) -> Any:
+def _point(tag: Tag, value: Any) -> Any:
+    """Return what is kept of a value; of a vector its bytes."""
     if value.HasField("simple_value"):
         return value.simple_value if tag.plugin == "scalars" else None
     tensor = value.tensor
@@ -226,15 +235,8 @@ def _point(tag: Tag, value: Any, payload: bytes, place: int) -> Any:
         return _number(tensor)
     names = tag.content.get("names")
     if names is not None and len(tensor.tensor_content) == 4 * len(names):
-        return place + _where(tensor.tensor_content, payload)
+        return tensor.tensor_content
     return None
-
-
-def _where(content: bytes, payload: bytes) -> int:
-    """Return where ``content`` stands. Where the same bytes stand earlier, they are as good."""
-    if payload.endswith(content):  # always, but for the first event of a tag
-        return len(payload) - len(content)
-    return payload.find(content)
 
 
 def _number(tensor: Any) -> float | None:

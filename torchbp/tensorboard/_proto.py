@@ -17,6 +17,7 @@ Summary: Any = summary_pb2.Summary
 SummaryMetadata: Any = summary_pb2.SummaryMetadata
 TensorProto: Any = tensor_pb2.TensorProto
 TensorShapeProto: Any = tensor_shape_pb2.TensorShapeProto
+DATA_CLASS_SCALAR: int = summary_pb2.DATA_CLASS_SCALAR
 DATA_CLASS_TENSOR: int = summary_pb2.DATA_CLASS_TENSOR
 DT_DOUBLE: int = types_pb2.DT_DOUBLE
 DT_FLOAT: int = types_pb2.DT_FLOAT

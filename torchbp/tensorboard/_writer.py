@@ -24,6 +24,7 @@ from torchbp.tensorboard import _stock as stock
 from torchbp.tensorboard._encode import event, summary_value
 from torchbp.tensorboard._layout import PLUGIN, VERSION, Layout
 from torchbp.tensorboard._proto import (
+    DATA_CLASS_SCALAR,
     DATA_CLASS_TENSOR,
     DT_DOUBLE,
     DT_FLOAT,
@@ -133,7 +134,7 @@ class EventWriter:
             step,
             np.float32(value),
             DT_FLOAT,
-            lambda: scalars.create_summary_metadata(display_name="", description=help),
+            lambda: _number(help),
             when,
         )
 
@@ -264,6 +265,12 @@ class BorrowedWriter(EventWriter):
     def _write(self, events: Sequence[bytes]) -> None:
         for made in map(Event.FromString, events):
             self._file_writer.add_event(made, made.step, made.wall_time)
+
+
+def _number(help: str) -> Any:
+    metadata = scalars.create_summary_metadata(display_name="", description=help)
+    metadata.data_class = DATA_CLASS_SCALAR  # or Scalars does not show it
+    return metadata
 
 
 def _ours(content: bytes) -> Any:
