@@ -1,6 +1,7 @@
 """The tab's server inside a real TensorBoard: routes, hostile names, garbage, and a module that is broken."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -232,6 +233,8 @@ def test_a_run_that_grows_and_one_that_goes(tmp_path):
     writer.path.unlink()
     assert [line["run"] for line in served.ours("runs").json["runs"]] == ["b"]
     served.ours("overview", 404, run="a")
+    shutil.rmtree(tmp_path / "b")
+    served.ours("overview", 404, run="b")
 
 
 def test_many_threads(served):

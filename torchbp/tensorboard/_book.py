@@ -123,7 +123,8 @@ class Book:
 
     def page(self, run: str) -> Page | None:
         """Return the run of this name, or None. A name is looked up, it never becomes a path."""
-        if run not in self._pages:
+        page = self._pages.get(run)
+        if page is None or not page.folder.is_dir():
             self._find()
         return self._pages.get(run)
 
