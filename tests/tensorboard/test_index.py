@@ -122,7 +122,11 @@ def test_foreign_files_are_not_parsed(tmp_path, monkeypatch):
     ours.close()
     assert steps(index) == [0]
     assert index.tags["mine"].steps.tolist() == [0], "from its beginning"
+    theirs.add_scalar("mine", 2.0, 1)
     theirs.close()
+    index.refresh()
+    assert len(index.tags["mine"].steps) == 2
+    assert index.state == "finished", "ours had closed"
 
 
 @pytest.mark.parametrize(

@@ -191,10 +191,14 @@ def _table(verdicts: Sequence[Verdict]) -> str:
     )
     rows = ["| | what | where | since step | until | measured | try |", "|-|-|-|-|-|-|-|"]
     rows += [
-        f"| {v.severity} | **{v.kind}** | `{v.layer or 'the run'}` | {v.step} | "
-        f"{'' if v.until is None else v.until} | {v.evidence} | {v.advice} |"
+        f"| {v.severity} | **{v.kind}** | `{_cell(v.layer or 'the run')}` | {v.step} | "
+        f"{'' if v.until is None else v.until} | {_cell(v.evidence)} | {_cell(v.advice)} |"
         for v in worst[:_ROWS]
     ]
     if len(worst) > _ROWS:
         rows.append(f"\nand {len(worst) - _ROWS} more")
     return "\n".join(rows)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -174,10 +174,10 @@ class Index:
             return  # resumed from before this step, and an older file still grows
         at = 0
         for value in event.summary.value:
-            file.ended = False
             tag = self.tags.get(value.tag)
             if tag is None:
                 tag = self.tags[value.tag] = _described(value)
+            file.ended = file.ended and tag.plugin != PLUGIN
             point = _point(tag, value)
             if isinstance(point, bytes):
                 # The same bytes elsewhere in the payload are as good.

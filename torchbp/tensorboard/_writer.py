@@ -181,14 +181,9 @@ class EventWriter:
 
     def close(self) -> None:
         """Close the file. What was written is already on its way to the disk."""
-        if self._file.closed:
-            return
-        if self._started:  # or else nothing tells a run that has ended from one that was killed
-            stop = SessionLog(status=SessionLog.STOP)
-            with contextlib.suppress(OSError):  # a full disk
-                end = Event(wall_time=time.time(), step=self._last, session_log=stop)
-                self._write([end.SerializeToString()])
-        self._file.close()
+        if not self._file.closed:
+            self._end()
+            self._file.close()
 
     def __enter__(self) -> "EventWriter":
         return self
@@ -243,6 +238,14 @@ class EventWriter:
             self._last, _ = next(reversed(gathered))
             self._write(events)
 
+    def _end(self) -> None:
+        """Tell readers that the run has ended: one that was killed never says so."""
+        if self._started:
+            stop = SessionLog(status=SessionLog.STOP)
+            end = Event(wall_time=time.time(), step=self._last, session_log=stop)
+            with contextlib.suppress(OSError):  # a full disk
+                self._write([end.SerializeToString()])
+
     def _write(self, events: Sequence[bytes]) -> None:
         self._file.write(pack(*events))
 
@@ -260,6 +263,7 @@ class BorrowedWriter(EventWriter):
 
     def close(self) -> None:
         """Flush the user's writer."""
+        self._end()
         self._file_writer.flush()
 
     def _write(self, events: Sequence[bytes]) -> None:
