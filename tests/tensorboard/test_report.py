@@ -192,6 +192,18 @@ def test_several_runs_are_compared(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1, "the folder of both"
 
 
+def test_many_verdicts_of_a_kind_are_told_once(tmp_path, capsys):
+    many = [
+        Verdict("dead", "alert", f"blocks.{i}", i, None, f"e{i}", "r", "s", "a") for i in range(9)
+    ]
+    write(tmp_path / "run", verdicts=[*many, ALERT])
+    main(["report", str(tmp_path / "run")])
+    rows = [row.strip() for row in capsys.readouterr().out.splitlines()]
+    assert sum(row.startswith("ALERT   dead at blocks.") for row in rows) == 5
+    assert "and 4 more of dead; --json - tells all" in rows
+    assert sum(row.startswith("rule") for row in rows) == 2, "one of dead, one of vanishing"
+
+
 def test_json(tmp_path, capsys):
     write(tmp_path / "run")
     assert main(["report", str(tmp_path / "run"), "--json", "-"]) == 1

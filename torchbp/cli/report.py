@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torchbp.tensorboard._book import Book, Page
     from torchbp.tensorboard._vector import Scalar, Vector
 
+_VERDICTS_OF_A_KIND = 5
 _DESCRIPTION = """\
 What torchbp.watch(..., log_dir=RUN_DIR) wrote: its verdicts, and how the error signal of each layer
 went. Reads runs that are still going, were killed or were cut off. RUN_DIR is the folder of a run or
@@ -181,19 +182,28 @@ def _verdicts(overview: dict[str, Any], width: int) -> Iterator[str]:
         )
     elif not overview["verdicts"]:
         yield "  nothing is wrong"
+    groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for v in overview["verdicts"] or ():
-        until = "" if v["until"] is None else f" until step {v['until']}"
-        where = f" at {_plain(v['layer'])}" if v["layer"] else ""
-        yield f"  {v['severity'].upper():8}{_plain(v['kind'])}{where} since step {v['step']}{until}"
-        if v["until"] is None:
-            for name, text in (
-                ("measured", v["evidence"]),
-                ("rule", f"{v['threshold']} ({v['source']})"),
-                ("try", v["advice"]),
-            ):
-                yield textwrap.fill(
-                    _plain(text), width, initial_indent=f"    {name:10}", subsequent_indent=" " * 14
-                )
+        groups.setdefault((v["kind"], v["until"] is None), []).append(v)
+    for (kind, stands), group in groups.items():
+        for v in group[:_VERDICTS_OF_A_KIND]:
+            until = "" if stands else f" until step {v['until']}"
+            where = f" at {_plain(v['layer'])}" if v["layer"] else ""
+            yield f"  {v['severity'].upper():8}{_plain(kind)}{where} since step {v['step']}{until}"
+            if stands:
+                yield _paragraph("measured", v["evidence"], width)
+        if len(group) > _VERDICTS_OF_A_KIND:
+            rest = len(group) - _VERDICTS_OF_A_KIND
+            yield f"    and {rest} more of {_plain(kind)}; --json - tells all"
+        if stands:
+            yield _paragraph("rule", f"{group[0]['threshold']} ({group[0]['source']})", width)
+            yield _paragraph("try", group[0]["advice"], width)
+
+
+def _paragraph(head: str, text: str, width: int) -> str:
+    return textwrap.fill(
+        _plain(text), width, initial_indent=f"    {head:10}", subsequent_indent=" " * 14
+    )
 
 
 def _layers(page: "Page", overview: dict[str, Any], width: int, most: int) -> Iterator[str]:
