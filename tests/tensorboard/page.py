@@ -138,21 +138,22 @@ class Tab:
         """The text that is seen of an element."""
         return self.frame.inner_text(selector)
 
-    def colours(self, selector: str) -> dict[tuple[int, ...], int]:
-        """How often each opaque colour stands in a canvas."""
+    def colours(self, selector: str, alpha: int = 255) -> dict[tuple[int, ...], int]:
+        """How often each colour of an opacity stands in a canvas."""
         counts = self.frame.eval_on_selector(
             selector,
-            """(canvas) => {
+            """(canvas, alpha) => {
               const {width, height} = canvas;
               const {data} = canvas.getContext("2d").getImageData(0, 0, width, height);
               const counts = {};
               for (let at = 0; at < data.length; at += 4) {
-                if (data[at + 3] !== 255) continue;
+                if (data[at + 3] !== alpha) continue;
                 const colour = [data[at], data[at + 1], data[at + 2]].join();
                 counts[colour] = (counts[colour] ?? 0) + 1;
               }
               return counts;
             }""",
+            alpha,
         )
         return {tuple(map(int, colour.split(","))): n for colour, n in counts.items()}
 

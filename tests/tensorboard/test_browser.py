@@ -33,6 +33,7 @@ def test_every_view_is_drawn(tab):
     updates = tab.colours("#updates canvas")
     assert updates[RUN_A] > 100
     assert updates[ZONE_LINE] > 50
+    assert sum(tab.colours("#updates canvas", alpha=26).values()) > 1000  # the healthy zone
     assert tab.colours("#losses canvas")[RUN_A] > 100
     assert tab.colours("#noise canvas")[RUN_A] > 20
     for card in CARDS:
@@ -295,6 +296,7 @@ def test_without_a_run_the_page_says_what_to_do(fresh):
     fresh.open()
     assert "torchbp.watch(model, optimizer, log_dir=" in fresh.text(".empty")
     assert "some/where" in fresh.text(".empty")
+    assert fresh.frame.is_visible(".empty")
     assert not fresh.frame.is_visible(".board")
 
 

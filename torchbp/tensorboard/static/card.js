@@ -8,7 +8,8 @@ export class Card {
    * `name` is its id and the name of exported files. `table()` gives the rows of its CSV file, `picture()`
    * a canvas; either may be missing.
    */
-  constructor(name, title, { table, picture } = {}) {
+  constructor(page, name, title, { table, picture } = {}) {
+    this._page = page;
     this.name = name;
     this._title = el("h2", {}, title);
     this._note = el("span", { class: "note" });
@@ -52,13 +53,27 @@ export class Card {
     this.element.classList.add("pointed");
   }
 
+  // A picture says by itself what it shows, and has a ground, where a canvas is clear.
   _picture(canvas) {
-    // A canvas is clear where nothing is drawn: a picture gets the card as its ground.
-    const picture = el("canvas", { width: canvas.width, height: canvas.height });
+    const ratio = devicePixelRatio;
+    const [edge, head] = [14 * ratio, 48 * ratio];
+    const picture = el("canvas", {
+      width: canvas.width + 2 * edge,
+      height: canvas.height + head + edge,
+    });
     const context = picture.getContext("2d");
     context.fillStyle = ink("--card");
     context.fillRect(0, 0, picture.width, picture.height);
-    context.drawImage(canvas, 0, 0);
+    const write = (text, y, colour, weight) => {
+      context.fillStyle = ink(colour);
+      context.font = `${weight} ${13 * ratio}px system-ui, sans-serif`;
+      context.fillText(text, edge, y * ratio, canvas.width);
+    };
+    const note = this._note.textContent;
+    const runs = this._page.runs.map(({ name }) => name).join(" and ");
+    write(this._title.textContent, 20, "--text", 600);
+    write([runs, note].filter(Boolean).join(", "), 38, "--muted", 400);
+    context.drawImage(canvas, edge, head);
     picture.toBlob((blob) => save(`${this.name}.png`, blob));
   }
 }

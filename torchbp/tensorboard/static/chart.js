@@ -1,8 +1,11 @@
 // A line chart: uPlot, with axes, tooltip and colours as everywhere on this page.
 
-import { css, INF, NAN, ZERO } from "./colour.js";
+import { css, fade, INF, NAN, ZERO } from "./colour.js";
 import { el, ink, onWidth } from "./dom.js";
 import { count, exact, logTick, short } from "./format.js";
+import { legendEntry, withLegend } from "./legend.js";
+import { rule } from "./paint.js";
+import { decades, markOf, nearest, within } from "./series.js";
 
 const MARKS = { zero: css(ZERO), nan: css(NAN), inf: css(INF) };
 
@@ -28,8 +31,12 @@ export class Chart {
     });
   }
 
-  get canvas() {
-    return this._box.querySelector("canvas");
+  /** The chart with its legend, and `more` rows of it, on a canvas of its own. */
+  picture(more = []) {
+    return withLegend(this._box.querySelector("canvas"), [
+      ...more,
+      ...(this._drawing.legend ?? []),
+    ]);
   }
 
   /**
@@ -302,93 +309,7 @@ export class Chart {
   }
 }
 
-// The edges of a band end at the edges of the chart.
-function within(values, [low, high]) {
-  return values.map((value) => {
-    if (value === undefined || Number.isNaN(value)) return value === undefined ? undefined : null;
-    return Math.min(Math.max(value, low), high);
-  });
-}
-
-function legendEntry({ name, colour, dash, kind }) {
-  const swatch = el("i", { class: `swatch ${kind ?? (dash ? "dashed" : "line")}` });
-  if (colour) swatch.style.setProperty("--colour", colour);
-  return el("span", {}, swatch, name);
-}
-
-/** What a value is that a (logarithmic) axis has no place for: "zero", "inf", "nan"; else "". */
-function markOf(value, logarithm) {
-  if (value === undefined) return "";
-  if (Number.isNaN(value)) return "nan";
-  if (!Number.isFinite(value)) return "inf";
-  return logarithm && value === 0 ? "zero" : "";
-}
-
 // Where a value stands; at the edge if it is beyond it.
 function level({ valToPos, bbox }, value) {
   return Math.min(Math.max(valToPos(value, "y", true), bbox.top), bbox.top + bbox.height);
-}
-
-function rule(ctx, from, to, colour, dash = []) {
-  ctx.strokeStyle = colour;
-  ctx.lineWidth = devicePixelRatio;
-  ctx.setLineDash(dash);
-  ctx.beginPath();
-  ctx.moveTo(...from);
-  ctx.lineTo(...to);
-  ctx.stroke();
-}
-
-// Series of two runs stand on shared x: where one has no sample, its nearest one is meant.
-function nearest(values, index) {
-  for (let far = 0; far < values.length; far++) {
-    for (const at of [index - far, index + far]) {
-      if (at >= 0 && at < values.length && values[at] !== undefined) return at;
-    }
-  }
-  return null;
-}
-
-// Ticks of a logarithmic axis: at most some seven, at whole decades; within one, at 1, 2, 5 times it.
-function decades(low, high) {
-  const [from, to] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
-  const every = [1, 2, 3, 5, 10, 20].find((step) => (to - from) / step <= 7) ?? 20;
-  const ticks = [];
-  for (let exponent = Math.ceil(from / every) * every; exponent <= to; exponent += every) {
-    for (const factor of to - from <= 2 ? [1, 2, 5] : [1]) {
-      const tick = Number(`${factor}e${exponent}`);
-      if (tick >= low && tick <= high) ticks.push(tick);
-    }
-  }
-  return ticks;
-}
-
-/** `#rrggbb` with an opacity. */
-export function fade(colour, opacity) {
-  const part = (at) => Number.parseInt(colour.slice(at, at + 2), 16);
-  return `rgba(${part(1)}, ${part(3)}, ${part(5)}, ${opacity})`;
-}
-
-/**
- * Several lines on one x axis: `{x, series}` of `[{x, ...series}]`. Where a line has no sample it is
- * undefined, which is no gap.
- */
-export function together(lines) {
-  const x = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
-  const places = new Map(x.map((at, index) => [at, index]));
-  const spread = (line, values) => {
-    if (!values) return values;
-    const out = new Array(x.length).fill(undefined);
-    values.forEach((value, index) => {
-      out[places.get(line.x[index])] = value;
-    });
-    return out;
-  };
-  const series = lines.map((line) => ({
-    ...line,
-    values: spread(line, line.values),
-    low: spread(line, line.low),
-    high: spread(line, line.high),
-  }));
-  return { x, series };
 }

@@ -93,3 +93,18 @@ export class Scale {
     );
   }
 }
+
+/** `#rrggbb` with an opacity. */
+export function fade(colour, opacity) {
+  const part = (at) => Number.parseInt(colour.slice(at, at + 2), 16);
+  return `rgba(${part(1)}, ${part(3)}, ${part(5)}, ${opacity})`;
+}
+
+/** The colour of a code; "" for none. */
+export function colourOf(code) {
+  if (code === CODE_NONE) return "";
+  if (code === CODE_ZERO) return css(ZERO);
+  if (code === CODE_INF) return css(INF);
+  if (code === CODE_NAN) return css(NAN);
+  return css(viridis((code - CODE_LOWEST) / LEVELS));
+}

@@ -1,9 +1,10 @@
 // Heat map: layers × steps, one panel a run, on one colour scale.
 
 import { Card } from "./card.js";
-import { css, INF, NAN, Scale, viridis, ZERO } from "./colour.js";
+import { colourOf, Scale } from "./colour.js";
+import { drawColourBar } from "./colourbar.js";
 import { el, ink, onWidth } from "./dom.js";
-import { count, exact, logTick, percent, short, words } from "./format.js";
+import { count, exact, words } from "./format.js";
 import { Grid } from "./grid.js";
 import { MOST_LINES } from "./lines.js";
 import { Panel } from "./panel.js";
@@ -18,7 +19,7 @@ export class HeatMap {
 
   constructor(page) {
     this._page = page;
-    this.card = new Card("heatmap", "Heat map", {
+    this.card = new Card(page, "heatmap", "Heat map", {
       table: () => this._table(),
       picture: () => this._image(),
     });
@@ -45,7 +46,6 @@ export class HeatMap {
     );
     this.card.controls.append(this._extreme, this._whole);
     this._panels = [];
-    this._heads = [];
     this._box = el("div", { class: "panels" });
     this._legend = el("canvas", { class: "legend" });
     this._spoken = el("p", { class: "spoken", "aria-live": "polite" });
@@ -233,31 +233,26 @@ export class HeatMap {
     this._legend.style.height = "38px";
     const context = this._legend.getContext("2d");
     context.scale(devicePixelRatio, devicePixelRatio);
-    drawLegend(context, this._scale, width);
+    drawColourBar(context, this._scale, width);
   }
 
+  // The panels side by side, with the names of the runs if there are two, and the legend.
   _image() {
     const canvases = this._panels.filter(({ box }) => !box.hidden).map(({ panel }) => panel.canvas);
     const ratio = devicePixelRatio;
-    const head = 44 * ratio;
-    const gap = 16 * ratio;
+    const [gap, head] = [16 * ratio, canvases.length > 1 ? 24 * ratio : 0];
     const width = canvases.reduce((sum, canvas) => sum + canvas.width + gap, -gap);
-    const height =
-      head + Math.max(...canvases.map((canvas) => canvas.height)) + this._legend.height;
-    const out = el("canvas", { width: width + 2 * gap, height: height + gap });
+    const height = head + canvases[0].height + gap + this._legend.height;
+    const out = el("canvas", { width, height });
     const context = out.getContext("2d");
-    context.fillStyle = ink("--card");
-    context.fillRect(0, 0, out.width, out.height);
-    let x = gap;
+    context.fillStyle = ink("--text");
+    context.font = `600 ${12 * ratio}px system-ui, sans-serif`;
     canvases.forEach((canvas, index) => {
-      context.fillStyle = ink("--text");
-      context.font = `600 ${13 * ratio}px system-ui, sans-serif`;
-      const { run, quantity } = this._shown[index];
-      context.fillText(`${run.name}: ${quantity.title}`, x, 26 * ratio, canvas.width);
+      const x = index * (canvas.width + gap);
+      if (head) context.fillText(this._shown[index].run.name, x, 14 * ratio, canvas.width);
       context.drawImage(canvas, x, head);
-      x += canvas.width + gap;
     });
-    context.drawImage(this._legend, gap, height - this._legend.height);
+    context.drawImage(this._legend, 0, height - this._legend.height);
     return out;
   }
 
@@ -282,67 +277,4 @@ export class HeatMap {
     }
     return rows;
   }
-}
-
-function colourOf(code) {
-  if (code === 0) return "";
-  if (code === 1) return css(ZERO);
-  if (code === 256) return css(INF);
-  if (code === 257) return css(NAN);
-  return css(viridis((code - 2) / 253));
-}
-
-// The colour bar with its ticks, and what has a colour of its own.
-function drawLegend(context, scale, width) {
-  const own = [
-    ["not measured", null],
-    ["NaN", NAN],
-    ["inf", INF],
-    ...(scale.logarithm ? [["0", ZERO]] : []),
-  ];
-  context.font = "11px system-ui, sans-serif";
-  context.textBaseline = "middle";
-  const left = 20;
-  const bar = Math.max(width - 320, 120);
-  for (let x = 0; x < bar; x++) {
-    context.fillStyle = css(viridis(x / (bar - 1)));
-    context.fillRect(left + x, 6, 1, 10);
-  }
-  context.fillStyle = ink("--muted");
-  context.textAlign = "center";
-  for (const [share, label] of ticksOf(scale, bar / 60)) {
-    context.fillRect(Math.round(left + share * bar), 16, 1, 3);
-    context.fillText(label, left + share * bar, 27);
-  }
-  context.textAlign = "left";
-  let x = left + bar + 28;
-  for (const [label, colour] of own.reverse()) {
-    context.fillStyle = colour ? css(colour) : ink("--grid");
-    if (colour) context.fillRect(x, 6, 12, 10);
-    else {
-      context.strokeStyle = ink("--muted");
-      context.strokeRect(x + 0.5, 6.5, 11, 9);
-      context.beginPath();
-      context.moveTo(x + 2, 15);
-      context.lineTo(x + 10, 7);
-      context.stroke();
-    }
-    context.fillStyle = ink("--muted");
-    context.fillText(label, x + 17, 11.5);
-    x += 17 + context.measureText(label).width + 18;
-  }
-}
-
-function ticksOf({ logarithm, low, high }, most) {
-  if (!logarithm) {
-    const label = low === 0 && high === 1 ? percent : short;
-    return [0, 0.25, 0.5, 0.75, 1].map((share) => [share, label(low + share * (high - low))]);
-  }
-  const [from, to] = [Math.round(Math.log10(low)), Math.round(Math.log10(high))];
-  const every = Math.max(1, Math.ceil((to - from) / most));
-  const ticks = [];
-  for (let exponent = from; exponent <= to; exponent += every) {
-    ticks.push([(exponent - from) / (to - from), logTick(Number(`1e${exponent}`))]);
-  }
-  return ticks;
 }

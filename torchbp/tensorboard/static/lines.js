@@ -1,11 +1,12 @@
 // Lines: the chosen layers over time, each with the band between its smallest and largest value.
 
 import { Card } from "./card.js";
-import { Chart, together } from "./chart.js";
+import { Chart } from "./chart.js";
 import { el, ink } from "./dom.js";
 import { clip, words } from "./format.js";
 import { layerOf } from "./rows.js";
 import { COARSE } from "./run.js";
+import { together } from "./series.js";
 
 export const MOST_LINES = 8;
 
@@ -15,9 +16,10 @@ export class Lines {
 
   constructor(page) {
     this._page = page;
-    this.card = new Card("lines", "Chosen layers", {
+    this.card = new Card(page, "lines", "Chosen layers", {
       table: () => this._table(),
-      picture: () => this._chart.canvas,
+      picture: () =>
+        this._chart.picture(page.chosen.map(({ layer, colour }) => ({ name: layer, colour }))),
     });
     this._key = el("div", { class: "key" });
     this.card.body.append(this._key);

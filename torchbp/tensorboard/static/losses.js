@@ -1,10 +1,11 @@
 // Losses with the gap between training and validation; or any other number of the run.
 
 import { Card } from "./card.js";
-import { Chart, together } from "./chart.js";
+import { Chart } from "./chart.js";
 import { el } from "./dom.js";
 import { count, percent, words } from "./format.js";
 import { COARSE } from "./run.js";
+import { together } from "./series.js";
 
 const LOSSES = ["loss/train", "loss/val"];
 
@@ -14,9 +15,9 @@ export class Losses {
 
   constructor(page) {
     this._page = page;
-    this.card = new Card("losses", "Losses", {
+    this.card = new Card(page, "losses", "Losses", {
       table: () => this._table(),
-      picture: () => this._chart.canvas,
+      picture: () => this._chart.picture(),
     });
     this._choice = el("select", {
       "aria-label": "number of the run",

@@ -1,8 +1,9 @@
 // Gradient noise scale with its interval, against the batch size in use.
 
 import { Card } from "./card.js";
-import { Chart, together } from "./chart.js";
+import { Chart } from "./chart.js";
 import { COARSE } from "./run.js";
+import { together } from "./series.js";
 
 export class Noise {
   keys = new Set(["run", "compare", "first", "last"]);
@@ -10,9 +11,9 @@ export class Noise {
 
   constructor(page) {
     this._page = page;
-    this.card = new Card("noise", "Gradient noise scale", {
+    this.card = new Card(page, "noise", "Gradient noise scale", {
       table: () => this._table(),
-      picture: () => this._chart.canvas,
+      picture: () => this._chart.picture(),
     });
     this.card.title("Gradient noise scale", "with its 90 % interval");
     this._chart = new Chart(this.card.body, page.tooltip, {

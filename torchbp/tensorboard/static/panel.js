@@ -1,13 +1,12 @@
 // The heat map of one run on a canvas: cells, axes, and above them what is pointed at and selected.
 
-import { pixels } from "./colour.js";
+import { cellPicture } from "./cells.js";
 import { el, ink, oncePerFrame } from "./dom.js";
 import { clip, count } from "./format.js";
-import { winner } from "./grid.js";
+import { hatch, niceSteps, rule } from "./paint.js";
 
 const BOTTOM = 24;
 const FONT = "11px system-ui, sans-serif";
-const COLOURS = pixels();
 
 export class Panel {
   /**
@@ -48,7 +47,7 @@ export class Panel {
       canvas.style.height = `${height}px`;
     }
     this._measure();
-    this._cells();
+    this._picture = cellPicture(drawing, this._width, this._height);
     this._axes();
     this._overlayNow();
   }
@@ -85,55 +84,6 @@ export class Panel {
     return (row - this._drawing.top) * this._rowHeight;
   }
 
-  _cells() {
-    const { grid, codes, top, bottom, first } = this._drawing;
-    const ratio = devicePixelRatio;
-    const [wide, high] = [this._width, this._height].map((size) =>
-      Math.max(1, Math.round(size * ratio)),
-    );
-    const image = new ImageData(wide, high);
-    const colours = new Uint32Array(image.data.buffer);
-    const rows = bottom - top + 1;
-    const gap = high / rows >= 12 * ratio ? ratio : 0;
-    const ranges = new Int32Array(2 * high);
-    for (let y = 0; y < high; y++) {
-      ranges[2 * y] = top + Math.floor((y * rows) / high);
-      ranges[2 * y + 1] = Math.max(top + Math.ceil(((y + 1) * rows) / high) - 1, ranges[2 * y]);
-    }
-    const perPixel = 1 / (this._stepWidth * ratio);
-    const columnCodes = new Uint16Array(grid.rows.length);
-    let from = 0;
-    for (let x = 0; x < wide; x++) {
-      const [begin, end] = [first + x * perPixel, first + (x + 1) * perPixel];
-      while (from < grid.columns && grid.edge(from + 1) <= begin) from++;
-      if (from >= grid.columns) break;
-      if (grid.edge(from) >= end) continue;
-      this._merge(columnCodes, codes, from, end);
-      for (let y = 0; y < high; y++) {
-        let code = columnCodes[ranges[2 * y]];
-        for (let row = ranges[2 * y] + 1; row <= ranges[2 * y + 1]; row++) {
-          code = gap ? code : winner(code, columnCodes[row], grid.extreme);
-        }
-        const line = gap && (((y + 1) * rows) / high) % 1 < (gap * rows) / high;
-        if (!line) colours[y * wide + x] = COLOURS[code];
-      }
-    }
-    this._picture = new OffscreenCanvas(wide, high);
-    this._picture.getContext("2d").putImageData(image, 0, 0);
-  }
-
-  // The codes of all rows in the columns that one pixel holds.
-  _merge(into, codes, from, end) {
-    const { grid } = this._drawing;
-    const rows = grid.rows.length;
-    into.set(codes.subarray(from * rows, (from + 1) * rows));
-    for (let column = from + 1; column < grid.columns && grid.edge(column) < end; column++) {
-      for (let row = 0; row < rows; row++) {
-        into[row] = winner(into[row], codes[column * rows + row], grid.extreme);
-      }
-    }
-  }
-
   _axes() {
     const { first, last, width, height } = this._drawing;
     const context = this.canvas.getContext("2d");
@@ -148,13 +98,9 @@ export class Panel {
     this._rowLabels(context);
     context.textAlign = "center";
     context.fillStyle = ink("--muted");
-    context.strokeStyle = ink("--grid");
     for (const step of niceSteps(first, last, this._width / 80)) {
       const x = Math.round(this._x(step)) + 0.5;
-      context.beginPath();
-      context.moveTo(x, this._height);
-      context.lineTo(x, this._height + 4);
-      context.stroke();
+      rule(context, [x, this._height], [x, this._height + 4], ink("--grid"), [], 1);
       const half = context.measureText(count(step)).width / 2;
       context.fillText(count(step), Math.min(Math.max(x, half), width - half), this._height + 14);
     }
@@ -196,10 +142,8 @@ export class Panel {
     const right = this._left + this._width;
     const inside = (x) => Math.min(Math.max(x, this._left), right);
     if (marker !== null && this._x(marker) >= this._left && this._x(marker) <= right) {
-      context.strokeStyle = ink("--marker");
-      context.lineWidth = 1;
       const x = Math.round(this._x(marker)) + 0.5;
-      line(context, x, 0, x, this._height);
+      rule(context, [x, 0], [x, this._height], ink("--marker"), [], 1);
     }
     if (this._cursor) {
       const { row, column } = this._cursor;
@@ -326,32 +270,4 @@ export class Panel {
     else return;
     event.preventDefault();
   }
-}
-
-function line(context, x0, y0, x1, y1) {
-  context.beginPath();
-  context.moveTo(x0, y0);
-  context.lineTo(x1, y1);
-  context.stroke();
-}
-
-// The ground on which cells stand: what is seen of it wasn't measured.
-function hatch(context, x, y, width, height) {
-  context.save();
-  context.beginPath();
-  context.rect(x, y, width, height);
-  context.clip();
-  context.strokeStyle = ink("--grid");
-  context.lineWidth = 1;
-  for (let at = x - height; at < x + width; at += 7) line(context, at, y + height, at + height, y);
-  context.restore();
-}
-
-function niceSteps(first, last, most) {
-  const rough = (last - first) / Math.max(most, 1);
-  const size = 10 ** Math.floor(Math.log10(Math.max(rough, 1)));
-  const every = [1, 2, 5, 10].map((factor) => factor * size).find((step) => step >= rough) ?? size;
-  const steps = [];
-  for (let step = Math.ceil(first / every) * every; step <= last; step += every) steps.push(step);
-  return steps;
 }

@@ -16,9 +16,9 @@ export class Profile {
 
   constructor(page) {
     this._page = page;
-    this.card = new Card("profile", "Profile over depth", {
+    this.card = new Card(page, "profile", "Profile over depth", {
       table: () => this._table(),
-      picture: () => this._chart.canvas,
+      picture: () => this._chart.picture(),
     });
     this._slider = el("input", {
       type: "range",

@@ -1,9 +1,10 @@
 // Update-to-weight ratio: how the parameters are spread, against the zone of healthy training.
 
 import { Card } from "./card.js";
-import { Chart, together } from "./chart.js";
+import { Chart } from "./chart.js";
 import { passes } from "./rows.js";
 import { COARSE } from "./run.js";
+import { together } from "./series.js";
 
 const RATIO = "update_ratio";
 const ZONE = [10 ** -4.5, 1e-1]; // below it hardly anything is learned, above it weights are thrown about
@@ -15,9 +16,9 @@ export class Updates {
 
   constructor(page) {
     this._page = page;
-    this.card = new Card("updates", "Update-to-weight ratio", {
+    this.card = new Card(page, "updates", "Update-to-weight ratio", {
       table: () => this._table(),
-      picture: () => this._chart.canvas,
+      picture: () => this._chart.picture(),
     });
     this.card.title("Update-to-weight ratio", "over all parameters");
     this._chart = new Chart(this.card.body, page.tooltip, {

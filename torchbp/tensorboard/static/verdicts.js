@@ -16,7 +16,7 @@ export class Verdicts {
     this._page = page;
     this._all = false;
     this._list = el("div", { class: "verdicts" });
-    this.card = new Card("verdicts", "Verdicts", { table: () => this._table() });
+    this.card = new Card(page, "verdicts", "Verdicts", { table: () => this._table() });
     this.card.body.append(this._list);
   }
 
