@@ -88,6 +88,7 @@ def test_nothing_is_loaded_and_only_our_scripts_run(tmp_path):
     scripts = re.findall(r"<script(?: type=\"module\")?>(.*?)</script>", page, re.DOTALL)
     styles = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
     assert (len(scripts), len(styles)) == (2, 2)
+    assert "The MIT License" in scripts[0], "uPlot's own"
     for kind, texts in (("script-src", scripts), ("style-src", styles)):
         hashes = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in texts]
         assert parts[kind] == " ".join(f"'sha256-{h}'" for h in hashes)

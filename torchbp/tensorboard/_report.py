@@ -66,8 +66,9 @@ def report(pages: Sequence[Page], folder: str) -> str:
         folder: What the report calls the place they are from.
     """
     styles = [(_STATIC / name).read_text("utf-8") for name in ("uPlot.min.css", "style.css")]
+    licence = (_STATIC / "uPlot.LICENSE").read_text("utf-8")
     scripts = [
-        ("", (_STATIC / "uPlot.iife.min.js").read_text("utf-8")),
+        ("", f"/*\n{licence}*/\n{(_STATIC / 'uPlot.iife.min.js').read_text('utf-8')}"),
         (' type="module"', bundle(_STATIC / "report.js")),
     ]
     policy = (
