@@ -74,7 +74,7 @@ def server() -> tuple[float, float]:
     """Return resident bytes and processor seconds of the TensorBoard that this process has started."""
     tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
     parents, usage = {}, {}
-    for entry in Path("/proc").iterdir():
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
             command = (entry / "cmdline").read_bytes().split(b"\0")[:3]
