@@ -148,8 +148,10 @@ export class Page {
         if (stale(view)) await view.update();
         else if ([...view.redraws].some((key) => changed.has(key))) view.redraw();
       } catch (error) {
-        view.card.say(`This view failed: ${error.message}`);
-        if (!(error instanceof Error) || error.name !== "Error") console.error(error);
+        // A source says what is wrong in a sentence; anything else is a fault of ours.
+        const expected = error.constructor === Error;
+        view.card.say(expected ? error.message : `This view failed: ${error.message}`);
+        if (!expected) console.error(error);
       }
     }
   }

@@ -1,6 +1,7 @@
 // The page as a report: one file that holds the data, opened from a disk or a mail.
 
 import { el } from "./dom.js";
+import { words } from "./format.js";
 import { start, worstFirst } from "./page.js";
 import { ReportSource } from "./source.js";
 
@@ -28,6 +29,11 @@ async function open() {
     follow();
     page.redraw();
   });
+  const leftOut = [...new Set(Object.values(data.left_out).flat())].map(words);
+  if (leftOut.length > 0) {
+    const note = `left out for the size of the file: ${leftOut.join(", ")}`;
+    page.controls.extra.append(el("span", { class: "muted left-out", title: note }, note));
+  }
   const made = new Date(data.made * 1000).toLocaleString();
   page.controls.extra.append(el("span", { class: "muted" }, `made ${made}`), button);
   dark.addEventListener("change", () => {
