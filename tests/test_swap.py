@@ -233,3 +233,23 @@ def test_networks_train_to_the_same_losses(build):
     plain, converted = map(torch.tensor, losses)
     assert plain[-1] < plain[0]
     torch.testing.assert_close(converted, plain, rtol=0, atol=1e-5)
+
+
+def test_converted_networks_are_traced_by_fx_as_torchs_are():
+    """The same graph, layer for layer, and a model that can be reverted still."""
+
+    class Recurrent(nn.Sequential):
+        def forward(self, x):
+            return self[2](self[1](self[0](x))[0])
+
+    for build in (
+        cnn,
+        Tagger,
+        lambda: Recurrent(nn.Linear(3, 3), nn.GRU(3, 4, batch_first=True), nn.Dropout()),
+    ):
+        model = build()
+        plain = torch.fx.symbolic_trace(model)
+        traced = torch.fx.symbolic_trace(torchbp.convert(model))
+        assert [str(n) for n in traced.graph.nodes] == [str(n) for n in plain.graph.nodes]
+        kinds = [type(m) for m in torchbp.revert(traced).modules()]
+        assert [k.__module__ for k in kinds if k.__module__.startswith("torchbp")] == []

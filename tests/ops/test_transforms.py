@@ -200,6 +200,45 @@ def test_fx(constructed):
     torch.testing.assert_close(traced(*copy.deepcopy(args)), module(*args))
 
 
+def test_fx_takes_modules_for_leaves(constructed):
+    """Inside a model every Module is one node, as torch's are: recurrent layers too, and the mode can change later."""
+    module, inputs = modules(constructed)
+
+    forwards = (
+        lambda self, a: self.layer(a),
+        lambda self, a, b: self.layer(a, b),
+        lambda self, a, b, c: self.layer(a, b, c),
+        lambda self, a, b, c, d: self.layer(a, b, c, d),
+    )
+    kind = type("Model", (torch.nn.Module,), {"forward": forwards[len(inputs.args) - 1]})
+    model = kind()
+    model.layer = module
+    traced = torch.fx.symbolic_trace(model)
+    (node,) = [n for n in traced.graph.nodes if n.op not in ("placeholder", "output")]
+    assert (node.op, node.target) == ("call_module", "layer")
+    args = changed(inputs.args, Tensor.detach)
+    for training in (False, True):
+        results = []
+        for m in (traced, model):
+            torch.manual_seed(0)
+            results.append(tensors_of(copy.deepcopy(m).train(training)(*copy.deepcopy(args))))
+        torch.testing.assert_close(*results)
+
+
+def test_fx_traces_through_a_forward_of_ones_own():
+    import torchbp.nn
+
+    class Doubled(torchbp.nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = torch.nn.Sequential(Doubled(3, 3))
+    traced = torch.fx.symbolic_trace(model)
+    assert not [n for n in traced.graph.nodes if n.op == "call_module"]
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(traced(x), model(x))
+
+
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export(constructed, strict):
     module, inputs = modules(constructed)

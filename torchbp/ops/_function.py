@@ -26,6 +26,7 @@ __all__ = [
     "in_float32",
     "in_place",
     "is_half",
+    "leaf",
     "overwrite",
     "public",
     "scale_fresh",
@@ -113,6 +114,29 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     dispatch.__module__ = "torchbp.functional"
     return dispatch
+
+
+def leaf(forward: Callable[P, R]) -> Callable[P, R]:
+    """Make a Module's ``forward`` a leaf of ``torch.fx``, one ``call_module``, as the layers of ``torch.nn`` are.
+
+    The tracer takes for leaves what is defined below ``torch.nn``, and would trace through ours: a dropout's or a batch
+    norm's mode would be fixed at that moment, and a recurrent layer, which asks for its input's shape, refused. Traced
+    through, as in torch, are the module that is itself what is traced, and one whose class has a forward of its own
+    and calls this one.
+    """
+
+    @wraps(forward)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Any:
+        module: Any
+        module, *inputs = args
+        given = (*inputs, *kwargs.values())
+        tracer: Any = next((a.tracer for a in given if isinstance(a, torch.fx.Proxy)), None)
+        if tracer is None or tracer.root is module or type(module).forward is not call:
+            return forward(*args, **kwargs)
+        path = tracer.path_of_module(module)
+        return tracer.create_proxy("call_module", path, tuple(inputs), kwargs)
+
+    return call
 
 
 def _is_irregular(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchbp import ops
-from torchbp.ops._function import is_half
+from torchbp.ops._function import is_half, leaf
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Op", "all_ops", "rounded_once"]
@@ -24,7 +24,7 @@ class Op:
     Attributes:
         function: The public function; the cell's, where torch has none for the whole recurrent layer. Of an output of
             several tensors the tests make one, side by side.
-        modules: The Module forms.
+        modules: The Module forms. The record makes leaves of ``torch.fx`` of them, as torch's are.
         reference: A function of the same signature that ``function`` must equal: torch's own, or where torch has none
             of that name (or not the exact derivative), a plain composition of torch's ops.
         samples: Right inputs, in every way the op can be called.
@@ -57,6 +57,11 @@ class Op:
     random: bool = False
     fused: str = ""
     other_gradient: str = ""
+
+    def __post_init__(self) -> None:
+        """Make the Modules leaves of ``torch.fx``: here, once for all of them."""
+        for module in self.modules:
+            module.forward = leaf(module.forward)
 
     @property
     def name(self) -> str:

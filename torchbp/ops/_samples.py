@@ -75,29 +75,40 @@ def one_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 class Make:
-    """Makes the tensors of a sample: seeded, of one dtype and device, so that a sample can be made twice."""
+    """Makes the tensors of a sample: seeded, of one dtype and device, so that a sample can be made twice.
+
+    Random values are rounded to what bfloat16 holds, so that they are the same in every dtype; not where ``fine``.
+    """
 
     def __init__(
-        self, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
+        self,
+        dtype: torch.dtype = torch.float64,
+        device: str = "cpu",
+        seed: int = 0,
+        *,
+        fine: bool = False,
     ) -> None:
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.fine = dtype, device, fine
         self._generator = torch.Generator().manual_seed(seed)
 
     def _place(self, values: Tensor, requires_grad: bool) -> Tensor:
         return values.to(self.device, self.dtype).requires_grad_(requires_grad)
 
+    def _coarse(self, values: Tensor) -> Tensor:
+        return values if self.fine else values.bfloat16().double()
+
     def normal(self, *shape: int, requires_grad: bool = True) -> Tensor:
-        """Standard normal values, none nearer than 0.05 to 0 (the usual kink), rounded to what bfloat16 holds."""
+        """Standard normal values, none nearer than 0.05 to 0 (the usual kink)."""
         values = torch.randn(shape, generator=self._generator, dtype=torch.float64)
         values = torch.where(values.abs() < 0.05, values + 0.1, values)
-        return self._place(values.bfloat16().double(), requires_grad)
+        return self._place(self._coarse(values), requires_grad)
 
     def uniform(
         self, *shape: int, low: float = 0.0, high: float = 1.0, requires_grad: bool = False
     ) -> Tensor:
         """Uniform values in ``[low, high)``."""
         values = torch.rand(shape, generator=self._generator, dtype=torch.float64)
-        return self._place((low + (high - low) * values).bfloat16().double(), requires_grad)
+        return self._place(self._coarse(low + (high - low) * values), requires_grad)
 
     def labels(self, *shape: int, classes: int) -> Tensor:
         """Class indices, int64."""

@@ -10,9 +10,9 @@ Saves:
     Nothing.
 
 Edge values:
-    ‖grad_y‖ ≤ M, 0 included: unchanged, bit for bit.   The norm is taken of grad_y / max |grad_y|, so that 1e30 does
-    not overflow into a gradient of 0.   ±∞ by value: ±c.   ±∞ by norm, and NaN: NaN for all that share the norm, so
-    that a gradient that is broken stays visible.
+    ‖grad_y‖ ≤ M, 0 included: unchanged, bit for bit.   The norm is taken of grad_y over the power of two below its
+    largest, so that 1e30 does not overflow into a gradient of 0.   ±∞ by value: ±c.   ±∞ by norm, and NaN: NaN for all
+    that share the norm, so that a gradient that is broken stays visible.
 
 Sources:
     Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2012, arXiv:1211.5063 (2).
@@ -72,10 +72,12 @@ class GradientClipFunction(Function):
 def _within(g: Tensor, max_norm: float, p: float, dim: Dims) -> Tensor:
     if not g.numel():
         return g
-    # Any constant in the place of the largest gives the same norm and derivative: detached.
     largest = torch.linalg.vector_norm(g.detach(), inf, dim, keepdim=True)
     largest = torch.where(largest > 0, largest, 1)
-    norm = largest * torch.linalg.vector_norm(g / largest, p, dim, keepdim=True)
+    power = torch.exp2(
+        largest.log2().floor()
+    )  # dividing by it rounds nothing; a constant for derivatives
+    norm = power * torch.linalg.vector_norm(g / power, p, dim, keepdim=True)
     return g * (max_norm / norm.clamp(min=max_norm))  # (2)
 
 

@@ -3,7 +3,9 @@ r"""Binary cross entropy of probabilities: ℓ = -w · [t · log x + (1 - t) · 
 Each logarithm is taken as at least -100, so that the loss is finite, as in torch.
 
 Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"), ε = 1e-12:
-    grad_x = s · w · [(1 - t) / max(1 - x, ε) - t / max(x, ε)]                                (1)
+    grad_x = s · w · (x - t) / (x (1 - x))      where both x and 1 - x are at least ε          (1)
+           = s · w · [(1 - t) / max(1 - x, ε) - t / max(x, ε)]      elsewhere                 (1')
+    (1') is (1), but would cancel near x = t; (1) is 0/0 where x = t = 0 or 1.
     grad_t = s · w · [log(1 - x) - log x]                                                     (2)
     tangent_ℓ = (1) · tangent_x + (2) · tangent_t with s = 1                                  (3)
 
@@ -101,10 +103,15 @@ def _values(x: Tensor, target: Tensor) -> Tensor:
 
 
 def _gradient_x(x: Tensor, target: Tensor, s: Tensor) -> Tensor:
+    if fused(x, target, s) and x.dtype == target.dtype == s.dtype and not x.is_cuda:
+        lowest, highest = torch.aminmax(x) if x.numel() else (x.new_tensor(0.5),) * 2
+        if lowest >= _EPS and 1 - highest >= _EPS:  # torch's kernel is (1) there
+            backward = torch.ops.aten.binary_cross_entropy_backward
+            return backward(s.expand_as(x), x, target, None, 0)
     to_one, to_zero = (1 - x).clamp(min=_EPS), x.clamp(min=_EPS)
-    if not fused(x, target, s):
-        return s * ((1 - target) / to_one - target / to_zero)  # (1)
-    return torch.div(1 - target, to_one, out=to_one).sub_(target / to_zero).mul_(s)
+    at_ends = (1 - target) / to_one - target / to_zero
+    inside = (x - target) / (to_one * to_zero)
+    return s * torch.where((x < _EPS) | (1 - x < _EPS), at_ends, inside)  # (1'), (1)
 
 
 def _gradient_target(x: Tensor, s: Tensor) -> Tensor:
@@ -235,4 +242,5 @@ OP = Op(
     errors=_errors,
     saved_bytes=_saved_bytes,
     benchmark=_benchmark,
+    fused="aten::binary_cross_entropy_backward",
 )

@@ -33,6 +33,7 @@ from torchbp.ops._function import (
     in_autocast_float32,
     in_float32,
     in_place,
+    is_half,
     public,
 )
 from torchbp.ops._op import Op, rounded_once
@@ -71,47 +72,59 @@ class CosineEmbeddingLossFunction(Function):
         a, b, target = ctx.saved_tensors
         need_a, need_b, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, target.numel())
-
-        def gradient(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-            return _gradient(a, b, s, target, ctx.margin)
-
-        grad_a = in_float32(gradient, a, b, s) if need_a else None
-        # (2) is (1) with a and b exchanged
-        grad_b = in_float32(gradient, b, a, s) if need_b else None
+        wide_a, wide_b, s = (v.float() if is_half(v) else v for v in (a, b, s))
+        across, of_a, of_b = _coefficients(wide_a, wide_b, s, target, ctx.margin)
+        grad_a = _combined(wide_b, across, wide_a, of_a).to(a.dtype) if need_a else None  # (1)
+        grad_b = _combined(wide_a, across, wide_b, of_b).to(b.dtype) if need_b else None  # (2)
         return grad_a, grad_b, None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_a: Tensor | None, tangent_b: Tensor | None, *_: None) -> Tensor:
         a, b, target = ctx.saved_tensors
-        one, values = a.new_ones(()), torch.zeros_like(a)
+        across, of_a, of_b = _coefficients(a, b, a.new_ones(()), target, ctx.margin)
+        values = torch.zeros_like(a)
         if tangent_a is not None:
-            values = values + _gradient(a, b, one, target, ctx.margin) * tangent_a
+            values = values + _combined(b, across, a, of_a) * tangent_a
         if tangent_b is not None:
-            values = values + _gradient(b, a, one, target, ctx.margin) * tangent_b
+            values = values + _combined(a, across, b, of_b) * tangent_b
         return reduce(values.sum(-1), ctx.reduction)  # (3)
 
 
-def _cosine(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return c, 1 / √(A B) and A, each of the shape of the rows."""
-    if in_place(a, b):  # a third of the time of square().sum()
-        big_a, big_b = (torch.linalg.vector_norm(v, dim=-1).square_() + _EPS for v in (a, b))
+def _cosine(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return c, 1 / √(A B), A and B, each of the shape of the rows."""
+    if in_place(
+        a, b
+    ):  # the products in one buffer; what there is one of per row in float64, which costs nothing
+        product = a * b
+        dot = product.sum(-1).double()
+        big_a, big_b = (torch.mul(v, v, out=product).sum(-1).double() + _EPS for v in (a, b))
     else:
+        dot = (a * b).sum(-1)
         big_a, big_b = (v.square().sum(-1) + _EPS for v in (a, b))
     inverse = (big_a * big_b).rsqrt()
-    return (a * b).sum(-1) * inverse, inverse, big_a
+    return dot * inverse, inverse, big_a, big_b
 
 
 def _values(a: Tensor, b: Tensor, target: Tensor, margin: float) -> Tensor:
-    c, *_ = _cosine(a, b)
+    c = _cosine(a, b)[0].to(a.dtype)
     like = (1 - c).masked_fill(target != 1, 0)
     return like + (c - margin).clamp(min=0).masked_fill(target != -1, 0)
 
 
-def _gradient(a: Tensor, b: Tensor, s: Tensor, target: Tensor, margin: float) -> Tensor:
-    c, inverse, big_a = _cosine(a, b)
+def _coefficients(
+    a: Tensor, b: Tensor, s: Tensor, target: Tensor, margin: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the factor of the other vector in both gradients, that of a in a's, and that of b in b's; (N, 1) each."""
+    c, inverse, big_a, big_b = _cosine(a, b)
     k = ((target == -1) & (c >= margin)).to(c.dtype) - (target == 1).to(c.dtype)
-    of_b, of_a = (s * k * inverse).unsqueeze(-1), (-s * k * c / big_a).unsqueeze(-1)
-    return (b * of_b).addcmul_(a, of_a) if in_place(a, b, s) else b * of_b + a * of_a  # (1)
+    per_row = s * k * inverse, -s * k * c / big_a, -s * k * c / big_b
+    across, of_a, of_b = (v.to(a.dtype).unsqueeze(-1) for v in per_row)
+    return across, of_a, of_b
+
+
+def _combined(other: Tensor, across: Tensor, own: Tensor, of_own: Tensor) -> Tensor:
+    product = other * across
+    return product.addcmul_(own, of_own) if in_place(product, own) else product + own * of_own
 
 
 _cosine_embedding_loss = entry(CosineEmbeddingLossFunction)

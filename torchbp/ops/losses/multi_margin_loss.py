@@ -86,26 +86,28 @@ def _excess(x: Tensor, target: Tensor, margin: float) -> Tensor:
     return z.clamp(min=0).scatter(1, target[:, None], 0)
 
 
-def _factor(x: Tensor, target: Tensor, w: Tensor | None) -> Tensor:
-    share = 1 / max(1, x.shape[1])
-    return x.new_full((), share) if w is None else w[target].to(x.dtype) * share
+def _per_class(s: Tensor, x: Tensor, target: Tensor, w: Tensor | None) -> Tensor:
+    """Return s · w_t / C, divided, so that without weights it is rounded once."""
+    return (s if w is None else s * w[target].to(x.dtype)) / max(1, x.shape[1])
 
 
 def _values(x: Tensor, target: Tensor, w: Tensor | None, p: int, margin: float) -> Tensor:
     z = _excess(x, target, margin)
-    return (z if p == 1 else z.square()).sum(1) * _factor(x, target, w)
+    return _per_class((z if p == 1 else z.square()).sum(1), x, target, w)
 
 
 def _gradient(
     x: Tensor, s: Tensor, target: Tensor, w: Tensor | None, p: int, margin: float
 ) -> Tensor:
     z = _excess(x, target, margin)
-    factor = (s * _factor(x, target, w)).expand_as(target)[:, None]
+    factor = _per_class(s, x, target, w).expand_as(target)[:, None]
     if fused(x, s):
-        g = (z.sign_() if p == 1 else z.mul_(2)).mul_(factor)  # (1)
-        return g.scatter_(1, target[:, None], -g.sum(1, keepdim=True))  # (2)
-    g = (z.sign() if p == 1 else 2 * z) * factor
-    return g.scatter(1, target[:, None], -g.sum(1, keepdim=True))
+        slopes = z.sign_() if p == 1 else z.mul_(2)
+        own = slopes.sum(1, keepdim=True).mul_(factor).neg_()  # for p = 1 the sum is exact
+        return slopes.mul_(factor).scatter_(1, target[:, None], own)  # (1), (2)
+    slopes = z.sign() if p == 1 else 2 * z
+    own = -slopes.sum(1, keepdim=True) * factor
+    return (slopes * factor).scatter(1, target[:, None], own)
 
 
 _multi_margin_loss = entry(MultiMarginLossFunction)

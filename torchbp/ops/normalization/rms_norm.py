@@ -123,16 +123,19 @@ def _by_rows(
     width = math.prod(x.shape[-len(dims) :])
     g, rows = grad_y.reshape(-1, width), x.reshape(-1, width)
     w = None if weight is None else weight.reshape(width)
-    r = _rstd(rows, (1,), eps).squeeze(1)
+    # What there is one of per row is computed in float64: free, and r² would have twice the error of r.
+    exact_r = ((rows * rows).mean(1).double() + eps).rsqrt()
+    r = exact_r.to(x.dtype)
     p = g * rows
     grad_x = grad_weight = None
-    along = (p.sum(1) if w is None else torch.mv(p, w)) * r * r * r / width
+    # not torch.mv(p, w), whose sums run straight: four times the error
+    along = ((p if w is None else p * w).sum(1) * exact_r**2 / width).to(x.dtype)[:, None]
     if need_weight and weight is not None:
         grad_weight = p.mul_(r[:, None]).sum(0).reshape(weight.shape)  # (2)
     if need_x:
-        s = torch.mul(g, r[:, None] if w is None else w, out=p)
-        s = s if w is None else s.mul_(r[:, None])
-        grad_x = s.addcmul_(rows, along[:, None], value=-1).reshape(x.shape)  # (1)
+        s = g if w is None else torch.mul(g, w, out=p)
+        s = torch.addcmul(s, rows, along, value=-1, out=p)
+        grad_x = s.mul_(r[:, None]).reshape(x.shape)  # (1), r last: it rounds what is left
     return grad_x, grad_weight
 
 
