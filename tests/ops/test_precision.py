@@ -1,4 +1,4 @@
-"""How near the truth the gradient of every op is, beside that of torch, in ulps; benchmarks/precision.py has the table."""
+"""How near the truth every gradient is, beside torch's, in ulps; benchmarks/precision.py makes the whole table."""
 
 import pytest
 import torch
