@@ -44,7 +44,8 @@ class Score:
             self.unexpected += 1
             print(f"MISSED {name}", flush=True)
         twin = self.right(f"{name} (twin)", right, make(), **options)
-        given = torchbp.gradcheck(wrong, make(), checks="torch", raise_exception=False)
+        named = {"kwargs": options["kwargs"]} if "kwargs" in options else {}
+        given = torchbp.gradcheck(wrong, make(), checks="torch", raise_exception=False, **named)
         return not report, twin, not given
 
     def right(self, name, function, inputs, **options):

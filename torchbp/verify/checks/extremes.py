@@ -45,11 +45,11 @@ def _run(case: Case) -> Iterator[Finding]:
             if not accepts(other):
                 continue
             tested += 1
-            if _not_finite(other, which) and _smooth(other, which):
-                yield _finding(
-                    other, which, f" where {name} is {text}, where forward is finite and smooth"
-                )
-                return
+            for j in range(len(case.leaves)):
+                if _not_finite(other, j) and _smooth(other, j):
+                    when = f" where {name} is {text}, where forward is finite and smooth"
+                    yield _finding(other, j, when)
+                    return
         masked, deep = (
             _changed(case, which, _first_is(-torch.inf)),
             _changed(case, which, _first_is(-1e6)),

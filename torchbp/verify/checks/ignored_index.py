@@ -1,6 +1,7 @@
-"""Ignored index: where forward takes a target of -100, torch's default `ignore_index`, backward ignores it too."""
+"""Ignored index: where forward takes a target of -100, torch's default `ignore_index`, or -1, backward does so too."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 
 NAME = "ignored_index"
-IGNORED = -100  # torch.nn.functional.cross_entropy, nll_loss
+IGNORED = (-100, -1)  # the default of torch.nn.functional.cross_entropy; what many use instead
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -25,32 +26,33 @@ def _run(case: Case) -> Iterator[Finding]:
     if any(t.device.type != "cpu" for t in case.leaves):
         raise NotApplicable("a wild index ends the process on this device")
     tested = False
-    for i in labels:
-        other = case.edited(lambda j, t, i=i: _ignore(t) if j == i else t)
+    for i, ignored in product(labels, IGNORED):
+        other = case.edited(lambda j, t, i=i, to=ignored: _first(t, to) if j == i else t)
         if not accepts(other):
             continue
         tested = True
         try:
-            found = check_lines(other, NAME, f" where a target is {IGNORED}", number=2)
+            found = check_lines(other, NAME, f" where a target is {ignored}")
         except BackwardRaised as error:
             raise Refused(
-                f"forward takes a target of {IGNORED}, backward raises {error}"
+                f"forward takes a target of {ignored}, backward raises {error}"
             ) from error
         if found:
             yield found
+            return
     if not tested:
-        raise NotApplicable(f"forward takes no {IGNORED}")
+        raise NotApplicable("forward takes no -100 or -1")
 
 
-def _ignore(t: Tensor) -> Tensor:
+def _first(t: Tensor, value: int) -> Tensor:
     t = t.clone()
-    t.view(-1)[0] = IGNORED
+    t.view(-1)[0] = value
     return t
 
 
 CHECK = Check(
     name=NAME,
-    tests="a target of -100, where forward takes it, is ignored in backward too",
+    tests="a target of -100 or -1, where forward takes it, is treated alike in backward",
     run=_run,
     order=83,
     level="full",

@@ -24,12 +24,22 @@ def _run(case: Case) -> Iterator[Finding]:
     if not case.steady:
         raise NotApplicable("forward gives other values each time it is called")
     generator = case.generator(NAME)
-    other = case.edited(lambda i, t: _half_flipped(t, generator) if i in masks else t)
-    if not accepts(other):
+    others = {
+        "half of the mask is flipped": lambda t: _half_flipped(t, generator),
+        "the mask keeps nothing": torch.zeros_like,
+    }
+    tested = False
+    for when, change in others.items():
+        other = case.edited(lambda i, t, change=change: change(t) if i in masks else t)
+        if not accepts(other):
+            continue
+        tested = True
+        found = check_lines(other, NAME, f" where {when}")
+        if found:
+            yield found
+            return
+    if not tested:
         raise NotApplicable("forward takes no other mask")
-    found = check_lines(other, NAME, " where half of the mask is flipped")
-    if found:
-        yield found
 
 
 def _half_flipped(mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,11 +1,12 @@
 """Ties: where two elements are equal, a maximum has several gradients; what backward gives is one of them or between.
 
-Two neighbours are made equal, at the largest or smallest place of a line. A little more of the one or of the other
-breaks the tie: that gives the two gradients to either side. At the tie the gradient of an output element must lie on
-the segment between them. `grad_output * (x == x.max())` gives their sum instead.
+Two neighbours are made equal, at the largest or smallest place of a line; or two elements of inputs of one shape. A
+little more of the one or of the other breaks the tie: that gives the two gradients to either side. At the tie the
+gradient of an output element must lie on the segment between them. `grad_output * (x == x.max())` gives their sum
+instead.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,99 +21,125 @@ NAME = "ties"
 NUDGE = 2.0**-20
 SLACK = 1e-4  # of the distance between the two gradients; what smooth functions change by a nudge is below it
 
-Pair = tuple[int, int]  # flat positions of two equal elements
+Place = tuple[int, int]  # which leaf, flat position in it
+Tie = tuple[Place, Place]  # two elements to make equal
 
 
 def _run(case: Case) -> Iterator[Finding]:
     if case.draws or not case.steady:
         raise NotApplicable("forward draws random numbers")
+    inputs = [
+        i
+        for i, leaf in enumerate(case.leaves)
+        if not (leaf.is_complex() or case.names[i].startswith("parameter"))
+    ]
     tested = False
-    for which, leaf in enumerate(case.leaves):
-        if leaf.is_complex() or case.names[which].startswith("parameter"):
-            continue
-        pairs = _pairs(leaf)
+    for ties in (*(_neighbours(case, i) for i in inputs), _across(case, inputs)):
         try:
-            sides = [_nudged(case, which, pairs, side).plain.grads[which] for side in (0, 1)]
+            sides = (
+                [_flat(_nudged(case, ties, (side,)).plain.grads) for side in (0, 1)] if ties else []
+            )
         except ForwardRaised:
             continue
-        tested = tested or bool(pairs)
-        if not pairs or largest(sides[0] - sides[1]) <= SLACK * largest(sides[0]):
+        tested = tested or bool(ties)
+        if not ties or largest(sides[0] - sides[1]) <= SLACK * largest(sides[0]):
             continue  # smooth at the ties
-        for pair in pairs:
-            found = _at_tie(case, which, pair)
+        for tie in ties:
+            found = _at_tie(case, tie)
             if found:
                 yield found
                 return
     if not tested:
-        raise NotApplicable("no two neighbours that can be made equal")
+        raise NotApplicable("no two elements that can be made equal")
 
 
-def _pairs(leaf: Tensor) -> list[Pair]:
+def _neighbours(case: Case, which: int) -> list[Tie]:
     """Return neighbours along the last and the first dimension, at the maximum and the minimum; no two overlap."""
+    leaf = case.leaves[which]
     places = torch.arange(leaf.numel()).view(leaf.shape)
     used: set[int] = set()
-    pairs: list[Pair] = []
+    ties: list[Tie] = []
     for dim in dict.fromkeys((leaf.dim() - 1, 0) if leaf.dim() else ()):
         if leaf.shape[dim] < 2:
             continue
         lines = places.movedim(dim, -1).reshape(-1, leaf.shape[dim])
-        for sign in (1.0, -1.0):
-            free = [line for line in lines.tolist() if not used.intersection(line)]
-            values = leaf.detach().cpu().reshape(-1) * sign
-            if free:
-                line = max(free, key=lambda line, v=values: max(float(v[i]) for i in line))
-                k = max(range(len(line)), key=lambda k, line=line, v=values: float(v[line[k]]))
-                pairs.append((line[k], line[k + 1 if k + 1 < len(line) else k - 1]))
-                used.update(pairs[-1])
-    return pairs
+        values = leaf.detach().cpu().reshape(-1)[lines]
+        for signed in (values, -values):
+            rows = [r for r, line in enumerate(lines.tolist()) if not used.intersection(line)]
+            if rows:
+                best = signed[rows].amax(-1).argmax()
+                line = lines[rows[int(best)]].tolist()
+                k = int(signed[rows[int(best)]].argmax())
+                pair = line[k], line[k + 1 if k + 1 < len(line) else k - 1]
+                ties.append(((which, pair[0]), (which, pair[1])))
+                used.update(pair)
+    return ties
 
 
-def _nudged(case: Case, which: int, pairs: list[Pair], side: int | None) -> Case:
-    """Return the case with each pair tied, and then one of the two elements a little more; neither where ``None``."""
-
-    def tie(i: int, t: Tensor) -> Tensor:
-        if i != case.where[which]:
-            return t
-        flat = t.clone().reshape(-1)
-        for pair in pairs:
-            flat[pair[1]] = flat[pair[0]]
-            if side is not None:
-                flat[pair[side]] += NUDGE * max(float(flat[pair[0]].abs()), 2.0**-10)
-        return flat.view(t.shape)
-
-    return case.edited(tie)
+def _across(case: Case, inputs: list[int]) -> list[Tie]:
+    """Return the first elements of the first two inputs of one shape."""
+    for i in inputs:
+        for j in inputs:
+            if i < j and case.leaves[i].shape == case.leaves[j].shape and case.leaves[i].numel():
+                return [((i, 0), (j, 0))]
+    return []
 
 
-def _at_tie(case: Case, which: int, pair: Pair) -> Finding | None:
-    one, other, tied = (_nudged(case, which, [pair], side) for side in (0, 1, None))
-    outputs = zip(one.kept[1], other.kept[1], tied.kept[1], strict=True)
-    for number, (a, b, y) in enumerate(outputs):
+def _nudged(case: Case, ties: list[Tie], sides: tuple[int, ...]) -> Case:
+    """Return the case with each pair tied, and then the first, the second or both of the two a little more."""
+    flat = [leaf.clone().reshape(-1) for leaf in case.leaves]
+    for tie in ties:
+        (i, k), (j, m) = tie
+        flat[j][m] = flat[i][k]
+        nudge = NUDGE * max(float(flat[i][k].abs()), 2.0**-10)
+        for side in sides:
+            which, place = tie[side]
+            flat[which][place] += nudge
+    new = {
+        at: f.view_as(case.leaves[i])
+        for i, (at, f) in enumerate(zip(case.where, flat, strict=True))
+    }
+    return case.edited(new.get, parameters=True)
+
+
+def _flat(grads: Sequence[Tensor]) -> Tensor:
+    """Return the gradients of all real leaves in one row."""
+    return torch.cat([g.detach().reshape(-1).double().cpu() for g in grads if not g.is_complex()])
+
+
+def _at_tie(case: Case, tie: Tie) -> Finding | None:
+    one, other, tied, both = (_nudged(case, [tie], sides) for sides in ((0,), (1,), (), (0, 1)))
+    outputs = zip(*(c.kept[1] for c in (one, other, tied, both)), strict=True)
+    for number, (a, b, y, up) in enumerate(outputs):
         # The output that bends most is about the tie; alone, as each output may choose a gradient of its own.
-        moved = (a + b - 2 * y).detach().abs().reshape(-1)
-        if not moved.numel() or not bool(moved.max() > 0):
+        bends = (a + b - y - up).detach().abs().reshape(-1)
+        if not bends.numel() or not bool(bends.max() > 0):
             continue
-        v = [torch.zeros_like(y) for y in one.kept[1]]
-        v[number].view(-1)[int(moved.argmax())] = 1.0
-        left, right, got = (c.vjps([v])[0][which].double() for c in (one, other, tied))
+        v = [torch.zeros_like(t) for t in one.kept[1]]
+        v[number].view(-1)[int(bends.argmax())] = 1.0
+        grads = [c.vjps([v])[0] for c in (one, other, tied)]
+        left, right, got = map(_flat, grads)
         apart = right - left
-        length = float(apart.square().sum())
-        if not length > (SLACK * largest(left)) ** 2 or not bool(got.isfinite().all()):
+        length = float(apart.norm())
+        if not length > SLACK * largest(left) or not bool(got.isfinite().all()):
             continue
-        share = float(((got - left) * apart).sum()) / length
-        beside = float((got - left - share * apart).norm()) / length**0.5
-        if -SLACK * 10 <= share <= 1 + SLACK * 10 and beside <= 10 * SLACK:
+        share = float(((got - left) * apart).sum()) / length**2
+        beside = float((got - left - share * apart).norm()) / length
+        if -10 * SLACK <= share <= 1 + 10 * SLACK and beside <= 10 * SLACK:
             continue
-        name = case.names[which]
-        places = [list(map(int, np.unravel_index(i, case.leaves[which].shape))) for i in pair]
-        g, low, high = (float(t.reshape(-1)[pair[0]]) for t in (got, left, right))
+        places = [
+            f"{case.names[i]} {list(map(int, np.unravel_index(k, case.leaves[i].shape)))}"
+            for i, k in tie
+        ]
+        here = [[float(g[i].reshape(-1)[k]) for i, k in tie] for g in grads]
         return Finding(
             check=NAME,
             severity="wrong",
-            input=name,
-            got=g,
-            message=f"grad of {name} where elements {places[0]} and {places[1]} are equal is {g:.4g} and "
-            f"{float(got.reshape(-1)[pair[1]]):.4g}: not between the gradients to either side of the tie "
-            f"({low:.4g} or {high:.4g} for the first)",
+            input=case.names[tie[0][0]],
+            got=here[2][0],
+            message=f"grad at {places[0]} and {places[1]}, which are equal, is {here[2][0]:.4g} and {here[2][1]:.4g}: "
+            f"not between the gradients to either side of the tie, {here[0][0]:.4g} and {here[0][1]:.4g} or "
+            f"{here[1][0]:.4g} and {here[1][1]:.4g}",
             cause="each of several equal elements gets the whole gradient: share it, or give it to one",
         )
     return None
