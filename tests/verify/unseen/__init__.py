@@ -25,7 +25,8 @@ class Unseen:
 
 FIRST: dict[str, Unseen] = {}
 SECOND: dict[str, Unseen] = {}
-SETS = {"first set of unseen wrong functions": FIRST, "second set": SECOND}
+THIRD: dict[str, Unseen] = {}
+SETS = {"first set of unseen wrong functions": FIRST, "second set": SECOND, "third set": THIRD}
 
 
 def every():
@@ -38,6 +39,7 @@ def every():
         protocol,
         second_functions,
         second_protocol,
+        third,
     )
 
     return {name: p for pairs in SETS.values() for name, p in pairs.items()}
