@@ -4,7 +4,10 @@ import pytest
 
 import torchbp
 from tests.verify import reported  # noqa: F401  # registers
+from tests.verify.alarms import KNOWN
+from tests.verify.functions import FUNCTIONS
 from tests.verify.pairs import PAIRS
+from tests.verify.unseen import every
 
 SLOW = {"scan_time_step"}  # a Python loop over 1025 steps, halved 15 times
 NEED_COMPILE = {"compile_path_wrong", "graph_break"}
@@ -37,5 +40,41 @@ def test_wrong_function_is_caught(pair):
 @pytest.mark.parametrize("pair", ALL)
 def test_right_twin_passes(pair):
     report = run(pair.right, pair)
+    assert report, str(report)
+    assert not [c.detail for c in report.capabilities.values() if "itself failed" in c.detail]
+
+
+def some(parameters, one_in):
+    """Return the parameters, all but one in ``one_in`` slow: `make mutation` runs all of them too."""
+    return [
+        pytest.param(p, id=n, marks=[pytest.mark.slow] if k % one_in else [])
+        for k, (n, p) in enumerate(parameters.items())
+    ]
+
+
+@pytest.mark.parametrize("pair", some(every(), 5))
+def test_once_unseen(pair):
+    options = {"kwargs": pair.kwargs(), "skip": ("compile",), "raise_exception": False}
+    report = torchbp.gradcheck(pair.wrong, pair.make(), **options)
+    assert bool(report) == bool(pair.missed), str(report)
+    twin = torchbp.gradcheck(pair.right, pair.make(), **options)
+    assert twin, str(twin)
+    assert not [c.detail for c in twin.capabilities.values() if "itself failed" in c.detail]
+
+
+def test_right_functions_of_torch_are_many_and_alarms_few():
+    assert len(FUNCTIONS) >= 150
+    assert len(KNOWN) <= 8
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_alarm_has_a_reproduction_in_plain_torch(name):
+    assert KNOWN[name].holds(), f"{name}: torch has mended it; take it from the list"
+
+
+@pytest.mark.parametrize("function", some({n: n for n in FUNCTIONS if n not in KNOWN}, 12))
+def test_function_of_torch(function):
+    call, make = FUNCTIONS[function]
+    report = torchbp.gradcheck(call, make(), skip=("compile",), raise_exception=False)
     assert report, str(report)
     assert not [c.detail for c in report.capabilities.values() if "itself failed" in c.detail]

@@ -187,7 +187,8 @@ def _run_all(
     if not any(c.status in ("ok", "wrong") for c in capabilities.values()):
         first = next(iter(capabilities.values()))
         raise NothingChecked(f"gradcheck: nothing could be checked in {case.name}: {first.detail}")
-    return Report(case.name, tuple(findings), capabilities)
+    calls = case.calls
+    return Report(case.name, tuple(findings), capabilities, calls.forward, calls.backward)
 
 
 def _run_one(check: Check, case: Case) -> tuple[list[Finding], Status, str]:

@@ -82,11 +82,15 @@ class Report:
         name: What was checked.
         findings: In the order of the checks: the first names the fault best.
         capabilities: Outcome of each check, by name.
+        forwards: How often the function was called.
+        backwards: How often its backward was.
     """
 
     name: str
     findings: tuple[Finding, ...] = ()
     capabilities: dict[str, Capability] = field(default_factory=dict)
+    forwards: int = 0
+    backwards: int = 0
 
     def __bool__(self) -> bool:
         return not self.wrong
@@ -128,6 +132,8 @@ class Report:
         record = {
             "name": self.name,
             "ok": bool(self),
+            "forwards": self.forwards,
+            "backwards": self.backwards,
             "findings": [asdict(f) for f in self.findings],
             "capabilities": {n: asdict(c) for n, c in self.capabilities.items()},
         }

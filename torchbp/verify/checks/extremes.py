@@ -45,11 +45,12 @@ def _run(case: Case) -> Iterator[Finding]:
             if not accepts(other):
                 continue
             tested += 1
-            for j in range(len(case.leaves)):
-                if _not_finite(other, j) and _smooth(other, j):
-                    when = f" where {name} is {text}, where forward is finite and smooth"
-                    yield _finding(other, j, when)
-                    return
+            found = _all_finite(
+                other, f" where {name} is {text}, where forward is finite and smooth"
+            )
+            if found:
+                yield found
+                return
         masked, deep = (
             _changed(case, which, _first_is(-torch.inf)),
             _changed(case, which, _first_is(-1e6)),
@@ -66,6 +67,14 @@ def _run(case: Case) -> Iterator[Finding]:
                 return
     if not tested:
         raise NotApplicable("forward is finite at no extreme")
+
+
+def _all_finite(case: Case, when: str) -> Finding | None:
+    """Return the first gradient that is not finite, of whichever input, though forward is smooth along it."""
+    for which in range(len(case.leaves)):
+        if _not_finite(case, which) and _smooth(case, which):
+            return _finding(case, which, when)
+    return None
 
 
 def _changed(case: Case, which: int, change: Callable[[Tensor], Tensor]) -> Case:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
-from torchbp.verify.raised import ForwardRaised
+from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.tolerance import compare, compare_all, largest, rounding
 
@@ -53,39 +53,56 @@ def _run(case: Case) -> Iterator[Finding]:
         if strides in tried:  # of a matrix, permuted is transposed
             continue
         tried.add(strides)
-        leaves = [_same_strides(leaf).requires_grad_() for leaf in other.leaves]
         try:
-            outputs = other.forward(leaves)
+            found = _compare(case, other, f" for inputs that are {layout}")
         except ForwardRaised as error:
             refused.append(f"{layout}: {error}")
             continue
-        when = f" for inputs that are {layout}"
-        found = []
-        for i, (y, y0) in enumerate(zip(outputs, case.plain.outputs, strict=True)):
-            size = largest(y0)
-            difference = compare(
-                NAME,
-                str(i),
-                y,
-                y0,
-                rounding(case, y0) * size,
-                what="output",
-                when=when,
-                cause=CAUSE,
-            )
-            found += [difference] if difference else []
-        if not found:
-            got = other.backward(outputs, leaves, case.plain.cotangents)
-            found = compare_all(NAME, case, got, case.plain.grads, when=when, cause=CAUSE)
         yield from found
         if found:
             return
+    yield from _expanded(case)
     if refused:
         raise Refused("; ".join(refused))
 
 
+def _expanded(case: Case) -> list[Finding]:
+    """Compare rows that are one and the same memory, of stride 0, with rows of the same values."""
+    rows = [i for i, t in case.arguments if i in case.where and t.dim() and t.shape[0] > 1]
+    dense, expanded = (
+        case.edited(lambda i, t, make=make: make(t) if i in rows else t)
+        for make in (lambda t: t[:1].repeat_interleave(len(t), 0), lambda t: t[:1].expand_as(t))
+    )
+    try:
+        _ = dense.plain
+        return (
+            _compare(dense, expanded, " for inputs that are expanded, with stride 0")
+            if rows
+            else []
+        )
+    except (ForwardRaised, BackwardRaised):
+        return []  # refuses equal rows, or writes in its input
+
+
+def _compare(case: Case, other: Case, when: str) -> list[Finding]:
+    """Compare values and gradients of ``other``, the same in another layout, with those of ``case``."""
+    leaves = [_same_strides(leaf).requires_grad_() for leaf in other.leaves]
+    outputs = other.forward(leaves)
+    found = []
+    for i, (y, y0) in enumerate(zip(outputs, case.plain.outputs, strict=True)):
+        size = rounding(case, y0) * largest(y0)
+        difference = compare(NAME, str(i), y, y0, size, what="output", when=when, cause=CAUSE)
+        found += [difference] if difference else []
+    if not found:
+        got = other.backward(outputs, leaves, case.plain.cotangents)
+        found = compare_all(NAME, case, got, case.plain.grads, when=when, cause=CAUSE)
+    return found
+
+
 def _same_strides(t: Tensor) -> Tensor:
     """Return a copy with the strides of ``t``; `clone` would make a strided tensor dense."""
+    if 0 in t.stride() and t.numel() > 1:
+        return t[:1].clone().expand_as(t)
     size = (
         1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
     )

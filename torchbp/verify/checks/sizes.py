@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 from itertools import chain
 
-from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.lines import check_lines
+from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, fits, free_sizes, one_more, resized
 
 NAME = "sizes"
 TRIES = 2
 # Each row is one run: the new size of the first, second and third dimension that can change.
-RUNS = ((1025, 31, 2), (33, 1025, 3), (127, 129, 4), (1, 1, 1), (32, 128, 33))
+RUNS = ((1025, 31, 2), (33, 1025, 3), (127, 129, 4), (1, 1, 1), (32, 128, 33), (64, 192, 5))
 LARGEST = 2**16  # elements
 
 
@@ -24,7 +25,10 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("no dimension can change")
     for other in chain(one_more(case), _runs(case, free)):
         shapes = ", ".join(str(tuple(t.shape)) for _, t in other.arguments)
-        found = check_lines(other, NAME, f" at shapes {shapes}")
+        try:
+            found = check_lines(other, NAME, f" at shapes {shapes}")
+        except BackwardRaised as error:
+            raise Refused(f"at shapes {shapes} backward raises {error}") from error
         if found:
             yield found
             return
@@ -58,7 +62,7 @@ def _largest_that_runs(case: Case, sizes: dict[int, int]) -> Case | None:
 
 CHECK = Check(
     name=NAME,
-    tests="the gradient is right at other sizes: one more, 1, 31, 32, 33, 127, 128, 129, 1025",
+    tests="the gradient is right at other sizes: one more, 1, 31, 32, 33, 64, 127, 128, 129, 192, 1025",
     run=_run,
     order=80,
     level="full",

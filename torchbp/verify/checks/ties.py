@@ -42,6 +42,13 @@ def _run(case: Case) -> Iterator[Finding]:
         except ForwardRaised:
             continue
         tested = tested or bool(ties)
+        if (
+            ties and ties[0][0][0] != ties[0][1][0]
+        ):  # inputs that are equal are often divided by their difference
+            undefined = _not_a_number(case, ties[0])
+            if undefined:
+                yield undefined
+                continue
         if not ties or largest(sides[0] - sides[1]) <= SLACK * largest(sides[0]):
             continue  # smooth at the ties
         for tie in ties:
@@ -122,15 +129,12 @@ def _at_tie(case: Case, tie: Tie) -> Finding | None:
         apart = right - left
         length = float(apart.norm())
         if not length > SLACK * largest(left) or not bool(got.isfinite().all()):
-            continue
+            continue  # smooth, or infinitely steep
         share = float(((got - left) * apart).sum()) / length**2
         beside = float((got - left - share * apart).norm()) / length
         if -10 * SLACK <= share <= 1 + 10 * SLACK and beside <= 10 * SLACK:
             continue
-        places = [
-            f"{case.names[i]} {list(map(int, np.unravel_index(k, case.leaves[i].shape)))}"
-            for i, k in tie
-        ]
+        places = _named(case, tie)
         here = [[float(g[i].reshape(-1)[k]) for i, k in tie] for g in grads]
         return Finding(
             check=NAME,
@@ -143,6 +147,32 @@ def _at_tie(case: Case, tie: Tie) -> Finding | None:
             cause="each of several equal elements gets the whole gradient: share it, or give it to one",
         )
     return None
+
+
+def _not_a_number(case: Case, tie: Tie) -> Finding | None:
+    """Return a gradient that is NaN at the tie, where forward is finite, and beside it the gradient too."""
+    tied, beside = (_nudged(case, [tie], sides).plain for sides in ((), (0,)))
+    finite = all(bool(y.isfinite().all()) for y in tied.outputs) and bool(
+        _flat(beside.grads).isfinite().all()
+    )
+    if not finite or not bool(_flat(tied.grads).isnan().any()):
+        return None
+    places = _named(case, tie)
+    return Finding(
+        check=NAME,
+        severity="wrong",
+        input=case.names[tie[0][0]],
+        got=float("nan"),
+        message=f"grad at {places[0]} and {places[1]}, which are equal, is nan; beside it and in forward all is finite",
+        cause="NaN or infinity made in backward: 0 / 0, or 0 · inf",
+    )
+
+
+def _named(case: Case, tie: Tie) -> list[str]:
+    return [
+        f"{case.names[i]} {list(map(int, np.unravel_index(k, case.leaves[i].shape)))}"
+        for i, k in tie
+    ]
 
 
 CHECK = Check(

@@ -1,0 +1,123 @@
+"""Times torchbp.gradcheck in a warm process beside torch.autograd.gradcheck, and counts the calls it makes.
+
+``python benchmarks/gradcheck.py`` prints the table and writes benchmarks/data/gradcheck-cpu-<date>.json. One thread,
+the time of the process: other programs disturb it little.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import torchbp
+
+DATA = Path(__file__).parent / "data"
+
+
+class Squared(torch.autograd.Function):
+    """A Function by hand: what gradcheck is for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grads[0]
+
+
+class Clamped(Squared):
+    """The same, wrong."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grads[0].clamp(-1, 1)
+
+
+def normal(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    return tuple(torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+
+
+CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "Function, 12 elements": (Squared.apply, normal((3, 4))),
+    "Function, wrong, 12 elements": (Clamped.apply, normal((3, 4))),
+    "Function, 1000 elements": (Squared.apply, normal((20, 50))),
+    "Function, 40000 elements": (Squared.apply, normal((200, 200))),
+    "linear, 38 elements": (F.linear, normal((4, 5), (3, 5), (3,))),
+    "linear, 1020 elements": (F.linear, normal((20, 25), (20, 25), (20,))),
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "quick": {"level": "quick"},
+    "full, no compile": {"skip": ("compile",)},
+    "full": {},
+}
+
+
+def timed(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """Return the median seconds of a call, after one that is not counted, and its result."""
+    result = run()
+    seconds = []
+    for _ in range(repeats):
+        begun = time.process_time()
+        result = run()
+        seconds.append(time.process_time() - begun)
+    return statistics.median(seconds), result
+
+
+def measure(repeats: int) -> list[dict[str, Any]]:
+    rows = []
+    for name, (function, inputs) in CASES.items():
+        for way, options in WAYS.items():
+            check = functools.partial(
+                torchbp.gradcheck, function, inputs, raise_exception=False, **options
+            )
+            seconds, report = timed(check, repeats)
+            counts = {"forwards": report.forwards, "backwards": report.backwards}
+            rows.append({"case": name, "way": way, "ms": 1000 * seconds, **counts})
+        for way, fast in (("torch", False), ("torch, fast_mode", True)):
+            if not fast and inputs[0].numel() > 1000:
+                continue  # minutes
+            check = functools.partial(
+                torch.autograd.gradcheck, function, inputs, raise_exception=False, fast_mode=fast
+            )
+            rows.append({"case": name, "way": way, "ms": 1000 * timed(check, repeats)[0]})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-write", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = measure(args.repeats)
+    for row in rows:
+        calls = (
+            f"{row['forwards']:4} forward {row['backwards']:4} backward"
+            if "forwards" in row
+            else ""
+        )
+        print(f"{row['case']:30} {row['way']:18} {row['ms']:9.1f} ms  {calls}")
+    if not args.no_write:
+        date = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
+        about = {"date": date, "device": "cpu", "torch": torch.__version__, "threads": 1}
+        path = DATA / f"gradcheck-cpu-{date}.json"
+        text = ",\n".join(json.dumps(r) for r in rows)
+        path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()
