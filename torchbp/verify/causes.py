@@ -39,7 +39,8 @@ def likely_cause(
     large = bad & (expected.abs() > 1e-3 * expected.abs().max())
     if large.any() and _close(got[large], torch.zeros_like(got[large]), expected.abs().max()):
         return "no gradient there: detached, masked, or not written" + _where(bad, leaf)
-    if (got - expected).abs().max() < 5e-3 * expected.abs().max() and bool(bad.all()):
+    near = (got - expected).abs().max() < 5e-3 * expected.abs().max()
+    if near and bool(bad.all()) and got.numel() > 1:
         return "computed in a lower precision than the input's"
     return ("only some elements" + _where(bad, leaf)) if not bad.all() else None
 
@@ -58,7 +59,7 @@ def _of_all(  # noqa: PLR0911  # one return a cause
     ratios = got[large] / expected[large]
     r = ratios.mean()
     if _close(ratios, r.expand_as(ratios), r.abs()) and not r.is_complex():
-        return _factor(float(r), sizes)
+        return _factor(float(r), sizes, alone=got.numel() == 1)
     if ones is not None and _close(got, ones, ones.abs().max()):
         return "grad_output forgotten: this is the gradient for a grad_output of ones"
     if got.dim() >= 2 and got.shape[-1] == got.shape[-2] and _close(got.mT, expected, scale):
@@ -68,7 +69,7 @@ def _of_all(  # noqa: PLR0911  # one return a cause
     return None
 
 
-def _factor(r: float, sizes: Sequence[int]) -> str | None:
+def _factor(r: float, sizes: Sequence[int], *, alone: bool) -> str | None:
     named = {-1.0: "wrong sign", 2.0: "factor 2 too large", 0.5: "factor 2 too small"}
     for value, text in named.items():
         if abs(r - value) < 1e-3 * abs(value):
@@ -78,6 +79,8 @@ def _factor(r: float, sizes: Sequence[int]) -> str | None:
             if n > 1 and abs(r - value) < 1e-3 * abs(value):
                 kind = "too large" if abs(r) > 1 else "too small"
                 return f"factor {n} {kind}, a size of the data: mean and sum confused"
+    if alone:  # one element says nothing of the others
+        return None
     if abs(r - 1) < 5e-3:
         return "computed in a lower precision than the input's"
     return f"constant factor {r:.6g}"

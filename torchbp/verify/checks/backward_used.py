@@ -30,6 +30,7 @@ def _run(case: Case) -> Iterator[Finding]:
     if not functions:
         raise NotApplicable("no autograd.Function written in Python")
     for way, gradients in _ways(case).items():
+        case.calls.count(forward=1)
         with ExitStack() as patched:
             for function in functions:
                 doubled = staticmethod(_doubled(function.backward))

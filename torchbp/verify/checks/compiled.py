@@ -61,6 +61,7 @@ def _compare(case: Case, fullgraph: bool) -> list[Finding]:
     run = _fresh_code(case)
     compiled = torch.compile(run, backend="aot_eager", fullgraph=fullgraph, dynamic=False)
     leaves = case.fresh()
+    case.calls.count(forward=1)
     try:
         outputs = compiled(*leaves)
     except Exception as error:

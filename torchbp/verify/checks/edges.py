@@ -60,9 +60,13 @@ def _at_points(case: Case, which: int) -> Iterator[Finding]:
     points = torch.tensor(POINTS, dtype=torch.float64)
     size = points.abs().clamp(min=1.0).sqrt()
     sides = [points + sign * h * size for h in STEPS for sign in (-1, 1)]
-    values, grads = _evaluate(case, which, torch.cat([points, *sides]))
-    y, *beside = values.split(len(POINTS))
-    g = grads[: len(POINTS)]
+    if _uniform(case, which):
+        values, grads = _evaluate(case, which, torch.cat([points, *sides]))
+        y, *beside = values.split(len(POINTS))
+        g = grads[: len(POINTS)]
+    else:  # each value and what lies beside it in one and the same place
+        y, g = _evaluate(case, which, points)
+        beside = [_evaluate(case, which, there)[0] for there in sides]
     left, right, left_near, right_near = (
         (there - y) / (sign * h * size)
         for there, (h, sign) in zip(beside, [(h, s) for h in STEPS for s in (-1, 1)], strict=True)
@@ -141,6 +145,17 @@ def _evaluate(case: Case, which: int, points: Tensor) -> tuple[Tensor, Tensor]:
             values += [y for y, _ in alone] or [torch.full_like(part, torch.nan)]
             slopes += [g for _, g in alone] or [torch.full_like(part, torch.nan)]
     return torch.cat(values), torch.cat(slopes)
+
+
+def _uniform(case: Case, which: int) -> bool:
+    """Whether all elements are treated alike; a slope per channel is not."""
+    leaf = case.leaves[which]
+    middle = leaf.new_full((), float(leaf.double().mean()))
+    try:
+        y = _placed(case, which, middle.expand(leaf.numel())).kept[1][0].detach()
+    except ForwardRaised:
+        return False
+    return bool((y == y.reshape(-1)[0]).all())
 
 
 def _placed(case: Case, which: int, points: Tensor) -> Case:
