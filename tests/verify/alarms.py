@@ -40,7 +40,27 @@ def _cdist() -> bool:
     return not torch.allclose(torch.vmap(pull)(v), torch.stack([pull(t) for t in v]), atol=1e-3)
 
 
+def _softshrink() -> bool:
+    x = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(F.softshrink(x, 0.0), x)
+    return float(slope) == 0.0  # softshrink(x, 0) is x
+
+
+def _clipped() -> bool:
+    x = torch.ones((), requires_grad=True)
+    y = x * 1
+    y.register_hook(lambda grad: grad.clamp(-1, 1))
+    return float(torch.autograd.grad(y, x, torch.tensor(1024.0))[0]) == 1.0
+
+
 KNOWN: dict[str, Alarm] = {
+    "torchbp softshrink": Alarm(
+        "for a threshold of 0 the function is x, its slope at 0 is 1, and torch's, like torchbp's, 0",
+        _softshrink,
+    ),
+    "torchbp gradient_clip": Alarm(
+        "clips the incoming gradient by design, as a hook would: not linear in it", _clipped
+    ),
     "cdist": Alarm(
         "torch.vmap over its backward gives wrong numbers for all samples but one", _cdist
     ),

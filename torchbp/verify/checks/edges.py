@@ -150,12 +150,15 @@ def _evaluate(case: Case, which: int, points: Tensor) -> tuple[Tensor, Tensor]:
 def _uniform(case: Case, which: int) -> bool:
     """Whether all elements are treated alike; a slope per channel is not."""
     leaf = case.leaves[which]
-    middle = leaf.new_full((), float(leaf.double().mean()))
-    try:
-        y = _placed(case, which, middle.expand(leaf.numel())).kept[1][0].detach()
-    except ForwardRaised:
-        return False
-    return bool((y == y.reshape(-1)[0]).all())
+    size = leaf.abs().mean()
+    for value in (size, -size):
+        try:
+            y = _placed(case, which, value.expand(leaf.numel())).all_outputs[0]
+        except ForwardRaised:
+            return False
+        if not bool((y == y.reshape(-1)[0]).all()) and not bool(y.isnan().all()):
+            return False
+    return True
 
 
 def _placed(case: Case, which: int, points: Tensor) -> Case:
