@@ -11,14 +11,16 @@ from typing import Any
 from weakref import ReferenceType
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.autograd.function import Function
 
 __all__ = ["Edge", "Note", "Saved", "asked", "noting", "version_only"]
 
 asked = 0  # how many scopes that want notes are open, in all threads
 
-# An argument that nobody else keeps (a frozen bias) is copied if it is at most this share of the output.
+# An argument that nobody else keeps (a frozen bias), or that is sharded, is copied if it is at most this share of the
+# output.
 _COPIED_SHARE = 1 / 64
 
 
@@ -121,6 +123,9 @@ def _argument(
     t: Tensor, edge: int, saved: tuple[Tensor | None, ...], output: Tensor, written: bool
 ) -> Saved | Edge | Tensor | None:
     """Return how the tensor argument ``t`` is found again; ``written`` where the call wrote the output into it."""
+    small = not written and t.numel() <= output.numel() * _COPIED_SHARE
+    if small and type(t) is nn.Parameter and dist.is_available() and dist.is_initialized():
+        return t.detach().clone()  # FSDP frees it after forward
     if not written:
         for place, other in enumerate(saved):
             if other is t:
@@ -128,9 +133,7 @@ def _argument(
     if t.requires_grad:
         # The call itself has raised the version of what it wrote to.
         return Edge(edge, t._version - written, t.untyped_storage()._cdata)
-    if not written and t.numel() <= output.numel() * _COPIED_SHARE:
-        return t.detach().clone()
-    return None
+    return t.detach().clone() if small else None
 
 
 _EMPTY: dict[tuple[torch.device, torch.dtype], Tensor] = {}

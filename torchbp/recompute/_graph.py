@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
@@ -24,9 +25,6 @@ small = 16 << 10
 
 # No chain takes more calls than this: what they make is there at once. Residual networks would reach from end to end.
 longest = 8
-
-# A part of at most this share of the output is copied: it may be a parameter, whose memory FSDP frees after forward.
-_COPIED_SHARE = 1 / 64
 
 _KEY = "torchbp"  # in the metadata of torch's own nodes
 _DENSE = (Tensor, nn.Parameter)
@@ -46,7 +44,9 @@ def kept_or_share(t: Tensor) -> Kept | Share:
     if type(t) not in _DENSE:
         return _as_it_is(t)
     node = t.grad_fn
-    if node is None or t.numel() * t.element_size() < small:
+    if node is None or t.layout is not torch.strided or t.is_nested:
+        return Kept(t)
+    if t.numel() * t.element_size() < small:
         return Kept(t)
     base = t
     if t._is_view():
@@ -109,8 +109,9 @@ def _how(
     parts = [_argument(node, a) for a in note.arguments]
     if any(p is _MISSING for p in parts):
         return None
-    limit = note.nbytes * _COPIED_SHARE
-    return Recipe(note.again, _copied(parts, limit), note.autocast, note.device), note.witness
+    if not _last(parts):
+        return None
+    return Recipe(note.again, tuple(parts), note.autocast, note.device), note.witness
 
 
 def _of_torch(node: Any, reading: Reading, output: Tensor | None) -> Recipe | None:
@@ -127,21 +128,23 @@ def _of_torch(node: Any, reading: Reading, output: Tensor | None) -> Recipe | No
     call = rule.read(node, output)
     if call is None:
         return None
-    operands = rule.operands
-    if operands is None:
-        operands = [Operand(i) for i in range(len(node.next_functions))]
+    operands = rule.operands or [Operand(i) for i in range(len(node.next_functions))]
     parts: list[Any] = []
     for operand in operands:
-        part = None
-        if operand.saved is not None:
-            part = _part(getattr(node, f"_raw_saved_{operand.saved}"))
-        if part is None:
-            part = _along(node, operand.edge, first)
+        part = _operand(node, operand, first)
         if part is None:
             return None
         parts.append(part)
         first = None
-    return Recipe(call, tuple(parts), _NO_AUTOCAST, "cpu" if output is None else output.device.type)
+    device = "cpu" if output is None else output.device.type
+    return Recipe(call, tuple(parts), _NO_AUTOCAST, device) if _last(parts) else None
+
+
+def _operand(node: Any, operand: Operand, reading: Reading | None) -> Kept | Share | Recipe | None:
+    """Return an operand of a node of torch's own, as a part."""
+    saved = operand.saved
+    part = None if saved is None else _part(getattr(node, f"_raw_saved_{saved}"))
+    return _along(node, operand.edge, reading) if part is None else part
 
 
 def _argument(node: Any, argument: Any) -> Any:
@@ -180,10 +183,14 @@ def _part(saved: Any) -> Kept | Share | None:
     return data if type(data) is Kept else None
 
 
-def _copied(parts: list[Any], limit: float) -> tuple[Any, ...]:
-    return tuple(
-        Kept(p.open().clone()) if type(p) is Kept and p.nbytes <= limit else p for p in parts
-    )
+def _last(parts: list[Any]) -> bool:
+    """Whether the parts are there in backward, whenever it is.
+
+    FSDP frees the memory of parameters after forward, and gathers them again for their own layer's backward: too late
+    for the layer behind it, which asks for its input first. The small ones were copied as they were noted.
+    """
+    sharded = dist.is_available() and dist.is_initialized()
+    return not (sharded and any(type(p) is Kept and p.parameter for p in parts))
 
 
 def _note(node: Any) -> Note | None:

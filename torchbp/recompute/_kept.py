@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
 
 from torchbp.ops._recipe import version_only
@@ -17,13 +17,14 @@ __all__ = ["Kept", "Made", "Recipe", "Share"]
 
 
 class Kept:
-    """A tensor that is kept as it is, with the version it had."""
+    """A tensor that is kept as it is, with the version it had, and whether it is a parameter."""
 
-    __slots__ = ("__weakref__", "tensor", "version")
+    __slots__ = ("__weakref__", "parameter", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         # Detached: a saved output would hold its own node, which holds this.
         self.tensor = tensor.detach()
+        self.parameter = type(tensor) is nn.Parameter
         self.version = None if tensor.is_inference() else tensor._version
 
     @property
