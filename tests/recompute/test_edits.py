@@ -159,6 +159,45 @@ def intermediate_written_to_before_our_op(x, w):
     return F.linear(F.relu(s), w)
 
 
+ELSEWHERE = []  # graphs that nobody runs backward
+
+
+@case
+def sum_written_to_of_what_is_kept_elsewhere(x, w):
+    a, b = F.gelu(hidden(x, w)), F.silu(hidden(x, w))
+    ELSEWHERE.append([F.linear(a, w), F.linear(b, w)])
+    s = a + b
+    with torch.no_grad():
+        s.mul_(2)
+    return F.linear(s, w)
+
+
+@case
+def product_written_to_of_what_is_kept_elsewhere(x, w):
+    s = F.gelu(hidden(x, w)) * F.silu(hidden(x, w))
+    with torch.no_grad():
+        s.mul_(2)
+    return F.linear(s, w)
+
+
+@case
+def written_to_after_it_is_kept_elsewhere(x, w):
+    y = F.gelu(hidden(x, w))
+    ELSEWHERE.append(F.linear(y, w))
+    with torch.no_grad():
+        y.mul_(2)
+    return F.linear(y, w)
+
+
+@case
+def written_to_after_it_is_kept_elsewhere_then_a_chain(x, w):
+    y = F.gelu(hidden(x, w))
+    ELSEWHERE.append(F.linear(y, w))
+    with torch.no_grad():
+        y.mul_(2)
+    return F.linear(F.relu(y), w)
+
+
 @case
 def detached_and_written_to(x, w):
     y = F.gelu(hidden(x, w))

@@ -54,7 +54,7 @@ def kept_or_share(t: Tensor) -> Kept | Share:
         if base is None or (node := base.grad_fn) is None:
             return Kept(t)
     made = _output(node, base)
-    if made is not None and not t.is_neg() and not t.is_conj():
+    if made is not None and t.dtype == base.dtype and not t.is_neg() and not t.is_conj():
         return Share(made, t, checked=True)
     kept = Kept(t)
     if base is t:
@@ -170,7 +170,8 @@ def _along(node: Any, place: int, reading: Reading | None) -> Kept | Share | Rec
     if found is None:
         how = _how(source, nr, reading, None)
         return None if how is None else how[0]
-    if not found.untouched() if reading is None else found.version != reading.version:
+    now = (found.version, found.storage)
+    if not found.untouched() if reading is None else reading != now:
         return None
     return Share(found, None, checked=False) if isinstance(found, Made) else found
 

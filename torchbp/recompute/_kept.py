@@ -32,6 +32,11 @@ class Kept:
         """Bytes of its elements."""
         return self.tensor.numel() * self.tensor.element_size()
 
+    @property
+    def storage(self) -> int:
+        """Which storage it stands in."""
+        return self.tensor.untyped_storage()._cdata
+
     def untouched(self) -> bool:
         """Whether nobody wrote to it since."""
         return self.version is None or self.tensor._version == self.version
@@ -99,6 +104,7 @@ class Made:
         "nbytes",
         "recipe",
         "size",
+        "storage",
         "stride",
         "users",
         "version",
@@ -109,7 +115,7 @@ class Made:
         self.recipe = recipe
         self.size, self.stride = output.size(), output.stride()
         self.nbytes = output.numel() * output.element_size()
-        self.version = output._version
+        self.version, self.storage = output._version, output.untyped_storage()._cdata
         self.witness = version_only(output) if witness is None else witness
         self.users = 0  # shares alive
         self.made: Tensor | None = None
@@ -128,11 +134,9 @@ class Made:
                     self.size, self.stride, dtype=made.dtype, device=made.device
                 )
                 made = strided.copy_(made)
-            if self.users > 1 and _in_backward():
+            if self.users > 1 and _in_backward():  # this goes when the last of them is done
                 self.made = made
                 _made.add(self)
-        elif self.users <= 1:  # the last one: as soon as it is done, the memory is free
-            self.made = None
         return made
 
 
