@@ -11,13 +11,13 @@ from typing import Any
 from weakref import ReferenceType
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-__all__ = ["Edge", "Note", "Saved", "asked", "noting", "version_only"]
+__all__ = ["Edge", "Note", "Saved", "asked", "noting", "sharded", "version_only"]
 
 asked = 0  # how many scopes that want notes are open, in all threads
+sharded = False  # whether parameters may be freed between forward and backward, as FSDP does
 
 # An argument that nobody else keeps (a frozen bias), or that is sharded, is copied if it is at most this share of the
 # output.
@@ -52,7 +52,7 @@ class Note:
         flops: Floating-point operations that making it again takes; 0 for what is cheap.
         version: Of the output, as the call left it.
         storage: Of the output.
-        nbytes: Of the output.
+        geometry: Size, stride and offset of the output.
         device: Type of the output's device.
         witness: Shares the output's version counter, and no memory: tells whether the output was written to since.
         autocast: Whether autocast was on, and its dtype.
@@ -64,7 +64,7 @@ class Note:
     flops: int
     version: int
     storage: int
-    nbytes: int
+    geometry: tuple[torch.Size, tuple[int, ...], int]
     device: str
     witness: Tensor
     autocast: tuple[bool, torch.dtype]
@@ -110,7 +110,7 @@ def noting(
             0 if flops is None else flops(*inputs),
             first._version + written,  # mark_dirty raises it once more, after this
             first.untyped_storage()._cdata,
-            first.numel() * first.element_size(),
+            (first.size(), first.stride(), int(first.storage_offset())),
             device,
             version_only(first),
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
@@ -124,8 +124,8 @@ def _argument(
 ) -> Saved | Edge | Tensor | None:
     """Return how the tensor argument ``t`` is found again; ``written`` where the call wrote the output into it."""
     small = not written and t.numel() <= output.numel() * _COPIED_SHARE
-    if small and type(t) is nn.Parameter and dist.is_available() and dist.is_initialized():
-        return t.detach().clone()  # FSDP frees it after forward
+    if small and sharded and type(t) is nn.Parameter:
+        return t.detach().clone()
     if not written:
         for place, other in enumerate(saved):
             if other is t:

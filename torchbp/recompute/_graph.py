@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from torchbp.ops import _recipe
 from torchbp.ops._recipe import Edge, Note, Saved
+from torchbp.recompute._budget import Plan
 from torchbp.recompute._kept import Kept, Made, Recipe, Share
-from torchbp.recompute._torch import RULES, Operand
+from torchbp.recompute._torch import DEAR, RULES, VIEWS, Operand
 
 __all__ = ["kept_or_share"]
 
@@ -39,27 +40,47 @@ class Reading(NamedTuple):
     storage: int
 
 
-def kept_or_share(t: Tensor) -> Kept | Share:
-    """Return what is kept for ``t``, which a node wants to save: a share of what can be made again, or ``t`` itself."""
+def kept_or_share(t: Tensor, plan: Plan | None = None) -> Kept | Share:
+    """Return what is kept for ``t``, which a node wants to save: a share of what can be made again, or ``t`` itself.
+
+    Args:
+        t: Whatever autograd saves.
+        plan: Which of the outputs that are dear to make again are let go; ``None`` for none.
+    """
     if type(t) not in _DENSE:
         return _as_it_is(t)
     node = t.grad_fn
     if node is None or t.layout is not torch.strided or t.is_nested:
-        return Kept(t)
+        kept = Kept(t)
+        if plan is not None and not t.requires_grad and t.layout is torch.strided:
+            plan.keep(kept)  # a mask, say
+        return kept
     if t.numel() * t.element_size() < small:
         return Kept(t)
     base = t
     if t._is_view():
-        base = t._base
-        if base is None or (node := base.grad_fn) is None:
-            return Kept(t)
-    made = _output(node, base)
-    if made is not None and t.dtype == base.dtype and not t.is_neg() and not t.is_conj():
-        return Share(made, t, checked=True)
-    kept = Kept(t)
-    if base is t:
-        _register(node, kept, t.output_nr)
-    return kept
+        node, base = _whole(t)
+    item = _output(node, base, plan)
+    if isinstance(item, Kept):
+        return item if base is t else Kept(t, item)
+    if t.dtype == base.dtype and not t.is_neg() and not t.is_conj():
+        return Share(item, t, checked=True)
+    return Kept(t)
+
+
+def _whole(t: Tensor) -> tuple[Any, Tensor]:
+    """Return the output that the view ``t`` is of, and its node; where that can't be told, ``t`` and its own."""
+    base = t._base
+    if base is not None and base.grad_fn is not None:
+        return base.grad_fn, base
+    # A Function's output that is a view of what it made inside, as F.linear gives it for three dimensions.
+    node: Any = t.grad_fn
+    while type(node).__name__ in VIEWS:
+        node = node.next_functions[0][0]
+    note = _note(node)
+    if note is None or node is t.grad_fn or note.storage != t.untyped_storage()._cdata:
+        return t.grad_fn, t
+    return node, t.detach().as_strided(*note.geometry)
 
 
 def _as_it_is(t: Tensor) -> Kept:
@@ -67,27 +88,42 @@ def _as_it_is(t: Tensor) -> Kept:
         return Kept(t)
 
 
-def _output(node: Any, base: Tensor) -> Made | None:
-    """Return how ``base``, the output of ``node``, is made again; ``None`` if it can't, or isn't worth it."""
+def _output(node: Any, base: Tensor, plan: Plan | None) -> Made | Kept:
+    """Return how ``base``, the output of ``node``, is made again; itself if it can't be, or isn't worth it."""
     found = _registered(node, base.output_nr)
-    if found is not None:
-        return found if type(found) is Made and found.untouched() else None
+    if found is not None and found.untouched():
+        return found
+    item = None if found is not None else _made(node, base, plan)
+    if item is None:
+        item = Kept(base)
+        if plan is not None:
+            plan.keep(item)
+    _register(node, item, base.output_nr)
+    return item
+
+
+def _made(node: Any, base: Tensor, plan: Plan | None) -> Made | None:
     storage = base.untyped_storage()
     if storage.nbytes() != base.numel() * base.element_size():
         return None  # holes, or a part of something larger
-    how = _how(node, base.output_nr, Reading(base._version, storage._cdata), base)
+    reading = Reading(base._version, storage._cdata)
+    how = _how(node, base.output_nr, reading, base)
+    if how is not None and how[0].steps > longest:
+        return None
+    if how is None and plan is not None:
+        how = _how(node, base.output_nr, reading, base, dear=True)
+        if how is None or not plan.drops(how[0], base):
+            return None
     if how is None:
         return None
-    recipe, witness = how
-    if recipe.steps > longest:
-        return None
-    made = Made(base, recipe, witness)
-    _register(node, made, base.output_nr)
+    made = Made(base, *how)
+    if plan is not None:
+        plan.make(made)
     return made
 
 
 def _how(
-    node: Any, nr: int, reading: Reading | None, output: Tensor | None
+    node: Any, nr: int, reading: Reading | None, output: Tensor | None, dear: bool = False
 ) -> tuple[Recipe, Tensor | None] | None:
     """Return how output ``nr`` of ``node`` is made again, and its witness if there is one.
 
@@ -96,27 +132,34 @@ def _how(
         nr: Which output; ops of several are known by their first.
         reading: The version and storage it had when it was read; ``None`` where nobody noted them.
         output: The tensor itself, where it is at hand.
+        dear: Whether it, and operands that nobody keeps, may be dear to make again.
     """
     note = _note(node)
     if note is None:
-        found = _of_torch(node, reading, output) if nr == 0 and reading is not None else None
+        found = None
+        if nr == 0 and reading is not None:
+            found = _of_torch(node, reading, output, dear)
         return None if found is None else (found, None)
-    if nr or note.flops or note.arguments is None:
+    if nr or note.arguments is None or (note.flops and not dear):
         return None
     last = (note.version, note.storage)
     if note.witness._version != note.version if reading is None else reading != last:
         return None
-    parts = [_argument(node, a) for a in note.arguments]
+    parts = [_argument(node, a, dear) for a in note.arguments]
     if any(p is _MISSING for p in parts):
         return None
     if not _last(parts):
         return None
-    return Recipe(note.again, tuple(parts), note.autocast, note.device), note.witness
+    recipe = Recipe(note.again, tuple(parts), note.autocast, note.device, note.flops)
+    return recipe, note.witness
 
 
-def _of_torch(node: Any, reading: Reading, output: Tensor | None) -> Recipe | None:
+def _of_torch(node: Any, reading: Reading, output: Tensor | None, dear: bool) -> Recipe | None:
     """Return how the output of a node of torch's own is made again."""
-    rule = RULES.get(type(node).__name__)
+    name = type(node).__name__
+    rule = RULES.get(name)
+    if rule is None and dear:
+        rule = DEAR.get(name)
     if rule is None:
         return None
     first = None
@@ -128,37 +171,45 @@ def _of_torch(node: Any, reading: Reading, output: Tensor | None) -> Recipe | No
     call = rule.read(node, output)
     if call is None:
         return None
-    operands = rule.operands or [Operand(i) for i in range(len(node.next_functions))]
+    operands = rule.operands(node) if callable(rule.operands) else rule.operands
+    operands = operands or [Operand(i) for i in range(len(node.next_functions))]
     parts: list[Any] = []
     for operand in operands:
-        part = _operand(node, operand, first)
+        part = _operand(node, operand, first, dear)
         if part is None:
             return None
         parts.append(part)
         first = None
+    if not _last(parts):
+        return None
     device = "cpu" if output is None else output.device.type
-    return Recipe(call, tuple(parts), _NO_AUTOCAST, device) if _last(parts) else None
+    flops = 0 if rule.flops is None or output is None else rule.flops(node, output)
+    return Recipe(call, tuple(parts), _NO_AUTOCAST, device, flops)
 
 
-def _operand(node: Any, operand: Operand, reading: Reading | None) -> Kept | Share | Recipe | None:
+def _operand(
+    node: Any, operand: Operand, reading: Reading | None, dear: bool
+) -> Kept | Share | Recipe | None:
     """Return an operand of a node of torch's own, as a part."""
     saved = operand.saved
     part = None if saved is None else _part(getattr(node, f"_raw_saved_{saved}"))
-    return _along(node, operand.edge, reading) if part is None else part
+    return _along(node, operand.edge, reading, dear) if part is None else part
 
 
-def _argument(node: Any, argument: Any) -> Any:
+def _argument(node: Any, argument: Any, dear: bool) -> Any:
     """Return an argument that a note names, ready for a recipe."""
     if type(argument) is Saved:
         part = _part(node._raw_saved_tensors[argument.place])
     elif type(argument) is Edge:
-        part = _along(node, argument.place, Reading(argument.version, argument.storage))
+        part = _along(node, argument.place, Reading(argument.version, argument.storage), dear)
     else:
         return Kept(argument) if isinstance(argument, Tensor) else argument
     return _MISSING if part is None else part
 
 
-def _along(node: Any, place: int, reading: Reading | None) -> Kept | Share | Recipe | None:
+def _along(
+    node: Any, place: int, reading: Reading | None, dear: bool
+) -> Kept | Share | Recipe | None:
     """Return the operand that came along an edge, as a part."""
     source, nr = node.next_functions[place]
     if source is None:
@@ -168,7 +219,7 @@ def _along(node: Any, place: int, reading: Reading | None) -> Kept | Share | Rec
         return Kept(leaf) if reading is None or leaf._version == reading.version else None
     found = _registered(source, nr)
     if found is None:
-        how = _how(source, nr, reading, None)
+        how = _how(source, nr, reading, None, dear)
         return None if how is None else how[0]
     now = (found.version, found.storage)
     if not found.untouched() if reading is None else reading != now:
@@ -190,8 +241,7 @@ def _last(parts: list[Any]) -> bool:
     FSDP frees the memory of parameters after forward, and gathers them again for their own layer's backward: too late
     for the layer behind it, which asks for its input first. The small ones were copied as they were noted.
     """
-    sharded = dist.is_available() and dist.is_initialized()
-    return not (sharded and any(type(p) is Kept and p.parameter for p in parts))
+    return not (_recipe.sharded and any(type(p) is Kept and p.parameter for p in parts))
 
 
 def _note(node: Any) -> Note | None:

@@ -17,11 +17,17 @@ __all__ = ["Kept", "Made", "Recipe", "Share"]
 
 
 class Kept:
-    """A tensor that is kept as it is, with the version it had, and whether it is a parameter."""
+    """A tensor that is kept as it is, with the version it had, and whether it is a parameter.
 
-    __slots__ = ("__weakref__", "parameter", "tensor", "version")
+    Args:
+        tensor: To be kept.
+        whole: What is kept for the output of which it is a view.
+    """
 
-    def __init__(self, tensor: Tensor) -> None:
+    __slots__ = ("__weakref__", "parameter", "tensor", "version", "whole")
+
+    def __init__(self, tensor: Tensor, whole: "Kept | None" = None) -> None:
+        self.whole = whole
         # Detached: a saved output would hold its own node, which holds this.
         self.tensor = tensor.detach()
         self.parameter = type(tensor) is nn.Parameter
@@ -57,9 +63,10 @@ class Recipe:
             nobody saves, or no tensor.
         autocast: Whether autocast was on as the output was made first, and its dtype.
         device: Type of the output's device.
+        flops: Floating-point operations of the call; 0 for a cheap one.
     """
 
-    __slots__ = ("arguments", "autocast", "call", "device", "steps")
+    __slots__ = ("arguments", "autocast", "call", "device", "flops", "steps")
 
     def __init__(
         self,
@@ -67,14 +74,16 @@ class Recipe:
         arguments: tuple[Any, ...],
         autocast: tuple[bool, torch.dtype],
         device: str,
+        flops: int = 0,
     ) -> None:
         self.call, self.arguments, self.autocast, self.device = call, arguments, autocast, device
-        self.steps = 1  # calls in the whole chain
+        self.steps, self.flops = 1, flops  # calls in the whole chain of cheap ones; of it all
         for a in arguments:
             if type(a) is Share:
-                self.steps += a.made.recipe.steps
+                self.steps += 0 if a.made.recipe.flops else a.made.recipe.steps
             elif type(a) is Recipe:
                 self.steps += a.steps
+                self.flops += a.flops
 
     def open(self) -> Tensor:
         """Return the output, made again."""

@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from torchbp import swap
 from torchbp.ops import _recipe
 from torchbp.ops._errors import wrong
+from torchbp.recompute._budget import Plan
 from torchbp.recompute._graph import kept_or_share
 from torchbp.recompute._kept import Kept, Share
 
@@ -26,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 _autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def lean(model: M) -> M:
+def lean(model: M, budget: float | None = None) -> M:
     """Make ``model`` keep far fewer bytes for backward; every gradient stays the same to the last bit.
 
     Its torch layers are converted (:func:`torchbp.convert`). In each forward, what an op wants to keep is let go where
@@ -36,15 +39,25 @@ def lean(model: M) -> M:
     It is inert under ``torch.no_grad``, ``torch.compile``, ``torch.func``, and inside others' saved-tensor hooks (a
     checkpoint, ``save_on_cpu``). :func:`torchbp.revert` undoes it.
 
+    With a ``budget`` outputs of Linear, convolution and attention are let go too, the cheapest to make again for each
+    byte first, until what is kept is within it. The first forward measures; the second is within the budget. Sharded
+    models (FSDP) let go what is cheap alone.
+
     Args:
         model: Any module. Before ``fully_shard``, ``DistributedDataParallel`` and ``torch.compile``.
+        budget: What may be kept: a share, up to 1, of what torch keeps, or bytes; ``None`` for what comes for free,
+            about 0.6. Parameters, which stay anyway, don't count.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: ``budget`` is not positive.
         RuntimeError: ``model`` is sharded already.
+
+    Warns:
+        UserWarning: The budget can't be met; as much as possible is let go.
 
     Example:
         >>> import torch, torchbp
@@ -52,9 +65,16 @@ def lean(model: M) -> M:
         >>> model = torchbp.lean(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)))
         >>> model(torch.randn(256, 64)).sum().backward()
     """
+    if budget is not None and not budget > 0:
+        rule, advice = "a positive budget", "a share of what torch keeps, or bytes"
+        raise ValueError(wrong("lean", rule, budget, advice))
     swap.convert(model)
-    if _hooks_of(model) is None:
-        hooks = _Hooks()
+    plan = None if budget is None else Plan(budget)
+    hooks = _hooks_of(model)
+    if hooks is not None:
+        hooks.plan = plan
+    else:
+        hooks = _Hooks(plan)
         model.register_forward_pre_hook(hooks.enter, prepend=True)
         model.register_forward_hook(hooks.leave, always_call=True)
     return model
@@ -107,12 +127,12 @@ def lean_scope() -> Iterator[None]:
         ...     loss = F.linear(F.gelu(x), w).sum()
         >>> loss.backward()
     """
-    pack = _open()
+    pack = _open(None, dist.is_available() and dist.is_initialized())
     try:
         yield
     finally:
         if pack is not None:
-            _close()
+            _close(pack)
     if pack is not None and pack.kept and not pack.shared:
         message = wrong(
             "lean_scope",
@@ -124,13 +144,14 @@ def lean_scope() -> Iterator[None]:
 
 
 class _Pack:
-    """The pack hook, which counts what it gives: one of a kind for each scope."""
+    """The pack hook of one scope, which counts what it gives."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: Plan | None) -> None:
+        self.plan = plan
         self.kept = self.shared = 0
 
     def __call__(self, t: Tensor) -> Kept | Share:
-        item = kept_or_share(t)
+        item = kept_or_share(t, self.plan)
         if type(item) is Share:
             self.shared += 1
         else:
@@ -142,7 +163,7 @@ def _unpack(item: Kept | Share) -> Tensor:
     return item.open()
 
 
-def _open() -> _Pack | None:
+def _open(plan: Plan | None, sharded: bool) -> _Pack | None:
     """Put our hooks on the innermost place; ``None`` where they would be refused, useless, or in somebody's way."""
     if (
         torch.compiler.is_compiling()
@@ -151,22 +172,27 @@ def _open() -> _Pack | None:
         or _autograd._top_saved_tensors_default_hooks(False) is not None
     ):
         return None
-    pack = _Pack()
+    pack = _Pack(plan)
+    if plan is not None:
+        plan.begin()
     _autograd._push_saved_tensors_default_hooks(pack, _unpack)
     _recipe.asked += 1
+    _recipe.sharded = sharded
     return pack
 
 
-def _close() -> None:
+def _close(pack: _Pack) -> None:
     _autograd._pop_saved_tensors_default_hooks()
     _recipe.asked -= 1
+    if pack.plan is not None and torch.is_grad_enabled():
+        pack.plan.end()
 
 
 class _Opened(threading.local):
-    """Of this thread, whose forwards are under way, and whether each has opened the hooks."""
+    """Of this thread, whose forwards are under way, and the pack hook of each that has opened them."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[int, bool]] = []
+        self.stack: list[tuple[int, _Pack | None]] = []
 
 
 _opened = _Opened()
@@ -175,20 +201,29 @@ _opened = _Opened()
 class _Hooks:
     """The two hooks around a model's forward. They hold nothing of it, so they are copied and pickled with it."""
 
+    def __init__(self, plan: Plan | None) -> None:
+        self.plan = plan
+
     def enter(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
-        if not torch.compiler.is_compiling():
-            _opened.stack.append((id(module), _open() is not None))
+        if torch.compiler.is_compiling():
+            return
+        sharded = False
+        if dist.is_available() and dist.is_initialized():
+            sharded = any(isinstance(m, FSDPModule) for m in module.modules())
+        _opened.stack.append((id(module), _open(self.plan, sharded)))
 
     def leave(self, module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
         if torch.compiler.is_compiling() or not _opened.stack:
             return
-        if _opened.stack[-1][0] == id(module) and _opened.stack.pop()[1]:
-            _close()
+        if _opened.stack[-1][0] == id(module) and (pack := _opened.stack.pop()[1]) is not None:
+            _close(pack)
 
 
 def _is_ours(hook: object) -> bool:
     return isinstance(getattr(hook, "__self__", None), _Hooks)
 
 
-def _hooks_of(model: nn.Module) -> object | None:
-    return next((h for h in model._forward_pre_hooks.values() if _is_ours(h)), None)
+def _hooks_of(model: nn.Module) -> Any:
+    """Return the hooks that lean has put on ``model`` itself, if any."""
+    found = (h for h in model._forward_pre_hooks.values() if _is_ours(h))
+    return next((getattr(h, "__self__", None) for h in found), None)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["RULES", "Operand"]
+__all__ = ["DEAR", "RULES", "VIEWS", "Operand"]
 
 aten = torch.ops.aten
 
@@ -23,19 +23,24 @@ class Operand(NamedTuple):
     saved: str | None = None
 
 
+Operands = Sequence[Operand] | Callable[[Any], Sequence[Operand]] | None
+
+
 class Rule(NamedTuple):
     """How the output of a kind of node is made again.
 
     Attributes:
         read: Called with the node, and the output where it is at hand; gives what makes the output from the operands,
             or ``None`` if that can't be told.
-        operands: Of the call, in order; ``None``: one along each edge.
+        operands: Of the call, in order, or what tells them from the node; ``None``: one along each edge.
         may_write: Whether the op has an in-place form, into its first operand, with the same node.
+        flops: Floating-point operations of the call, from the node and the output; ``None`` where it is cheap.
     """
 
     read: Callable[[Any, Tensor | None], Callable[..., Tensor] | None]
-    operands: Sequence[Operand] | None
+    operands: "Operands"
     may_write: bool = False
+    flops: Callable[[Any, Tensor], int] | None = None
 
 
 def _unary(call: Callable[..., Tensor], *attributes: str) -> Rule:
@@ -76,6 +81,25 @@ def _gelu(node: Any, _: Tensor | None) -> Callable[..., Tensor]:
     return partial(aten.gelu, approximate=node._saved_approximate)
 
 
+# Nodes whose output is a view of their input.
+VIEWS = {
+    f"{name}Backward0"
+    for name in (
+        *(
+            "Alias",
+            "AsStrided",
+            "Diagonal",
+            "Expand",
+            "Narrow",
+            "Permute",
+            "ReshapeAlias",
+            "Select",
+        ),
+        *("Slice", "Split", "SplitWithSizes", "Squeeze", "T", "Transpose", "Unbind", "Unfold"),
+        *("UnsafeSplit", "UnsafeView", "Unsqueeze", "View"),
+    )
+} | {"SqueezeBackward1", "SqueezeBackward2"}
+
 _of_result = (Operand(0),)
 _of_both = (Operand(0, "self"), Operand(1, "other"))
 
@@ -99,4 +123,64 @@ RULES = {
     "ReluBackward0": Rule(_always(torch.relu), _of_result),
     "SigmoidBackward0": Rule(_always(torch.sigmoid), _of_result),
     "TanhBackward0": Rule(_always(torch.tanh), _of_result),
+}
+
+
+# ------------------------------------------------------------------------------------------------ dear ones
+
+
+def _convolution(node: Any, _: Tensor | None) -> Callable[..., Tensor]:
+    stride, padding, dilation = node._saved_stride, node._saved_padding, node._saved_dilation
+    more = (node._saved_transposed, node._saved_output_padding, node._saved_groups)
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return aten.convolution(x, weight, bias, stride, padding, dilation, *more)
+
+    return call
+
+
+def _of_convolution(node: Any) -> Sequence[Operand]:
+    bias = (Operand(2),) if any(node._saved_bias_sym_sizes_opt or ()) else ()
+    return (Operand(0, "input"), Operand(1, "weight"), *bias)
+
+
+def _convolution_flops(node: Any, output: Tensor) -> int:
+    weight = node._saved_weight  # (O, I / groups, *), transposed (I, O / groups, *)
+    if not node._saved_transposed:
+        return 2 * output.numel() * weight[0].numel()
+    per_output = weight.shape[0] // node._saved_groups
+    for stride, size in zip(node._saved_stride, weight.shape[2:], strict=True):
+        per_output = per_output * size // stride
+    return 2 * output.numel() * per_output
+
+
+def _attention(node: Any, _: Tensor | None) -> Callable[..., Any] | None:
+    if node._saved_dropout_p or node._saved_attn_mask is not None:
+        return None
+    kernel, causal, scale = (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        node._saved_is_causal,
+        node._saved_scale,
+    )
+    return lambda q, k, v: kernel(q, k, v, 0.0, causal, scale=scale)
+
+
+def _attention_flops(node: Any, output: Tensor) -> int:
+    return 4 * output.numel() * node._saved_logsumexp.shape[-1] // (1 + node._saved_is_causal)
+
+
+def _product_flops(_: Any, output: Tensor) -> int:
+    return 2 * output.numel() * output.shape[-1]
+
+
+_of_product = (Operand(0, "self"), Operand(1, "mat2"))
+_of_attention = (Operand(0, "query"), Operand(1, "key"), Operand(2, "value"))
+
+DEAR = {
+    "ConvolutionBackward0": Rule(_convolution, _of_convolution, flops=_convolution_flops),
+    "ScaledDotProductFlashAttentionForCpuBackward0": Rule(
+        _attention, _of_attention, flops=_attention_flops
+    ),
+    "MmBackward0": Rule(_always(torch.mm), _of_product, flops=_product_flops),
+    "BmmBackward0": Rule(_always(torch.bmm), _of_product, flops=_product_flops),
 }

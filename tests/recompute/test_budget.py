@@ -1,0 +1,157 @@
+"""A budget is met, from the second step on, with the same bits."""
+
+import copy
+import pickle
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import torchbp
+from benchmarks.models import MODELS, ResNet, loss
+from tests.recompute.compared import same, step
+from torchbp.recompute import _graph, _lean
+from torchbp.recompute._kept import Kept
+
+AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
+
+
+def made(name):
+    torch.manual_seed(0)
+    config = MODELS[name]
+    return config.small(), *config.small_data(3)
+
+
+class Bytes:
+    """Adds up the distinct storages kept in a forward, parameters left out."""
+
+    def __init__(self, monkeypatch):
+        self.kept = {}
+        monkeypatch.setattr(_lean, "kept_or_share", self)
+
+    def __call__(self, t, plan=None):
+        item = _graph.kept_or_share(t, plan)
+        if type(item) is Kept and not t.is_leaf:
+            self.kept[item.storage] = item
+        return item
+
+    def of(self, model, *inputs):
+        self.kept.clear()
+        y = model(*inputs)
+        total = sum(k.tensor.untyped_storage().nbytes() for k in self.kept.values())
+        self.kept.clear()
+        del y
+        return total
+
+
+@pytest.mark.filterwarnings("ignore:lean. expected a budget that can be met")
+@pytest.mark.parametrize("context", [nullcontext, AUTOCAST], ids=["float32", "autocast"])
+@pytest.mark.parametrize("budget", [0.4, 0.01])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_bits(name, budget, context):
+    model, x, y = made(name)
+    converted = torchbp.convert(copy.deepcopy(model))
+    lean = torchbp.lean(copy.deepcopy(model), budget)
+    for _ in range(3):
+        for m in (converted, lean):
+            m.zero_grad()
+        same(step(lean, x, y, loss, context), step(converted, x, y, loss, context))
+
+
+@pytest.mark.parametrize("name", ["GPT", "Llama", "ViT", "ResNet-20", "U-Net"])
+def test_it_is_met(name, monkeypatch):
+    model, x, _ = made(name)
+    count = Bytes(monkeypatch)
+    _graph_longest = _graph.longest
+    monkeypatch.setattr(_graph, "longest", 0)
+    whole = count.of(torchbp.lean(copy.deepcopy(model)), x)
+    monkeypatch.setattr(_graph, "longest", _graph_longest)
+    free = count.of(torchbp.lean(copy.deepcopy(model)), x)
+    assert free < 0.75 * whole
+    for share in (0.5, 0.35):
+        lean = torchbp.lean(copy.deepcopy(model), share)
+        assert count.of(lean, x) == free, "the first is measured"
+        assert count.of(lean, x) <= 1.05 * share * whole
+        assert count.of(lean, x) > 0.3 * share * whole, "no more than needed is let go"
+
+
+def test_bytes_are_counted_anew_for_another_batch(monkeypatch):
+    model, x, _ = made("GPT")
+    count = Bytes(monkeypatch)
+    budget = count.of(torchbp.lean(copy.deepcopy(model)), x) / 2
+    lean = torchbp.lean(model, budget)
+    for inputs in (x, torch.cat([x, x])):
+        sizes = [count.of(lean, inputs) for _ in range(4)]
+        assert sizes[-1] <= 1.1 * budget
+
+
+def test_a_forward_that_goes_another_way_is_measured_anew():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+        def forward(self, x, depth):
+            for layer in self.layers[:depth]:
+                x = nn.functional.gelu(layer(x))
+            return x
+
+    torch.manual_seed(0)
+    model = Either()
+    converted, lean = torchbp.convert(copy.deepcopy(model)), torchbp.lean(model, 0.3)
+    x = torch.randn(4, 8)
+    for depth in (6, 6, 3, 6, 2, 2, 2, 6):
+        for m in (converted, lean):
+            m.zero_grad()
+            m(x, depth).sum().backward()
+        same([p.grad for p in lean.parameters()], [p.grad for p in converted.parameters()])
+
+
+def test_plans_are_copied_and_pickled():
+    model, x, y = made("GPT")
+    want = step(torchbp.convert(copy.deepcopy(model)), x, y, loss)
+    lean = torchbp.lean(model, 0.3)
+    lean(x)
+    for twin in (copy.deepcopy(lean), pickle.loads(pickle.dumps(lean))):
+        same(step(twin, x, y, loss), want)
+
+
+def test_a_second_call_changes_the_budget():
+    model, _, _ = made("GPT")
+    plans = []
+    for budget in (0.5, 0.3, None):
+        torchbp.lean(model, budget)
+        plans.append(_lean._hooks_of(model).plan)
+    assert [p and p.budget for p in plans] == [0.5, 0.3, None]
+    assert len(model._forward_hooks) == 1
+
+
+def test_says_what_can_be_reached():
+    model, x, _ = made("GPT")
+    lean = torchbp.lean(model, 0.001)
+    with pytest.warns(
+        UserWarning, match=r"lean: expected a budget that can be met, of at least 0\.\d+ of"
+    ):
+        lean(x)
+    with pytest.raises(ValueError, match="lean: expected a positive budget, got 0"):
+        torchbp.lean(model, 0)
+
+
+def test_double_backward_and_retained_graphs():
+    torch.manual_seed(0)
+    model = ResNet(width=4, blocks=2, classes=3)
+    x, y = torch.randn(3, 3, 8, 8), torch.randint(3, (3,))
+
+    def penalty(m):
+        m.zero_grad()
+        value = loss(m(x), y)
+        first = torch.autograd.grad(value, list(m.parameters()), create_graph=True)
+        sum(g.square().sum() for g in first).backward()
+        return [*first, *(p.grad for p in m.parameters())]
+
+    converted, lean = torchbp.convert(copy.deepcopy(model)), torchbp.lean(model, 0.2)
+    for _ in range(2):
+        want, got = penalty(converted), penalty(lean)
+    same(got, want)
