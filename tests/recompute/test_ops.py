@@ -12,7 +12,7 @@ from torchbp.ops._samples import Make, one_tensor
 
 # Cheap to make again, so that each of these must have been: every op of the families but for those named.
 FAMILIES = ("activations", "normalization", "dropout", "estimators")
-VIEWS = {"gradient_reversal", "gradient_scale"}  # hand on their input itself
+VIEWS = {"gradient_reversal", "gradient_scale", "straight_through"}  # hand on what they are given
 
 
 def consumed(op, sample):
