@@ -105,6 +105,15 @@ def test_profile_is_the_nearest_sample(written):
         same_bits(part.values[0, 0], values[nearest])
 
 
+def test_of_two_samples_at_a_step_the_later_counts(tmp_path):
+    with EventWriter(tmp_path) as writer:
+        for step, value in ((0, 1), (3, 2), (3, 5), (6, 9)):
+            writer.vector(Layout("q", "layer", ("a",)), step, [value])
+    index = Index(tmp_path)
+    index.refresh()
+    assert profile(vectors(index)["q"], 3).values.item() == 5
+
+
 def test_a_scalar_has_the_same_face(written):
     index, steps, _ = written
     loss = scalars(index)["loss/train"]
