@@ -217,6 +217,15 @@ def test_names_are_filtered_and_grouped(tab, logdir):
         assert number(said) == getattr(both, extreme)()
 
 
+def test_a_run_without_a_row_that_passes_is_left_out(tab):
+    tab.open(run="special", compare="sick", filter="12")
+    assert tab.text("#heatmap .panels").strip() == ""
+    assert len([p for p in tab.frame.query_selector_all(".panel") if p.is_visible()]) == 1
+    assert tab.frame.get_attribute(".panel", "aria-label").endswith("sick: 1 rows, 16 samples")
+    tab.open(run="special", filter="12")
+    assert tab.text("#heatmap .message") == "No name passes the filter."
+
+
 def test_a_link_leads_back(tab, fresh):
     tab.open(run="sound")
     tab.set("#choose-quantity", "activation_rms")

@@ -86,27 +86,25 @@ export class HeatMap {
         grid: new Grid(matrix, rows, extreme, run.overview.last_step),
       });
     }
-    this._shown = shown;
-    if (shown.length === 0 || shown.every(({ grid }) => grid.rows.length === 0)) {
-      this.card.say(
-        shown.length
-          ? "No name passes the filter."
-          : `Neither run has ${words(name)}; choose another quantity.`,
-      );
+    const filled = shown.filter(({ grid }) => grid.rows.length > 0);
+    this._shown = filled;
+    if (filled.length === 0) {
+      const nowhere = `Neither run has ${words(name)}; choose another quantity.`;
+      this.card.say(shown.length > 0 ? "No name passes the filter." : nowhere);
       return;
     }
     this.card.say("");
-    const { logarithm, unit, title } = shown[0].quantity;
+    const { logarithm, unit, title } = filled[0].quantity;
     const share = unit === "1" && name.endsWith("_share");
     this._scale = Scale.over(
-      shown.map(({ whole, grid }) => whole.plane(whole.exact ? "value" : grid.extreme).values),
+      filled.map(({ whole, grid }) => whole.plane(whole.exact ? "value" : grid.extreme).values),
       { logarithm, share },
     );
-    for (const one of shown) one.codes = one.grid.codes(this._scale);
+    for (const one of filled) one.codes = one.grid.codes(this._scale);
     this.card.title(title, unit === "1" ? "" : unit);
     this._extreme.hidden =
-      shown.every(({ grid }) => grid.matrix.exact) &&
-      shown.every(({ grid }) => grid.rows.every((row) => row.entries.length === 1));
+      filled.every(({ grid }) => grid.matrix.exact) &&
+      filled.every(({ grid }) => grid.rows.every((row) => row.entries.length === 1));
     this._extreme.value = state.get("extreme");
     this.redraw();
   }

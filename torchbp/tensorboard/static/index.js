@@ -28,7 +28,9 @@ export async function render() {
     await Promise.all(loaded);
     follow(window.parent.document.body);
     const page = await start(document.body, new TabSource(), address());
-    listen("experimental.DataReloaded", () => page.reload());
+    listen("experimental.DataReloaded", async () => {
+      await page.reload();
+    });
     new MutationObserver(() => {
       follow(window.parent.document.body);
       page.redraw();

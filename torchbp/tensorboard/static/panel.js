@@ -31,7 +31,7 @@ export class Panel {
 
   /**
    * Draws `{grid, codes, name, top, bottom, first, last, width, height, marker, selected}`: the rows from
-   * top to bottom and the steps from first to last; `selected` maps a row's label to its colour.
+   * top to bottom and the steps from first to last; `selected` maps a layer to its colour.
    */
   draw(drawing) {
     this._drawing = drawing;
@@ -216,6 +216,10 @@ export class Panel {
       if (brush) this._brushed(brush);
       else if (cell)
         this._on.pick(cell.row, cell.column, event.shiftKey || event.ctrlKey || event.metaKey);
+    });
+    element.addEventListener("pointercancel", () => {
+      this._pressed = this._brush = null;
+      this._drawOverlay();
     });
     element.addEventListener("pointerleave", () => this._on.hover(-1, -1));
     element.addEventListener("dblclick", () => this._on.reset());

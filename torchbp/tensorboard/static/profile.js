@@ -60,11 +60,12 @@ export class Profile {
     }
     this._shown = shown.filter(({ grid }) => grid.rows.length > 0 && grid.columns > 0);
     this.card.say(this._shown.length ? "" : "No name passes the filter.");
-    const index = steps.indexOf(step);
+    const index = steps.findIndex((one) => one >= step);
     this._slider.max = steps.length - 1;
     this._slider.value = index < 0 ? steps.length - 1 : index;
-    this._step.textContent = `step ${count(step)}`;
-    this._slider.setAttribute("aria-valuetext", `step ${step}`);
+    const sample = this._shown[0]?.grid.matrix.ends[0] ?? step; // the one nearest to the step
+    this._step.textContent = `step ${count(sample)}`;
+    this._slider.setAttribute("aria-valuetext", `step ${sample}`);
     this.redraw();
   }
 

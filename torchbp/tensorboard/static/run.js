@@ -3,12 +3,13 @@
 export const FINE = 1000; // columns at most: of a heat map
 export const COARSE = 500; // and of a line
 
-const KEPT = 24; // answers, of some megabytes each at most
+const KEPT = 25e6; // numbers in answers, 100 MB
 
 export class Run {
   constructor(source, overview) {
     this._source = source;
     this._answers = new Map();
+    this._sizes = new Map();
     this.overview = overview;
     this.name = overview.run;
     this.quantities = overview.quantities.map((quantity) => ({
@@ -39,16 +40,30 @@ export class Run {
     return this._ask("profile", quantity, step);
   }
 
-  _ask(method, quantity, about) {
+  async _ask(method, quantity, about) {
     const key = JSON.stringify([method, quantity, about]);
-    let answer = this._answers.get(key);
-    if (!answer) {
-      answer = this._source[method](this.name, quantity, about);
-      answer.catch(() => this._answers.delete(key));
-    }
+    const answer = this._answers.get(key) ?? this._source[method](this.name, quantity, about);
     this._answers.delete(key); // to the end: what is asked for is kept longest
     this._answers.set(key, answer);
-    if (this._answers.size > KEPT) this._answers.delete(this._answers.keys().next().value);
-    return answer;
+    try {
+      const matrix = await answer;
+      this._sizes.set(key, matrix.values.length);
+      this._forget();
+      return matrix;
+    } catch (error) {
+      this._answers.delete(key);
+      throw error;
+    }
+  }
+
+  // Lets go of what wasn't asked for for long.
+  _forget() {
+    let size = 0;
+    for (const key of this._answers.keys()) size += this._sizes.get(key) ?? 0;
+    for (const key of this._answers.keys()) {
+      if (size <= KEPT) return;
+      size -= this._sizes.get(key) ?? 0;
+      this._answers.delete(key);
+    }
   }
 }

@@ -4,7 +4,7 @@ import { el } from "./dom.js";
 
 export class Tooltip {
   constructor(root) {
-    this._box = el("div", { class: "tooltip", role: "status", hidden: true });
+    this._box = el("div", { class: "tooltip", role: "tooltip", hidden: true });
     root.append(this._box);
   }
 
