@@ -178,7 +178,10 @@ def _folders(root: Path) -> Iterator[tuple[Path, float]]:
     seen: set[tuple[int, int]] = set()
     for path, subfolders, names in os.walk(root, followlinks=True):  # as TensorBoard does
         folder = Path(path)
-        status = folder.stat()
+        try:
+            status = folder.stat()
+        except OSError:  # deleted meanwhile
+            continue
         if (status.st_dev, status.st_ino) in seen:  # a link that leads back
             subfolders.clear()
             continue
