@@ -14,10 +14,9 @@ import time
 import torch
 
 import torchbp
-from tests.verify import reported  # noqa: F401  # registers
+from tests.verify import known
 from tests.verify.alarms import KNOWN
 from tests.verify.functions import FUNCTIONS
-from tests.verify.pairs import PAIRS
 from tests.verify.unseen import SETS, every
 from torchbp.ops._op import all_ops
 from torchbp.ops._samples import Make
@@ -64,7 +63,7 @@ class Score:
 
 def twins(score):
     rows = []
-    for name, pair in PAIRS.items():
+    for name, pair in known.every().items():
         options = {"reference": pair.reference} if pair.needs_reference else {}
         rows.append(score.pair(name, pair.wrong, pair.right, pair.make, **options))
     return _sum("wrong functions of the tests", rows)

@@ -3,12 +3,12 @@
 import pytest
 
 import torchbp
-from tests.verify import reported  # noqa: F401  # registers
+from tests.verify import known
 from tests.verify.alarms import KNOWN
 from tests.verify.functions import FUNCTIONS
-from tests.verify.pairs import PAIRS
 from tests.verify.unseen import every
 
+PAIRS = known.every()
 SLOW = {"scan_time_step"}  # a Python loop over 1025 steps, halved 15 times
 NEED_COMPILE = {"compile_path_wrong", "graph_break"}
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from tests.verify.pairs import raw
+from tests.verify.known import raw
 from tests.verify.unseen import THIRD, pair, real, whole
 
 X = lambda: (real(3, 4),)  # noqa: E731
