@@ -1,7 +1,7 @@
 """Times linear + cross entropy and measures its peak: torch unfused, torch chunked, torchbp, the three products alone.
 
-Each way runs in a process of its own, forward and backward on float32, with all threads. The peak is what resident
-memory rose to beyond what the inputs take (Linux: VmHWM, reset by /proc/self/clear_refs). The ways run in turns.
+Forward and backward on float32. Times: one thread, the time of the process, medians of runs in turns. The peak, in a
+process for each way, is what resident memory rose to beyond the inputs (Linux: VmHWM, reset by /proc/self/clear_refs).
 ``python benchmarks/linear_cross_entropy.py`` writes benchmarks/data/linear-cross-entropy-cpu-<date>.json.
 """
 
@@ -65,48 +65,48 @@ def status(field: str) -> int:
     raise LookupError(field)
 
 
-def one(way: str, shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
-    """Return seconds of each repeat and the peak in bytes; in this process."""
-    positions, features, classes = shape
+def example(positions: int, features: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states, the weight and targets."""
     torch.manual_seed(0)
     x = torch.randn(positions, features, requires_grad=True)
     weight = (torch.randn(classes, features) / features**0.5).requires_grad_()
-    target = torch.randint(classes, (positions,))
-    warm = torch.randn(64, features, requires_grad=True)  # threads and code, not memory
+    return x, weight, torch.randint(classes, (positions,))
+
+
+def peak(way: str, shape: tuple[int, int, int]) -> int:
+    """Return the peak of one step in bytes; in this process."""
+    x, weight, target = example(*shape)
+    warm = torch.randn(64, shape[1], requires_grad=True)  # threads and code, not memory
     WAYS[way](warm, weight[:256].detach().requires_grad_(), target[:64] % 256)
-    times, peaks = [], []
-    for _ in range(repeats):
-        x.grad = weight.grad = None
-        Path("/proc/self/clear_refs").write_text("5")
-        before, start = status("VmRSS"), time.perf_counter()
-        WAYS[way](x, weight, target)
-        times.append(time.perf_counter() - start)
-        peaks.append(status("VmHWM") - before)
-    return {"seconds": times, "peak": max(peaks)}
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    WAYS[way](x, weight, target)
+    return status("VmHWM") - before
 
 
-def measure(shape: tuple[int, int, int], repeats: int, rounds: int) -> list[dict[str, Any]]:
-    """Return one row a way."""
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-    for k in range(rounds):
+def times(shape: tuple[int, int, int], repeats: int) -> dict[str, list[float]]:
+    """Return seconds of each run of each way, in turns; the first, which warms up, left out."""
+    x, weight, target = example(*shape)
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    for k in range(repeats + 1):
         for way in list(WAYS)[:: 1 if k % 2 else -1]:
-            command = [sys.executable, __file__, "--one", way, "--repeats", str(repeats)]
-            command += ["--shape", *map(str, shape)]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            found[way].append(json.loads(text))
+            x.grad = weight.grad = None
+            start = time.process_time()
+            WAYS[way](x, weight, target)
+            if k:
+                found[way].append(time.process_time() - start)
+    return found
+
+
+def measure(shape: tuple[int, int, int], repeats: int) -> list[dict[str, Any]]:
+    """Return one row a way."""
     rows = []
-    for way, runs in found.items():
-        seconds = sorted(s for r in runs for s in r["seconds"])
-        rows.append(
-            {
-                "way": way,
-                "shape": list(shape),
-                "seconds": statistics.median(seconds),
-                "seconds_min": seconds[0],
-                "peak_mib": round(max(r["peak"] for r in runs) / 2**20, 1),
-                "repeats": len(seconds),
-            }
-        )
+    for way, seconds in times(shape, repeats).items():
+        command = [sys.executable, __file__, "--peak", way, "--shape", *map(str, shape)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        row = {"way": way, "shape": list(shape), "seconds": round(statistics.median(seconds), 4)}
+        row |= {"seconds_min": round(min(seconds), 4), "repeats": repeats}
+        rows.append(row | {"peak_mib": round(int(text) / 2**20, 1)})
     return rows
 
 
@@ -129,17 +129,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     """Run the benchmark and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=list(WAYS), help=argparse.SUPPRESS)
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "C"))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(one(args.one, tuple(args.shape), args.repeats)))
+    torch.set_num_threads(1)
+    if args.peak:
+        print(peak(args.peak, tuple(args.shape)))
         return 0
     shapes = [tuple(args.shape)] if args.shape else list(SHAPES.values())
-    rows = [row for shape in shapes for row in measure(shape, args.repeats, args.rounds)]
+    rows = [row for shape in shapes for row in measure(shape, args.repeats)]
     print(table(rows))
     if not args.no_write:
         from run import processor

