@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 import torchbp
 import torchbp.functional as F
@@ -192,6 +193,25 @@ def test_options_of_torch():
         F.linear_cross_entropy(x, weight, target, options=options),
         torch.nn.functional.cross_entropy(x @ weight.T, target),
     )
+
+
+def test_in_a_lean_scope_and_under_a_checkpoint():
+    """The same bits: the hidden states are a recipe's, the gradients of the forward are kept or made again."""
+    x, weight, target = example(256, 64)  # smaller ones are not worth a recipe
+    scale = torch.ones(64, requires_grad=True)
+
+    def loss():
+        return F.linear_cross_entropy(F.layer_norm(F.gelu(x), (64,), scale), weight, target)
+
+    want = torch.autograd.grad(loss(), (x, scale, weight))
+    with torchbp.lean_scope():
+        lean = loss()
+    checkpointed = checkpoint(loss, use_reentrant=False)
+    for value in (lean, checkpointed):
+        got = torch.autograd.grad(value, (x, scale, weight), retain_graph=True)
+        again = torch.autograd.grad(value, (x, scale, weight))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(again, want, strict=True))
 
 
 class LanguageModel(nn.Module):
