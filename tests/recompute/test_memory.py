@@ -176,6 +176,28 @@ def test_function_and_loss():
     assert "GELU" in {layer for layer, _ in of_function.rows()}
 
 
+def test_budgets():
+    """Fewer bytes for more operations, down to the last budget; without, none is made twice."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(64), Block(64), Block(64)), torch.randn(8, 32, 64)
+    ways = torchbp.memory(model, x, budgets=(0.4, 0.2)).ways
+    assert list(ways) == ["torch", "torchbp", "lean", "lean 0.4", "lean 0.2"]
+    kept = [usage.kept_bytes for usage in ways.values()]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[3] <= 0.41 * kept[0]
+    flops = [usage.flops for usage in ways.values()]
+    assert flops[0] == flops[1] == flops[2] < flops[3] <= flops[4]
+    with pytest.raises(ValueError, match="expected a model where there are budgets"):
+        torchbp.memory(lambda x: x, x, budgets=(0.3,))
+
+
+def test_operations():
+    """Of two products forward, three backward: the first input needs no gradient."""
+    model, x = MODELS["perceptron"]()
+    products = 2 * 256 * 64 * (64 * 2 + 8 * 3)
+    assert {u.flops for u in torchbp.memory(model, x).ways.values()} == {products}
+
+
 def test_nothing_stays_alive():
     model, x = MODELS["transformer"]()
     torchbp.memory(model, x)

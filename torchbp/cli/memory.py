@@ -1,6 +1,6 @@
 """``torchbp memory``: what a model keeps for backward, as torch, converted and lean."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ argument of its forward, in order.
 
 examples:
   torchbp memory mypackage.models:make_resnet --shape 32,3,32,32
-  torchbp memory gpt.py:make_gpt --integers 8,128:50257
+  torchbp memory gpt.py:make_gpt --integers 8,128:50257 --budgets 0.5,0.3,0.1
   torchbp memory gpt.py:make_gpt --integers 8,128:50257 --loss gpt.py:loss --json memory.json
 """
 
@@ -30,9 +30,23 @@ def arguments(parser: ArgumentParser) -> None:
     add("model", metavar="MODEL", help="module:name or path/to/file.py:name")
     add_inputs(parser, dtype="float32")
     add("--loss", metavar="FUNCTION", help="gives a scalar from the output (default: its sum)")
+    add(
+        "--budgets",
+        type=_budgets,
+        default=(),
+        metavar="0.5,0.3",
+        help="lean within these, too: shares of what torch keeps, or bytes",
+    )
     add("--eval", action="store_true", help="measure it in evaluation mode")
     add("--each", action="store_true", help="a row for each layer, not one for all blocks alike")
     add("--json", type=Path, metavar="FILE", help="write the report there too")
+
+
+def _budgets(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"expected numbers such as 0.5,0.3, got {text!r}") from None
 
 
 def run(args: Namespace) -> int:
@@ -50,7 +64,7 @@ def run(args: Namespace) -> int:
     from torchbp.recompute import memory
 
     try:
-        report = memory(model.train(not args.eval), *inputs, loss=loss)
+        report = memory(model.train(not args.eval), *inputs, loss=loss, budgets=args.budgets)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0].removeprefix("memory: ")
         raise CouldNotRun(f"{type(error).__name__}: {first}") from error

@@ -70,7 +70,8 @@ class Live(TorchDispatchMode):
         return output
 
     def _note(self, key: int, storage: Any, func: Any) -> None:
-        found = Storage(self._where(), func.overloadpacket.__name__, storage.nbytes())
+        op = getattr(func, "overloadpacket", func).__name__
+        found = Storage(self._where(), op, storage.nbytes())
         self._found[key] = found
         self.now += found.nbytes
         weakref.finalize(storage, self._forget, key).atexit = False

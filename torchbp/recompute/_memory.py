@@ -5,9 +5,10 @@ import gc
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from torchbp import swap
 from torchbp.ops._errors import wrong
@@ -35,10 +41,12 @@ class Usage:
     Attributes:
         kept: What is alive between forward and backward, kept for backward: one entry a storage.
         peak: The most bytes that were alive at once in the whole step: activations, temporaries, gradients.
+        flops: Floating-point operations of the step's matrix products, convolutions and attention.
     """
 
     kept: tuple[Storage, ...]
     peak: int
+    flops: int
 
     @property
     def kept_bytes(self) -> int:
@@ -88,7 +96,10 @@ class Memory:
         rows = [
             {"layer": layer, "op": op, "kept": kept} for (layer, op), kept in self.rows().items()
         ]
-        ways = {k: {"kept": u.kept_bytes, "peak": u.peak} for k, u in self.ways.items()}
+        ways = {
+            way: {"kept": u.kept_bytes, "peak": u.peak, "flops": u.flops}
+            for way, u in self.ways.items()
+        }
         about = {"parameters": self.parameters, "inputs": self.inputs, "ways": ways, "rows": rows}
         return json.dumps(about, indent=1)
 
@@ -100,6 +111,7 @@ def memory(
     model_or_fn: Callable[..., Any],
     *inputs: Any,
     loss: Callable[[Any], Tensor] | None = None,
+    budgets: Sequence[float] = (),
     **kwargs: Any,
 ) -> Memory:
     """Measure what one step keeps for backward and its peak: by layer and op, as torch, as torchbp, and lean.
@@ -113,6 +125,7 @@ def memory(
             runs as it is ("plain") and in a ``lean_scope``.
         inputs: Its arguments. Tensors are copied.
         loss: Gives the scalar to differentiate from the output; the sum of the output's tensors by default.
+        budgets: The model runs ``lean`` within each of these, too: the curve of bytes against operations.
         kwargs: Its keyword arguments.
 
     Returns:
@@ -120,7 +133,7 @@ def memory(
 
     Raises:
         TypeError: ``model_or_fn`` cannot be called.
-        ValueError: Nothing in the output requires grad, or the loss is no scalar.
+        ValueError: Nothing in the output requires grad, the loss is no scalar, or a function has ``budgets``.
 
     Example:
         >>> import torch, torchbp
@@ -136,10 +149,21 @@ def memory(
     model = model_or_fn if isinstance(model_or_fn, nn.Module) else None
     arguments = (inputs, kwargs)
     if model is not None:
-        for way, change in {"torch": revert, "torchbp": _converted, "lean": lean}.items():
+        changes: dict[str, Callable[[nn.Module], nn.Module]] = {
+            "torch": revert,
+            "torchbp": _converted,
+            "lean": lean,
+            **{f"lean {b:g}": partial(lean, budget=b) for b in budgets},
+        }
+        for way, change in changes.items():
             changed = change(copy.deepcopy(model))
+            if way not in ("torch", "torchbp", "lean"):  # its first forward measures
+                _step(changed, changed, arguments, loss)
             ways[way] = _step(changed, changed, arguments, loss)
             del changed
+    elif budgets:
+        rule = "a model where there are budgets"
+        raise ValueError(wrong("memory", rule, "a function", "a lean_scope has no budget"))
     else:
         ways["plain"] = _step(model_or_fn, None, arguments, loss)
         with warnings.catch_warnings():
@@ -179,7 +203,8 @@ def _step(
         model.zero_grad()
     running = _Running(model)
     live = Live(running.name, [*state, *_tensors((args, kwargs))])
-    with _random_state(state), torch.enable_grad(), running.watched(), live:
+    flops = FlopCounterMode(display=False, custom_mapping=_attention())
+    with _random_state(state), torch.enable_grad(), running.watched(), flops, live:
         with scope():
             output = function(*args, **kwargs)
             value = _summed(output) if loss is None else loss(output)
@@ -192,7 +217,21 @@ def _step(
             value.backward()
         else:  # of somebody's parameters: no .grad is written
             torch.autograd.grad(value, _leaves(value))
-    return Usage(kept, live.peak)
+    return Usage(kept, live.peak, flops.get_total_flops())
+
+
+def _attention() -> dict[Any, Any]:
+    """Return how the operations of attention on a CPU are counted, which torch's counter leaves out."""
+
+    def forward(q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def backward(grad: Any, q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
+        return sdpa_backward_flop_count(grad, q, k, v)
+
+    on_cpu = "_scaled_dot_product_flash_attention_for_cpu"
+    aten = torch.ops.aten
+    return {getattr(aten, on_cpu): forward, getattr(aten, f"{on_cpu}_backward"): backward}
 
 
 def _copied(t: Tensor) -> Tensor:

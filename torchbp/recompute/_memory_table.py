@@ -28,10 +28,15 @@ def table(report: "Memory", each: bool) -> str:
         rows.append([f"{few} smaller", "", *map(size, small.values())])
     rows.append(["kept for backward", "", *(size(u.kept_bytes) for u in usages)])
     rows.append(["peak of the step", "", *(size(u.peak) for u in usages)])
+    work = [u.flops / max(1, next(iter(usages)).flops) for u in usages]
+    sums = 2
+    if any(abs(w - 1) > 0.002 for w in work):
+        rows.append(["products, FLOP", "", *(f"{w:.2f}x" for w in work)])
+        sums = 3
     lines = _aligned(rows)
     rule = "─" * max(map(len, lines))
     apart = f"parameters and buffers {size(report.parameters)}, inputs {size(report.inputs)}"
-    lines = [lines[0], rule, *lines[1:-2], rule, *lines[-2:]]
+    lines = [lines[0], rule, *lines[1:-sums], rule, *lines[-sums:]]
     return "\n".join([*lines, "", *_bars(report), "", f"apart: {apart}"])
 
 

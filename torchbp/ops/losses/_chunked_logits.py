@@ -18,7 +18,9 @@ from torchbp.ops.losses._shards import Shard
 
 __all__ = ["Gradients", "Indices", "Probabilities", "Rows", "Target", "chunk_rows", "over_chunks"]
 
-_BLOCK = 1 << 17  # elements: half a megabyte of float32
+_BLOCK = (
+    1 << 20
+)  # elements: 4 MB of float32, which a last cache holds; smaller ones pay more for calls
 
 
 class Target(Protocol):
