@@ -180,11 +180,11 @@ def test_budgets():
     """Fewer bytes for more operations, down to the last budget; without, none is made twice."""
     torch.manual_seed(0)
     model, x = nn.Sequential(Block(64), Block(64), Block(64)), torch.randn(8, 32, 64)
-    ways = torchbp.memory(model, x, budgets=(0.4, 0.2)).ways
-    assert list(ways) == ["torch", "torchbp", "lean", "lean 0.4", "lean 0.2"]
+    ways = torchbp.memory(model, x, budgets=(0.5, 0.45)).ways
+    assert list(ways) == ["torch", "torchbp", "lean", "lean 0.5", "lean 0.45"]
     kept = [usage.kept_bytes for usage in ways.values()]
     assert kept == sorted(kept, reverse=True)
-    assert kept[3] <= 0.41 * kept[0]
+    assert kept[3] <= 0.51 * kept[0]
     flops = [usage.flops for usage in ways.values()]
     assert flops[0] == flops[1] == flops[2] < flops[3] <= flops[4]
     with pytest.raises(ValueError, match="expected a model where there are budgets"):
