@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torchbp import functional as functional
     from torchbp import nn as nn
+    from torchbp.monitor import lr_range_test as lr_range_test
     from torchbp.monitor import watch as watch
     from torchbp.recompute import lean as lean
     from torchbp.recompute import lean_scope as lean_scope
@@ -22,6 +23,7 @@ _HOME = {
     "gradcheck": "torchbp.verify",
     "lean": "torchbp.recompute",
     "lean_scope": "torchbp.recompute",
+    "lr_range_test": "torchbp.monitor",
     "memory": "torchbp.recompute",
     "nn": "torchbp.nn",
     "revert": "torchbp.recompute",
@@ -34,6 +36,7 @@ __all__ = [
     "gradcheck",
     "lean",
     "lean_scope",
+    "lr_range_test",
     "memory",
     "nn",
     "revert",

@@ -3,5 +3,7 @@
 from torchbp.monitor._diagnosis import Verdict as Verdict
 from torchbp.monitor._monitor import Monitor as Monitor
 from torchbp.monitor._monitor import watch as watch
+from torchbp.monitor.range_test import RangeTest as RangeTest
+from torchbp.monitor.range_test import lr_range_test as lr_range_test
 
-__all__ = ["Monitor", "Verdict", "watch"]
+__all__ = ["Monitor", "RangeTest", "Verdict", "lr_range_test", "watch"]
