@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check sync vendor lint-page pictures bench examples zoo mutation clean
+.PHONY: $(shell grep -oE '^[a-z-]+:' $(MAKEFILE_LIST) | tr -d :)
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,8 +45,11 @@ pictures: .venv/test ## Take the pictures of docs/pictures again, in a real brow
 bench: .venv/test ## Time every op against torch, one thread and all; write benchmarks/data
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-examples: .venv/demo ## Run every example in full
-	@set -e; for f in examples/[a-z]*.py; do echo "== $$f"; $(BIN)/python $$f; done
+data: ## Fetch the examples' data: Fashion-MNIST, Shakespeare, SpamAssassin's mails
+	@PYTHON=$(PYTHON) tools/fetch_data.sh
+
+examples: .venv/examples data ## Run every example in full; write docs/examples.md
+	@$(BIN)/python tools/run_examples.py $(ARGS)
 
 zoo: .venv/test ## Hold torchbp.watch against some 75 small runs, sick and healthy
 	$(BIN)/python -m pytest -n $(WORKERS) tests/monitor/test_zoo.py $(ARGS)
@@ -63,6 +66,8 @@ clean: ## Remove what was built or installed here; logs in runs/ stay
 
 # One stamp an extra: .venv/demo, .venv/test, .venv/frameworks, .venv/dev.
 .venv/demo .venv/test .venv/frameworks .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+# One stamp an extra: .venv/demo, .venv/examples, .venv/test, .venv/dev.
+.venv/demo .venv/examples .venv/test .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing torchbp[$*] into .venv (torch through constraints.txt; some minutes the first time)"
 	@$(PIP) -e '.[$*]'
 	@touch $@
