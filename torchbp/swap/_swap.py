@@ -1,10 +1,11 @@
 """convert() and revert(): which torchbp layer takes the place of which torch layer, in a model that is already built.
 
-A layer is swapped by its class alone: ``layer.__class__ = torchbp.nn.Linear``. Parameters, buffers, hooks and every
-reference to the layer or its parameters (an optimizer's, say) stay what they are.
+A layer, torch's or one that transformers writes itself, is swapped by its class alone: ``layer.__class__ =
+torchbp.nn.Linear``. Parameters, buffers, hooks and every reference to the layer or its parameters (an optimizer's,
+say) stay what they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -13,8 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchbp.ops._op import all_ops
+from torchbp.swap import _transformers
 
-__all__ = ["Report", "convert", "report", "revert"]
+__all__ = ["Report", "convert", "report", "revert", "twins"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -62,7 +64,9 @@ class Report:
 
 
 def convert(model: M) -> M:
-    """Give every torch layer of ``model`` that has a hand-written twin that twin's class, in place.
+    """Give every layer of ``model`` that has a hand-written twin that twin's class, in place.
+
+    Layers of torch.nn, and the activations and RMS norms that transformers writes itself.
 
     Values, gradients (to rounding), ``state_dict``, hooks, parameters and optimizers that hold them stay. Calling it
     twice is calling it once. :func:`report` tells what was, or would be, converted, and what was not and why.
@@ -88,7 +92,7 @@ def convert(model: M) -> M:
           (1): ReLU()
         )
     """
-    return _swap(model, twins(), "convert")
+    return _swap(model, _twin, "convert")
 
 
 def revert(model: M) -> M:
@@ -111,7 +115,7 @@ def revert(model: M) -> M:
         >>> type(torchbp.revert(torchbp.nn.Linear(4, 3)))
         <class 'torch.nn.modules.linear.Linear'>
     """
-    return _swap(model, {ours: theirs for theirs, ours in twins().items()}, "revert")
+    return _swap(model, _original, "revert")
 
 
 def report(model: nn.Module) -> Report:
@@ -135,7 +139,7 @@ def report(model: nn.Module) -> Report:
     hand_written, convertible, left = [], [], []
     for name, module in model.named_modules():
         kind = type(module)
-        if kind in ours:
+        if kind in ours or _transformers.original(module) is not None:
             hand_written.append((name, kind.__name__))
         elif (reason := _reason_to_leave(module)) is None:
             convertible.append((name, kind.__name__))
@@ -147,7 +151,7 @@ def report(model: nn.Module) -> Report:
 def _reason_to_leave(module: nn.Module) -> str | None:
     """Return why a layer is not converted; ``None`` where it is, ``""`` for a container."""
     kind = type(module)
-    if kind in twins():
+    if _twin(module) is not None:
         return "its forward was replaced on the instance" if "forward" in vars(module) else None
     base = next((c for c in kind.__mro__ if c in twins()), None)
     if base is not None:
@@ -157,7 +161,22 @@ def _reason_to_leave(module: nn.Module) -> str | None:
     return "has no hand-written twin" if is_leaf else ""
 
 
-def _swap(model: M, to: dict[type[nn.Module], type[nn.Module]], verb: str) -> M:
+def _twin(module: nn.Module) -> type[nn.Module] | None:
+    """Return torchbp's class for a layer of torch's or of transformers'."""
+    return twins().get(type(module)) or _transformers.twin(module)
+
+
+def _original(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class that a torchbp layer takes the place of."""
+    return _originals().get(type(module)) or _transformers.original(module)
+
+
+@cache
+def _originals() -> dict[type[nn.Module], type[nn.Module]]:
+    return {ours: theirs for theirs, ours in twins().items()}
+
+
+def _swap(model: M, other: Callable[[nn.Module], type[nn.Module] | None], verb: str) -> M:
     if not isinstance(model, nn.Module):
         message = (
             f"{verb}: expected a torch.nn.Module, got {type(model).__name__}; pass the model itself"
@@ -167,10 +186,8 @@ def _swap(model: M, to: dict[type[nn.Module], type[nn.Module]], verb: str) -> M:
         # Its layers have classes of FSDP's making: another class would silently drop the sharding.
         message = f"{verb}: expected a model that is not sharded, got one after fully_shard; {verb} it first"
         raise RuntimeError(message)
-    for module in list(_swappable(model, to)):
-        module.__class__ = to[type(module)]
+    for module in list(model.modules()):
+        kind = None if "forward" in vars(module) else other(module)
+        if kind is not None:
+            module.__class__ = kind
     return model
-
-
-def _swappable(model: nn.Module, to: dict[type[nn.Module], type[nn.Module]]) -> Iterator[nn.Module]:
-    return (m for m in model.modules() if type(m) in to and "forward" not in vars(m))
