@@ -1,4 +1,4 @@
-"""convert() on layers like those of transformers, which this suite does without; `make frameworks` has the real ones."""
+"""convert() on layers like those of transformers, of which this suite has none; `make frameworks` has the real ones."""
 
 import copy
 import pickle
