@@ -74,9 +74,9 @@ def main() -> int:
     options = parser(__doc__, "domain_adaptation")
     options.add_argument("--steps", type=int, default=500)
     options.add_argument(
-        "--weight", type=float, default=0.3, help="of the style's loss (%(default)s)"
+        "--strength", type=float, default=0.03, help="of the reversal (%(default)s)"
     )
-    options.add_argument("--lr", type=float, default=2e-3)
+    options.add_argument("--lr", type=float, default=0.05)
     args = options.parse_args()
     data, steps = digits(), 5 if args.small else args.steps
     before, _ = train(data, args, steps, adapt=False)
