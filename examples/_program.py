@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def parser(doc: str, name: str) -> argparse.ArgumentParser:
+def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     """Return a parser with the options that all examples have.
 
     Args:

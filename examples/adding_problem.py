@@ -36,7 +36,7 @@ class Adder(nn.Module):
         self.output = nn.Linear(width, 1)
         if isinstance(self.recurrent, nn.LSTM):  # remember, to begin with (Gers et al. 2000)
             with torch.no_grad():
-                self.recurrent.bias_ih_l0[width : 2 * width] = 2.0
+                self.recurrent.get_parameter("bias_ih_l0")[width : 2 * width] = 2.0
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the answer ``(N,)`` for ``(L, N, 2)``."""

@@ -71,7 +71,8 @@ def measure_noise(
             optimizer.step()
     noise = read(args.log_dir / "noise").vectors["noise_scale"].values
     later = noise[np.isfinite(noise).all(1)][-10:]
-    return tuple(float(v) for v in np.median(later, 0))
+    value, low, high = np.median(later, 0).tolist()
+    return value, low, high
 
 
 def main() -> int:
@@ -95,7 +96,7 @@ def main() -> int:
         print(f"  {batch:5}  {steps:18}  {batch * steps:8}")
     curves = {
         f"batch {b}": [
-            (s, n) for s, n in zip(range(args.check, 10**6, args.check), c, strict=False)
+            (float(s), n) for s, n in zip(range(args.check, 10**6, args.check), c, strict=False)
         ]
         for b, (_, c) in found.items()
     }

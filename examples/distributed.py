@@ -145,9 +145,19 @@ def launch(args: argparse.Namespace, steps: int) -> int:
                 "1",
             ]
             program = [*start, *program, "--crash-at", str(steps // 2)]
-        subprocess.run(
-            [sys.executable, *program], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        # After a restart gloo waits for ever on the store that torchrun shares (torch 2.13): each try gets its own.
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        done = subprocess.run(
+            [sys.executable, *program],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=env,
+            timeout=600,
         )
+        print(done.stdout, end="", flush=True)
+        if done.returncode:
+            sys.exit(f"{way}: {done.stderr}")
     losses = {
         way: {
             int(k): v
@@ -186,7 +196,7 @@ def main() -> int:
         "--way", choices=("one", "ddp", "fsdp"), help="train in this way, instead of comparing all"
     )
     options.add_argument("--steps", type=int, default=100)
-    options.add_argument("--batch", type=int, default=64, help="over all processes (%(default)s)")
+    options.add_argument("--batch", type=int, default=256, help="over all processes (%(default)s)")
     options.add_argument(
         "--crash-at", type=int, default=-1, help="rank 1 fails at this step, the first time"
     )

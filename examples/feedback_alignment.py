@@ -43,7 +43,7 @@ def network(way: str, pixels: int, width: int, classes: int) -> nn.Module:
     return nn.DirectFeedbackAlignment(model) if way.startswith("direct") else model
 
 
-def angle(model: nn.Module, plain: nn.Sequential, x: Tensor, y: Tensor) -> float:
+def angle(model: nn.Module, plain: nn.Module, x: Tensor, y: Tensor) -> float:
     """Return the degrees between the gradient of the hidden weights and the one that backpropagation gives."""
     weights = [w for w in model.parameters() if w.ndim == 2]
     plain_weights = [w for w in plain.parameters() if w.ndim == 2]

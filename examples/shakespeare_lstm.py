@@ -28,8 +28,8 @@ class Writer(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Return logits ``(L, N, symbols)`` and the new state, for characters ``(L, N)``."""
-        y, state = self.lstm(self.embedding(x), state)
-        return self.output(y), state
+        y, after = self.lstm(self.embedding(x), state)
+        return self.output(y), after
 
     @torch.no_grad()
     def write(self, start: Tensor, length: int, temperature: float = 0.7) -> Tensor:

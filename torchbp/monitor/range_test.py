@@ -229,7 +229,7 @@ def _judged(rates: NDArray[np.float64], losses: NDArray[np.float64], steps: int)
     reach = min(max(steps // 20, 1), (len(losses) - 1) // 2)
     window = np.bartlett(2 * reach + 3)[1:-1] if reach else np.ones(1)
     padded = np.pad(losses, reach, mode="edge")
-    smoothed = np.convolve(padded, window / window.sum(), mode="valid")
+    smoothed = np.convolve(padded, window / window.sum(), mode="valid").astype(np.float64)
     least = int(smoothed.argmin())
     suggestion = None
     if least > 0:
