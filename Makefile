@@ -64,10 +64,8 @@ clean: ## Remove what was built or installed here; logs in runs/ stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp an extra: .venv/demo, .venv/test, .venv/frameworks, .venv/dev.
-.venv/demo .venv/test .venv/frameworks .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
-# One stamp an extra: .venv/demo, .venv/examples, .venv/test, .venv/dev.
-.venv/demo .venv/examples .venv/test .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+# One stamp an extra: .venv/demo, .venv/examples, .venv/test, .venv/frameworks, .venv/dev.
+.venv/demo .venv/examples .venv/test .venv/frameworks .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing torchbp[$*] into .venv (torch through constraints.txt; some minutes the first time)"
 	@$(PIP) -e '.[$*]'
 	@touch $@
