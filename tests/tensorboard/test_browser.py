@@ -36,6 +36,7 @@ def test_every_view_is_drawn(tab):
     assert sum(tab.colours("#updates canvas", alpha=26).values()) > 1000  # the healthy zone
     assert tab.colours("#losses canvas")[RUN_A] > 100
     assert tab.colours("#noise canvas")[RUN_A] > 20
+    assert re.match(r"validation [\d.]+ % above training at step 50", tab.text("#losses .note"))
     for card in CARDS:
         assert not tab.frame.is_visible(f"#{card} .message"), card
     verdict = tab.text("#verdicts")

@@ -6,7 +6,8 @@ import { rule } from "./paint.js";
 
 /** A row of the legend: `{name, colour, dash}` of a line, `{name, colour, kind}` of an area. */
 export function legendEntry({ name, colour, dash, kind }) {
-  const swatch = el("i", { class: `swatch ${kind ?? (dash ? "dashed" : "line")}` });
+  const style = dash ? (dash[0] < 4 ? "dotted" : "dashed") : "line";
+  const swatch = el("i", { class: `swatch ${kind ?? style}` });
   if (colour) swatch.style.setProperty("--colour", colour);
   return el("span", {}, swatch, name);
 }

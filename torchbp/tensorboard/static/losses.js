@@ -105,9 +105,12 @@ export class Losses {
       .sort((a, b) => a[0] - b[0]);
     const loss =
       near.slice(0, 5).reduce((sum, [, value]) => sum + value, 0) / Math.min(near.length, 5);
-    const gap = (val.values[val.values.length - 1] - loss) / loss;
-    if (!Number.isFinite(gap)) return "";
-    return `validation ${percent(Math.abs(Number(gap.toPrecision(2))))} ${gap < 0 ? "below" : "above"} training at step ${count(step)}`;
+    const ratio = val.values[val.values.length - 1] / loss;
+    if (!Number.isFinite(ratio) || ratio <= 0) return "";
+    const at = `at step ${count(step)}`;
+    if (ratio > 10) return `validation ${Number(ratio.toPrecision(2))} times training ${at}`;
+    const gap = percent(Number(Math.abs(ratio - 1).toPrecision(2)));
+    return `validation ${gap} ${ratio < 1 ? "below" : "above"} training ${at}`;
   }
 
   _offer(scalar) {
