@@ -26,7 +26,8 @@ def write(folder, layers=3, steps=20, *, verdicts=(ALERT,), names=None, close=Tr
     names = names or tuple(f"blocks.{i}" for i in range(layers))
     parameters = tuple(f"{n}.{p}" for n in names for p in ("weight", "bias"))
     signal = Layout("error_signal", "layer", names, logarithm=True)
-    sampled = [Layout(q, "layer", names) for q in ("layer_gradient_norm", "dead_share", "rms")]
+    sampled = [Layout(q, "layer", names) for q in ("layer_gradient_norm", "rms")]
+    dead = Layout("dead_share", "layer", names)
     ratio = Layout("update_ratio", "parameter", parameters)
     every = Layout("gradient_norm", "parameter", parameters)
     writer = EventWriter(folder)
@@ -37,6 +38,7 @@ def write(folder, layers=3, steps=20, *, verdicts=(ALERT,), names=None, close=Tr
             writer.vector(signal, step, np.exp(rng.normal(size=len(names))))
             for layout in sampled:
                 writer.vector(layout, step, np.exp(rng.normal(size=len(names))))
+            writer.vector(dead, step, rng.integers(0, 65, len(names)) / 64)
             writer.vector(ratio, step, np.exp(rng.normal(size=len(parameters))))
     Journal(writer).verdicts(step, list(verdicts))
     writer.close() if close else writer._file.close()
