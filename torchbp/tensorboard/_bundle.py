@@ -8,7 +8,7 @@ a line of their own, and indentation: a report is small.
 import re
 from pathlib import Path
 
-__all__ = ["bundle"]
+__all__ = ["bundle", "slim"]
 
 _IMPORT = re.compile(r'import \{ [\w, ]+ \} from "\./([\w.-]+\.js)";')
 _EXPORT = re.compile(r"export (?=(async function|function|const|class) )")
@@ -49,7 +49,7 @@ def _lay(module: Path, done: dict[str, str], above: tuple[str, ...]) -> None:
     if "</script" in text.lower() or "<!--" in text:
         message = f"bundle: expected no </script and no <!-- in {module.name}; split the string"
         raise ValueError(message)
-    done[module.name] = _slim(text)
+    done[module.name] = slim(text)
 
 
 def _joined(text: str) -> list[str]:
@@ -62,7 +62,8 @@ def _joined(text: str) -> list[str]:
     ).splitlines()
 
 
-def _slim(text: str) -> str:
+def slim(text: str) -> str:
+    """Return JavaScript or CSS without indentation and the comments that have lines of their own."""
     if any("\n" in string for string in re.findall(r"`(?:\\.|[^`\\])*`", text)):
         return text  # a line may belong to a string
     without = re.sub(r"^\s*/\*\*?(?:[^*]|\*(?!/))*\*/\s*$", "", text, flags=re.MULTILINE)

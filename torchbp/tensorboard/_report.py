@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from torchbp.tensorboard._book import Page
-from torchbp.tensorboard._bundle import bundle
+from torchbp.tensorboard._bundle import bundle, slim
 from torchbp.tensorboard._matrix import PLANES, matrix
 from torchbp.tensorboard._vector import Scalar, Vector
 
@@ -65,7 +65,7 @@ def report(pages: Sequence[Page], folder: str) -> str:
         pages: The runs; each has something of ours.
         folder: What the report calls the place they are from.
     """
-    styles = [(_STATIC / name).read_text("utf-8") for name in ("uPlot.min.css", "style.css")]
+    styles = [slim((_STATIC / name).read_text("utf-8")) for name in ("uPlot.min.css", "style.css")]
     licence = (_STATIC / "uPlot.LICENSE").read_text("utf-8")
     scripts = [
         ("", f"/*\n{licence}*/\n{(_STATIC / 'uPlot.iife.min.js').read_text('utf-8')}"),
