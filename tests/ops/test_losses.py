@@ -9,6 +9,7 @@ import torch
 
 import torchbp.functional as F
 from torchbp import nn
+from torchbp.ops import _pieces
 from torchbp.ops._op import all_ops
 from torchbp.ops._samples import Make
 
@@ -31,8 +32,8 @@ def gradient(function, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
 @pytest.mark.parametrize("large", [op for op in LOSSES if not op.other_gradient], ids=repr)
 def test_many_elements(large, monkeypatch):
     """Above the size from which values are summed by pieces: value and gradients of torch's loss in float64."""
-    for module in ("torchbp.ops._reduction", "torchbp.ops.losses.cross_entropy"):
-        monkeypatch.setattr(sys.modules[module], "_PIECE", 1 << 11)
+    monkeypatch.setattr(_pieces, "_LARGE", 1 << 17)
+    monkeypatch.setattr(sys.modules["torchbp.ops.losses.cross_entropy"], "_PIECE", 1 << 11)
     results = []
     for function, dtype in ((large.function, torch.float32), (large.reference, torch.float64)):
         sample = large.benchmark(Make(dtype), 300_000)

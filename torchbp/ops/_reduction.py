@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.nn import _reduction as torch_reduction
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import fused, in_float32, is_half
+from torchbp.ops._function import is_half
+from torchbp.ops._pieces import in_pieces, pieces, separable
 
 __all__ = ["matched", "named", "reduce", "reduced", "spread"]
-
-_PIECE = 1 << 17  # elements: half a megabyte of float32 a tensor
 
 
 def named(op: str, reduction: str, size_average: bool | None, reduce: bool | None) -> str:
@@ -35,8 +34,7 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
 def reduced(formula: Callable[..., Tensor], reduction: str, *tensors: Tensor) -> Tensor:
     """Return the reduced values of an elementwise formula, of half precision in float32.
 
-    A mean or a sum of many values is taken piece by piece: the values stay in the cache, and no large tensor is made
-    only to be summed. Below 32 MB it gains nothing; above, page faults are most of a pass.
+    A mean or a sum of many values is taken piece by piece: no large tensor is made only to be summed.
 
     Args:
         formula: Elementwise function of ``tensors``.
@@ -44,12 +42,13 @@ def reduced(formula: Callable[..., Tensor], reduction: str, *tensors: Tensor) ->
         tensors: Of one shape.
     """
     first = tensors[0]
-    whole = reduction == "none" or first.numel() < 64 * _PIECE or not fused(*tensors)
-    if whole or not all(t.is_contiguous() and t.shape == first.shape for t in tensors):
-        return reduce(in_float32(formula, *tensors), reduction)
-    pieces = zip(*(t.view(-1).split(_PIECE) for t in tensors), strict=True)
-    total = torch.stack([formula(*piece).sum() for piece in pieces]).sum()
-    return total / first.numel() if reduction == "mean" else total
+    if reduction == "none" or not separable(*tensors):
+        return reduce(in_pieces(formula, *tensors), reduction)
+    parts = pieces(*tensors)
+    if is_half(first):
+        parts = (tuple(t.float() for t in part) for part in parts)
+    total = torch.stack([formula(*part).sum() for part in parts]).sum()
+    return (total / first.numel() if reduction == "mean" else total).to(first.dtype)
 
 
 def spread(grad: Tensor, reduction: str, count: int | Tensor) -> Tensor:

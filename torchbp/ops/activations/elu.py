@@ -29,8 +29,9 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, in_float32, is_half, overwrite, public
+from torchbp.ops._function import Context, entry, fused, is_half, overwrite, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["ELU", "ELUFunction", "elu", "elu_"]
@@ -86,7 +87,7 @@ def _times_derivative(
     def of_y(v: Tensor, y: Tensor) -> Tensor:
         return v * torch.where(y <= 0, beta * (y + s * alpha), s)  # (2)
 
-    return in_float32(of_y if is_output else of_x, v, kept)
+    return in_pieces(of_y if is_output else of_x, v, kept)
 
 
 _elu = entry(ELUFunction, again=ELUFunction.forward)

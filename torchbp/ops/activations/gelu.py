@@ -27,8 +27,9 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, in_float32, public
+from torchbp.ops._function import Context, entry, fused, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import bounded, known_finite, mended
 
@@ -62,13 +63,13 @@ class GELUFunction(Function):
         x = x if ctx.finite else bounded(x)
         if fused(grad_y, x):
             return torch.ops.aten.gelu_backward(grad_y, x, approximate=ctx.approximate), None, None
-        return in_float32(_DERIVATIVES[ctx.approximate], grad_y, x), None, None  # (2)
+        return in_pieces(_DERIVATIVES[ctx.approximate], grad_y, x), None, None  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
         (x,) = ctx.saved_tensors
         x = x if ctx.finite else bounded(x)
-        return in_float32(_DERIVATIVES[ctx.approximate], tangent_x, x)
+        return in_pieces(_DERIVATIVES[ctx.approximate], tangent_x, x)
 
 
 def _of_erf(v: Tensor, x: Tensor) -> Tensor:

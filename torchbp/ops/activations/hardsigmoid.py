@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_float32, overwrite, public
+from torchbp.ops._function import Context, entry, fused, overwrite, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Hardsigmoid", "HardsigmoidFunction", "hardsigmoid"]
@@ -68,7 +69,7 @@ def _exact(input: Tensor, inplace: bool = False) -> Tensor:
     """Torch's values, with the derivative that its own float64 kernel misses."""
     inside = (input > -3) & (input < 3)
     return torch.where(
-        inside, in_float32(lambda x: (x + 3) / 6, input), F.hardsigmoid(input).detach()
+        inside, in_pieces(lambda x: (x + 3) / 6, input), F.hardsigmoid(input).detach()
     )
 
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_float32, public
+from torchbp.ops._function import Context, entry, fused, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import bounded, known_finite, mended
 
@@ -56,17 +57,17 @@ class QuickGELUFunction(Function):
         if fused(grad_y, x) and not x.is_complex():
             z = x * _A
             return torch.ops.aten.silu_backward.grad_input(grad_y, z, grad_input=z), None
-        return in_float32(_times_derivative, grad_y, x), None  # (2)
+        return in_pieces(_times_derivative, grad_y, x), None  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
         x = x if ctx.finite else bounded(x)
-        return in_float32(_times_derivative, tangent_x, x.conj())
+        return in_pieces(_times_derivative, tangent_x, x.conj())
 
 
 def _value(input: Tensor) -> Tensor:
-    return in_float32(lambda x: x * torch.sigmoid(_A * x), input)
+    return in_pieces(lambda x: x * torch.sigmoid(_A * x), input)
 
 
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:

@@ -21,13 +21,15 @@ Sources:
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, public
+from torchbp.ops._function import Context, entry, is_half, public
 from torchbp.ops._op import Op
+from torchbp.ops._random import cheap, int32_like
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations.leaky_relu import leaky_relu
 
@@ -65,12 +67,19 @@ class RReLUFunction(Function):
 def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
     """Return the slopes m of ``x``."""
     x = x.detach()
-    drawn = lower + (upper - lower) * _uniform(x)
-    return torch.where(x <= 0, drawn, 1)
+    drawn = _uniform(x).mul_(upper - lower).add_(lower)
+    if not cheap(x):
+        return torch.where(x <= 0, drawn, 1)
+    # A mask and torch.where take ten times as long as these kernels: 1 where x > 0, else -1; then 1 or drawn.
+    sign = F.threshold(x, 0, -1).sign_()
+    return torch._prelu_kernel(sign, drawn.neg_())
 
 
 def _uniform(x: Tensor) -> Tensor:
     """Draw from U(0, 1), whatever the strides of ``x``."""
+    if cheap(x):
+        wide = torch.float32 if is_half(x) else x.dtype
+        return int32_like(x).to(wide).mul_(2**-32).add_(0.5).to(x.dtype)
     return torch.rand_like(x, memory_format=torch.contiguous_format)
 
 
@@ -139,7 +148,7 @@ def _reference(
 ) -> Tensor:
     """The definition; the slopes are drawn before, as the op draws them."""
     if not training:
-        return torch.nn.functional.rrelu(input, lower, upper)
+        return F.rrelu(input, lower, upper)
     drawn = lower + (upper - lower) * _uniform(input)
     return torch.where(input > 0, input, drawn * input)
 

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_float32, is_half, public
+from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Sigmoid", "SigmoidFunction", "sigmoid"]
@@ -63,8 +64,15 @@ class SigmoidFunction(Function):
 
 def _times_derivative(v: Tensor, kept: Tensor) -> Tensor:
     if is_half(kept):
-        return in_float32(lambda v, x: v * (torch.sigmoid(x) * torch.sigmoid(-x)), v, kept)  # (2)
+        return in_pieces(_from_input, v, kept)
     return v * (kept * (1 - kept)).conj()  # (1)
+
+
+def _from_input(v: Tensor, x: Tensor) -> Tensor:
+    if fused(v, x):  # (2) is even in x, and of σ(-|x|) the complement is exact: one sigmoid
+        y = x.abs().neg_().sigmoid_()
+        return torch.ops.aten.sigmoid_backward.grad_input(v, y, grad_input=y)
+    return v * (torch.sigmoid(x) * torch.sigmoid(-x))  # (2)
 
 
 _sigmoid = entry(SigmoidFunction, again=SigmoidFunction.forward)

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_float32, overwrite, public
+from torchbp.ops._function import Context, entry, fused, overwrite, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import bounded, known_finite, mended
 
@@ -55,13 +56,13 @@ class SiLUFunction(Function):
         x = x if ctx.finite else bounded(x)
         if fused(grad_y, x, half=True) and not x.is_complex():
             return torch.ops.aten.silu_backward(grad_y, x), None
-        return in_float32(_times_derivative, grad_y, x), None  # (2)
+        return in_pieces(_times_derivative, grad_y, x), None  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
         x = x if ctx.finite else bounded(x)
-        return in_float32(_times_derivative, tangent_x, x.conj())
+        return in_pieces(_times_derivative, tangent_x, x.conj())
 
 
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, in_float32, is_half, public
+from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Softcap", "SoftcapFunction", "softcap"]
@@ -60,12 +61,12 @@ class SoftcapFunction(Function):
 
 
 def _value(input: Tensor, cap: float) -> Tensor:
-    return in_float32(lambda x: torch.tanh(x / cap) * cap, input)
+    return in_pieces(lambda x: torch.tanh(x / cap) * cap, input)
 
 
 def _times_derivative(v: Tensor, kept: Tensor, cap: float) -> Tensor:
     if is_half(kept):
-        return in_float32(
+        return in_pieces(
             lambda v, x: v * (4 * torch.sigmoid(2 / cap * x) * torch.sigmoid(-2 / cap * x)), v, kept
         )  # (1')
     t = kept / cap

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_float32, public
+from torchbp.ops._function import Context, entry, fused, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Softplus", "SoftplusFunction", "softplus"]
@@ -61,7 +62,7 @@ def _times_derivative(v: Tensor, x: Tensor, beta: float, threshold: float) -> Te
     def formula(v: Tensor, x: Tensor) -> Tensor:
         return torch.where(beta * x > threshold, v, v * torch.sigmoid(beta * x))  # (1)
 
-    return in_float32(formula, v, x)
+    return in_pieces(formula, v, x)
 
 
 _softplus = entry(SoftplusFunction, again=SoftplusFunction.forward)

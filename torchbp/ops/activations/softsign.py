@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_float32, public
+from torchbp.ops._function import Context, entry, fused, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Softsign", "SoftsignFunction", "softsign"]
@@ -52,12 +53,12 @@ class SoftsignFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return in_float32(_times_derivative, grad_y, x)  # (2)
+        return in_pieces(_times_derivative, grad_y, x)  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return in_float32(_times_derivative, tangent_x, x)
+        return in_pieces(_times_derivative, tangent_x, x)
 
 
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:

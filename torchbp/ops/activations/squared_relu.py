@@ -21,14 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import (
-    Context,
-    entry,
-    in_float32,
-    public,
-    scale_fresh,
-)
+from torchbp.ops._function import Context, entry, public, scale_fresh
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["SquaredReLU", "SquaredReLUFunction", "squared_relu"]
@@ -52,12 +47,12 @@ class SquaredReLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return in_float32(_times_derivative, grad_y, x)  # (2)
+        return in_pieces(_times_derivative, grad_y, x)  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return in_float32(_times_derivative, tangent_x, x)
+        return in_pieces(_times_derivative, tangent_x, x)
 
 
 def _value(input: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_float32, is_half, public
+from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Tanh", "TanhFunction", "tanh"]
@@ -63,10 +64,15 @@ class TanhFunction(Function):
 
 def _times_derivative(v: Tensor, kept: Tensor) -> Tensor:
     if is_half(kept):
-        return in_float32(
-            lambda v, x: v * (4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x)), v, kept
-        )  # (2)
+        return in_pieces(_from_input, v, kept)
     return v * (1 - kept * kept).conj()  # (1)
+
+
+def _from_input(v: Tensor, x: Tensor) -> Tensor:
+    if fused(v, x):  # (2) is even in x, and of σ(-2|x|) the complement is exact: one sigmoid
+        s = x.abs().mul_(-2).sigmoid_()
+        return torch.ops.aten.sigmoid_backward.grad_input(v, s, grad_input=s).mul_(4)
+    return v * (4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x))  # (2)
 
 
 _tanh = entry(TanhFunction, again=TanhFunction.forward)

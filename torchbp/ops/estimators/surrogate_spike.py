@@ -26,8 +26,9 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, in_float32, public
+from torchbp.ops._function import Context, entry, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["SurrogateSpike", "SurrogateSpikeFunction", "surrogate_spike"]
@@ -67,7 +68,7 @@ _PULSES = {
 
 
 def _times_pulse(v: Tensor, x: Tensor, surrogate: str, k: float) -> Tensor:
-    return in_float32(lambda v, x: v * (k * _PULSES[surrogate](k * x)), v, x)
+    return in_pieces(lambda v, x: v * (k * _PULSES[surrogate](k * x)), v, x)
 
 
 _surrogate_spike = entry(SurrogateSpikeFunction, again=SurrogateSpikeFunction.forward)
@@ -135,7 +136,7 @@ def _rule(input: Tensor, surrogate: str = "fast_sigmoid", sharpness: float = 10.
         inside = z.clamp(-1, 1)
         return inside - inside * inside.abs() / 2
 
-    y = in_float32(smooth, input)
+    y = in_pieces(smooth, input)
     return (input > 0).to(input.dtype) + (y - y.detach()).to(input.dtype)
 
 

@@ -35,11 +35,11 @@ from torchbp.ops._function import (
     entry,
     fused,
     in_autocast_float32,
-    in_float32,
     public,
     scale_fresh,
 )
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
@@ -59,7 +59,7 @@ class BCELossFunction(Function):
     def forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
         if weight is None:
             return reduced(_values, reduction, x, target)  # (*), (*) -> () or (*)
-        return reduce(scale_fresh(in_float32(_values, x, target), weight), reduction)
+        return reduce(scale_fresh(in_pieces(_values, x, target), weight), reduction)
 
     @staticmethod
     def setup_context(
@@ -75,8 +75,8 @@ class BCELossFunction(Function):
         need_x, need_target, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, x.numel())
         s = s if weight is None else s * weight
-        grad_x = in_float32(_gradient_x, x, target, s) if need_x else None
-        grad_target = in_float32(_gradient_target, x, s) if need_target else None
+        grad_x = in_pieces(_gradient_x, x, target, s) if need_x else None
+        grad_target = in_pieces(_gradient_target, x, s) if need_target else None
         return grad_x, grad_target, None, None
 
     @staticmethod
@@ -85,8 +85,8 @@ class BCELossFunction(Function):
     ) -> Tensor:
         x, target, weight = ctx.saved_tensors
         w = x.new_ones(()) if weight is None else weight
-        along_x = (tangent_x, in_float32(_gradient_x, x, target, w))
-        along_target = (tangent_target, in_float32(_gradient_target, x, w))
+        along_x = (tangent_x, in_pieces(_gradient_x, x, target, w))
+        along_target = (tangent_target, in_pieces(_gradient_target, x, w))
         return reduce(directional(along_x, along_target), ctx.reduction)  # (3)
 
 

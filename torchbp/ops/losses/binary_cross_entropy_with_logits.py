@@ -26,16 +26,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import (
-    Context,
-    entry,
-    in_autocast_float32,
-    in_float32,
-    in_place,
-    public,
-    scale_fresh,
-)
+from torchbp.ops._function import Context, entry, in_autocast_float32, in_place, public, scale_fresh
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square
 
@@ -63,7 +56,7 @@ class BCEWithLogitsLossFunction(Function):
             )
         if weight is None:
             return reduced(_values, reduction, x, target)
-        return reduce(in_float32(_values, x, target) * weight, reduction)
+        return reduce(in_pieces(_values, x, target) * weight, reduction)
 
     @staticmethod
     def setup_context(
@@ -83,9 +76,9 @@ class BCEWithLogitsLossFunction(Function):
         need_x, need_target, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, x.numel())
         s = s if weight is None else s * weight
-        c = torch.ones((), dtype=x.dtype, device=x.device) if pos_weight is None else pos_weight
-        grad_x = in_float32(_gradient_x, x, target, c, s).to(x.dtype) if need_x else None
-        grad_target = in_float32(_gradient_target, x, c, s) if need_target else None
+        c = () if pos_weight is None else (pos_weight,)
+        grad_x = in_pieces(_gradient_x, x, target, s, *c).to(x.dtype) if need_x else None
+        grad_target = in_pieces(_gradient_target, x, s, *c) if need_target else None
         grad_target = None if grad_target is None else grad_target.to(target.dtype)
         return grad_x, grad_target, None, None, None
 
@@ -94,12 +87,12 @@ class BCEWithLogitsLossFunction(Function):
         ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, *_: None
     ) -> Tensor:
         x, target, weight, pos_weight = ctx.saved_tensors
-        c = torch.ones((), dtype=x.dtype, device=x.device) if pos_weight is None else pos_weight
+        c = () if pos_weight is None else (pos_weight,)
         tangent = torch.zeros_like(x)  # (3)
         if tangent_x is not None:
-            tangent = tangent + in_float32(_gradient_x, x, target, c, tangent_x)
+            tangent = tangent + in_pieces(_gradient_x, x, target, tangent_x, *c)
         if tangent_target is not None:
-            tangent = tangent + in_float32(_gradient_target, x, c, tangent_target)
+            tangent = tangent + in_pieces(_gradient_target, x, tangent_target, *c)
         return reduce(tangent if weight is None else tangent * weight, ctx.reduction)
 
 
@@ -110,15 +103,15 @@ def _values(x: Tensor, target: Tensor) -> Tensor:
     return values.sub_(log) if in_place(x, target) else values - log
 
 
-def _gradient_x(x: Tensor, target: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    if in_place(x, target, c, s) and c.dim() == 0:
-        p, q = torch.sigmoid(x), (-x).sigmoid_()
-        return p.addcmul_(p, target, value=-1).addcmul_(q.mul_(c), target, value=-1).mul_(s)
+def _gradient_x(x: Tensor, target: Tensor, s: Tensor, c: Tensor | float = 1.0) -> Tensor:
+    if not isinstance(c, Tensor) and in_place(x, target, s):
+        # lerp starts from the nearer end: for t = 1 nothing of σ(-x) is lost
+        return torch.sigmoid(x).lerp_((-x).sigmoid_().neg_(), target).mul_(s)
     of_positive = c * target * torch.sigmoid(-x)
     return scale_fresh((1 - target) * torch.sigmoid(x) - of_positive, s)  # (1)
 
 
-def _gradient_target(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+def _gradient_target(x: Tensor, s: Tensor, c: Tensor | float = 1.0) -> Tensor:
     return scale_fresh(F.logsigmoid(-x) - c * F.logsigmoid(x), s)  # (2); logσ(x) = -softplus(-x)
 
 

@@ -36,12 +36,12 @@ from torchbp.ops._function import (
     eager,
     entry,
     in_autocast_float32,
-    in_float32,
     in_place,
     is_half,
     public,
 )
 from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
@@ -77,9 +77,9 @@ class GaussianNLLLossFunction(Function):
         s = spread(grad, ctx.reduction, d.numel())
         grad_d = grad_var = None
         if need_d:
-            grad_d = in_float32(lambda d, var, s: _gradient_d(d, var, s, ctx.eps), d, var, s)
+            grad_d = in_pieces(lambda d, var, s: _gradient_d(d, var, s, ctx.eps), d, var, s)
         if need_var:
-            grad_var = in_float32(lambda var, d, s: _gradient_var(d, var, s, ctx.eps), var, d, s)
+            grad_var = in_pieces(lambda var, d, s: _gradient_var(d, var, s, ctx.eps), var, d, s)
         return grad_d, grad_var, None, None, None
 
     @staticmethod

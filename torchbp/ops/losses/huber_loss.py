@@ -32,11 +32,11 @@ from torchbp.ops._function import (
     entry,
     fused,
     in_autocast_float32,
-    in_float32,
     public,
     scale_fresh,
 )
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
@@ -69,9 +69,11 @@ class HuberLossFunction(Function):
         need_x, need_target, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, x.numel())
         if fused(s, x, target):
-            gradient = torch.ops.aten.huber_loss_backward(s, x, target, 0, ctx.delta)
+            fresh = torch.empty_like(x)  # else the kernel fills it with zeros first
+            kernel = torch.ops.aten.huber_loss_backward.out
+            gradient = kernel(s, x, target, 0, ctx.delta, grad_input=fresh)
         else:
-            gradient = in_float32(lambda x, t, s: _gradient(x - t, s, ctx.delta), x, target, s)
+            gradient = in_pieces(lambda x, t, s: _gradient(x - t, s, ctx.delta), x, target, s)
         return gradient if need_x else None, -gradient if need_target else None, None, None  # (2)
 
     @staticmethod

@@ -28,16 +28,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import (
-    Context,
-    directional,
-    entry,
-    in_autocast_float32,
-    in_float32,
-    in_place,
-    public,
-)
+from torchbp.ops._function import Context, directional, entry, in_autocast_float32, in_place, public
 from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
@@ -68,9 +61,9 @@ class KLDivLossFunction(Function):
         need_x, need_target, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, target.numel())
         minus_s, log_target = -s, ctx.log_target
-        grad_x = in_float32(lambda t, s: _slope(t, log_target) * s, target, minus_s)  # (1)
+        grad_x = in_pieces(lambda t, s: _slope(t, log_target) * s, target, minus_s)  # (1)
         gradient = _gradient_log_target if log_target else _gradient_target
-        grad_target = in_float32(gradient, target, x, s) if need_target else None
+        grad_target = in_pieces(gradient, target, x, s) if need_target else None
         return grad_x if need_x else None, grad_target, None, None
 
     @staticmethod

@@ -27,16 +27,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import (
-    Context,
-    entry,
-    fused,
-    in_autocast_float32,
-    in_float32,
-    public,
-    scale_fresh,
-)
+from torchbp.ops._function import Context, entry, fused, in_autocast_float32, public, scale_fresh
 from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
@@ -62,7 +55,7 @@ class LogCoshLossFunction(Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
         (d,) = ctx.saved_tensors
         s = spread(grad, ctx.reduction, d.numel())
-        return in_float32(lambda d, s: scale_fresh(d.tanh(), s), d, s), None  # (2)
+        return in_pieces(lambda d, s: scale_fresh(d.tanh(), s), d, s), None  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_d: Tensor, _: None) -> Tensor:

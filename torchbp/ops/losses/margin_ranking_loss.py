@@ -25,16 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import (
-    Context,
-    directional,
-    entry,
-    in_autocast_float32,
-    in_float32,
-    in_place,
-    public,
-)
+from torchbp.ops._function import Context, directional, entry, in_autocast_float32, in_place, public
 from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
@@ -52,7 +45,7 @@ class MarginRankingLossFunction(Function):
     def forward(
         x1: Tensor, x2: Tensor, target: Tensor, margin: float, reduction: str
     ) -> tuple[Tensor, Tensor]:  # (*), (*), (*) -> () or (*), (*) bool
-        left = in_float32(lambda a, b, t: _left(a, b, t, margin), x1, x2, target)
+        left = in_pieces(lambda a, b, t: _left(a, b, t, margin), x1, x2, target)
         active = left >= 0
         return reduce(
             left.clamp_min_(0) if in_place(left) else left.clamp(min=0), reduction

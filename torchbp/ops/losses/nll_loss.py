@@ -33,6 +33,9 @@ from torchbp.ops.losses._classes import class_dim, counted
 __all__ = ["NLLLoss", "NLLLossFunction", "nll_loss"]
 
 
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's kernels count them
+
+
 class NLLLossFunction(Function):
     """Negative log likelihood with a hand-written gradient. Call it through :func:`nll_loss`."""
 
@@ -58,14 +61,15 @@ class NLLLossFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         target, w = ctx.saved_tensors
+        if len(ctx.shape) == 2 and fused(grad):
+            return _by_kernel(grad, target, w, ctx), None, None, None, None
         index, w_t, total = counted(grad, target, w, ctx.ignored)
         s = spread(grad.to(w_t.dtype), ctx.reduction, total)
         if ctx.reduction == "mean":
             s = s.masked_fill(total == 0, 0)  # nothing counted: 0, as in torch, not 0/0
         zeros = grad.new_zeros(ctx.shape)
-        put = zeros.scatter_ if fused(grad) else zeros.scatter
         values = (-s * w_t).to(grad.dtype)
-        grad_x = put(ctx.dim, index.unsqueeze(ctx.dim), values.unsqueeze(ctx.dim))  # (1)
+        grad_x = zeros.scatter(ctx.dim, index.unsqueeze(ctx.dim), values.unsqueeze(ctx.dim))  # (1)
         return grad_x, None, None, None, None
 
     @staticmethod
@@ -76,6 +80,20 @@ class NLLLossFunction(Function):
         values = -w_t * picked  # (2)
         values = values if ctx.reduction == "none" else spread(values.sum(), ctx.reduction, total)
         return values.to(tangent_x.dtype)
+
+
+def _by_kernel(grad: Tensor, target: Tensor, w: Tensor | None, ctx: Context) -> Tensor:
+    """Return (1) by torch's kernel, for x (N, C)."""
+    if ctx.reduction != "mean":
+        total = grad.new_empty(())  # not read
+    elif w is None:
+        total = (target != ctx.ignored).sum(dtype=grad.dtype)
+    else:
+        total = counted(grad, target, w, ctx.ignored)[2].to(grad.dtype)
+    # of x the kernel asks for the shape alone
+    like_x = (grad.unsqueeze(1) if grad.dim() else grad).expand(ctx.shape)
+    how = _REDUCTIONS[ctx.reduction], ctx.ignored, total
+    return torch.ops.aten.nll_loss_backward(grad, like_x, target.long(), w, *how)
 
 
 _nll_loss = entry(NLLLossFunction)
@@ -189,4 +207,5 @@ OP = Op(
     errors=_errors,
     saved_bytes=_saved_bytes,
     benchmark=_benchmark,
+    fused="aten::nll_loss_backward",
 )

@@ -32,12 +32,12 @@ from torchbp.ops._function import (
     directional,
     entry,
     in_autocast_float32,
-    in_float32,
     in_place,
     public,
     scale_fresh,
 )
 from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
@@ -72,11 +72,11 @@ class PoissonNLLLossFunction(Function):
         s = spread(grad, ctx.reduction, x.numel())
         grad_x = grad_target = None
         if need_x:
-            grad_x = in_float32(
+            grad_x = in_pieces(
                 lambda x, t, s: _gradient_x(x, t, s, ctx.log_input, ctx.eps), x, target, s
             )
         if need_target:
-            grad_target = in_float32(
+            grad_target = in_pieces(
                 lambda t, x, s: s * _slope_target(x, t, ctx.log_input, ctx.full, ctx.eps),
                 target,
                 x,

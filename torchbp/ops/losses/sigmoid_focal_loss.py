@@ -33,12 +33,12 @@ from torchbp.ops._function import (
     entry,
     fused,
     in_autocast_float32,
-    in_float32,
     in_place,
     public,
     scale_fresh,
 )
 from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
@@ -81,11 +81,11 @@ class SigmoidFocalLossFunction(Function):
         s = spread(grad, ctx.reduction, x.numel())
         grad_x = grad_target = None
         if need_x:
-            grad_x = in_float32(
+            grad_x = in_pieces(
                 lambda x, t, s: scale_fresh(_slope_x(x, t, ctx.alpha, ctx.gamma), s), x, target, s
             )
         if need_target:
-            grad_target = in_float32(lambda x, s: s * _slope_target(x, ctx.alpha, ctx.gamma), x, s)
+            grad_target = in_pieces(lambda x, s: s * _slope_target(x, ctx.alpha, ctx.gamma), x, s)
         return grad_x, grad_target, None, None, None
 
     @staticmethod

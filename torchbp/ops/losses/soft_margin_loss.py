@@ -23,16 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-from torchbp.ops._function import (
-    Context,
-    directional,
-    entry,
-    in_autocast_float32,
-    in_float32,
-    in_place,
-    public,
-)
+from torchbp.ops._function import Context, directional, entry, in_autocast_float32, in_place, public
 from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
@@ -60,8 +53,8 @@ class SoftMarginLossFunction(Function):
         need_x, need_target, _ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, x.numel())
         # (2) is (1) with the roles of x and t exchanged
-        grad_x = in_float32(_gradient, x, target, s) if need_x else None
-        return grad_x, in_float32(_gradient, target, x, s) if need_target else None, None
+        grad_x = in_pieces(_gradient, x, target, s) if need_x else None
+        return grad_x, in_pieces(_gradient, target, x, s) if need_target else None, None
 
     @staticmethod
     def jvp(
