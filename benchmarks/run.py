@@ -5,6 +5,7 @@ Method: README.md beside this file. ``make bench`` writes benchmarks/data/<devic
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import platform
@@ -162,6 +163,20 @@ def _size(n: int) -> str:
     return f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}k" if n >= 1024 else str(n)
 
 
+def settle_allocator() -> None:
+    """Free a large tensor once, as any training has: from then on the C library keeps what is freed.
+
+    Before, a tensor of some megabytes comes from the system page by page, each time, and what an op costs depends on
+    which ones ran before it.
+    """
+    torch.empty(31 << 18).zero_()  # 31 MB: glibc keeps no more than 32 together
+
+
+def stored_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows that are in the file already."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def main() -> int:
     """Run the benchmark and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -175,6 +190,16 @@ def main() -> int:
         "--name", default="ops", help="of the file in benchmarks/data (%(default)s)"
     )
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what today's file of that name has"
+    )
+    parser.add_argument(
+        "--at-most",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="stop then, between two rows; --resume goes on",
+    )
     args = parser.parse_args()
     cores = torch.get_num_threads()
     threads = args.threads or (sorted({1, cores}) if args.device == "cpu" else [1])
@@ -182,30 +207,31 @@ def main() -> int:
     if unknown:
         parser.error(f"expected names of ops, got {', '.join(unknown)}; `torchbp ops` lists them")
     ops = [all_ops()[name] for name in args.ops or all_ops()]
-    rows = []
-    for op in ops:
-        for dtype in args.dtypes:
-            for count in threads:
-                for n in args.sizes:
-                    try:
-                        row = measure(op, n, dtype, args.device, count, args.seconds)
-                    except RuntimeError as error:  # torch has no kernel for the dtype, say
-                        reason = str(error).splitlines()[0]
-                        print(
-                            f"\r{op.name} {dtype} {n}: not timed: {reason}\033[K", file=sys.stderr
-                        )
-                        continue
-                    rows.append(row)
-                    print(
-                        f"\r{op.name} {dtype} {n} on {count}: {rows[-1]['ratio']:.2f}\033[K",
-                        end="",
-                        file=sys.stderr,
-                    )
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    path = DATA / f"{args.name}-{args.device}-{date}.json"
+    rows = stored_rows(path) if args.resume else []
+    known = {tuple(r[k] for k in ("op", "dtype", "threads", "n")) for r in rows}
+    wanted = itertools.product(ops, args.dtypes, threads, args.sizes)
+    rest = [w for w in wanted if (w[0].name, *w[1:]) not in known]
+    settle_allocator()
+    start = time.monotonic()
+    for done, (op, dtype, count, n) in enumerate(rest):
+        if time.monotonic() - start > args.at_most:
+            print(f"\r\033[K{len(rest) - done} rows left: go on with --resume", file=sys.stderr)
+            break
+        try:
+            row = measure(op, n, dtype, args.device, count, args.seconds)
+        except RuntimeError as error:  # torch has no kernel for the dtype, say
+            reason = str(error).splitlines()[0]
+            print(f"\r{op.name} {dtype} {n}: not timed: {reason}\033[K", file=sys.stderr)
+            continue
+        rows.append(row)
+        progress = f"\r{op.name} {dtype} {n} on {count}: {row['ratio']:.2f}\033[K"
+        print(progress, end="", file=sys.stderr)
     print("\r\033[K", end="", file=sys.stderr)
     print(table(rows))
     if not args.no_write:
         DATA.mkdir(exist_ok=True)
-        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         name = torch.cuda.get_device_name() if args.device == "cuda" else processor()
         about = {
             "date": date,
@@ -213,7 +239,6 @@ def main() -> int:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        path = DATA / f"{args.name}-{args.device}-{date}.json"
         text = ",\n".join(json.dumps(r) for r in rows)
         path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
         print(f"wrote {path}")

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import sys
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torchbp import nn
 from torchbp.ops import _pieces
 from torchbp.ops._op import all_ops
 from torchbp.ops._samples import Make
+from torchbp.ops.losses import _index_cross_entropy
 
 LOSSES = [
     op
@@ -33,7 +33,7 @@ def gradient(function, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
 def test_many_elements(large, monkeypatch):
     """Above the size from which values are summed by pieces: value and gradients of torch's loss in float64."""
     monkeypatch.setattr(_pieces, "_LARGE", 1 << 17)
-    monkeypatch.setattr(sys.modules["torchbp.ops.losses.cross_entropy"], "_PIECE", 1 << 11)
+    monkeypatch.setattr(_index_cross_entropy, "_PIECE", 1 << 11)
     results = []
     for function, dtype in ((large.function, torch.float32), (large.reference, torch.float64)):
         sample = large.benchmark(Make(dtype), 300_000)

@@ -8,6 +8,7 @@ from torchbp.ops._random import cheap, int32_like
 
 __all__ = ["draw", "is_identity", "masked", "one_of_each"]
 
+_FEW = 1 << 12
 _INT32_MIN = -(2**31)
 
 
@@ -26,6 +27,8 @@ def draw(x: Tensor, p: float) -> Tensor:
     """Return a mask of the shape of ``x``, uint8: 0 with probability ``p``, else 1."""
     if not cheap(x):
         return (torch.rand_like(x, dtype=torch.float32) >= p).to(torch.uint8)
+    if x.numel() < _FEW:  # two calls instead of five
+        return torch.empty(x.shape, dtype=torch.uint8).bernoulli_(1 - p)
     return (int32_like(x) >= _INT32_MIN + round(p * 2**32)).view(torch.uint8)
 
 

@@ -30,8 +30,8 @@ def counted(
 
     The weights have the dtype of ``like``, in half precision float32.
     """
-    ignore = target == ignored
-    index = target.masked_fill(ignore, 0).long()
-    ones = torch.ones_like(index, dtype=torch.float32 if is_half(like) else like.dtype)
-    w_t = (ones if w is None else w[index].to(ones.dtype)).masked_fill(ignore, 0)
+    counts = target != ignored
+    index = (target * counts).long()
+    dtype = torch.float32 if is_half(like) else like.dtype
+    w_t = counts.to(dtype) if w is None else torch.where(counts, w[index].to(dtype), 0)
     return index, w_t, w_t.sum()

@@ -25,7 +25,7 @@ def gradient_of_indices(
     s = spread(grad.to(w_t.dtype), reduction, total)
     if reduction == "mean":
         s = s.masked_fill(total == 0, 0)  # nothing counted: 0, as in torch, not 0/0
-    a = s * (1 - smoothing) * w_t
+    a = s * w_t if smoothing == 0.0 else s * (1 - smoothing) * w_t
     p = torch.softmax(x, dim, dtype=w_t.dtype)
     if smoothing == 0.0:
         gradient = scale_fresh(p, a.unsqueeze(dim))

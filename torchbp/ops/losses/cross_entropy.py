@@ -7,9 +7,9 @@ Of probabilities q': q = (1 - ε) q' + ε/C. Of a class index t, where the weigh
 "mean" divides by the number of positions, for indices by the sum of w_t over those not ignored.
 
 Derivation, with ∂log p_c/∂x_j = [c = j] - p_j and s the gradient of each ℓ:
-    of indices, with a = s (1 - ε) w_t and b = s ε/C, both 0 where ignored:
+    of indices (_index_cross_entropy.py), with a = s (1 - ε) w_t and b = s ε/C, both 0 where ignored:
     grad_x_j  = p_j (a + b Σ_c w_c) - b w_j - a [j = t]                                       (1)
-    of probabilities:
+    of probabilities (_probability_cross_entropy.py):
     grad_x_j  = s · (p_j Σ_c w_c q_c - w_j q_j)                                               (2)
     grad_q'_j = -s · (1 - ε) w_j log p_j                                                      (3)
     grad_w_j  = -Σ over positions of s · q_j log p_j                                          (4)
@@ -32,160 +32,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._function import is_half, public
 from torchbp.ops._op import Op
-from torchbp.ops._reduction import named, spread
+from torchbp.ops._reduction import named
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.activations.softcap import softcap as capped
-from torchbp.ops.losses._classes import along_classes, class_dim, counted, positions
-from torchbp.ops.losses._logits_gradient import (
-    gradient_of_indices,
-    gradient_of_probabilities,
-    terms_of_probabilities,
-)
+from torchbp.ops.losses._classes import class_dim
+from torchbp.ops.losses._index_cross_entropy import of_indices
+from torchbp.ops.losses._probability_cross_entropy import of_probabilities
 from torchbp.ops.losses._z_loss import log_partition_penalty
 
-__all__ = [
-    "CrossEntropyLoss",
-    "IndexCrossEntropyFunction",
-    "ProbabilityCrossEntropyFunction",
-    "cross_entropy",
-]
-
-
-_PIECE = 1 << 17  # elements: half a megabyte of float32
-
-
-class IndexCrossEntropyFunction(Function):
-    """Cross entropy of class indices. Call it through :func:`cross_entropy`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int, smoothing: float
-    ) -> Tensor:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *)
-        if target.dtype == torch.uint8:  # torch has no batching rule for it
-            target = target.long()
-        if _by_rows(x):
-            return _values_by_rows(x, target, w, reduction, ignored, smoothing)
-        return F.cross_entropy(
-            x, target, w, ignore_index=ignored, reduction=reduction, label_smoothing=smoothing
-        )
-
-    @staticmethod
-    def setup_context(
-        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str, int, float], output: Tensor
-    ) -> None:
-        *tensors, ctx.reduction, ctx.ignored, ctx.smoothing = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        x, target, w = ctx.saved_tensors
-        grad_x = gradient_of_indices(x, grad, target, w, ctx.reduction, ctx.ignored, ctx.smoothing)
-        return grad_x.to(x.dtype), None, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor, *_others: None) -> Tensor:
-        x, target, w = ctx.saved_tensors
-        one = torch.ones((), dtype=x.dtype, device=x.device)
-        settings = (ctx.reduction, ctx.ignored, ctx.smoothing)
-        product = gradient_of_indices(x, one, target, w, *settings) * tangent_x  # (5)
-        values = product.sum(class_dim(x)) if ctx.reduction == "none" else product.sum()
-        return values.to(x.dtype)
-
-
-class ProbabilityCrossEntropyFunction(Function):
-    """Cross entropy of class probabilities. Call it through :func:`cross_entropy`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor, target: Tensor, w: Tensor | None, reduction: str, smoothing: float
-    ) -> Tensor:  # (N, C, *), (N, C, *), (C,) -> () or (N, *)
-        return F.cross_entropy(x, target, w, reduction=reduction, label_smoothing=smoothing)
-
-    @staticmethod
-    def setup_context(
-        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str, float], output: Tensor
-    ) -> None:
-        *tensors, ctx.reduction, ctx.smoothing = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(
-        ctx: Context, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        x, target, w = ctx.saved_tensors
-        need_x, need_target, need_w, *_ = ctx.needs_input_grad
-        dim = class_dim(x)
-        q, log_p, wide_w = terms_of_probabilities(x, target, w, ctx.smoothing)
-        s = spread(grad.to(log_p.dtype), ctx.reduction, positions(x))
-        s = s.unsqueeze(dim) if ctx.reduction == "none" else s
-        grad_x = grad_target = grad_w = None
-        if need_x:
-            grad_x = gradient_of_probabilities(s, q, log_p, wide_w, dim).to(x.dtype)  # (2)
-        if need_target:
-            grad_target = (-s * (1 - ctx.smoothing) * wide_w * log_p).to(target.dtype)  # (3)
-        if need_w:
-            grad_w = (-s * q * log_p).sum_to_size(wide_w.shape)  # (4)
-            grad_w = grad_w.reshape(w.shape).to(w.dtype)
-        return grad_x, grad_target, grad_w, None, None
-
-    @staticmethod
-    def jvp(
-        ctx: Context,
-        tangent_x: Tensor | None,
-        tangent_target: Tensor | None,
-        tangent_w: Tensor | None,
-        *_: None,
-    ) -> Tensor:
-        x, target, w = ctx.saved_tensors
-        dim = class_dim(x)
-        q, log_p, wide_w = terms_of_probabilities(x, target, w, ctx.smoothing)
-        tangent = torch.zeros_like(log_p)  # (5)
-        if tangent_x is not None:
-            expected = (log_p.exp() * tangent_x).sum(dim, keepdim=True)
-            tangent = tangent + wide_w * q * (tangent_x - expected)
-        if tangent_target is not None:
-            tangent = tangent + wide_w * (1 - ctx.smoothing) * tangent_target * log_p
-        if tangent_w is not None:
-            tangent = tangent + along_classes(tangent_w, x) * q * log_p
-        values = -tangent.sum(dim)
-        if ctx.reduction != "none":
-            values = spread(values.sum(), ctx.reduction, positions(x))
-        return values.to(torch.result_type(x, target))
-
-
-def _by_rows(x: Tensor) -> bool:
-    return x.dim() == 2 and x.numel() >= 64 * _PIECE and fused(x) and x.is_floating_point()
-
-
-def _values_by_rows(
-    x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int, smoothing: float
-) -> Tensor:
-    """Return torch's values, some rows at a time: log p stays in the cache (2048 by 32000: 55 ms, not 152)."""
-    rows = max(1, _PIECE // x.shape[1])
-    options: dict[str, Any] = {"ignore_index": ignored, "label_smoothing": smoothing}
-    values = [
-        F.cross_entropy(part, t, w, reduction="none", **options)
-        for part, t in zip(x.split(rows), target.split(rows), strict=True)
-    ]
-    loss = torch.cat(values)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / counted(x, target, w, ignored)[2]
-
-
-_of_indices = entry(IndexCrossEntropyFunction)
-_of_probabilities = entry(ProbabilityCrossEntropyFunction)
+__all__ = ["CrossEntropyLoss", "cross_entropy"]
 
 
 @public
@@ -265,11 +124,11 @@ def _cross_entropy(
             raise RuntimeError(
                 wrong("cross_entropy", rule, ignore_index, "mask with reduction='none'")
             )
-        return _of_probabilities(input, target, weight, reduction, label_smoothing)
+        return of_probabilities(input, target, weight, reduction, label_smoothing)
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         rule = "a weight without requires_grad for class indices, as in torch"
         raise RuntimeError(wrong("cross_entropy", rule, "one that requires it", "detach it"))
-    return _of_indices(input, target, weight, reduction, ignore_index, label_smoothing)
+    return of_indices(input, target, weight, reduction, ignore_index, label_smoothing)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

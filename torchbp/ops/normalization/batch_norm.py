@@ -25,7 +25,6 @@ Sources:
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
-from torchbp.ops._samples import Make, Sample
+from torchbp.ops.normalization import _batch_norm_samples
 from torchbp.ops.normalization._standardize import (
     along_channels,
     channel_sum,
@@ -307,85 +306,16 @@ class BatchNorm3d(nn.BatchNorm3d):
         return _forward(self, input)
 
 
-def _samples(make: Make) -> Iterator[Sample]:
-    for dims in ((4, 3), (2, 3, 4), (2, 3, 2, 2), (0, 3)):
-        args = (make.normal(*dims), None, None, make.normal(3), make.normal(3), True)
-        yield Sample(args, name="x".join(map(str, dims)))
-    yield Sample((make.normal(4, 3), None, None), {"training": True, "eps": 1e-2}, name="plain")
-    no_bias = {"weight": make.normal(3), "training": True}
-    yield Sample((make.normal(4, 3), None, None), no_bias, name="no-bias")
-    frozen = make.normal(3, requires_grad=False)
-    args = (make.normal(4, 3), None, None, frozen, make.normal(3), True)
-    yield Sample(args, name="frozen-weight")
-    mean = make.normal(3, requires_grad=False)
-    var = make.uniform(3, low=0.5, high=2.0)
-    args = (make.normal(2, 3, 2), mean, var, make.normal(3), make.normal(3))
-    yield Sample(args, name="eval")
-    args = (make.normal(2, 3, 2), mean, var, frozen, make.normal(3, requires_grad=False))
-    yield Sample(args, name="eval-frozen")
-    yield Sample((make.normal(2, 3, 2), mean, var), name="eval-plain")
-    data = make.normal(4, 3, requires_grad=False)
-    kwargs = {"bias": make.normal(3), "training": True}
-    yield Sample((data, None, None), kwargs, name="bias-only")
-
-
-def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
-    yield BatchNorm1d, Sample((3,)), Sample((make.normal(4, 3),))
-    yield BatchNorm1d, Sample((3,), {"momentum": None}), Sample((make.normal(4, 3, 2),), name="3d")
-    untracked = Sample((3,), {"track_running_stats": False})
-    yield BatchNorm1d, untracked, Sample((make.normal(4, 3),), name="untracked")
-    x = make.normal(2, 3, 2, 2)
-    yield BatchNorm2d, Sample((3,)), Sample((x,))
-    yield BatchNorm2d, Sample((3,), {"affine": False}), Sample((x,), name="not-affine")
-    yield BatchNorm3d, Sample((3, 1e-3)), Sample((make.normal(2, 3, 2, 2, 1),))
-
-
-def _errors(make: Make) -> Iterator[Sample]:
-    x, c = make.normal(4, 3), make.normal(3, requires_grad=False)
-    yield Sample((x, None, None), name="no-statistics")
-    yield Sample((x, c, None, None, None, True), name="one-statistic")
-    yield Sample((x[:1], c, c, None, None, True), name="one-value")
-    yield Sample((x, None, None, None, None, True, 0.1, 0.0), name="eps")
-    yield Sample((x, c, c, make.normal(4)), name="weight")
-    yield Sample((x, c[:2], c), name="mean")
-    yield Sample((make.normal(3), c, c), name="vector")
-    yield Sample((make.labels(4, 3, classes=5), c, c), name="integers")
-
-
-def _benchmark(make: Make, n: int) -> Sample:
-    side = max(1, math.isqrt(n // 256))
-    x = make.normal(8, 32, side, side)
-    return Sample((x, None, None, make.normal(32), make.normal(32), True))
-
-
-def _saved_bytes(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    **_: object,
-) -> int:
-    size, channels = x.element_size(), x.shape[1]
-    need_weight = weight is not None and weight.requires_grad
-    if not (x.requires_grad or need_weight):
-        return 0
-    kept_weight = 0 if weight is None or not x.requires_grad else channels * size
-    if training:
-        statistics = 0 if is_half(x) or not x.numel() else 2 * channels * size
-        return x.numel() * size + kept_weight + statistics
-    return (x.numel() + channels) * size * need_weight + channels * size + kept_weight
-
-
 OP = Op(
     function=batch_norm,
     modules=(BatchNorm1d, BatchNorm2d, BatchNorm3d),
     reference=F.batch_norm,
-    samples=_samples,
-    module_samples=_module_samples,
-    errors=_errors,
-    saved_bytes=_saved_bytes,
-    benchmark=_benchmark,
+    samples=_batch_norm_samples.samples,
+    module_samples=lambda make: _batch_norm_samples.module_samples(
+        make, BatchNorm1d, BatchNorm2d, BatchNorm3d
+    ),
+    errors=_batch_norm_samples.errors,
+    saved_bytes=_batch_norm_samples.saved_bytes,
+    benchmark=_batch_norm_samples.benchmark,
     fused="aten::native_batch_norm_backward",
 )

@@ -34,7 +34,6 @@ __all__ = [
     "cast",
     "conjugate",
     "dtypes",
-    "eager",
     "factors",
     "first",
     "join",
@@ -43,6 +42,7 @@ __all__ = [
     "walk",
     "wide",
     "without_autocast",
+    "writable",
 ]
 
 Sizes = tuple[int, ...]
@@ -102,7 +102,7 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
-def eager(*tensors: Tensor | None) -> bool:
+def writable(*tensors: Tensor | None) -> bool:
     """Whether a step may write into tensors just made, and run torch's fused kernels of its derivatives."""
     given = [t for t in tensors if t is not None]
     return fused(*given) and not any(t.is_complex() for t in given)
@@ -114,18 +114,18 @@ def through_sigmoid(v: Tensor, s: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         v: Gradient of the output.
         s: The output.
-        out: Where to write it, for a caller that is :func:`eager`.
+        out: Where to write it, for a caller that is :func:`writable`.
     """
     if out is not None:
         return torch.ops.aten.sigmoid_backward.grad_input(v, s, grad_input=out)
-    return torch.ops.aten.sigmoid_backward(v, s) if eager(v, s) else v * (s * (1 - s))
+    return torch.ops.aten.sigmoid_backward(v, s) if writable(v, s) else v * (s * (1 - s))
 
 
 def through_tanh(v: Tensor, t: Tensor, out: Tensor | None = None) -> Tensor:
     """Return v · (1 - t²): the same for tanh."""
     if out is not None:
         return torch.ops.aten.tanh_backward.grad_input(v, t, grad_input=out)
-    return torch.ops.aten.tanh_backward(v, t) if eager(v, t) else v * (1 - t * t)
+    return torch.ops.aten.tanh_backward(v, t) if writable(v, t) else v * (1 - t * t)
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

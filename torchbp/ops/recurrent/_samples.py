@@ -14,15 +14,18 @@ from torchbp.ops._samples import Make, Sample, over_tensors
 __all__ = [
     "cell_benchmark",
     "cell_errors",
+    "cell_rounded_once",
     "cell_samples",
     "cell_saved_bytes",
     "layer_samples",
-    "rounded_once",
 ]
 
 
-def rounded_once(cell: Callable[..., Any]) -> Callable[..., Any]:
-    """Return torch's cell, in float32 for half precision and rounded at the end: torch rounds each of its steps."""
+def cell_rounded_once(cell: Callable[..., Any]) -> Callable[..., Any]:
+    """Return torch's cell, in float32 for half precision and rounded at the end: torch rounds each of its steps.
+
+    ``_op.rounded_once`` is of a function of tensors; a cell takes and returns states, which may be tuples.
+    """
 
     def reference(input: Tensor, hx: Any, *weights: Tensor | None, **named: Tensor | None) -> Any:
         if not is_half(input) or torch.is_autocast_enabled(input.device.type):

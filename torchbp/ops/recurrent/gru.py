@@ -26,6 +26,10 @@ Saves:
 Edge values:
     z → 1 keeps the state, and all of its gradient.   NaN gives NaN from its step on.
 
+Length:
+    One Function serves cell and layer;
+    its forward, backward and jvp walk the same steps and are read side by side.
+
 Sources:
     Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation", 2014,
     arXiv:1406.1078; with r applied after the product, as in cuDNN.
@@ -53,7 +57,6 @@ from torchbp.ops.recurrent._recurrence import (
     cast,
     conjugate,
     dtypes,
-    eager,
     factors,
     first,
     join,
@@ -62,14 +65,15 @@ from torchbp.ops.recurrent._recurrence import (
     walk,
     wide,
     without_autocast,
+    writable,
 )
 from torchbp.ops.recurrent._samples import (
     cell_benchmark,
     cell_errors,
+    cell_rounded_once,
     cell_samples,
     cell_saved_bytes,
     layer_samples,
-    rounded_once,
 )
 
 __all__ = ["GRU", "GRUCell", "GRUFunction", "gru_cell"]
@@ -145,7 +149,7 @@ class GRUFunction(Function):
             e, e_n = _second_order(grad_gates, grad_q, gates, q)
             z = gates.chunk(3, 1)[1]
             back = not reverse
-            write = eager(k, carried, grad_y, e)
+            write = writable(k, carried, grad_y, e)
             steps, states = [], []
             for k_t, z_t, grad, e_t in zip(
                 *(walk(rows, sizes, back) for rows in (k, z, grad_y, e)), strict=True
@@ -208,7 +212,7 @@ def _states(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, h_n, the gates (r, z, n) side by side, and q, of every step."""
     a_x = F.linear(x, w_ih, b_ih)
-    hidden, write = h0.shape[1], eager(a_x, h0)
+    hidden, write = h0.shape[1], writable(a_x, h0)
     h, states, gates, linear = h0, [], [], []
     for a in walk(a_x, sizes, reverse):
         held = first(h, a.shape[0])
@@ -353,7 +357,7 @@ def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sampl
 OP = Op(
     function=gru_cell,
     modules=(GRU, GRUCell),
-    reference=rounded_once(torch.gru_cell),
+    reference=cell_rounded_once(torch.gru_cell),
     samples=cell_samples(3, 1),
     module_samples=_module_samples,
     errors=cell_errors(3, 1),

@@ -25,6 +25,10 @@ Saves:
 Edge values:
     f → 1, i → 0 keeps the state, and all of its gradient.   NaN gives NaN from its step on.
 
+Length:
+    One Function serves cell, layer and projection;
+    its forward, backward and jvp walk the same steps and are read side by side.
+
 Sources:
     Hochreiter, Schmidhuber, "Long Short-Term Memory", 1997, doi:10.1162/neco.1997.9.8.1735.
     Gers, Schmidhuber, Cummins, "Learning to Forget: Continual Prediction with LSTM", 2000,
@@ -56,7 +60,6 @@ from torchbp.ops.recurrent._recurrence import (
     cast,
     conjugate,
     dtypes,
-    eager,
     factors,
     first,
     join,
@@ -65,14 +68,15 @@ from torchbp.ops.recurrent._recurrence import (
     walk,
     wide,
     without_autocast,
+    writable,
 )
 from torchbp.ops.recurrent._samples import (
     cell_benchmark,
     cell_errors,
+    cell_rounded_once,
     cell_samples,
     cell_saved_bytes,
     layer_samples,
-    rounded_once,
 )
 
 __all__ = ["LSTM", "LSTMCell", "LSTMFunction", "lstm_cell"]
@@ -155,7 +159,7 @@ class LSTMFunction(Function):
             e = None if grad_gates is None else _through_gates(grad_gates, gates)  # (5)
             _, f, _, o = gates.chunk(4, 1)
             back = not reverse
-            write = eager(k, g_h, g_c, grad_y, grad_c, e)
+            write = writable(k, g_h, g_c, grad_y, grad_c, e)
             parts = (k, k_ifg, k_o, k_c, f, grad_y, grad_c, e)
             steps, hidden = [], []
             for k_t, ifg_t, o_t, c_t, f_t, grad, grad_c_t, e_t in zip(
@@ -245,7 +249,7 @@ def _states(
 ) -> tuple[Tensor, ...]:
     """Return y, h_n, c_n, the states c and the gates (i, f, g, o) side by side, of every step."""
     a = F.linear(x, w_ih, add(b_ih, b_hh))
-    size, write = c0.shape[1], eager(a, h0, c0)
+    size, write = c0.shape[1], writable(a, h0, c0)
     widths = (2 * size, size, size)
     a_parts = a.split(widths, 1)
     h, c, w, outputs, states, gates = h0, c0, w_hh.mT, [], [], []
@@ -277,7 +281,7 @@ def _slopes(
     The views are (k^i, k^f, k^g), (R, 3, H), which g^c is to scale, and k^o, (R, H), which g^m is.
     """
     i, f, g, o = gates.chunk(4, 1)
-    k = torch.empty_like(gates) if eager(c_before, gates) else None
+    k = torch.empty_like(gates) if writable(c_before, gates) else None
     out = (None,) * 4 if k is None else k.chunk(4, 1)
     parts = (
         through_sigmoid(g, i, out[0]),
@@ -428,7 +432,7 @@ def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sampl
 OP = Op(
     function=lstm_cell,
     modules=(LSTM, LSTMCell),
-    reference=rounded_once(torch.lstm_cell),
+    reference=cell_rounded_once(torch.lstm_cell),
     samples=cell_samples(4, 2),
     module_samples=_module_samples,
     errors=cell_errors(4, 2),

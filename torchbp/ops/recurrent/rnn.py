@@ -17,6 +17,10 @@ Saves:
 Edge values:
     tanh: a → ±∞ gives ±1 and no gradient.   ReLU: the gradient at a = 0 is 0.   NaN gives NaN from its step on.
 
+Length:
+    One Function serves both cells and the layer;
+    its forward, backward and jvp walk the same steps and are read side by side.
+
 Sources:
     Elman, "Finding Structure in Time", 1990, doi:10.1207/s15516709cog1402_1.
     Werbos, "Backpropagation through time: what it does and how to do it", 1990, doi:10.1109/5.58337.
@@ -46,7 +50,6 @@ from torchbp.ops.recurrent._recurrence import (
     cast,
     conjugate,
     dtypes,
-    eager,
     factors,
     first,
     join,
@@ -54,14 +57,15 @@ from torchbp.ops.recurrent._recurrence import (
     walk,
     wide,
     without_autocast,
+    writable,
 )
 from torchbp.ops.recurrent._samples import (
     cell_benchmark,
     cell_errors,
+    cell_rounded_once,
     cell_samples,
     cell_saved_bytes,
     layer_samples,
-    rounded_once,
 )
 
 __all__ = ["RNN", "RNNCell", "RNNFunction", "rnn_relu_cell", "rnn_tanh_cell"]
@@ -123,7 +127,7 @@ class RNNFunction(Function):
             grad_y, grad_h_n = wide(grad_y, grad_h_n)
             slope = _through(torch.ones_like(y), y, ctx.relu)  # (1)
             carried = y.new_zeros(sizes[0], y.shape[1]) if grad_h_n is None else grad_h_n
-            write, back, steps = eager(slope, carried, grad_y), not reverse, []
+            write, back, steps = writable(slope, carried, grad_y), not reverse, []
             for s, grad in zip(walk(slope, sizes, back), walk(grad_y, sizes, back), strict=True):
                 g = first(carried, s.shape[0])
                 g = g if grad is None else g + grad
@@ -173,7 +177,7 @@ def _states(
 ) -> tuple[Tensor, Tensor]:
     """Return the states after every step, and those that each sequence ends with."""
     a = F.linear(x, w_ih, add(b_ih, b_hh))
-    write, act = eager(a, h0), torch.relu if relu else torch.tanh
+    write, act = writable(a, h0), torch.relu if relu else torch.tanh
     h, w, steps = h0, w_hh.mT, []
     for a_t in walk(a, sizes, reverse):
         held = first(h, a_t.shape[0])
@@ -331,7 +335,7 @@ OPS = tuple(
     Op(
         function=function,
         modules=modules,
-        reference=rounded_once(reference),
+        reference=cell_rounded_once(reference),
         samples=cell_samples(1, 1),
         module_samples=module_samples,
         errors=cell_errors(1, 1),
