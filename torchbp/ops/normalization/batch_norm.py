@@ -24,7 +24,6 @@ Sources:
     2015, arXiv:1502.03167.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -33,10 +32,10 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops.normalization import _batch_norm_samples
+from torchbp.ops.normalization._batch_norm_arguments import check
 from torchbp.ops.normalization._standardize import (
     along_channels,
     channel_sum,
@@ -239,27 +238,7 @@ def batch_norm(
                 [ 0.0000],
                 [ 1.2247]])
     """
-    if training and math.prod((*input.shape[:1], *input.shape[2:])) == 1:
-        rule = "more than 1 value per channel when training"
-        raise ValueError(wrong("batch_norm", rule, shape(input), "the variance of one value is 0"))
-    if eps < 0 or (training and eps == 0):
-        raise ValueError(wrong("batch_norm", "eps >= 0, > 0 in training", eps, "use 1e-5"))
-    if (running_mean is None) != (running_var is None) and training:
-        advice = "pass both or neither"
-        raise ValueError(wrong("batch_norm", "two running statistics", "one", advice))
-    if (running_mean is None or running_var is None) and not training:
-        advice = "pass running_mean and running_var, or training=True"
-        raise RuntimeError(wrong("batch_norm", "running statistics in evaluation", None, advice))
-    channels = input.shape[1] if input.dim() > 1 else 0
-    for name, t in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if t is not None and t.numel() != channels:
-            rule = f"{name} of {channels} elements for an input of shape {shape(input)}"
-            raise RuntimeError(wrong("batch_norm", rule, shape(t), "one a channel"))
+    check(input, running_mean, running_var, weight, bias, training, eps)
     return _batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
 
 
