@@ -7,6 +7,7 @@ from torch.func import grad, vmap
 import torchbp
 import torchbp.functional as F
 from tests.ops.conftest import HALF
+from tests.ops.test_values import ENGINES
 from torchbp.ops._function import formula_only
 from torchbp.ops._op import all_ops
 from torchbp.ops.activations._infinities import known_finite
@@ -213,3 +214,19 @@ def test_torchs_own_derivatives_are_still_rounded():
         theirs = torch.autograd.grad(getattr(torch.nn.functional, name)(x, *args), x)[0]
         exact = torch.autograd.grad(all_ops()[name].reference(x, *args), x)[0]
         assert 1e-10 < abs(theirs / exact - 1).item() < 1e-6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("bound", [0.1, 0.3, 0.7])
+def test_bounds_are_not_rounded_before_they_are_compared(bound, dtype, engine):
+    """Half precision, at the number next to the bound: the derivative is that of torch's kernel."""
+    near = torch.tensor([bound, -bound, 0.99 * bound, 1.01 * bound], dtype=dtype)
+    for name, settings in (("threshold", (bound, 9.0)), ("hardtanh", (-bound, bound))):
+        grads = []
+        for functional in (F, torch.nn.functional):
+            x = near.clone().requires_grad_()
+            with ENGINES[engine]():
+                getattr(functional, name)(x, *settings).sum().backward()
+            grads.append(x.grad)
+        assert torch.equal(*grads), name

@@ -1,5 +1,7 @@
 """Formulas evaluated piece by piece: the same values, where it may be done; and left alone where it may not."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def small_pieces(monkeypatch):
     """Pieces of 2048 elements, from 4096 on."""
     monkeypatch.setattr(_pieces, "_LARGE", 1 << 12)
     monkeypatch.setattr(_pieces, "_LARGE_HALF", 1 << 12)
-    monkeypatch.setattr(_pieces, "_PER_THREAD", 1 << 10)
+    monkeypatch.setattr(_pieces, "PIECE", 1 << 11)
 
 
 def value_and_gradient(op, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,3 +77,25 @@ def test_pieces_call_the_formula_piece_by_piece(small_pieces):
         assert torch.equal(_pieces.in_pieces(formula, x), x + 1)
     assert len(lengths) > 1
     assert sum(lengths) == 5000
+
+
+WHOLE = [op for op in all_ops().values() if not (op.elementwise or op.random)]
+
+
+@pytest.mark.parametrize("by_rows", WHOLE, ids=repr)
+def test_rows_give_the_whole(by_rows, small_pieces):
+    """What works along rows, or sums over them, in bfloat16: as the formula on the whole tensors."""
+    results = []
+    for formula in (False, True):
+        sample = by_rows.benchmark(Make(torch.bfloat16), 10_000)
+        live = [t for t in sample.tensors() if t.requires_grad]
+        with formula_only() if formula else nullcontext():
+            try:
+                y = one_tensor(by_rows.function(*sample.args, **sample.kwargs))
+            except RuntimeError as error:
+                pytest.skip(str(error))
+            v = torch.linspace(-1, 1, y.numel()).to(y.dtype).view(y.shape)
+            results.append((y.detach(), *torch.autograd.grad(y, live, v)))
+    unit = torch.finfo(torch.bfloat16).eps
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=4 * unit, atol=2 * unit * b.abs().max().item())

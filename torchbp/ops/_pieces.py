@@ -11,9 +11,9 @@ from torch import Tensor
 
 from torchbp.ops._function import fused, in_float32, is_half
 
-__all__ = ["in_pieces", "pieces", "separable"]
+__all__ = ["PIECE", "in_pieces", "in_row_pieces", "pieces", "separable"]
 
-_PER_THREAD = 1 << 15  # elements; torch gives a thread no fewer
+PIECE = 1 << 16  # elements: 256 KB of float32; two threads halve it, torch gives none less
 _LARGE = 1 << 23  # elements; below 32 MB the C library keeps memory, and pieces gain nothing
 _LARGE_HALF = 1 << 18  # the float32 copies of half precision are worth avoiding sooner
 
@@ -37,6 +37,31 @@ def in_pieces(formula: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return value
 
 
+def in_row_pieces(formula: Callable[..., Tensor], dim: int, *tensors: Tensor) -> Tensor:
+    """Evaluate as :func:`in_float32` does a ``formula`` along ``dim``, half precision some rows at a time.
+
+    Args:
+        formula: Function of ``tensors``, and its value a tensor, whose rows are those of the last dimension.
+        dim: The dimension it works along; another than the last is not taken apart.
+        tensors: Floating point, alike but for the length of their rows; the value has the dtype of the first.
+    """
+    first = tensors[0]
+    last = first.dim() > 1 and dim in (-1, first.dim() - 1)
+    if not (
+        is_half(first)
+        and last
+        and first.numel() >= _LARGE_HALF
+        and first.is_cpu
+        and fused(*tensors, half=True)
+        and all(t.is_contiguous() and t.shape[:-1] == first.shape[:-1] for t in tensors)
+    ):
+        return in_float32(formula, *tensors)
+    some = max(1, PIECE // max(t.shape[-1] for t in tensors))
+    rows = zip(*(t.view(-1, t.shape[-1]).split(some) for t in tensors), strict=True)
+    value = torch.cat([in_float32(formula, *parts) for parts in rows])
+    return value.view(*first.shape[:-1], value.shape[-1])
+
+
 def separable(*tensors: Tensor) -> bool:
     """Whether an elementwise formula of ``tensors`` is worth evaluating piece by piece, and can be.
 
@@ -57,7 +82,7 @@ def separable(*tensors: Tensor) -> bool:
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the tensors' pieces side by side; a single number goes with each of them."""
-    length = _PER_THREAD * max(2, torch.get_num_threads())
+    length = PIECE // 2 * max(2, torch.get_num_threads())
     count = -(-tensors[0].numel() // length)
     split = ((t,) * count if t.dim() == 0 else t.view(-1).split(length) for t in tensors)
     yield from zip(*split, strict=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, fused, in_float32
+from torchbp.ops._function import Context, entry, fused
+from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops.activations import gelu, silu
 from torchbp.ops.activations._infinities import bounded, known_finite, mended
 
@@ -80,7 +81,7 @@ class GatedFunction(Function):
             g = g if finite else mended(g, a)
             return g.mul_(b) if fused(g, b) else g * b
 
-        return in_float32(formula, x)
+        return in_row_pieces(formula, dim, x)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, int, str, bool], output: Tensor) -> None:
@@ -92,20 +93,19 @@ class GatedFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         gate = _GATES[ctx.gate]
-        if fused(grad_y, x) and ctx.finite:
-            a, b = x.chunk(2, ctx.dim)
-            grad_x = torch.empty_like(x)
-            grad_a, grad_b = grad_x.chunk(2, ctx.dim)
-            gate.times_derivative_into(torch.mul(grad_y, b, out=grad_a), a, grad_a)  # (1)
-            gate.value_into(a, grad_b).mul_(grad_y)  # (2)
-            return grad_x, None, None, None
 
         def formula(v: Tensor, x: Tensor) -> Tensor:
             a, b = x.chunk(2, ctx.dim)
+            if ctx.finite and fused(v, x):
+                grad_x = torch.empty_like(x)
+                grad_a, grad_b = grad_x.chunk(2, ctx.dim)
+                gate.times_derivative_into(torch.mul(v, b, out=grad_a), a, grad_a)  # (1)
+                gate.value_into(a, grad_b).mul_(v)  # (2)
+                return grad_x
             grad_a = gate.times_derivative(v * b.conj(), bounded(a))  # (1)
             return torch.cat([grad_a, v * mended(gate.value(a), a).conj()], ctx.dim)  # (2)
 
-        return in_float32(formula, grad_y, x), None, None, None
+        return in_row_pieces(formula, ctx.dim, grad_y, x), None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
@@ -117,7 +117,7 @@ class GatedFunction(Function):
             by_a = gate.times_derivative(b * tangent_a, bounded(a).conj())
             return by_a + mended(gate.value(a), a) * tangent_b  # (3)
 
-        return in_float32(formula, tangent_x, x)
+        return in_row_pieces(formula, ctx.dim, tangent_x, x)
 
 
 _gated = entry(GatedFunction, again=GatedFunction.forward)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_float32, public
+from torchbp.ops._function import Context, entry, fused, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["GLU", "GLUFunction", "glu"]
@@ -48,14 +49,14 @@ class GLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if fused(grad_y, x):
-            return torch.ops.aten.glu_backward(grad_y, x, ctx.dim), None
 
         def formula(v: Tensor, x: Tensor) -> Tensor:
+            if fused(v, x):
+                return torch.ops.aten.glu_backward(v, x, ctx.dim)
             by_a, by_b = _derivatives(x, ctx.dim)
             return torch.cat([v * by_a, v * by_b], ctx.dim)  # (1), (2)
 
-        return in_float32(formula, grad_y, x), None
+        return in_row_pieces(formula, ctx.dim, grad_y, x), None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
@@ -66,7 +67,7 @@ class GLUFunction(Function):
             tangent_a, tangent_b = v.chunk(2, ctx.dim)
             return by_a * tangent_a + by_b * tangent_b  # (3)
 
-        return in_float32(formula, tangent_x, x)
+        return in_row_pieces(formula, ctx.dim, tangent_x, x)
 
 
 def _derivatives(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

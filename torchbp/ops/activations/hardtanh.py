@@ -65,7 +65,8 @@ class HardtanhFunction(Function):
 
 
 def _where_between(v: Tensor, kept: Tensor, lo: float, hi: float) -> Tensor:
-    return v.masked_fill((kept <= lo) | (kept >= hi), 0)  # (1); so written, NaN passes
+    wide = kept.float() if is_half(kept) else kept  # else the bounds would be rounded before
+    return v.masked_fill((wide <= lo) | (wide >= hi), 0)  # (1); so written, NaN passes
 
 
 _hardtanh = entry(HardtanhFunction, again=HardtanhFunction.forward)

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, in_float32, is_half, public
+from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations.softmax import along
 
@@ -57,9 +58,10 @@ class LogSoftmaxFunction(Function):
             return grad_x, None
 
         def formula(v: Tensor, kept: Tensor) -> Tensor:
-            return v - _probabilities(kept, grad_y, ctx.dim) * v.sum(ctx.dim, keepdim=True)  # (1)
+            p, total = _probabilities(kept, grad_y, ctx.dim), v.sum(ctx.dim, keepdim=True)
+            return p.mul_(-total).add_(v) if fused(p, v) else v - p * total  # (1)
 
-        return in_float32(formula, grad_y, kept), None
+        return in_row_pieces(formula, ctx.dim, grad_y, kept), None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
@@ -69,7 +71,7 @@ class LogSoftmaxFunction(Function):
             p = _probabilities(kept, tangent_x, ctx.dim)
             return v - (p * v).sum(ctx.dim, keepdim=True)  # (2)
 
-        return in_float32(formula, tangent_x, kept)
+        return in_row_pieces(formula, ctx.dim, tangent_x, kept)
 
 
 def _probabilities(kept: Tensor, original: Tensor, dim: int) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, overwrite, public
+from torchbp.ops._function import Context, entry, fused, is_half, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -65,7 +65,8 @@ class ThresholdFunction(Function):
 
 
 def _where_above(v: Tensor, kept: Tensor, t: float) -> Tensor:
-    return v.masked_fill(kept <= t, 0)  # (1); so written, NaN passes
+    wide = kept.float() if is_half(kept) else kept  # else t would be rounded before it is compared
+    return v.masked_fill(wide <= t, 0)  # (1); so written, NaN passes
 
 
 _threshold = entry(ThresholdFunction, again=ThresholdFunction.forward)

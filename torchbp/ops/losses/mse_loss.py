@@ -30,11 +30,11 @@ from torchbp.ops._function import (
     entry,
     fused,
     in_autocast_float32,
-    in_float32,
     public,
     scale_fresh,
 )
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square
 
@@ -73,7 +73,13 @@ class MSELossFunction(Function):
         s = spread(grad, ctx.reduction, x.numel())
         grad_x = grad_target = grad_w = None
         if need_x or need_target:
-            gradient = in_float32(_gradient, x, target, s if w is None else s * w)
+            s_w = s if w is None else s * w
+            if fused(x, target, s_w) and x.dtype == target.dtype == s_w.dtype:
+                fresh = torch.empty_like(x)  # else the kernel fills it with zeros first
+                kernel = torch.ops.aten.mse_loss_backward.grad_input
+                gradient = kernel(s_w, x, target, 0, grad_input=fresh)
+            else:
+                gradient = in_pieces(_gradient, x, target, s_w)
             grad_x = gradient.to(x.dtype) if need_x else None
             grad_target = (-gradient).to(target.dtype) if need_target else None  # (2)
         if need_w:
@@ -103,9 +109,6 @@ def _values(x: Tensor, target: Tensor) -> Tensor:
 
 
 def _gradient(x: Tensor, target: Tensor, s: Tensor) -> Tensor:
-    if fused(x, target, s) and x.dtype == target.dtype == s.dtype:
-        fresh = torch.empty_like(x)  # else the kernel fills it with zeros first
-        return torch.ops.aten.mse_loss_backward.grad_input(s, x, target, 0, grad_input=fresh)
     return scale_fresh(x - target, 2 * s)  # (1)
 
 
@@ -218,4 +221,5 @@ OP = Op(
     errors=_errors,
     saved_bytes=_saved_bytes,
     benchmark=_benchmark,
+    fused="aten::mse_loss_backward",
 )

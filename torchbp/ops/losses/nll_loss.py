@@ -68,8 +68,9 @@ class NLLLossFunction(Function):
         if ctx.reduction == "mean":
             s = s.masked_fill(total == 0, 0)  # nothing counted: 0, as in torch, not 0/0
         zeros = grad.new_zeros(ctx.shape)
+        put = zeros.scatter_ if fused(grad, half=True) else zeros.scatter
         values = (-s * w_t).to(grad.dtype)
-        grad_x = zeros.scatter(ctx.dim, index.unsqueeze(ctx.dim), values.unsqueeze(ctx.dim))  # (1)
+        grad_x = put(ctx.dim, index.unsqueeze(ctx.dim), values.unsqueeze(ctx.dim))  # (1)
         return grad_x, None, None, None, None
 
     @staticmethod

@@ -19,6 +19,7 @@ Sources:
     Ba, Kiros, Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops import _pieces
 from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
@@ -79,10 +81,7 @@ class LayerNormFunction(Function):
                     grad_y, x, ctx.shape, mean, rstd, weight, weight, need
                 )
                 return grad_x, None, grad_weight, grad_bias, None
-            # On the CPU the kernel sums the parameters' gradients in their own dtype: 8192 rows of ones give 256.
-            wide, w = x.float(), None if weight is None else weight.float()
-            _, mean, rstd = torch.native_layer_norm(wide, ctx.shape, None, None, ctx.eps)
-            grads = _fused(grad_y.float(), wide, ctx.shape, mean, rstd, w, w, need)
+            grads = _by_rows(grad_y, x, ctx.shape, weight, ctx.eps, need)
             dtypes = (x.dtype, weight.dtype if need_weight else None, ctx.bias_dtype)
             grad_x, grad_weight, grad_bias = (
                 g.to(dtype) if n else None for g, dtype, n in zip(grads, dtypes, need, strict=True)
@@ -123,6 +122,38 @@ class LayerNormFunction(Function):
         if tangent_bias is not None:
             tangent_y = tangent_y + tangent_bias
         return tangent_y.to(x.dtype), None, None
+
+
+def _by_rows(
+    grad_y: Tensor,
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    eps: float,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of half precision, those of the parameters in float32.
+
+    On the CPU the kernel sums these in their own dtype: 8192 rows of ones give 256. So it is given float32, some rows
+    at a time, which stay in the cache: four times as fast as all at once for 8192 rows of 1024.
+    """
+    width = (math.prod(shape),)
+    w = None if weight is None else weight.float().reshape(width)
+    rows = x.numel() // max(1, width[0])
+    some = max(1, _pieces.PIECE // max(1, width[0])) if x.is_cpu else max(1, rows)
+    grad_x = torch.empty(rows, *width, dtype=x.dtype, device=x.device)
+    sums = [torch.zeros(width, device=x.device) for _ in range(2)]
+    parts = (t.reshape(rows, *width).split(some) for t in (x, grad_y))
+    for x_part, g, part in zip(*parts, grad_x.split(some), strict=True):
+        wide = x_part.float()
+        _, mean, rstd = torch.native_layer_norm(wide, width, None, None, eps)
+        of_x, *of_parameters = _fused(g.float(), wide, width, mean, rstd, w, w, need)
+        if need[0]:
+            part.copy_(of_x)
+        for total, term, needed in zip(sums, of_parameters, need[1:], strict=True):
+            if needed:
+                total.add_(term)
+    return grad_x.view(x.shape), sums[0].view(shape), sums[1].view(shape)
 
 
 _layer_norm = entry(LayerNormFunction, again=LayerNormFunction.forward)
