@@ -65,7 +65,7 @@ def dropout1d(
     Example:
         >>> import torch
         >>> from torchbp.functional import dropout1d
-        >>> _ = torch.manual_seed(1)
+        >>> _ = torch.manual_seed(2)
         >>> dropout1d(torch.ones(3, 2))
         tensor([[0., 0.],
                 [2., 2.],
@@ -100,7 +100,7 @@ def dropout2d(
     Example:
         >>> import torch
         >>> from torchbp.functional import dropout2d
-        >>> _ = torch.manual_seed(1)
+        >>> _ = torch.manual_seed(2)
         >>> dropout2d(torch.ones(1, 3, 1, 2)).squeeze()
         tensor([[0., 0.],
                 [2., 2.],
@@ -139,7 +139,7 @@ def dropout3d(
     Example:
         >>> import torch
         >>> from torchbp.functional import dropout3d
-        >>> _ = torch.manual_seed(1)
+        >>> _ = torch.manual_seed(2)
         >>> dropout3d(torch.ones(3, 1, 1, 2)).squeeze()
         tensor([[0., 0.],
                 [2., 2.],

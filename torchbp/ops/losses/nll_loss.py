@@ -166,6 +166,11 @@ def _samples(make: Make) -> Iterator[Sample]:
                 target[0, 0] = 3
                 kwargs = {"weight": make.uniform(4, low=0.2), "ignore_index": 3, **kwargs}
             yield Sample((make.normal(*shape), target), kwargs, f"{len(shape)}d-{reduction}")
+    some = make.labels(5, classes=4)
+    some[1] = -100
+    for weights in ({}, {"weight": make.uniform(4, low=0.2)}):
+        name = "2d-ignored-weight" if weights else "2d-ignored"
+        yield Sample((make.normal(5, 4), some), weights, name)
     yield Sample((make.normal(4), make.labels(classes=4)), name="1d")
     ignored = torch.full((5,), -100, device=make.device)
     yield Sample((make.normal(5, 4), ignored), {"reduction": "sum"}, "all-ignored")

@@ -188,7 +188,11 @@ def _states(
 
 def _through(v: Tensor, h: Tensor, relu: bool) -> Tensor:
     """Return v · φ'(a), from h = φ(a)."""
-    return v.masked_fill(h <= 0, 0) if relu else through_tanh(v, h)
+    if not relu:
+        return through_tanh(v, h)
+    if writable(v, h):  # a mask takes ten times as long
+        return torch.ops.aten.threshold_backward(v, h, 0)
+    return v.masked_fill(h <= 0, 0)
 
 
 def _saved(ctx: Context) -> tuple[Tensor, ...]:
