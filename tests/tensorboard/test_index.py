@@ -129,6 +129,17 @@ def test_foreign_files_are_not_parsed(tmp_path, monkeypatch):
     assert index.state == "finished", "ours had closed"
 
 
+def test_a_large_foreign_file_is_searched_bit_by_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SEARCHED_AT_ONCE", 1 << 20)
+    with EventWriter(tmp_path) as writer:
+        for _ in range(3):
+            writer.text("mine", 0, "x" * (1 << 20))
+        write(writer, 7)
+    writer.path.rename(tmp_path / "events.out.tfevents.1.x")
+    index = Index(tmp_path)
+    assert [steps(index) for _ in range(5)] == [[], [], [], [7], [7]]
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"\0" * 500, b"rubbish" * 100, b"torchbp" * 100, pack(b"\xff\xff\xfftorchbp"), pack(b"")],

@@ -22,6 +22,7 @@ from torchbp.tensorboard._record import FRAME, unpack
 __all__ = ["SUFFIX", "Index", "Tag"]
 
 _SILENT_AFTER = 300.0
+_SEARCHED_AT_ONCE = 1 << 28
 SUFFIX = f".{PLUGIN}"
 
 
@@ -196,13 +197,16 @@ def _chosen(old: Any, keep: list[int]) -> Any:
 
 
 def _is_ours(file: _File) -> bool:
-    """Whether the file bears our name; others may be large, and full of what nobody asks for."""
+    """Whether the file bears our name; others may be large, and full of what nobody asks for.
+
+    A call looks at so many bytes at most, and the next one goes on from there.
+    """
     name = PLUGIN.encode()
     file.ours = file.path.name.endswith(SUFFIX)
     with file.path.open("rb") as opened:
         opened.seek(file.searched)
-        tail = b""
-        while not file.ours and (block := opened.read(1 << 20)):
+        end, tail = file.searched + _SEARCHED_AT_ONCE, b""
+        while not file.ours and opened.tell() < end and (block := opened.read(1 << 20)):
             file.ours = name in tail + block
             tail = block[-len(name) :]
             file.searched = max(0, opened.tell() - len(tail))
