@@ -69,8 +69,9 @@ def entry(
 
     Args:
         function: Function with ``forward``, ``setup_context``, ``backward`` and ``jvp``.
-        again: Makes the output again, to the last bit, from the arguments of ``function.forward``; most often that
-            itself. ``lean`` then need not keep the output. ``None`` for what can't be, or isn't worth it.
+        again: Makes the output again, to the last bit, from the arguments of ``function.forward``, and its further
+            outputs if it takes more; most often ``forward`` itself. ``lean`` then need not keep the output. ``None``
+            for what can't be, or isn't worth it.
         flops: Of ``again``, from its arguments; left out where it is cheap: one pass over memory.
 
     Returns:

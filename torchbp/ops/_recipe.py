@@ -81,10 +81,12 @@ def noting(
     Args:
         function: With ``setup_context``.
         again: Takes the arguments of ``function.forward``, and has no side effect. ``inplace`` is passed as ``False``.
+            Where it takes more, those are the outputs behind the first; ``None`` for one that the node doesn't save.
         flops: Takes the same arguments; ``None`` for what is cheap.
     """
     names = list(signature(function.forward).parameters)  # pyright: ignore[reportArgumentType]
     in_place = names.index("inplace") if "inplace" in names else None
+    takes_outputs = len(signature(again).parameters) > len(names)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         function.setup_context(ctx, inputs, output)
@@ -103,6 +105,9 @@ def noting(
                 arguments = None
                 break
             arguments.append(argument)
+        if takes_outputs and arguments is not None:
+            places = {id(t): Saved(i) for i, t in enumerate(saved)}
+            arguments += [places.get(id(t)) for t in output[1:]]
         device = first.device.type
         ctx.note = Note(
             again,

@@ -91,8 +91,18 @@ class BatchNormFunction(Function):
         training: bool,
         momentum: float,
         eps: float,
+        mean: Tensor | None,
+        rstd: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Give the output of ``forward`` again, without moving the running statistics a second time."""
+        known = mean is not None and rstd is not None and x.numel() > 0
+        if training and known and x.device.type == "cpu":
+            # The kernel forms rstd · w and b - mean · rstd · w, then one affine map: so it does in evaluation, where it
+            # need not take the statistics again, a tenth of the time. 1 / √(1 + 0) is exactly 1.
+            scale = rstd if weight is None else rstd * weight
+            return torch.native_batch_norm(
+                x, scale, bias, mean, torch.ones_like(mean), False, 0.0, 0.0
+            )
         if training:
             running_mean = running_var = None
         args = (x, weight, bias, running_mean, running_var, training, momentum, eps)
