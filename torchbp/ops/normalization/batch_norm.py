@@ -95,8 +95,8 @@ class BatchNormFunction(Function):
         rstd: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Give the output of ``forward`` again, without moving the running statistics a second time."""
-        known = mean is not None and rstd is not None and x.numel() > 0
-        if training and known and x.device.type == "cpu":
+        by_kernel = training and x.numel() > 0 and x.device.type == "cpu"
+        if by_kernel and mean is not None and rstd is not None:
             # The kernel forms rstd · w and b - mean · rstd · w, then one affine map: so it does in evaluation, where it
             # need not take the statistics again, a tenth of the time. 1 / √(1 + 0) is exactly 1.
             scale = rstd if weight is None else rstd * weight
