@@ -29,7 +29,7 @@ def sums(count: int, length: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def remember(lstm: nn.LSTM, length: int) -> None:
-    """Let each unit forget, to begin with, at a time scale of its own up to ``length`` (chrono initialisation).
+    """Let each unit forget, to begin with, at a time scale of its own up to ``length`` (chrono).
 
     Tallec and Ollivier 2018, arXiv:1804.11188: the forget gate's bias is log U(1, length − 1), the input gate's minus it.
     """
