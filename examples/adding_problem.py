@@ -31,7 +31,7 @@ def sums(count: int, length: int) -> tuple[Tensor, Tensor]:
 def remember(lstm: nn.LSTM, length: int) -> None:
     """Let each unit forget, to begin with, at a time scale of its own up to ``length`` (chrono).
 
-    Tallec and Ollivier 2018, arXiv:1804.11188: the forget gate's bias is log U(1, length − 1), the input gate's minus it.
+    Tallec and Ollivier 2018, arXiv:1804.11188: forget gates have the bias log U(1, length − 1), input gates minus it.
     """
     width = lstm.hidden_size
     scales = torch.empty(width).uniform_(1, length - 1).log()
