@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchbp.ops._op import all_ops
 from torchbp.swap import _transformers
+from torchbp.swap._fused_loss import separate_loss
 
 __all__ = ["Report", "convert", "report", "revert", "twins"]
 
@@ -96,7 +97,7 @@ def convert(model: M) -> M:
 
 
 def revert(model: M) -> M:
-    """Undo :func:`convert`: every torchbp layer of ``model`` becomes torch's again, in place.
+    """Undo :func:`convert` and :func:`fuse_loss`: every torchbp layer of ``model`` becomes torch's again, in place.
 
     Layers that were built as torchbp's become torch's too.
 
@@ -115,7 +116,9 @@ def revert(model: M) -> M:
         >>> type(torchbp.revert(torchbp.nn.Linear(4, 3)))
         <class 'torch.nn.modules.linear.Linear'>
     """
-    return _swap(model, _original, "revert")
+    _swap(model, _original, "revert")
+    separate_loss(model)
+    return model
 
 
 def report(model: nn.Module) -> Report:

@@ -19,7 +19,7 @@ from torchbp.ops.activations.silu import silu
 from torchbp.ops.activations.squared_relu import squared_relu
 from torchbp.ops.normalization.rms_norm import rms_norm
 
-__all__ = ["original", "twin"]
+__all__ = ["original", "twin", "twin_of"]
 
 
 def _gelu(_: Any, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def twin(module: nn.Module) -> type[nn.Module] | None:
     if kind.__module__.partition(".")[0] != "transformers":
         return None
     formula = _formula(module)
-    return None if formula is None or not _agree(module, formula) else _twin(kind, formula)
+    return None if formula is None or not _agree(module, formula) else twin_of(kind, formula)
 
 
 def original(module: nn.Module) -> type[nn.Module] | None:
@@ -99,14 +99,15 @@ class _Twin:
 
 
 @cache
-def _twin(kind: type[nn.Module], formula: Callable[[Any, Tensor], Tensor]) -> type[nn.Module]:
+def twin_of(kind: type[nn.Module], formula: Callable[[Any, Tensor], Tensor]) -> type[nn.Module]:
+    """Return the subclass of ``kind`` whose forward is ``formula(module, input)``, a function that can be pickled."""
     members = {"formula": staticmethod(formula), "__module__": "torchbp.swap"}
     return type(kind.__name__, (_Twin, kind), members)
 
 
 def _blank(kind: type[nn.Module], formula: Callable[[Any, Tensor], Tensor]) -> nn.Module:
     """Make an empty twin, which unpickling fills."""
-    made = _twin(kind, formula)
+    made = twin_of(kind, formula)
     return made.__new__(made)
 
 
