@@ -81,7 +81,7 @@ class TripletMarginLossFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, p, n = ctx.saved_tensors
-        s = spread(grad, ctx.reduction, a[..., 0].numel())
+        s = spread(grad, ctx.reduction, a.shape[:-1].numel())
         g_ap, g_an, g_pn = _gradients(a, p, n, s, ctx.margin, ctx.power, ctx.eps, ctx.swap)
         need_a, need_p, need_n, *_ = ctx.needs_input_grad
         grad_a = (g_ap + g_an).to(a.dtype) if need_a else None  # (3)
