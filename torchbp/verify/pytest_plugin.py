@@ -100,9 +100,8 @@ class _Item(pytest.Item):
     ) -> None:
         super().__init__(**kwargs)
         self.make, self.check, self.options = make, check, options
-        self.own_markers += (
-            marks  # skip, xfail, slow: the function's marks hold for each of its items
-        )
+        # skip, xfail, slow: the function's marks hold for each of its items.
+        self.own_markers += marks
         self.keywords.update({mark.name: mark for mark in marks})
 
     def runtest(self) -> None:

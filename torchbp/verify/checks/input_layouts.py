@@ -90,7 +90,7 @@ def _compare(case: Case, other: Case, when: str) -> list[Finding]:
     outputs = other.forward(leaves)
     found = []
     for i, (y, y0) in enumerate(zip(outputs, case.plain.outputs, strict=True)):
-        size = rounding(case, y0) * largest(y0)
+        size = rounding(case, y0) * max(largest(y0), *map(largest, case.leaves))  # y may cancel
         difference = compare(NAME, str(i), y, y0, size, what="output", when=when, cause=CAUSE)
         found += [difference] if difference else []
     if not found:
