@@ -30,11 +30,14 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _state(case: Case, training: bool) -> Iterator[Finding]:
     """Run a copy as a training step would, and see what of its state changed."""
-    module = copy.deepcopy(case.given.func)
+    module = copy.deepcopy(case.func)
     assert isinstance(module, nn.Module)
     module.train(training)
+    given = case.given
+    if len({t.dtype for t in (*given.leaves, *module.parameters()) if t.is_floating_point()}) > 1:
+        module, given = module.double(), case  # float64 inputs for a float32 module
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    outputs = [y for y in case.given.forward_of(module) if y.requires_grad]
+    outputs = [y for y in given.forward_of(module) if y.requires_grad]
     torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     parameters = {n for n, _ in module.named_parameters()}
     for name, value in module.state_dict().items():
