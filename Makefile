@@ -48,13 +48,13 @@ bench: .venv/test ## Time every op against torch, one thread and all; write benc
 data: ## Fetch the examples' data: Fashion-MNIST, Shakespeare, SpamAssassin's mails
 	@PYTHON=$(PYTHON) tools/fetch_data.sh
 
-examples: .venv/examples data ## Run every example in full; write docs/examples.md
+examples: .venv/frameworks data ## Run every example in full; write docs/examples.md
 	@$(BIN)/python tools/run_examples.py $(ARGS)
 
 zoo: .venv/test ## Hold torchbp.watch against some 75 small runs, sick and healthy
 	$(BIN)/python -m pytest -n $(WORKERS) tests/monitor/test_zoo.py $(ARGS)
 
-frameworks: .venv/frameworks ## Test the callbacks inside Lightning, transformers and accelerate
+frameworks: .venv/frameworks ## Test callbacks, models and examples of Lightning, transformers and accelerate
 	$(BIN)/python -m pytest tests/frameworks $(ARGS)
 
 mutation: .venv/test ## Count the wrong functions gradcheck catches, and its false alarms
@@ -64,8 +64,8 @@ clean: ## Remove what was built or installed here; logs in runs/ stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp an extra: .venv/demo, .venv/examples, .venv/test, .venv/frameworks, .venv/dev.
-.venv/demo .venv/examples .venv/test .venv/frameworks .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+# One stamp an extra: .venv/demo, .venv/test, .venv/frameworks, .venv/dev.
+.venv/demo .venv/test .venv/frameworks .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing torchbp[$*] into .venv (torch through constraints.txt; some minutes the first time)"
 	@$(PIP) -e '.[$*]'
 	@touch $@

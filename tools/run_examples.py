@@ -25,7 +25,7 @@ class Outcome:
     """How one example ended.
 
     Attributes:
-        name: Its file's name without ``.py``.
+        name: Its path below examples/, without ``.py``.
         status: Its exit status: 0 where all that it promises holds.
         seconds: Wall time.
         told: Its ``results.json``; empty where it wrote none.
@@ -98,7 +98,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="run these alone, and leave the page as it is")
     parser.add_argument("--log-dir", type=Path, default=ROOT / "runs" / "examples")
     args = parser.parse_args()
-    names = args.names or sorted(p.stem for p in (ROOT / "examples").glob("[a-z]*.py"))
+    folder = ROOT / "examples"
+    programs = [*folder.glob("[a-z]*.py"), *folder.glob("frameworks/*.py")]
+    names = args.names or sorted(str(p.relative_to(folder).with_suffix("")) for p in programs)
     begin = time.perf_counter()
     outcomes = {}
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -107,7 +109,7 @@ def main() -> int:
             outcomes[outcome.name] = outcome
             state = "done" if outcome.status == 0 else f"FAILED with status {outcome.status}"
             print(
-                f"{len(outcomes):2}/{len(names)}  {outcome.name:20} {outcome.seconds:5.0f} s  {state}",
+                f"{len(outcomes):2}/{len(names)}  {outcome.name:28} {outcome.seconds:5.0f} s  {state}",
                 flush=True,
             )
             if outcome.status:
