@@ -11,9 +11,10 @@ from tests.ops.test_autograd import kept_storages, storage_bytes
 ROWS = 8192
 
 
-def sums(name, dtype):
+def sums(name, dtype, of_parameters=None):
     """Gradients that are 8192 in exact arithmetic: each row adds 1."""
-    x, ones = torch.ones(ROWS, 4, dtype=dtype), torch.ones(4, dtype=dtype, requires_grad=True)
+    x = torch.ones(ROWS, 4, dtype=dtype)
+    ones = torch.ones(4, dtype=of_parameters or dtype, requires_grad=True)
     if name == "embedding":
         table = torch.ones(3, 4, dtype=dtype, requires_grad=True)
         y = F.embedding(torch.ones(ROWS, dtype=torch.long), table)
@@ -45,6 +46,17 @@ def test_eight_thousand_ones(name, dtype, threads):
         torch.set_num_threads(1)
     torch.testing.assert_close(grad.double(), torch.full((4,), float(ROWS), dtype=torch.float64))
     assert grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "name", ["layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"]
+)
+def test_eight_thousand_ones_into_float32(name, dtype):
+    """Half-precision activations, float32 parameters: torch's layer_norm gives 256 here too."""
+    grad = sums(name, dtype, torch.float32)
+    assert grad.dtype == torch.float32
+    assert grad.tolist() == [ROWS] * 4
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "BatchNorm1d", "GroupNorm"])
