@@ -18,7 +18,10 @@ def test_no_further_from_the_truth_than_torch(op, dtype):
     The goal is 1.05 of torch's mean, and its percentile or one ulp; on 1e6 values the table shows it. So few values
     leave a seventh of noise in the mean, more in the percentile, where terms cancel.
     """
-    ours, theirs = measure(op, dtype, VALUES)
+    try:
+        ours, theirs = measure(op, dtype, VALUES)
+    except LookupError as reason:
+        pytest.skip(str(reason))
     if theirs is None:
         assert ours.tail <= (1.01 if dtype in HALF else 4096)  # CTC adds hundreds of logarithms
         assert not ours.broken

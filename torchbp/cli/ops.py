@@ -125,7 +125,8 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     functions = [
         name
         for name, value in vars(nn.functional).items()
-        if not name.startswith("_")
+        if name.islower()
+        and not name.startswith(("_", "assert_"))
         and callable(value)
         and not name.endswith("_with_indices")
         and getattr(value, "__module__", "") in ("torch", "torch._C._nn", "torch.nn.functional")

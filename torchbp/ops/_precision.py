@@ -5,7 +5,7 @@ The truth is the gradient in float64 of the same numbers: of inputs and an incom
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any
 
 import torch
@@ -43,8 +43,12 @@ def measure(op: Op, dtype: torch.dtype, values: int) -> tuple[Errors, Errors | N
     magnitudes from 1e-30 to 1e30) for elementwise ops, eight times as large inputs for others.
 
     Left out are values so small that float64 itself does not know them: torch's 1 - tanh² is 0 where it is below 1e-16.
+
+    Raises:
+        LookupError: The op draws random numbers and mixes elements: in float64 it would draw others.
     """
-    theirs = None if op.other_gradient else op.torchs or op.reference
+    composed = unwrap(op.reference) if op.reference else None  # as one writes it, rounded at each step
+    theirs = None if op.other_gradient else op.torchs or composed
     pools: dict[Callable[..., Any], list[Tensor]] = {f: [] for f in (op.function, theirs) if f}
     for sample, v in _draws(op, dtype, values):
         for function in list(pools):
@@ -79,6 +83,9 @@ def _exact(op: Op, function: Callable[..., Any], sample: Sample, v: Tensor) -> l
     ones = torch.ones_like(v)
     slopes = [g.double() for g in _gradients(function, sample, ones)]
     values = torch.cat([g.unique() for g in _gradients(function, wide, ones)])
+    if values.numel() > 4 and not op.elementwise:
+        message = f"{op.name}: expected a function of single elements, or no draws, got both a mixture and draws"
+        raise LookupError(message)
     if values.numel() <= 4:
         slopes = [values[(g[..., None] - values).abs().argmin(-1)] for g in slopes]
     return [g * v.double() for g in slopes]
@@ -118,15 +125,15 @@ def _pooled(errors: list[Tensor]) -> Errors:
 
 def _draws(op: Op, dtype: torch.dtype, values: int) -> Iterator[tuple[Sample, Tensor]]:
     """Yield samples of all in all about ``values`` elements, each with an incoming gradient."""
-    each = values // 4
-    for k in range(4):
+    each = min(values // 4, 1 << 16)  # pieces: some formulas take N · C² numbers
+    for k in range(values // each):
         make = Make(dtype, seed=k, fine=True)
         sample = op.benchmark(make, each)
         if (
             "reduction" in signature(op.function).parameters
         ):  # a mean's gradients would vanish in float16
             sample = Sample(sample.args, {**sample.kwargs, "reduction": "sum"})
-        if k == 3:
+        if k % 4 == 3:
             sample = _at_edges(op, sample, make)
         y = one_tensor(op.function(*sample.args, **sample.kwargs))
         v = make.normal(*y.shape, requires_grad=False).to(y.dtype)
