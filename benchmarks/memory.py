@@ -346,7 +346,7 @@ def main() -> int:
                         "limit_mib": args.largest,
                         "largest_batch": largest_batch(name, w, args.largest << 20),
                     }
-                    for w in ("torch", "torch checkpoint", "lean", "lean 0.3", "lean 0.1")
+                    for w in ("torch", "lean", "lean 0.1")
                 ]
                 print(json.dumps(fresh, indent=1))
             elif args.resident:

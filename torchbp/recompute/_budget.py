@@ -19,6 +19,8 @@ from torchbp.recompute._kept import Kept, Made, Recipe, Share
 
 __all__ = ["Plan"]
 
+Chain = dict[int, int]  # what is made, by identity -> bytes
+
 # What a chain may hold at once, as shares of what torch keeps: the least with which the budget is met.
 _CHAINS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
@@ -141,8 +143,9 @@ def _cheapest(candidates: list[Candidate], needed: float, chain: float) -> set[i
         if freed >= needed:
             break
         chosen.add(id(c))
-        sizes: dict[int, int] = {}
-        if any(_chain(o, chosen, by_kept, sizes) > chain for o in candidates if id(o) in chosen):
+        chains: dict[int, Chain] = {}
+        made = (_chain(o, chosen, by_kept, chains) for o in candidates if id(o) in chosen)
+        if any(sum(m.values()) > chain for m in made):
             chosen.remove(id(c))
         else:
             freed += c.nbytes
@@ -150,24 +153,26 @@ def _cheapest(candidates: list[Candidate], needed: float, chain: float) -> set[i
 
 
 def _chain(
-    c: Candidate, chosen: set[int], by_kept: dict[int, Candidate], sizes: dict[int, int]
-) -> int:
-    """Return the bytes that are made on the way from what is kept to ``c``, itself included."""
-    if id(c) in sizes:
-        return sizes[id(c)]
+    c: Candidate, chosen: set[int], by_kept: dict[int, Candidate], chains: dict[int, Chain]
+) -> Chain:
+    """Return the bytes of all that is made on the way from what is kept to ``c``, itself included, each once."""
+    if id(c) in chains:
+        return chains[id(c)]
+    made = {id(c): c.nbytes}
 
-    def along(recipe: Recipe) -> int:
-        total = 0
+    def along(recipe: Recipe) -> None:
         for a in recipe.arguments:
             if type(a) is Share:
-                total += a.made.nbytes + along(a.made.recipe)
+                if id(a.made) not in made:
+                    made[id(a.made)] = a.made.nbytes
+                    along(a.made.recipe)
             elif type(a) is Recipe:
-                total += along(a)
+                along(a)
             elif type(a) is Kept:
                 parent = by_kept.get(id(a.whole or a))
                 if parent is not None and id(parent) in chosen:
-                    total += _chain(parent, chosen, by_kept, sizes)
-        return total
+                    made.update(_chain(parent, chosen, by_kept, chains))
 
-    sizes[id(c)] = size = c.nbytes + along(c.recipe)
-    return size
+    along(c.recipe)
+    chains[id(c)] = made
+    return made

@@ -108,14 +108,13 @@ def _made(node: Any, base: Tensor, plan: Plan | None) -> Made | None:
         return None  # holes, or a part of something larger
     reading = Reading(base._version, storage._cdata)
     how = _how(node, base.output_nr, reading, base)
-    if how is not None and how[0].steps > longest:
-        return None
-    if how is None and plan is not None:
-        how = _how(node, base.output_nr, reading, base, dear=True)
+    if how is None or how[0].steps > longest:
+        if plan is None:
+            return None
+        how = how or _how(node, base.output_nr, reading, base, dear=True)
         if how is None or not plan.drops(how[0], base):
             return None
-    if how is None:
-        return None
+        how[0].steps = 0  # chains count from here, as where it is kept
     made = Made(base, *how)
     if plan is not None:
         plan.make(made)

@@ -77,10 +77,10 @@ class Recipe:
         flops: int = 0,
     ) -> None:
         self.call, self.arguments, self.autocast, self.device = call, arguments, autocast, device
-        self.steps, self.flops = 1, flops  # calls in the whole chain of cheap ones; of it all
+        self.steps, self.flops = 1, flops  # of the whole chain; steps are calls
         for a in arguments:
             if type(a) is Share:
-                self.steps += 0 if a.made.recipe.flops else a.made.recipe.steps
+                self.steps += a.made.recipe.steps
             elif type(a) is Recipe:
                 self.steps += a.steps
                 self.flops += a.flops
