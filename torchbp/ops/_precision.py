@@ -47,7 +47,8 @@ def measure(op: Op, dtype: torch.dtype, values: int) -> tuple[Errors, Errors | N
     Raises:
         LookupError: The op draws random numbers and mixes elements: in float64 it would draw others.
     """
-    composed = unwrap(op.reference) if op.reference else None  # as one writes it, rounded at each step
+    # A composition as one writes it, rounded at each step.
+    composed = unwrap(op.reference) if op.reference else None
     theirs = None if op.other_gradient else op.torchs or composed
     pools: dict[Callable[..., Any], list[Tensor]] = {f: [] for f in (op.function, theirs) if f}
     for sample, v in _draws(op, dtype, values):
