@@ -36,12 +36,18 @@ def every():
     from tests.verify.unseen import (  # noqa: F401
         indexing,
         layers,
+        layers_weighted,
+        linear_algebra,
         losses,
+        losses_weighted,
         numerics,
         protocol,
+        second_algebra,
         second_functions,
         second_protocol,
         third,
+        third_layers,
+        transforms,
     )
 
     return {name: p for pairs in SETS.values() for name, p in pairs.items()}
