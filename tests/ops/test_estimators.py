@@ -84,7 +84,8 @@ def test_gradient_clip_of_an_explosion(dtype, p):
     v = torch.tensor([3.0, 0.0, -4.0]).mul(large / 4).to(dtype)
     wanted = v.double() / torch.linalg.vector_norm(v.double(), p)
     found = clipped(v, max_norm=1.0, norm_type=p)
-    torch.testing.assert_close(found.double(), wanted, rtol=torch.finfo(dtype).eps, atol=0)
+    # a norm, a quotient and a product: a rounding each
+    torch.testing.assert_close(found.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
     tiny = torch.full((2,), torch.finfo(dtype).tiny, dtype=dtype)
     assert torch.equal(clipped(tiny, max_norm=1.0, norm_type=p), tiny)
 
