@@ -19,11 +19,6 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 
 from torchbp import swap
 from torchbp.ops._errors import wrong
@@ -203,8 +198,7 @@ def _step(
         model.zero_grad()
     running = _Running(model)
     live = Live(running.name, [*state, *_tensors((args, kwargs))])
-    flops = FlopCounterMode(display=False, custom_mapping=_attention())
-    with _random_state(state), torch.enable_grad(), running.watched(), flops, live:
+    with _random_state(state), torch.enable_grad(), running.watched(), live:
         with scope():
             output = function(*args, **kwargs)
             value = _summed(output) if loss is None else loss(output)
@@ -217,21 +211,7 @@ def _step(
             value.backward()
         else:  # of somebody's parameters: no .grad is written
             torch.autograd.grad(value, _leaves(value))
-    return Usage(kept, live.peak, flops.get_total_flops())
-
-
-def _attention() -> dict[Any, Any]:
-    """Return how the operations of attention on a CPU are counted, which torch's counter leaves out."""
-
-    def forward(q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    def backward(grad: Any, q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
-        return sdpa_backward_flop_count(grad, q, k, v)
-
-    on_cpu = "_scaled_dot_product_flash_attention_for_cpu"
-    aten = torch.ops.aten
-    return {getattr(aten, on_cpu): forward, getattr(aten, f"{on_cpu}_backward"): backward}
+    return Usage(kept, live.peak, live.flops)
 
 
 def _copied(t: Tensor) -> Tensor:
