@@ -22,7 +22,7 @@ __all__ = ["Plan"]
 Chain = dict[int, int]  # what is made, by identity -> bytes
 
 # What a chain may hold at once, as shares of what torch keeps: the least with which the budget is met.
-_CHAINS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+_CHAINS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 
 @dataclass
