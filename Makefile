@@ -45,6 +45,9 @@ pictures: .venv/test ## Take the pictures of docs/pictures again, in a real brow
 bench: .venv/test ## Time every op against torch, one thread and all; write benchmarks/data
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
+bench-monitor: .venv/test ## Time what watch adds to a training step; write benchmarks/data
+	$(BIN)/python -m benchmarks.monitor $(ARGS)
+
 data: ## Fetch the examples' data: Fashion-MNIST, Shakespeare, SpamAssassin's mails
 	@PYTHON=$(PYTHON) tools/fetch_data.sh
 

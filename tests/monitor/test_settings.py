@@ -1,6 +1,7 @@
 """The same numbers in every setting that real training loops have."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -302,7 +303,7 @@ def test_compiled_models_break_no_graph(tmp_path, when):
 
     torch._dynamo.reset()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    compiled = torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     x, y = data()
     if when == "after":
         compiled(x)
@@ -313,11 +314,46 @@ def test_compiled_models_break_no_graph(tmp_path, when):
             optimizer.zero_grad()
             nn.functional.cross_entropy(compiled(x), y).backward()
             optimizer.step()
-    assert len(frames) == 1
+    assert len(frames) == (2 if when == "before" else 1)  # listening, and as it is
     series = read(tmp_path).vectors["gradient_norm"]
     np.testing.assert_allclose(series.values, want, rtol=1e-5)
     assert series.names[0] == "0.weight"
-    assert "compiled" in str(monitor)
+    assert ("compiled" in str(monitor)) == (when == "after")
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_layers_are_listened_to(tmp_path, backend):
+    runs = []
+    for name in ("plain", "compiled"):
+        torch._dynamo.reset()
+        model = mlp()
+        model[0].weight.data *= 20
+        model[2].bias.data[:3] = -100  # three dead units behind the ReLU
+        watched = torch.compile(model, backend=backend) if name == "compiled" else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        with torchbp.watch(watched, optimizer, log_dir=tmp_path / name, sample_every=1):
+            for _ in range(70):
+                optimizer.zero_grad()
+                loss_of(watched).backward()
+                optimizer.step()
+        runs.append(read(tmp_path / name).vectors)
+    for quantity in ("error_signal", "saturated_share", "update_norm"):
+        plain, compiled = (run[quantity].values for run in runs)
+        np.testing.assert_allclose(compiled, plain, rtol=1e-5, err_msg=quantity)
+    np.testing.assert_array_equal(*(run["dead_share"].values[-1] for run in runs))
+
+
+def test_copies_of_a_compiled_model_listen_to_nothing():
+    torch._dynamo.reset()
+    model = mlp()
+    with torchbp.watch(torch.compile(model, backend="eager")):
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        loss_of(model).backward()
+        for twin in twins:
+            hooks = [h for m in twin.modules() for h in m._forward_hooks.values()]
+            assert {h.__name__ for h in hooks} <= {"_nothing"}
+            loss_of(twin).backward()
 
 
 def test_a_run_that_is_resumed_overwrites(tmp_path):

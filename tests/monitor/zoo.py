@@ -104,10 +104,16 @@ def tokens(g):
     return x[:, :-1], x[:, 1:]
 
 
-def pixels(g):
-    """A sequence of 64 steps whose class is told by its first eight."""
-    x = torch.randn(32, 40, 4, generator=g)
+def pixels(g, steps=40):
+    """A sequence whose class is told by its first four steps."""
+    x = torch.randn(32, steps, 4, generator=g)
     return x, (x[:, :4].mean((1, 2)) > 0).long()
+
+
+def quiet_pixels(g):
+    """The same, so small that tanh stays where it is linear."""
+    x, y = pixels(g)
+    return x * 1e-9, y
 
 
 def lm_loss(model, x, y):
@@ -236,9 +242,9 @@ class Recurrent(nn.Module):
 
 
 class Unrolled(nn.Module):
-    def __init__(self, gain=1.0, size=4, width=24, classes=2):
+    def __init__(self, gain=1.0, size=4, width=24, classes=2, bias=True):
         super().__init__()
-        self.cell, self.head = nn.RNNCell(size, width), nn.Linear(width, classes)
+        self.cell, self.head = nn.RNNCell(size, width, bias), nn.Linear(width, classes)
         nn.init.orthogonal_(self.cell.weight_hh)
         self.cell.weight_hh.data *= gain
 
@@ -340,7 +346,7 @@ class _WithUnused(nn.Module):
 
 def _spiky(g):
     x, y = digits(g)
-    if torch.rand((), generator=g) < 0.01:
+    if torch.rand((), generator=g) < 0.015:
         x = x * 60
     return x, y
 
@@ -367,7 +373,10 @@ SICK = {
         clip=1.0,
     ),
     "linear-30-gain-2": Run(
-        lambda: mlp(30, act=nn.Identity, gain=2.0), "exploding", ("nonfinite",), sgd(1e-12)
+        lambda: mlp(30, act=nn.Identity, gain=2.0),
+        "exploding",
+        ("nonfinite", "update_too_large"),
+        sgd(1e-12),
     ),
     "relu-12-gain-3-nan": Run(
         lambda: mlp(12, gain=3.0),
@@ -428,6 +437,18 @@ SICK = {
     "overfits-deep": Run(
         lambda: residual(4, 128), "overfitting", batch=few, validate=val_digits, steps=300
     ),
+    "unrolled-40": Run(lambda: Unrolled(0.7), "vanishing", batch=pixels),
+    "rnn-40": Run(lambda: Recurrent(nn.RNN, 4, classes=2), "vanishing", batch=pixels),
+    "lstm-100": Run(
+        lambda: Recurrent(nn.LSTM, 4, classes=2), "vanishing", batch=lambda g: pixels(g, 100)
+    ),
+    "unrolled-explodes": Run(
+        lambda: Unrolled(1.5, bias=False),
+        "exploding",
+        ("update_too_small",),
+        sgd(1e-9),
+        batch=quiet_pixels,
+    ),
     "always-clipped": Run(lambda: mlp(3), "clipping", clip=0.01, optimizer=sgd(0.1), steps=400),
     "always-clipped-gpt": Run(GPT, "clipping", loss=lm_loss, batch=tokens, clip=0.01, steps=400),
     "spiky-batch": Run(
@@ -436,7 +457,7 @@ SICK = {
         ("update_too_large",),
         batch=_spiky,
         optimizer=sgd(1e-3),
-        steps=300,
+        steps=500,
     ),
 }
 
@@ -477,7 +498,7 @@ HEALTHY = {
     "lstm": Run(Recurrent, batch=rows),
     "gru": Run(lambda: Recurrent(nn.GRU), batch=rows, clip=5.0),
     "rnn-short": Run(lambda: Recurrent(nn.RNN), batch=rows),
-    "unrolled-orthogonal": Run(Unrolled, batch=pixels),
+    "unrolled-orthogonal": Run(Unrolled, batch=lambda g: pixels(g, 12), steps=300),
     "regression": Run(lambda: mlp(2, 32, first=16, last=1), loss=mse, batch=regression),
     "autoencoder": Run(Autoencoder, loss=lambda m, x, y: F.mse_loss(m(x), x)),
     "towers": Run(Towers),

@@ -77,8 +77,9 @@ def _values(row: Row) -> Iterator[Any]:
         for _, values in pieces:
             yield values
     for parts in row.layers.values():
-        for part in parts:
-            yield part[1]
+        for _, values, _, counts in parts:
+            yield values
+            yield counts
     for _, values in row.times:
         yield values
     yield row.scale
@@ -93,7 +94,7 @@ def _fill(row: Row, take: Callable[[Any], Any], parameters: int, layers: int) ->
         sums.parameters[name] = np.square(vector) if quantities[name].power == 2 else vector
     earlier = [_scattered(pieces, take, parameters) for pieces in row.earlier]
     for name, parts in row.layers.items():
-        columns: Any = zip(*((p, take(v), f, n) for p, v, f, n in parts), strict=True)
+        columns: Any = zip(*((p, take(v), f, take(n)) for p, v, f, n in parts), strict=True)
         places, values, factors, counts = map(np.concatenate, columns)
         totals = np.multiply(values, factors, dtype=np.float64) ** quantities[name].power
         total, count = (np.bincount(places, w, layers).astype(float) for w in (totals, counts))

@@ -37,7 +37,10 @@ class Listener:
 
     Attributes:
         batch: Length of the first tensor that the model was called with last.
+        deaf: Never; it is of a compiled model.
     """
+
+    deaf = False
 
     def __init__(self, model: nn.Module, catalogue: Catalogue, row: Callable[[], Row]) -> None:
         self.batch = 1
@@ -62,6 +65,10 @@ class Listener:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        self.listen(False)
 
     def settle(self) -> None:
         """Measure what was heard, now that a backward has ended."""

@@ -30,14 +30,15 @@ __all__ = ["Monitor", "watch"]
 
 _DRAIN_EVERY = 50
 _EARLY_DRAINS = frozenset({2, 5, 10, 20})
+_DEAF = (
+    "the model had been compiled and called before it was watched: its layers can't be listened to, "
+    "so error signals and activations are not seen, nor is vanishing or exploding; watch it before "
+    "its first call"
+)
 
 
 class Monitor:
-    """Watches one model; made by :func:`watch`.
-
-    Attributes:
-        notes: What can't be seen of this model, and why.
-    """
+    """Watches one model; made by :func:`watch`."""
 
     def __init__(
         self,
@@ -49,7 +50,6 @@ class Monitor:
         sample_every: int,
         layers: Sequence[str] | None,
     ) -> None:
-        self.notes: list[str] = []
         self._name = type(model).__name__
         self._catalogue = Catalogue(model, layers)
         self._journal = journal
@@ -64,19 +64,13 @@ class Monitor:
         self._shared = _Shared(model, self._catalogue)
         self._share_from = time.perf_counter(), 0.0
         self._drain_time = 0.0
-        listens = not _is_compiled(model)
-        if not listens:
-            self.notes.append(
-                "the model is compiled: its layers can't be listened to, so error signals, "
-                "activations and updates are not seen, nor is vanishing or exploding"
-            )
         self._capture = Capture(
             model,
             self._catalogue,
             optimizers,
             every=every,
             sample_every=sample_every,
-            listens=listens,
+            compiled=_is_compiled(model),
             deliver=self._take,
         )
         # When the model goes, and when the process ends, nothing that was measured is lost.
@@ -85,6 +79,11 @@ class Monitor:
             attend(id(self), partial(self.close, local=True))
 
     # --------------------------------------------------------------------------------- the user
+    @property
+    def notes(self) -> list[str]:
+        """What can't be seen of this model, and why."""
+        return [_DEAF] if self._capture.deaf else []
+
     @property
     def step(self) -> int:
         """The step under way: the number of optimizer steps so far, or of backwards without one.

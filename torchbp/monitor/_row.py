@@ -14,7 +14,9 @@ __all__ = ["Part", "Pieces", "Row"]
 Pieces = list[tuple[tuple[int, ...], "Tensor | NDArray[np.floating[Any]]"]]
 
 # Of some layers: their places, what was measured ``(n,)``, what to multiply it by, and the numbers of elements.
-Part = tuple[Sequence[int], "Tensor | NDArray[np.floating[Any]]", Sequence[float], Sequence[int]]
+Part = tuple[
+    Sequence[int], "Tensor | NDArray[np.floating[Any]]", Sequence[float], "Sequence[int] | Tensor"
+]
 
 
 @dataclass

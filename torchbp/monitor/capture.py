@@ -22,6 +22,7 @@ from torchbp.monitor._meter import Group, Meter, local
 from torchbp.monitor._probe import Probe
 from torchbp.monitor._row import Row
 from torchbp.monitor._scaler import Scaler
+from torchbp.monitor._taps import Taps
 
 __all__ = ["Capture"]
 
@@ -42,7 +43,7 @@ class Capture:
         optimizers: Those whose steps are counted. Without any they are found when they first step.
         every: Gradients are read every so many steps.
         sample_every: Layers are listened to every so many steps.
-        listens: Whether layers can be listened to at all.
+        compiled: Whether the model is compiled.
         deliver: Takes a row.
 
     Attributes:
@@ -59,7 +60,7 @@ class Capture:
         *,
         every: int,
         sample_every: int,
-        listens: bool,
+        compiled: bool,
         deliver: Callable[[Row], None],
     ) -> None:
         self.step = 0
@@ -69,7 +70,7 @@ class Capture:
         self._reached: set[int] = set()  # parameters whose gradients that row has
         self._stepped_at = time.perf_counter()
         self._catalogue, self._deliver = catalogue, deliver
-        self._every, self._sample_every, self._listens = every, sample_every, listens
+        self._every, self._sample_every = every, sample_every
         self._optimizers: set[int] = set()
         self._closure = False  # whether a step that runs backward itself is under way
         self._looks = 0  # how many of its backwards have ended
@@ -78,7 +79,8 @@ class Capture:
         self._meter = Meter(catalogue)
         self._scaler = Scaler()
         self._probe = Probe(catalogue)
-        self._listener = Listener(model, catalogue, lambda: self.row)
+        listener = Taps if compiled else Listener
+        self._listener = listener(model, catalogue, lambda: self.row)
         self._hooks: list[RemovableHandle] = []
         for optimizer in optimizers:
             self._attend(optimizer)
@@ -93,13 +95,18 @@ class Capture:
             hook.remove()
         self._hooks = []
         self._backwards.close()
-        self._listener.listen(False)
+        self._listener.close()
         if self._ended is not None:
             ended, self._ended = self._ended, None
             self._hand_over(ended)
         if self.row.backwards:
             self._hand_over(self.row)
             self.row = Row(self.step + 1)
+
+    @property
+    def deaf(self) -> bool:
+        """Whether the layers can't be listened to."""
+        return self._listener.deaf
 
     def seek(self, step: int) -> None:
         """Go on at ``step``, in a run that is resumed."""
@@ -246,7 +253,7 @@ class Capture:
     def _begin(self, step: int) -> None:
         self.step = step
         due = step % self._every == 0
-        sampled = self._listens and due and (step < _DENSE_START or step % self._sample_every == 0)
+        sampled = due and (step < _DENSE_START or step % self._sample_every == 0)
         rare = sampled and step % (_RARELY * self._sample_every) == 0
         self.row = Row(step, sampled, rare)
         self._listener.listen(sampled)
