@@ -71,9 +71,34 @@ if world > 1:
 """
 
 
-def launch(tmp_path, kind, ranks, fails="fine"):
+NOISE = """
+import json, os, sys, warnings
+warnings.simplefilter("ignore")
+import torch, torch.distributed as dist
+from torch import nn
+import torchbp
+
+micro, folder, rank = int(sys.argv[1]), sys.argv[2], int(os.environ["RANK"])
+dist.init_process_group("gloo")
+model = nn.Sequential(nn.Linear(60, 1, bias=False))
+model = nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+g = torch.Generator().manual_seed(rank)
+with torchbp.watch(model, optimizer, log_dir=folder, sample_every=1) as monitor:
+    for _ in range(150):
+        optimizer.zero_grad()
+        for last in [False] * (micro - 1) + [True]:
+            model.require_backward_grad_sync = last
+            (model(0.2 + torch.randn(8, 60, generator=g)).mean() / micro).backward()
+        optimizer.step()
+print(json.dumps([rank, 0, [v.kind for v in monitor.verdicts]]), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def launch(tmp_path, kind, ranks, fails="fine", program=PROGRAM):
     script = tmp_path / "train.py"
-    script.write_text(PROGRAM)
+    script.write_text(program)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -125,3 +150,13 @@ def test_a_rank_that_fails_leaves_no_rank_waiting(tmp_path):
     got, said = launch(tmp_path, "ddp", 2, "fails")
     assert got.vectors["gradient_norm"].steps.tolist() == list(range(55))
     assert [reductions for _, reductions, _ in said] == [1, 1]
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_the_noise_scale_from_what_ranks_have_alone(tmp_path, micro):
+    """A linear loss g·w with g ~ N(m, I): S = dimensions, |G|² = |m|²."""
+    got, _ = launch(tmp_path, str(micro), 2, program=NOISE)
+    value, low, high = got.vectors["noise_scale"].values[-1]
+    assert low < 60 / (60 * 0.2**2) < high
+    assert high - low < 0.8 * value
+    assert got.scalars["run/ranks"].values[-1] == 2

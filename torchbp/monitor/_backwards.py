@@ -41,6 +41,7 @@ class Backwards:
     Args:
         catalogue: The parameters.
         local: Gives this rank's part of a gradient, dense.
+        before: Called when the gradients are there but not yet reduced over ranks by DDP.
         ended: Takes whether this is another backward than the one before; checkpointing in its
             reentrant form makes one of several that reach different parameters.
 
@@ -53,16 +54,18 @@ class Backwards:
         self,
         catalogue: Catalogue,
         local: Callable[[Tensor], Tensor],
+        before: Callable[[], None] | None,
         ended: Callable[[bool], None],
     ) -> None:
         self.paused = False
         self.early: Pieces = []
-        self._catalogue, self._local, self._ended = catalogue, local, ended
+        self._catalogue, self._local = catalogue, local
+        self._before, self._ended = before, ended
         self._hooks: list[RemovableHandle] = []
         self._task = -1
-        self._fired: set[int] = set()  # in the graph task under way
+        self._fired: dict[int, None] = {}  # in the graph task under way, in order
         self._reached: set[int] = set()  # in the backward under way
-        self._seen: list[frozenset[int]] = []
+        self._seen: list[tuple[int, ...]] = []
         self._all = False
         self._stepped: set[int] | None = None  # inside backward; not known before the first
         self.learn()
@@ -103,21 +106,27 @@ class Backwards:
         # By the number of the graph task: a flag would stay set after an exception in backward.
         task = graph_task()
         if task != self._task:
-            self._task, self._fired, self.early = task, set(), []
-            _queue(lambda: _queue(self._end))
-        self._fired.add(index)
+            self._task, self._fired, self.early = task, {}, []
+            _queue(self._first_end)
+        self._fired[index] = None
         stepped = self._stepped
         if (stepped is None or index in stepped) and parameter.grad is not None:
             with torch.no_grad():
                 bundle = Bundle([self._local(parameter.grad)])
                 self.early.append(((index,), norms(bundle)))
 
+    def _first_end(self) -> None:
+        if self._before is not None:
+            self._before()
+        _queue(self._end)
+
     def _end(self) -> None:
-        fired, self._fired, self._task = self._fired, set(), -1
+        order, self._fired, self._task = tuple(self._fired), {}, -1
+        fired = set(order)
         another = not self._reached or bool(fired & self._reached)
         self._reached = fired if another else self._reached | fired
-        if self._all and fired and len(self._seen) < _KEPT and fired not in self._seen:
-            self._seen.append(frozenset(fired))
+        if self._all and fired and len(self._seen) < _KEPT and fired not in map(set, self._seen):
+            self._seen.append(order)
         self._ended(another)
 
     def gone(self, present: set[int]) -> Pieces:
@@ -129,8 +138,11 @@ class Backwards:
         return pieces
 
 
-def _witnesses(seen: list[frozenset[int]]) -> set[int]:
-    """Return few indices such that each of the sets has one of them."""
+def _witnesses(seen: list[tuple[int, ...]]) -> set[int]:
+    """Return few indices such that each of the sets has one of them.
+
+    Of equals the one whose gradient comes first: DDP queues its reduction with the last.
+    """
     chosen: set[int] = set()
     left = list(seen)
     while left:

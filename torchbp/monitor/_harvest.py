@@ -73,7 +73,7 @@ def harvest(rows: Sequence[Row], parameters: int, layers: int) -> Callable[[], l
 
 def _values(row: Row) -> Iterator[Any]:
     """Yield what a row holds, tensors and numbers; :func:`_fill` takes them in the same order."""
-    for pieces in (*row.parameters.values(), *row.earlier):
+    for pieces in (*row.parameters.values(), *row.earlier, row.unreduced):
         for _, values in pieces:
             yield values
     for parts in row.layers.values():
@@ -93,6 +93,7 @@ def _fill(row: Row, take: Callable[[Any], Any], parameters: int, layers: int) ->
         vector = _scattered(pieces, take, parameters)
         sums.parameters[name] = np.square(vector) if quantities[name].power == 2 else vector
     earlier = [_scattered(pieces, take, parameters) for pieces in row.earlier]
+    unreduced = _scattered(row.unreduced, take, parameters) if row.unreduced else None
     for name, parts in row.layers.items():
         columns: Any = zip(*((p, take(v), f, take(n)) for p, v, f, n in parts), strict=True)
         places, values, factors, counts = map(np.concatenate, columns)
@@ -106,7 +107,11 @@ def _fill(row: Row, take: Callable[[Any], Any], parameters: int, layers: int) ->
         sums.host[name] = np.array([_number(take(item)) for item in items])
     _unscale(sums, 1.0 if scale is None else _number(scale))
     _look_back(sums, earlier)
-    row.parameters, row.layers, row.times, row.earlier = {}, {}, [], []  # let the memory go
+    if unreduced is not None:
+        divisor = 1.0 if scale is None else _number(scale)
+        sums.host["local_square"] = np.array([np.square(unreduced / divisor).sum()])
+    # Let the memory go.
+    row.parameters, row.layers, row.times, row.earlier, row.unreduced = {}, {}, [], [], []
     return sums
 
 
@@ -183,7 +188,8 @@ def reduced(
     zeros = np.zeros(len(mine)), np.zeros(layers)
     table = []
     for sums in rows:
-        parts = [np.array([sums.row.step, sums.row.step**2], float)]
+        local = sums.host.get("local_square", [np.nan])[0]
+        parts = [np.array([sums.row.step, sums.row.step**2, local], float)]
         parts += [np.where(mine, sums.parameters.get(n, zeros[0]), 0) for n in of_parameters]
         for name in of_layers:
             parts += sums.layers.get(name, (zeros[1], zeros[1]))
@@ -194,9 +200,13 @@ def reduced(
     for sums, whole in zip(rows, tensor.cpu().numpy(), strict=True):
         agreed = whole[0] == ranks * sums.row.step and whole[1] == ranks * sums.row.step**2
         sizes = [len(mine)] * len(of_parameters) + [layers] * (2 * len(of_layers))
-        pieces = iter(np.split(whole[2:], np.cumsum(sizes)[:-1]))
+        pieces = iter(np.split(whole[3:], np.cumsum(sizes)[:-1]))
         here = {name: next(pieces) for name in of_parameters}
         there = {name: (next(pieces), next(pieces)) for name in of_layers}
+        sums.host.pop("first_square", None)  # of micro-batches of one rank, and the sum of all
+        if "local_square" in sums.host:
+            sums.host["local_square"] = whole[2:3] / ranks
+        sums.host["ranks"] = np.array([float(ranks)])
         sums.parameters = {n: here[n] for n in sums.parameters if agreed}
         sums.layers = {n: v for n, v in there.items() if agreed and v[1].any()}
     return rows

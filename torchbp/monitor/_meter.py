@@ -8,9 +8,10 @@ from torch.distributed.tensor import DTensor
 
 from torchbp.monitor._bundle import Bundle
 from torchbp.monitor._catalogue import Catalogue
+from torchbp.monitor._norms import norms
 from torchbp.monitor._quantity import Quantity
 from torchbp.monitor._registry import all_quantities
-from torchbp.monitor._row import Row
+from torchbp.monitor._row import Pieces, Row
 
 __all__ = ["Group", "Meter", "local"]
 
@@ -69,6 +70,11 @@ class Meter:
         if len(groups) == 1 and groups[0][1].starts is not None and all(map(_is_plain, tensors)):
             self._like[key] = Bundle([], groups[0][1])
         return groups
+
+    def norms(self) -> Pieces:
+        """Return the norms of the gradients as they are."""
+        with torch.no_grad():
+            return [(indices, norms(bundle)) for indices, bundle in self.gradients()]
 
     def measure(self, row: Row, at: str, groups: list[Group]) -> None:
         """Measure what is measured at ``at``, beside what another optimizer of the step has left."""

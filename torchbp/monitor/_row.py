@@ -33,6 +33,7 @@ class Row:
         layers: By quantity, what was measured of the layers, in parts.
         times: By layer, what came back to it at each time step ``(T,)``; one a backward.
         earlier: Gradients that a later backward of the same step replaced.
+        unreduced: Of this rank alone, norms of the gradients before DDP reduces them.
         scale: What the loss was multiplied by (GradScaler).
         host: Numbers known to the host, or 0-d tensors.
     """
@@ -46,6 +47,7 @@ class Row:
     layers: dict[str, list[Part]] = field(default_factory=dict)
     times: list[tuple[int, "Tensor | NDArray[np.floating[Any]]"]] = field(default_factory=list)
     earlier: list[Pieces] = field(default_factory=list)
+    unreduced: Pieces = field(default_factory=list)
     scale: Tensor | None = None
     host: dict[str, Any] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -86,7 +87,10 @@ class Capture:
             self._attend(optimizer)
         if not optimizers:
             self._hooks.append(register_optimizer_step_pre_hook(self._discover))
-        self._backwards = Backwards(catalogue, local, self._end_backward)
+        # Where buckets are views of the gradients these are reduced under way.
+        shows = isinstance(model, DistributedDataParallel) and not model.gradient_as_bucket_view
+        before = self._before_reduction if shows else None
+        self._backwards = Backwards(catalogue, local, before, self._end_backward)
         self._begin(0)
 
     def close(self) -> None:
@@ -113,6 +117,10 @@ class Capture:
         self._begin(step)
 
     # -------------------------------------------------------------------------------- backward
+    def _before_reduction(self) -> None:
+        if self.row.sampled:
+            self.row.unreduced = self._meter.norms()
+
     def _end_backward(self, another: bool) -> None:
         start = time.perf_counter()
         self._looks += another

@@ -11,8 +11,9 @@ _FAR = 4.0
 
 def examine(reading: Reading) -> Iterator[Suspicion]:
     """Yield at most one suspicion, for the run."""
-    value, low, high = reading.values["noise_scale"]
-    batch = float((reading.values["batch"] * reading.values["backwards"])[0])
+    values = reading.values
+    batch = float((values["batch"] * values["backwards"] * values.get("ranks", 1.0))[0])
+    value, low, high = values["noise_scale"]
     if low > _FAR * batch:
         factor, effect = (
             min(low / batch, 16.0),

@@ -1,6 +1,7 @@
 """Gradient noise scale B_simple = S / |G|², in samples, with a 90 % interval: value, low, high.
 
-From the first of K micro-batches of b samples and the whole step of B = K·b, by their mean gradients:
+From the first of K micro-batches of b samples and the whole step of B = K·b, or under DDP from the
+batches of K ranks before the reduction and after it, by their mean gradients:
 |G|² = (B |g_B|² − b |g_b|²) / (B − b) and S = (|g_b|² − |g_B|²) / (1/b − 1/B) have the right
 expectations; each is averaged over up to 256 steps, and then divided. The interval is that of a ratio of
 means, by the delta method; high is inf where |G|² can't be told from 0.
@@ -24,15 +25,21 @@ _HISTORY, _LEAST, _Z = 256, 20, 1.645
 
 def finish(reading: Reading) -> NDArray[np.float64] | None:
     """Add this step's pair; None before there are 20."""
-    first, whole = reading.values.get("first_square"), reading.values.get("gradient_norm")
+    values, whole = reading.values, reading.values.get("gradient_norm")
     pairs = reading.memory.setdefault("pairs", deque(maxlen=_HISTORY))
-    if first is None or whole is None:
+    if whole is None or not values.keys() & {"local_square", "first_square"}:
         return None
-    batches = float(reading.values["backwards"][0])
-    small, total = float(first[0]), float(np.square(whole).sum()) / batches**2
-    if not np.isfinite(small + total):
+    square, micro = float(np.square(whole).sum()), float(values["backwards"][0])
+    b = float(values["batch"][0])
+    if (
+        "local_square" in values
+    ):  # DDP has averaged over ranks; each rank's micro-batches are summed
+        batches, b = float(values["ranks"][0]), b * micro
+        small, total = float(values["local_square"][0]), square
+    else:
+        batches, small, total = micro, float(values["first_square"][0]), square / micro**2
+    if not np.isfinite(small + total) or batches < 2:
         return None
-    b = float(reading.values["batch"][0])
     signal = (batches * total - small) / (batches - 1)
     noise = (small - total) / (1 / b - 1 / (b * batches))
     pairs.append((noise, signal))
