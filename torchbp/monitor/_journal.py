@@ -49,7 +49,10 @@ class Journal:
     def __init__(
         self, writer: "EventWriter", about: Mapping[str, bool | float | str] | None = None
     ) -> None:
+        from torchbp.tensorboard import Layout, with_absent
+
         self._writer = writer
+        self._make_layout, self._with_absent = Layout, with_absent
         self._about = about
         self._layouts: dict[tuple[str, int], Layout] = {}
         self._said: list[Verdict] = []
@@ -71,7 +74,8 @@ class Journal:
                     self._scalar(name, quantity, reading, float(values[0]))
             elif reading.sampled or name in _EVERY_STEP:
                 layout = self._layout(quantity, reading.layers, len(values))
-                kept = _kept(values, reading.present.get(name))
+                present = reading.present.get(name)
+                kept = values if present is None else self._with_absent(values, present)
                 self._writer.vector(layout, reading.step, kept, when=reading.when)
                 if quantity.axis == "layer" and reading.rare:
                     self._histogram(quantity, reading, values)
@@ -138,8 +142,6 @@ class Journal:
         self._writer.close()
 
     def _layout(self, quantity: Quantity, layers: Layers, size: int) -> "Layout":
-        from torchbp.tensorboard import Layout
-
         key = (quantity.name, id(layers))
         if key not in self._layouts:
             names = tuple(f"group {i}" for i in range(size))
@@ -150,7 +152,7 @@ class Journal:
                 names = ("value", "low", "high")
             elif quantity.axis == "parameter":
                 names = layers.parameters
-            self._layouts[key] = Layout(
+            self._layouts[key] = self._make_layout(
                 quantity.name,
                 quantity.axis,
                 names,
@@ -170,12 +172,6 @@ def _scalar(name: str, quantity: Quantity | None, value: float) -> tuple[str, fl
     if quantity.logarithm:
         return f"run/{name}_log10", float(np.log10(max(value, _FLOOR)))
     return f"run/{name}", value
-
-
-def _kept(values: np.ndarray, present: np.ndarray | None) -> np.ndarray:
-    from torchbp.tensorboard import with_absent
-
-    return values if present is None else with_absent(values, present)
 
 
 def _told(verdict: Verdict) -> dict[str, Any]:

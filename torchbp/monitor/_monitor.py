@@ -267,6 +267,7 @@ class _Shared:
         """Drop what this rank has only a part of."""
         for sums in rows:
             sums.layers.clear()
+            sums.host.pop("local_square", None)
             if not self._whole:
                 sums.parameters.clear()
         return rows
