@@ -2,7 +2,7 @@
 
 Plain and watched models train in turns, block by block, in one process on one thread; what is counted is the
 time of the process, so that the writer's thread is in it too. ``make bench-monitor`` writes
-benchmarks/data/monitor-cpu-<date>.json and prints the table. Method: README.md beside this file.
+benchmarks/data/monitor-cpu-<date>.json and prints the table. ``wandb`` is timed where it is installed.
 """
 
 import argparse
@@ -284,6 +284,10 @@ def main() -> int:
             "python": platform.python_version(),
         }
         path = DATA / f"monitor-cpu-{date}.json"
+        if path.exists():  # what was not timed again is kept
+            timed = {(row["model"], row["way"]) for row in rows}
+            before = json.loads(path.read_text())["rows"]
+            rows += [row for row in before if (row["model"], row["way"]) not in timed]
         text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
         path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
         print(f"wrote {path}")

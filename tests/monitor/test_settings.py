@@ -239,7 +239,9 @@ def test_checkpointing_counts_once(tmp_path, reentrant):
                 loss_of(model).backward()
                 optimizer.step()
         assert monitor.step == 3
-        runs.append(read(tmp_path / name).vectors)
+        run = read(tmp_path / name)
+        assert run.scalars["run/backwards"].values.tolist() == [1, 1, 1]
+        runs.append(run.vectors)
     for quantity in ("gradient_norm", "error_signal", "activation_rms", "saturated_share"):
         plain, checkpointed = (run[quantity].values for run in runs)
         np.testing.assert_allclose(checkpointed, plain, rtol=1e-4, err_msg=quantity)
@@ -417,7 +419,7 @@ def test_a_backward_through_other_parameters_is_found_too(tmp_path):
     pair = {name: torch.optim.SGD(both[name].parameters(), lr=0.1) for name in "ab"}
     want = []
     with torchbp.watch(both, pair.values(), log_dir=tmp_path):
-        for step in range(6):
+        for step in range(24):
             name = "ab"[step % 2]
             both.zero_grad()
             loss_of(both[name]).backward()
@@ -426,6 +428,82 @@ def test_a_backward_through_other_parameters_is_found_too(tmp_path):
             )
             pair[name].step()
     np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+
+
+def test_few_parameters_carry_a_hook_once_it_is_known_what_is_reached():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchbp.watch(model, optimizer):
+        counts = []
+        for _ in range(12):
+            counts.append(sum(len(p._post_accumulate_grad_hooks or {}) for p in model.parameters()))
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+    assert counts == [6] * 5 + [1] * 7
+
+
+def test_a_backward_that_no_witness_sees_is_left_out_and_seen_from_then_on(tmp_path):
+    both = nn.ModuleDict({name: mlp() for name in "ab"})
+    pair = {name: torch.optim.SGD(both[name].parameters(), lr=0.1) for name in "ab"}
+    want = []
+    with torchbp.watch(both, pair.values(), log_dir=tmp_path) as monitor:
+        for step in range(20):
+            name = "a" if step < 10 else "b"
+            both.zero_grad()
+            loss_of(both[name]).backward()
+            want.append(
+                [0.0 if p.grad is None else p.grad.norm().item() for p in both.parameters()]
+            )
+            nn.utils.clip_grad_norm_(both.parameters(), 1e-3)
+            pair[name].step()
+        assert monitor.step == 20
+    series = read(tmp_path).vectors["gradient_norm"]
+    assert series.steps.tolist() == [*range(10), *range(11, 20)]
+    np.testing.assert_allclose(series.values, want[:10] + want[11:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_a_step_that_runs_the_last_backward_itself(tmp_path, micro):
+    """As Lightning does: accumulation before the step, the last backward and clipping inside."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    want, coefficients = [], []
+
+    def closure():
+        (loss_of(model) / micro).backward()
+        total = nn.utils.clip_grad_norm_(model.parameters(), 0.01).item()
+        coefficients.append(0.01 / total)
+
+    with torchbp.watch(model, optimizer, log_dir=tmp_path):
+        for _ in range(4):
+            want.append(true_norms(model))
+            optimizer.zero_grad()
+            for _ in range(micro - 1):
+                (loss_of(model) / micro).backward()
+            optimizer.step(closure)
+    np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+    run = read(tmp_path).scalars
+    np.testing.assert_allclose(run["run/clip_coefficient"].values, coefficients, rtol=1e-4)
+    assert run["run/backwards"].values.tolist() == [micro] * 4
+
+
+def test_large_outputs_are_measured_on_part_of_the_batch(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 300), nn.ReLU(), nn.Linear(300, 4))
+    x = torch.randn(1000, 8)
+    outputs = []
+    with torchbp.watch(model, log_dir=tmp_path):
+        z = model[0](x)
+        z.retain_grad()
+        outputs.append(z)
+        model[2](model[1](z)).square().mean().backward()
+    got = read(tmp_path).vectors
+    part = outputs[0].grad[::5]  # 300 000 elements: every fifth sample
+    want = part.double().square().mean().sqrt().item() * 1000
+    np.testing.assert_allclose(got["error_signal"].values[0, 0], want, rtol=1e-5)
+    rms = outputs[0][::5].square().mean().sqrt().item()
+    np.testing.assert_allclose(got["activation_rms"].values[0, 0], rms, rtol=1e-5)
 
 
 def test_the_noise_scale_of_a_known_truth(tmp_path):

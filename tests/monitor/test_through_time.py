@@ -145,31 +145,31 @@ def test_no_alarm_where_the_signal_gets_through(name):
     assert run(HEALTHY[name]()) == {}
 
 
-@pytest.mark.parametrize("kind", ["module", "cell"])
-def test_the_ratio_is_that_of_plain_autograd(tmp_path, kind):
+@pytest.mark.parametrize("name", ["RNN", "RNNCell", "LSTMCell"])
+def test_the_ratio_is_that_of_plain_autograd(tmp_path, name):
     torch.manual_seed(0)
-    model = SICK["RNN" if kind == "module" else "RNNCell"]()
+    model = SICK[name]()
     x = torch.randn(4, T, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    states, cell = [], model.rnn if kind == "module" else model.cell
-    if kind == "cell":
+    states = []
 
-        def keep(_module, _inputs, state):
-            state.retain_grad()
-            states.append(state)
+    def keep(_module, _inputs, state):
+        for part in state if isinstance(state, tuple) else (state,):
+            part.retain_grad()
+        states.append(state if isinstance(state, tuple) else (state,))
 
-        cell.register_forward_hook(keep)
+    if name != "RNN":
+        model.cell.register_forward_hook(keep)
     model(x).square().mean().backward()
-    if kind == "module":
+    if name == "RNN":
         deltas = x.grad.double().norm(dim=(0, 2))
-    else:
-        deltas = torch.stack([h.grad.double().norm() for h in states])
+    else:  # of an LSTM's cell both outputs together
+        deltas = torch.stack([torch.stack([p.grad.double() for p in s]).norm() for s in states])
     want = (deltas[: T // 10].max() / deltas[T // 2 :].max()).item()
     torch.manual_seed(0)
-    model = SICK["RNN" if kind == "module" else "RNNCell"]()
-    run(model, tmp_path, steps=1)
+    run(SICK[name](), tmp_path, steps=1)
     series = read(tmp_path).vectors["through_time"]
     got = dict(zip(series.names, series.values[0], strict=True))
-    np.testing.assert_allclose(got["rnn" if kind == "module" else "cell"], want, rtol=1e-5)
+    np.testing.assert_allclose(got["rnn" if name == "RNN" else "cell"], want, rtol=1e-5)
     assert np.isnan(got["head"])
 
 

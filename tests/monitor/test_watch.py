@@ -2,9 +2,11 @@
 
 import copy
 import gc
+import io
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import torchbp
+from torchbp.monitor import _desk as desk
 from torchbp.tensorboard import read
 
 
@@ -192,7 +195,11 @@ def test_copies_carry_no_hooks():
     model = mlp()
     with torchbp.watch(model):
         train(model, steps=1)
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        stored = io.BytesIO()
+        torch.save(model, stored)
+        stored.seek(0)
+        third = torch.load(stored, weights_only=False)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), third):
             assert not any(p._post_accumulate_grad_hooks for p in twin.parameters())
             assert not any(m._forward_hooks for m in twin.modules())
 
@@ -274,6 +281,22 @@ def test_a_full_disk_ends_the_files_and_not_the_training(tmp_path):
         go_on()
     assert monitor.verdicts == []
     assert count_hooks(model) == 0
+
+
+def test_a_writer_that_is_stuck_holds_up_training_for_so_long_only(monkeypatch):
+    monkeypatch.setattr(desk, "_PATIENCE", 0.01)
+    stuck, done, busy = threading.Event(), [], desk.Desk()
+    busy.put(stuck.wait)
+
+    def go_on():
+        for job in range(desk._LENGTH + 3):
+            busy.put(lambda job=job: done.append(job))
+
+    with pytest.warns(RuntimeWarning, match="can't be written fast enough"):
+        go_on()
+    stuck.set()
+    busy.close()
+    assert desk._LENGTH - 1 <= len(done) <= desk._LENGTH + 1  # the rest is lost, and said to be
 
 
 def test_an_exception_in_backward_and_a_retry(tmp_path):
