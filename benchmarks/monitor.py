@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,17 +120,25 @@ TASKS = {
 After = Callable[[int, Tensor], None]
 
 
-def _nothing(_model: nn.Module, _optimizer: torch.optim.Optimizer, _folder: str) -> After:
+def _nothing(
+    _model: nn.Module, _optimizer: torch.optim.Optimizer, _folder: str, _end: ExitStack
+) -> After:
     return lambda _step, _loss: None
 
 
-def _watch(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> After:
+def _watch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: str, end: ExitStack
+) -> After:
     monitor = torchbp.watch(model, optimizer, log_dir=folder)
+    end.callback(monitor.close)
     return lambda _step, loss: monitor.log_loss(train=loss)
 
 
-def _scalars(model: nn.Module, _optimizer: torch.optim.Optimizer, folder: str) -> After:
+def _scalars(
+    model: nn.Module, _optimizer: torch.optim.Optimizer, folder: str, end: ExitStack
+) -> After:
     writer = SummaryWriter(folder)
+    end.callback(writer.close)
 
     def after(step: int, loss: Tensor) -> None:
         writer.add_scalar("loss", loss.item(), step)
@@ -140,8 +149,11 @@ def _scalars(model: nn.Module, _optimizer: torch.optim.Optimizer, folder: str) -
     return after
 
 
-def _histograms(model: nn.Module, _optimizer: torch.optim.Optimizer, folder: str) -> After:
+def _histograms(
+    model: nn.Module, _optimizer: torch.optim.Optimizer, folder: str, end: ExitStack
+) -> After:
     writer = SummaryWriter(folder)
+    end.callback(writer.close)
 
     def after(step: int, loss: Tensor) -> None:
         writer.add_scalar("loss", loss.item(), step)
@@ -152,11 +164,14 @@ def _histograms(model: nn.Module, _optimizer: torch.optim.Optimizer, folder: str
     return after
 
 
-def _wandb(model: nn.Module, _optimizer: torch.optim.Optimizer, folder: str) -> After:
+def _wandb(
+    model: nn.Module, _optimizer: torch.optim.Optimizer, folder: str, end: ExitStack
+) -> After:
     import wandb  # pyright: ignore[reportMissingImports]
 
     run = wandb.init(mode="offline", dir=folder, settings=wandb.Settings(silent=True))
     run.watch(model, log="gradients", log_freq=10)
+    end.callback(run.finish)
 
     def after(step: int, loss: Tensor) -> None:
         run.log({"loss": loss.item()}, step=step)
@@ -164,7 +179,7 @@ def _wandb(model: nn.Module, _optimizer: torch.optim.Optimizer, folder: str) -> 
     return after
 
 
-WAYS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, str], After]] = {
+WAYS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, str, ExitStack], After]] = {
     "nothing": _nothing,
     "torchbp.watch": _watch,
     "norm().item() and add_scalar": _scalars,
@@ -176,13 +191,13 @@ WAYS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, str], After]] = {
 class Training:
     """A model that trains in a way of being watched."""
 
-    def __init__(self, task: Task, way: str, folder: str) -> None:
+    def __init__(self, task: Task, way: str, folder: str, end: ExitStack) -> None:
         torch.manual_seed(0)
         self._model = task.model()
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3, momentum=0.9)
         self._inputs = task.inputs()
         self._step = 0
-        self._after = WAYS[way](self._model, self._optimizer, folder)
+        self._after = WAYS[way](self._model, self._optimizer, folder, end)
 
     def block(self, steps: int) -> float:
         """Train; return the process time of a step in seconds."""
@@ -202,13 +217,13 @@ class Training:
 def measure(name: str, way: str, seconds: float) -> dict[str, Any]:
     """Return one row: the time of a step as it is and as it is watched, and their ratio with its interval."""
     task = TASKS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        ours, plain = Training(task, way, folder), Training(task, "nothing", folder)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as end:
+        ours, plain = (Training(task, w, folder, end) for w in (way, "nothing"))
         for training in (ours, plain):  # beyond the first steps, which are all sampled
             training.block(max(task.block, 20))
         times: tuple[list[float], list[float]] = ([], [])
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times[0]) < 6:
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until or len(times[0]) < 6:
             order = (0, 1) if len(times[0]) % 2 else (1, 0)
             for which in order:
                 times[which].append((ours, plain)[which].block(task.block))
