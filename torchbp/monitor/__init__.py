@@ -2,7 +2,7 @@
 
 from torchbp.monitor._diagnosis import Verdict as Verdict
 from torchbp.monitor._monitor import Monitor as Monitor
-from torchbp.monitor._monitor import watch as watch
+from torchbp.monitor._watch import watch as watch
 from torchbp.monitor.range_test import RangeTest as RangeTest
 from torchbp.monitor.range_test import lr_range_test as lr_range_test
 

@@ -1,32 +1,30 @@
-"""``torchbp.watch`` and the monitor it returns."""
+"""The monitor that ``torchbp.watch`` returns: what it knows, and when it drains, judges and writes."""
 
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
-from torch.nn.parallel import DistributedDataParallel
 
-from torchbp.monitor._about import about
 from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._desk import Desk
 from torchbp.monitor._diagnosis import Layers, Verdict
-from torchbp.monitor._harvest import Sums, harvest, reduced
+from torchbp.monitor._harvest import Sums, harvest
 from torchbp.monitor._journal import Journal
 from torchbp.monitor._judge import Judge
+from torchbp.monitor._ranks import Shared
 from torchbp.monitor._reader import Reader
 from torchbp.monitor._registry import all_diagnoses
 from torchbp.monitor._row import Row
 from torchbp.monitor._signals import attend, leave
+from torchbp.monitor._taps import is_compiled
 from torchbp.monitor.capture import Capture
 
-__all__ = ["Monitor", "watch"]
+__all__ = ["Monitor"]
 
 _DRAIN_EVERY = 50
 _EARLY_DRAINS = frozenset({2, 5, 10, 20})
@@ -61,7 +59,7 @@ class Monitor:
         self._layers: tuple[Layers, np.ndarray, np.ndarray] | None = None
         self._steps = self._backwards = 0
         self._closed = False
-        self._shared = _Shared(model, self._catalogue)
+        self._shared = Shared(model, self._catalogue)
         self._share_from = time.perf_counter(), 0.0
         self._drain_time = 0.0
         self._capture = Capture(
@@ -70,7 +68,7 @@ class Monitor:
             optimizers,
             every=every,
             sample_every=sample_every,
-            compiled=_is_compiled(model),
+            compiled=is_compiled(model),
             deliver=self._take,
         )
         # When the model goes, and when the process ends, nothing that was measured is lost.
@@ -237,159 +235,3 @@ class Monitor:
                 self._journal, failure = None, error
         if failure is not None:
             raise failure
-
-
-class _Shared:
-    """What ranks have in common.
-
-    Attributes:
-        ranks: Whether the model is spread over several, by DDP or as DTensors.
-    """
-
-    def __init__(self, model: nn.Module, catalogue: Catalogue) -> None:
-        parameters = [p for _, p in catalogue.alive()]
-        sharded = [isinstance(p, DTensor) for p in parameters]
-        spread = isinstance(model, DistributedDataParallel) or any(sharded)
-        self.ranks = spread and torch.distributed.get_world_size() > 1
-        if not self.ranks:
-            return
-        self._whole = not any(sharded)
-        first = torch.distributed.get_rank() == 0
-        self._mine = np.array([_adds(p) if isinstance(p, DTensor) else first for p in parameters])
-        backend = torch.distributed.get_backend()
-        self._device = parameters[0].device if "nccl" in backend else torch.device("cpu")
-
-    def add(self, rows: list[Sums], layers: int) -> list[Sums]:
-        """Sum over the ranks."""
-        return reduced(rows, self._mine, layers, self._device)
-
-    def without_shards(self, rows: list[Sums]) -> list[Sums]:
-        """Drop what this rank has only a part of."""
-        for sums in rows:
-            sums.layers.clear()
-            sums.host.pop("local_square", None)
-            if not self._whole:
-                sums.parameters.clear()
-        return rows
-
-
-def _adds(parameter: DTensor) -> bool:
-    """Whether this rank adds its shard: of replicas only the first does."""
-    coordinate = parameter.device_mesh.get_coordinate()
-    places = zip(parameter.placements, coordinate or (), strict=False)
-    return all(at == 0 for placement, at in places if isinstance(placement, Replicate))
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None  # noqa: SLF001
-        for module in model.modules()
-    )
-
-
-def watch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
-    *,
-    log_dir: str | Path | None = None,
-    writer: Any = None,
-    every: int = 1,
-    sample_every: int = 10,
-    layers: Sequence[str] | None = None,
-    rank: int | Literal["auto"] = "auto",
-) -> Monitor:
-    """Watch the gradients of ``model`` while it trains, and say what is wrong.
-
-    Nothing else changes in the training loop: a step is counted when ``optimizer`` steps, and its
-    gradients are those that the last backward before it left, before clipping.
-
-    Args:
-        model: The model. It is referred to weakly and gets no module hooks.
-        optimizer: The optimizer, or several. Without one every backward counts as a step.
-        log_dir: Folder for TensorBoard, one a run. With neither this nor ``writer`` there are
-            verdicts only.
-        writer: A ``torch.utils.tensorboard.SummaryWriter`` to write into instead; stays open.
-        every: Gradient norms are read every so many steps.
-        sample_every: Error signals are read every so many steps, and in the first five.
-        layers: Shell patterns of the names of the layers to watch, e.g. ``["encoder.*"]``.
-        rank: The rank that writes; ``"auto"`` for 0. Without torch.distributed there is one rank.
-
-    Returns:
-        The monitor; also a context manager that closes it.
-
-    Raises:
-        TypeError: ``model`` is not a module.
-        OSError: ``log_dir`` can't be written; no hook was attached.
-        ValueError: ``log_dir`` and ``writer`` both; a period below 1; no trainable layer.
-
-    Example:
-        >>> import torch, torchbp
-        >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> with torchbp.watch(model, optimizer) as monitor:
-        ...     for _ in range(20):
-        ...         loss = model(torch.randn(16, 4)).square().mean()
-        ...         optimizer.zero_grad()
-        ...         loss.backward()
-        ...         optimizer.step()
-        >>> print(monitor.summary())
-        Sequential, 20 steps, 2 layers watched: nothing is wrong
-    """
-    if not isinstance(model, nn.Module):
-        got = type(model).__name__
-        message = f"watch: expected a torch.nn.Module, got {got}; pass the model itself"
-        raise TypeError(message)
-    if log_dir is not None and writer is not None:
-        message = "watch: expected log_dir or writer, got both; give one"
-        raise ValueError(message)
-    for name, period in (("every", every), ("sample_every", sample_every)):
-        if period < 1:
-            message = f"watch: expected {name} >= 1, got {period}; 1 is every step"
-            raise ValueError(message)
-    if optimizer is None:
-        optimizers: list[torch.optim.Optimizer] = []
-    elif isinstance(optimizer, torch.optim.Optimizer):
-        optimizers = [optimizer]
-    else:
-        optimizers = list(optimizer)
-    optimizers = [_inner(optimizer) for optimizer in optimizers]
-    if isinstance(layers, str):
-        layers = [layers]
-    Catalogue(model, layers)  # refuses before anything is written
-    journal = None
-    if _is_writing_rank(rank) and (log_dir is not None or writer is not None):
-        journal = Journal(_open(log_dir, writer), about(model, optimizers))
-    return Monitor(
-        model, optimizers, journal, every=every, sample_every=sample_every, layers=layers
-    )
-
-
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the optimizer that steps: Lightning's and accelerate's wrap one."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _open(log_dir: str | Path | None, writer: Any) -> Any:
-    from torchbp.tensorboard import BorrowedWriter, EventWriter
-
-    if log_dir is None:
-        return BorrowedWriter(writer)
-    try:
-        return EventWriter(log_dir)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        message = (
-            f"watch: expected a log_dir that can be written, got {str(log_dir)!r} ({reason}); "
-            "give another folder"
-        )
-        raise type(error)(error.errno, message) from error
-
-
-def _is_writing_rank(rank: int | Literal["auto"]) -> bool:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return True
-    return distributed.get_rank() == (0 if rank == "auto" else rank)

@@ -20,7 +20,7 @@ from torchbp.monitor._quantity import Quantity, precise
 from torchbp.monitor._registry import all_quantities
 from torchbp.monitor._row import Row
 
-__all__ = ["Taps"]
+__all__ = ["Taps", "is_compiled"]
 
 _FUNCTIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
 _WINDOW_SAMPLES, _WINDOW_STEPS = 1024, 10
@@ -213,3 +213,11 @@ class Taps:
 def _measured(quantity: Quantity, *values: Any) -> Any:
     assert quantity.measure is not None
     return quantity.measure(*values)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``model`` or a part of it is compiled."""
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None  # noqa: SLF001
+        for module in model.modules()
+    )

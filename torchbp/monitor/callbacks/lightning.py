@@ -10,7 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from torchbp.monitor._monitor import Monitor, watch
+from torchbp.monitor._monitor import Monitor
+from torchbp.monitor._watch import watch
 
 __all__ = ["Watch"]
 

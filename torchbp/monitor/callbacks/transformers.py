@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from torchbp.monitor._monitor import Monitor, watch
+from torchbp.monitor._monitor import Monitor
+from torchbp.monitor._watch import watch
 
 __all__ = ["Watch"]
 
