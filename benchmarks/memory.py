@@ -295,10 +295,10 @@ def picture(rows: list[dict[str, Any]]) -> str:
             out.append(
                 f'<circle cx="{px(r["kept"]):.1f}" cy="{py(r["time"]):.1f}" r="4.5" fill="{color}"/>'
             )
-            label = r["way"].removeprefix("lean ") if r["way"] != "lean" else "lean"
+            label = r["way"].removeprefix("lean ").removeprefix("torch ")
             anchor = "end" if r["kept"] > 0.85 else "start"
-            dx = -8 if anchor == "end" else 8
-            dy = -7 if ours or r["way"] != "torchbp" else 16
+            dx = {"torch checkpoint": 14}.get(r["way"], -8 if anchor == "end" else 8)
+            dy = 18 if r["way"] in ("torchbp", "torch selective checkpoint") else -7
             out.append(
                 f'<text x="{px(r["kept"]) + dx:.1f}" y="{py(r["time"]) + dy:.1f}" fill="{color}" '
                 f'text-anchor="{anchor}">{label}</text>'
