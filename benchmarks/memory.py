@@ -298,7 +298,7 @@ def picture(rows: list[dict[str, Any]]) -> str:
             label = r["way"].removeprefix("lean ").removeprefix("torch ")
             anchor = "end" if r["kept"] > 0.85 else "start"
             dx = {"torch checkpoint": 14}.get(r["way"], -8 if anchor == "end" else 8)
-            dy = 18 if r["way"] in ("torchbp", "torch selective checkpoint") else -7
+            dy = {"torch": 34, "torch selective checkpoint": 18}.get(r["way"], -7)
             out.append(
                 f'<text x="{px(r["kept"]) + dx:.1f}" y="{py(r["time"]) + dy:.1f}" fill="{color}" '
                 f'text-anchor="{anchor}">{label}</text>'
