@@ -63,12 +63,15 @@ frameworks: .venv/frameworks ## Test callbacks, models and examples of Lightning
 mutation: .venv/test ## Count the wrong functions gradcheck catches, and its false alarms
 	@$(BIN)/python -m tests.verify.mutation $(ARGS)
 
+docs: .venv/docs ## Build the documentation as a site: build/docs/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs $(ARGS)
+
 clean: ## Remove what was built or installed here; logs in runs/ stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp an extra: .venv/demo, .venv/test, .venv/frameworks, .venv/dev.
-.venv/demo .venv/test .venv/frameworks .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+# One stamp an extra: .venv/demo, .venv/test, .venv/frameworks, .venv/docs, .venv/dev.
+.venv/demo .venv/test .venv/frameworks .venv/docs .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing torchbp[$*] into .venv (torch through constraints.txt; some minutes the first time)"
 	@$(PIP) -e '.[$*]'
 	@touch $@

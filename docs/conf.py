@@ -1,0 +1,34 @@
+"""How ``make docs`` builds the site: Markdown by MyST, the reference from docstrings, furo's theme."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+project = "torchbp"
+author = "The torchbp authors"
+copyright = f"{author}, MIT licence"  # noqa: A001
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "_reference",
+]
+exclude_patterns = ["pictures"]
+
+myst_heading_anchors = 3
+nitpicky = False  # torch's names are not looked up: the site is built without a network
+
+autodoc_mock_imports = ["lightning", "transformers"]  # of the callbacks
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
+python_maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = "torchbp"
+html_copy_source = False
+html_show_sphinx = False
