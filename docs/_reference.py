@@ -1,15 +1,17 @@
 """The directive ``.. ops:: FAMILY``: every op of a folder of torchbp/ops, from its record and its docstrings.
 
 An op is one file, so what the site shows of it is one section: the function, its Modules, and the derivation that
-stands at the head of the file. A new op appears without an edit here.
+stands at the head of the file. A new op appears without an edit here. Two small things besides: formulas as MathML, and links out of docs/.
 """
 
+import re
 import sys
 from inspect import unwrap
 from textwrap import indent
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from docutils.nodes import Node
+from docutils.nodes import Node, SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -51,7 +53,20 @@ def _section(name: str, op: Op, home: str | None) -> str:
     return "\n\n".join(parts)
 
 
+def _formula(self: Any, node: Node) -> None:
+    """Write a formula as MathML, which browsers show without a script from elsewhere."""
+    self.body.append(tex2mathml(node.astext(), as_block=node.tagname == "math_block"))
+    raise SkipNode
+
+
+def _outward(_app: Sphinx, _page: str, source: list[str]) -> None:
+    """Make of a link to a Markdown file outside of docs/, which is no page of the site, one to the file."""
+    source[0] = re.sub(r"\]\((\.\./[^)#\s]+\.md)(#[^)\s]*)?\)", r"](path:\1)", source[0])
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the directive."""
+    """Register all three."""
     app.add_directive("ops", Ops)
+    app.connect("source-read", _outward)
+    app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
     return {"parallel_read_safe": True}

@@ -12,7 +12,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "_reference",
 ]
 exclude_patterns = ["pictures"]
@@ -28,6 +27,7 @@ autodoc_inherit_docstrings = False
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 
+html_math_renderer = "mathml"  # of _reference.py
 html_theme = "furo"
 html_title = "torchbp"
 html_copy_source = False
