@@ -1,7 +1,8 @@
 """The directive ``.. ops:: FAMILY``: every op of a folder of torchbp/ops, from its record and its docstrings.
 
 An op is one file, so what the site shows of it is one section: the function, its Modules, and the derivation that
-stands at the head of the file. A new op appears without an edit here. Two small things besides: formulas as MathML, and links out of docs/.
+stands at the head of the file. A new op appears without an edit here. Two small things besides: formulas are MathML,
+and a link out of docs/ leads to the file.
 """
 
 import re
