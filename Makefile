@@ -19,7 +19,7 @@ test: .venv/test ## Run the test suite
 test-all: .venv/test ## Run the test suite, the slow tests too
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-check: .venv/dev ## Lint, format, types, generated files, tests
+check: .venv/dev ## Lint, format, types, generated files, documentation, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -27,6 +27,7 @@ check: .venv/dev ## Lint, format, types, generated files, tests
 	$(BIN)/python tools/vendor.py --check
 	$(MAKE) lint-page
 	$(BIN)/torchbp ops --markdown | diff -u docs/ops.md - || { echo "docs/ops.md is stale: run make sync"; exit 1; }
+	$(MAKE) docs
 	$(MAKE) test
 
 sync: .venv/test ## Write the generated files: functional.py, nn/__init__.py, docs/ops.md

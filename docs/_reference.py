@@ -11,10 +11,11 @@ from inspect import unwrap
 from textwrap import indent
 from typing import Any, ClassVar
 
-from docutils.nodes import Node, SkipNode
+from docutils.nodes import Node, SkipNode, math_block
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from torch import nn
 
 from torchbp.ops._op import Op, all_ops
 
@@ -45,7 +46,7 @@ def _home(op: Op) -> str:
 
 def _section(name: str, op: Op, home: str | None) -> str:
     parts = [f"{name}\n{'-' * len(name)}", f".. autofunction:: torchbp.functional.{name}"]
-    parts += [f".. autoclass:: torchbp.nn.{module.__name__}" for module in op.modules]
+    parts += [f".. autoclass:: torchbp.nn.{_call(module)}" for module in op.modules]
     if home is not None:
         derivation = (sys.modules[home].__doc__ or "").strip()
         parts.append(
@@ -54,9 +55,14 @@ def _section(name: str, op: Op, home: str | None) -> str:
     return "\n\n".join(parts)
 
 
+def _call(module: type[nn.Module]) -> str:
+    """Return the name, with empty brackets where there is nothing to say to the constructor."""
+    return module.__name__ + "()" * (module.__init__ is nn.Module.__init__)
+
+
 def _formula(self: Any, node: Node) -> None:
     """Write a formula as MathML, which browsers show without a script from elsewhere."""
-    self.body.append(tex2mathml(node.astext(), as_block=node.tagname == "math_block"))
+    self.body.append(tex2mathml(node.astext(), as_block=isinstance(node, math_block)))
     raise SkipNode
 
 

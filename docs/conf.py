@@ -29,6 +29,8 @@ napoleon_numpy_docstring = False
 
 html_math_renderer = "mathml"  # of _reference.py
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_title = "torchbp"
 html_copy_source = False
 html_show_sphinx = False
