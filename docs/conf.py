@@ -26,6 +26,7 @@ autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Returns"]  # prose: what stands before its first colon is not a type
 
 html_math_renderer = "mathml"  # of _reference.py
 html_theme = "furo"
