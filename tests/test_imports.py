@@ -65,6 +65,7 @@ def modules_after(statement: str) -> set[str]:
         ("import torchbp; dir(torchbp)", {"torch", "tensorboard", "numpy"}),
         ("import torchbp; torchbp.nn.Linear; torchbp.watch; torchbp.gradcheck", {"tensorboard"}),
         ("import torchbp.tensorboard", {"torch"}),
+        ("import torchbp; torchbp.tensorboard", {"torch"}),
     ],
 )
 def test_imports_are_light(statement, absent):
@@ -77,6 +78,8 @@ def test_public_face():
     for name in torchbp.__all__:
         assert getattr(torchbp, name) is not None
         assert name in dir(torchbp)
+    for part in ("monitor", "swap", "tensorboard"):
+        assert getattr(torchbp, part).__name__ == f"torchbp.{part}"
     with pytest.raises(AttributeError, match="has no attribute 'sigmoid'"):
         _ = torchbp.sigmoid
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torchbp.swap import convert as convert
     from torchbp.verify import gradcheck as gradcheck
 
-# Public name -> where it lives. Nothing is imported before it is asked for (PEP 562), so that
+# Public name, or part that has more of them -> where it lives. Nothing is imported before it is asked for (PEP 562), so that
 # `import torchbp` costs nothing and `torchbp.tensorboard` never meets torch.
 _HOME = {
     "convert": "torchbp.swap",
@@ -25,8 +25,11 @@ _HOME = {
     "lean_scope": "torchbp.recompute",
     "lr_range_test": "torchbp.monitor",
     "memory": "torchbp.recompute",
+    "monitor": "torchbp.monitor",
     "nn": "torchbp.nn",
     "revert": "torchbp.recompute",
+    "swap": "torchbp.swap",
+    "tensorboard": "torchbp.tensorboard",
     "watch": "torchbp.monitor",
 }
 
