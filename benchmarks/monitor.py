@@ -1,8 +1,9 @@
 """Times what ``torchbp.watch`` adds to a training step, beside what is done in its place.
 
 Plain and watched models train in turns, block by block, in one process on one thread; what is counted is the
-time of the process, so that the writer's thread is in it too. ``make bench-monitor`` writes
-benchmarks/data/monitor-cpu-<date>.json and prints the table. ``wandb`` is timed where it is installed.
+time of the process, so that the writer's thread is in it too. A row covers a whole number of drains.
+``make bench-monitor`` writes benchmarks/data/monitor-cpu-<date>.json and prints the table. ``wandb`` is
+timed where it is installed.
 """
 
 import argparse
@@ -97,7 +98,8 @@ class Task:
     Attributes:
         model: Makes the model.
         inputs: Makes inputs and targets.
-        block: Steps a block, for the plain model.
+        block: Steps a block: few where a step takes long, so that the machine is the same for both.
+            A multiple of 10, which is ``sample_every``.
     """
 
     model: Callable[[], nn.Module]
@@ -113,9 +115,11 @@ TASKS = {
         _resnet, lambda: (torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))), 10
     ),
     "GPT, 12 layers of 192": Task(
-        GPT, lambda: (torch.randint(0, 65, (8, 128)), torch.randint(0, 65, (8, 128))), 10
+        GPT, lambda: (torch.randint(0, 65, (2, 128)), torch.randint(0, 65, (2, 128))), 10
     ),
 }
+
+_DRAIN = 50  # steps from one drain to the next
 
 After = Callable[[int, Tensor], None]
 
@@ -219,36 +223,39 @@ def measure(name: str, way: str, seconds: float) -> dict[str, Any]:
     task = TASKS[name]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as end:
         ours, plain = (Training(task, w, folder, end) for w in (way, "nothing"))
-        for training in (ours, plain):  # beyond the first steps, which are all sampled
-            training.block(max(task.block, 20))
-        times: tuple[list[float], list[float]] = ([], [])
+        # Beyond the first steps, which are all sampled. No block ends before a sampled step, for
+        # then the hook for every module of the process would be there while the plain model runs.
+        for training in (ours, plain):
+            training.block(task.block + 5)
+        pairs: list[tuple[float, float]] = []
         until = time.perf_counter() + seconds
-        while time.perf_counter() < until or len(times[0]) < 6:
-            order = (0, 1) if len(times[0]) % 2 else (1, 0)
-            for which in order:
-                times[which].append((ours, plain)[which].block(task.block))
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    low, high = interval(ratios)
+        while time.perf_counter() < until or len(pairs) * task.block % _DRAIN or len(pairs) < 6:
+            first, second = (ours, plain) if len(pairs) % 2 else (plain, ours)
+            a, b = first.block(task.block), second.block(task.block)
+            pairs.append((a, b) if first is ours else (b, a))
+    low, high = interval(pairs)
+    watched, bare = map(statistics.fmean, zip(*pairs, strict=True))
     return {
         "model": name,
         "way": way,
-        "ratio": statistics.median(ratios),
+        "ratio": watched / bare,
         "low": low,
         "high": high,
-        "blocks": len(ratios),
+        "blocks": len(pairs),
         "steps_a_block": task.block,
-        "plain_us": 1e6 * statistics.median(times[1]),
-        "added_us": 1e6 * statistics.median(a - b for a, b in zip(*times, strict=True)),
+        "plain_us": 1e6 * bare,
+        "added_us": 1e6 * (watched - bare),
+        "load_average": os.getloadavg()[0],
     }
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the 95 % interval of the median, by resampling."""
+def interval(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return the 95 % interval of the ratio of the means, by resampling the pairs."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.tensor(values)[
-        torch.randint(len(values), (2000, len(values)), generator=generator)
-    ]
-    low, high = drawn.median(1).values.quantile(torch.tensor([0.025, 0.975])).tolist()
+    chosen = torch.randint(len(pairs), (2000, len(pairs)), generator=generator)
+    sums = torch.tensor(pairs, dtype=torch.float64)[chosen].sum(1)
+    ratios = sums[:, 0] / sums[:, 1]
+    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 

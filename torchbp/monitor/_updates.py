@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from torchbp.monitor._diagnosis import Reading
+from torchbp.monitor._diagnosis import Layers, Reading
 
 __all__ = ["Updates", "updates"]
 
@@ -33,12 +34,19 @@ def updates(reading: Reading) -> Updates | None:
     first = reading.memory.setdefault("first", reading.values["weight_norm"])
     if first.shape != ratios.shape:
         return None
-    kinds = np.array(layers.kinds)
-    norms = np.char.find(kinds, "Norm") >= 0
-    free = np.append(~norms[1:], True) & (np.char.find(kinds, "Embedding") < 0)
-    usable = layers.matrices & free[layers.owner] & (first > 0) & np.isfinite(ratios) & (ratios > 0)
+    if "judged" not in reading.memory:
+        reading.memory["judged"] = _judged(layers) & (first > 0)
+    usable = reading.memory["judged"] & np.isfinite(ratios) & (ratios > 0)
     if not usable.any():
         return None
     chosen = ratios[usable]
     names = [layers.names[i] for i in layers.owner[usable]]
     return Updates(float(np.median(np.log10(chosen))), names, chosen)
+
+
+def _judged(layers: Layers) -> NDArray[np.bool_]:
+    """Return bool ``(P,)``: weights that are no table and stand before no normalization."""
+    kinds = np.array(layers.kinds)
+    norms = np.char.find(kinds, "Norm") >= 0
+    free = np.append(~norms[1:], True) & (np.char.find(kinds, "Embedding") < 0)
+    return layers.matrices & free[layers.owner]

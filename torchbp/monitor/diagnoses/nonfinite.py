@@ -17,10 +17,11 @@ def examine(reading: Reading) -> Iterator[Suspicion]:
     """Yield one suspicion, at the last layer whose gradient is not finite."""
     norms = reading.values["layer_gradient_norm"]
     loss = reading.values.get("loss_train")
-    bad = np.flatnonzero(~np.isfinite(norms))
+    finite = np.isfinite(norms)
     lost = loss is not None and not np.isfinite(loss).all()
-    if not len(bad) and not lost:
+    if finite.all() and not lost:
         return
+    bad = np.flatnonzero(~finite)
     layers = reading.layers
     with_parameters = np.unique(layers.owner)
     said = "the training loss is not finite" if loss is not None and lost else ""
