@@ -1,7 +1,7 @@
 """Times what ``torchbp.watch`` adds to a training step, beside what is done in its place.
 
 Plain and watched models train in turns, block by block, in one process on one thread; what is counted is the
-time of the process, so that the writer's thread is in it too. A row covers a whole number of drains.
+time of the process, so that the writer's thread is in it too.
 ``make bench-monitor`` writes benchmarks/data/monitor-cpu-<date>.json and prints the table. ``wandb`` is
 timed where it is installed.
 """
@@ -119,8 +119,6 @@ TASKS = {
     ),
 }
 
-_DRAIN = 50  # steps from one drain to the next
-
 After = Callable[[int, Tensor], None]
 
 
@@ -229,7 +227,7 @@ def measure(name: str, way: str, seconds: float) -> dict[str, Any]:
             training.block(task.block + 5)
         pairs: list[tuple[float, float]] = []
         until = time.perf_counter() + seconds
-        while time.perf_counter() < until or len(pairs) * task.block % _DRAIN or len(pairs) < 6:
+        while time.perf_counter() < until or len(pairs) < 5:
             first, second = (ours, plain) if len(pairs) % 2 else (plain, ours)
             a, b = first.block(task.block), second.block(task.block)
             pairs.append((a, b) if first is ours else (b, a))
