@@ -28,12 +28,22 @@ class Unseen:
 FIRST: dict[str, Unseen] = {}
 SECOND: dict[str, Unseen] = {}
 THIRD: dict[str, Unseen] = {}
-SETS = {"first set of unseen wrong functions": FIRST, "second set": SECOND, "third set": THIRD}
+FOURTH: dict[str, Unseen] = {}
+SETS = {
+    "first set of unseen wrong functions": FIRST,
+    "second set": SECOND,
+    "third set": THIRD,
+    "fourth set": FOURTH,
+}
 
 
 def every():
     """Import the files, which fill the sets."""
     from tests.verify.unseen import (  # noqa: F401
+        fourth,
+        fourth_indices,
+        fourth_layers,
+        fourth_losses,
         indexing,
         layers,
         layers_weighted,
