@@ -119,6 +119,16 @@ def test_hinge_embedding_of_infinite_distances():
     assert gradient(F.hinge_embedding_loss, x, t, reduction="sum").tolist() == [1, 0, 1, -1]
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("swap", [False, True])
+def test_triplet_margin_of_empty_vectors(reduction, swap):
+    vectors = [torch.zeros(3, 0, requires_grad=True) for _ in range(3)]
+    y = F.triplet_margin_loss(*vectors, margin=2.0, swap=swap, reduction=reduction)
+    assert y.tolist() == {"none": [2.0] * 3, "sum": 6.0, "mean": 2.0}[reduction]
+    y.sum().backward()
+    assert all(v.grad.shape == (3, 0) for v in vectors)
+
+
 def test_gaussian_variance_below_its_floor():
     """As in torch the floor counts in the value, and lets the gradient through; second derivatives follow."""
     x, t = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)

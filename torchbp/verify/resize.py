@@ -1,4 +1,4 @@
-"""The sample at other sizes: every dimension of one size, in whatever input, made another."""
+"""The sample at other sizes: every dimension of one size, in whatever input, made another; and at other scales."""
 
 import math
 
@@ -9,7 +9,9 @@ from torchbp.verify.cases import Case
 from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.tolerance import largest
 
-__all__ = ["accepts", "fits", "free_sizes", "one_more", "resized"]
+__all__ = ["FACTORS", "accepts", "fits", "free_sizes", "one_more", "resized", "scaled"]
+
+FACTORS = (2.0**-6, 2.0**3)  # other scales: clamps, other branches
 
 
 def resized(case: Case, sizes: dict[int, int]) -> Case:
@@ -32,6 +34,11 @@ def resized(case: Case, sizes: dict[int, int]) -> Case:
         return t
 
     return case.edited(change)
+
+
+def scaled(case: Case, factor: float) -> Case:
+    """Return the case with its leaves ``factor`` times as large."""
+    return case.edited(lambda i, t: t * factor if i in case.where else t) if factor != 1 else case
 
 
 def free_sizes(case: Case, most: int = 3) -> list[int]:

@@ -21,19 +21,21 @@ NAME = "raw_gradients"
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    leaves = case.fresh()
-    outputs = case.forward(leaves)
+    leaves, outputs = case.kept
     nodes = [n for n in graph(outputs) if isinstance(n, BackwardCFunction)]
     if not nodes:
         raise NotApplicable("no autograd.Function written in Python")
     incoming: dict[Any, tuple[Any, ...]] = {}
 
-    def keep(node: Any) -> None:
-        node.register_prehook(lambda grads: incoming.update({node: tuple(grads)}))
+    def keep(node: Any) -> Any:
+        return node.register_prehook(lambda grads: incoming.update({node: tuple(grads)}))
 
-    for node in nodes:
-        keep(node)
-    case.backward(outputs, leaves, case.plain.cotangents, retain_graph=True)
+    hooks = [keep(node) for node in nodes]
+    try:
+        case.backward(outputs, leaves, case.plain.cotangents, retain_graph=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
     for node, grads in incoming.items():
         given = [torch.zeros((), device=leaves[0].device) if g is None else g for g in grads]
         if any(g is None for g in grads):

@@ -6,10 +6,9 @@ from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.lines import check_lines
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts
+from torchbp.verify.resize import FACTORS, accepts, scaled
 
 NAME = "scales"
-FACTORS = (2.0**-6, 2.0**3)
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -17,7 +16,10 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("forward gives other values each time it is called")
     tested = False
     for factor in FACTORS:
-        other = case.edited(lambda i, t, by=factor: t * by if i in case.where else t)
+        if factor in case.memo.get("scaled", ()):  # by sizes
+            tested = True
+            continue
+        other = scaled(case, factor)
         if not accepts(other):
             continue
         tested = True

@@ -34,18 +34,17 @@ def _run(case: Case) -> Iterator[Finding]:
         if not (leaf.is_complex() or case.names[i].startswith("parameter"))
     ]
     tested = False
-    for ties in (*(_neighbours(case, i) for i in inputs), _across(case, inputs)):
+    for ties in ([tie for i in inputs for tie in _neighbours(case, i)], _across(case, inputs)):
         try:
-            sides = (
-                [_flat(_nudged(case, ties, (side,)).plain.grads) for side in (0, 1)] if ties else []
-            )
+            one, other = (_nudged(case, ties, (side,)) for side in (0, 1))
+            sides = [_flat(c.plain.grads) for c in (one, other)] if ties else []
         except ForwardRaised:
             continue
         tested = tested or bool(ties)
         if (
             ties and ties[0][0][0] != ties[0][1][0]
         ):  # inputs that are equal are often divided by their difference
-            undefined = _not_a_number(case, ties[0])
+            undefined = _not_a_number(case, ties[0], one)
             if undefined:
                 yield undefined
                 continue
@@ -149,11 +148,11 @@ def _at_tie(case: Case, tie: Tie) -> Finding | None:
     return None
 
 
-def _not_a_number(case: Case, tie: Tie) -> Finding | None:
+def _not_a_number(case: Case, tie: Tie, beside: Case) -> Finding | None:
     """Return a gradient that is NaN at the tie, where forward is finite, and beside it the gradient too."""
-    tied, beside = (_nudged(case, [tie], sides).plain for sides in ((), (0,)))
+    tied = _nudged(case, [tie], ()).plain
     finite = all(bool(y.isfinite().all()) for y in tied.outputs) and bool(
-        _flat(beside.grads).isfinite().all()
+        _flat(beside.plain.grads).isfinite().all()
     )
     if not finite or not bool(_flat(tied.grads).isnan().any()):
         return None

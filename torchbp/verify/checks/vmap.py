@@ -25,7 +25,7 @@ def _run(case: Case) -> Iterator[Finding]:
     n = len(case.leaves)
     refused = []
     tried = set()
-    for in_dim in (0, 1, -1):
+    for in_dim in (0, -1):
         dims = tuple(in_dim % (leaf.dim() + 1) if leaf.dim() else 0 for leaf in case.leaves)
         if dims in tried:
             continue
