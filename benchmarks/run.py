@@ -211,8 +211,12 @@ def main() -> int:
     path = DATA / f"{args.name}-{args.device}-{date}.json"
     rows = stored_rows(path) if args.resume else []
     known = {tuple(r[k] for k in ("op", "dtype", "threads", "n")) for r in rows}
-    wanted = itertools.product(ops, args.dtypes, threads, args.sizes)
-    rest = [w for w in wanted if (w[0].name, *w[1:]) not in known]
+    rest = [
+        (op, dtype, count, n)
+        for op in ops
+        for dtype, count, n in itertools.product(args.dtypes, threads, args.sizes)
+        if (op.name, dtype, count, n) not in known
+    ]
     settle_allocator()
     start = time.monotonic()
     for done, (op, dtype, count, n) in enumerate(rest):

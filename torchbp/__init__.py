@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torchbp.swap import convert as convert
     from torchbp.verify import gradcheck as gradcheck
 
-# Public name, or part that has more of them -> where it lives. Nothing is imported before it is asked for (PEP 562), so that
-# `import torchbp` costs nothing and `torchbp.tensorboard` never meets torch.
+# Public name, or part with more of them -> where it lives. Nothing is imported before it is asked for (PEP 562): so
+# `import torchbp` costs nothing, and `torchbp.tensorboard` never meets torch.
 _HOME = {
     "convert": "torchbp.swap",
     "functional": "torchbp.functional",

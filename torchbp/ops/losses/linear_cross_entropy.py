@@ -140,7 +140,7 @@ class LinearCrossEntropyFunction(Function):
             rule = "one backward, without create_graph, where there is a process_group"
             raise RuntimeError(wrong(NAME, rule, "another", "gather the weight first"))
         if plain:
-            made, _, _ = by_chunks(x, weight, bias, target, w, given, grad, need)
+            made = by_chunks(x, weight, bias, target, w, given, grad, need)[0]
             gradients = (made.x, made.weight, made.bias)
             return *(None if t is None else t.to(x.dtype) for t in gradients), *others
         g = gradient_of_logits(x, weight, bias, target, w, grad, given)
