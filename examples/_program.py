@@ -133,7 +133,7 @@ def draw_heat_map(
         axes.text(
             j,
             i,
-            f"{value:.0f}",
+            str(round(value)),
             ha="center",
             va="center",
             fontsize=8,
