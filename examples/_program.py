@@ -118,28 +118,29 @@ def draw_pictures(path: Path, rows: Mapping[str, torch.Tensor]) -> None:
 def draw_heat_map(
     path: Path, values: list[list[float]], rows: list[str], columns: list[str], title: str
 ) -> None:
-    """Draw log10 of ``values``, with their exponents written in, into a PNG file."""
+    """Draw ``values``, coloured by their logarithm and with its nearest power of ten written in, into a PNG file."""
     import numpy as np
     from matplotlib.figure import Figure
 
     logs = np.log10(np.maximum(np.array(values), 1e-45))
-    figure = Figure(figsize=(2 + len(columns), 1 + 0.28 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(2.5 + 1.2 * len(columns), 1 + 0.28 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(logs, cmap="viridis", aspect="auto", vmin=-12, vmax=2)
-    axes.set(title=title, xticks=range(len(columns)), yticks=range(len(rows)))
+    axes.set(xticks=range(len(columns)), yticks=range(len(rows)))
+    figure.suptitle(title, fontsize=10)
     axes.set_xticklabels(columns)
     axes.set_yticklabels(rows, fontsize=8)
     for (i, j), value in np.ndenumerate(logs):
         axes.text(
             j,
             i,
-            str(round(value)),
+            f"$10^{{{round(value)}}}$",
             ha="center",
             va="center",
             fontsize=8,
             color="w" if value < -4 else "k",
         )
-    figure.colorbar(image)
+    figure.colorbar(image, label="log10")
     _save(figure, path)
 
 

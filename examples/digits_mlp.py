@@ -1,42 +1,30 @@
 """A classifier of handwritten digits, every backward pass in it written by hand, watched while it trains.
 
-Run it: ``python examples/digits_mlp.py``; then ``tensorboard --logdir runs``. Everything but the two marked lines is
-an ordinary PyTorch script.
+Everything but the two marked lines is an ordinary PyTorch script.
 """
 
-import argparse
-import time
-from pathlib import Path
+import sys
 
 import torch
-from rich.progress import track
-from sklearn.datasets import load_digits
+from _data import digits
+from _program import finish, parser, track
 
 import torchbp
 from torchbp import nn  # (1) torch.nn's names
 
 
-def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return training images and labels, then test images and labels; every fifth is for the test."""
-    pixels, labels = load_digits(return_X_y=True)
-    x, y = torch.from_numpy(pixels).float() / 16, torch.from_numpy(labels)
-    test = torch.arange(len(x)) % 5 == 0
-    return x[~test], y[~test], x[test], y[test]
-
-
-def main() -> None:
+def main() -> int:
     """Train, and tell how it went."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument(
-        "--log-dir", type=Path, default=Path("runs") / time.strftime("digits-%Y%m%d-%H%M%S")
-    )
-    args = parser.parse_args()
+    options = parser(__doc__, "digits_mlp")
+    options.add_argument("--epochs", type=int, default=30)
+    options.add_argument("--batch", type=int, default=64)
+    options.add_argument("--lr", type=float, default=1e-3)
+    args = options.parse_args()
+    torch.manual_seed(args.seed)
+    data = digits()
+    x, y, test_x = data.x.flatten(1), data.y, data.test_x.flatten(1)
+    epochs = 2 if args.small else args.epochs
 
-    torch.manual_seed(0)
-    x, y, test_x, test_y = data()
     model = nn.Sequential(
         nn.Linear(64, 128), nn.LayerNorm(128), nn.ReLU(), nn.Dropout(0.2),
         nn.Linear(128, 128), nn.LayerNorm(128), nn.ReLU(), nn.Dropout(0.2),
@@ -46,7 +34,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), args.lr)
 
     with torchbp.watch(model, optimizer, log_dir=args.log_dir) as monitor:  # (2)
-        for _ in track(range(args.epochs), "training"):
+        for _ in track(range(epochs), epochs, f"training on {data.name}"):
             model.train()
             for rows in torch.randperm(len(x)).split(args.batch):
                 loss = criterion(model(x[rows]), y[rows])
@@ -56,13 +44,16 @@ def main() -> None:
                 monitor.log_loss(train=loss)
             model.eval()
             with torch.no_grad():
-                monitor.log_loss(val=criterion(model(test_x), test_y))
+                monitor.log_loss(val=criterion(model(test_x), data.test_y))
 
-    accuracy = (model(test_x).argmax(1) == test_y).float().mean().item()
-    print(f"test accuracy {accuracy:.1%}")
-    print(monitor.summary())
-    print(f"tensorboard --logdir {args.log_dir}")
+    accuracy = (model(test_x).argmax(1) == data.test_y).float().mean().item()
+    return finish(
+        args,
+        {"test accuracy": accuracy},
+        promised={"test accuracy is at least 96 %": accuracy >= 0.96},
+        monitor=monitor,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -111,7 +111,7 @@ def main() -> int:
         values,
         rows,
         [f"{d} layers" for d in depths],
-        "log10 of the share",
+        "error signal at the first layer, share of the last layer's",
     )
     if args.small:
         return finish(args, {"networks": float(len(found))}, promised={})

