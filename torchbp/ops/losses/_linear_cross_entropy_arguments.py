@@ -70,10 +70,10 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
 
 def _check_indices(target: Tensor, positions: tuple[int, ...]) -> None:
     if target.shape != positions:
-        same = target.dim() == len(positions)
+        rows = positions and target.dim() and target.shape[0] != positions[0]
         rule = f"a target of shape {positions}, or of the logits' with probabilities"
         message = wrong(NAME, rule, shape(target), "pass one index for each position")
-        raise (ValueError if same else RuntimeError)(message)
+        raise (ValueError if rows else RuntimeError)(message)
     if target.dtype not in (torch.int64, torch.uint8):
         rule = "class indices of dtype int64 or uint8"
         raise RuntimeError(wrong(NAME, rule, target.dtype, "probabilities have the logits' shape"))

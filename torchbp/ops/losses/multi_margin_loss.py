@@ -154,10 +154,9 @@ def multi_margin_loss(
     if p not in (1, 2):
         raise ValueError(wrong(_NAME, "p to be 1 or 2", p, "pass one of them"))
     _check(input, target, weight)
-    single = input.dim() == 1
     (input,) = in_autocast_float32(input)
     loss = _multi_margin_loss(
-        input.unsqueeze(0) if single else input, target.reshape(-1), weight, p, margin, reduction
+        torch.atleast_2d(input), target.reshape(-1), weight, p, margin, reduction
     )
     return loss.squeeze(0) if target.dim() == 0 and loss.dim() else loss
 
@@ -165,15 +164,15 @@ def multi_margin_loss(
 def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
     if not input.is_floating_point():
         raise NotImplementedError(wrong(_NAME, "floating-point input", input.dtype, "cast it"))
-    if input.dim() not in (1, 2):
+    if input.dim() > 2:
         raise RuntimeError(wrong(_NAME, "input (N, C) or (C,)", shape(input), "reshape it"))
-    classes, rows = input.shape[-1], input.shape[0] if input.dim() == 2 else 1
+    rows, classes = torch.atleast_2d(input).shape
+    if weight is not None and weight.dim() != 1:
+        raise ValueError(wrong(_NAME, f"weight ({classes},)", shape(weight), "flatten it"))
     if target.numel() != rows or target.dim() > 1 or target.dtype != torch.int64:
         rule, got = f"{rows} int64 class indices", f"{target.dtype} {shape(target)}"
         raise RuntimeError(wrong(_NAME, rule, got, "one for each row of scores"))
     if weight is not None:
-        if weight.dim() != 1:
-            raise ValueError(wrong(_NAME, f"weight ({classes},)", shape(weight), "flatten it"))
         if weight.numel() != classes:
             raise RuntimeError(wrong(_NAME, f"weight ({classes},)", shape(weight), "one a class"))
         if weight.requires_grad and torch.is_grad_enabled():

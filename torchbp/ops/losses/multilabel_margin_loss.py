@@ -145,20 +145,19 @@ def multilabel_margin_loss(
     reduction = named(_NAME, reduction, size_average, reduce)
     if not input.is_floating_point():
         raise NotImplementedError(wrong(_NAME, "floating-point input", input.dtype, "cast it"))
-    if input.shape != target.shape or input.dim() not in (1, 2) or target.dtype != torch.int64:
+    if input.shape != target.shape or input.dim() > 2 or target.dtype != torch.int64:
         rule = f"int64 target of the input's shape {shape(input)}, (N, C) or (C,)"
         raise RuntimeError(wrong(_NAME, rule, f"{target.dtype} {shape(target)}", "pad with -1"))
-    classes = input.shape[-1]
+    rows, targets = torch.atleast_2d(input), torch.atleast_2d(target)
+    classes = rows.shape[-1]
     if eager() and target.is_cpu and target.numel():
         low, high = (v.item() for v in torch.aminmax(target))
         if low < -1 or high >= classes:
             rule = f"class indices in [-1, {classes})"
             raise RuntimeError(wrong(_NAME, rule, f"[{low}, {high}]", "correct them"))
-    (input,) = in_autocast_float32(input)
-    if input.dim() == 2:
-        return _multilabel_margin_loss(input, target, reduction)
-    loss = _multilabel_margin_loss(input.unsqueeze(0), target.unsqueeze(0), reduction)
-    return loss.squeeze(0) if loss.dim() else loss
+    (rows,) = in_autocast_float32(rows)
+    loss = _multilabel_margin_loss(rows, targets, reduction)
+    return loss.squeeze(0) if input.dim() < 2 and loss.dim() else loss
 
 
 class MultiLabelMarginLoss(nn.MultiLabelMarginLoss):

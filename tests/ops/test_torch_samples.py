@@ -1,0 +1,193 @@
+"""torch's own samples: what its test suite calls its functions and Modules with, torchbp's are called with, too.
+
+Nobody here chose them: values and gradients must be torch's to rounding, and bad input must raise the same type.
+"""
+
+import warnings
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+import torchbp.functional as F
+import torchbp.nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # raised while torch's lists are made
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
+    from torch.testing._internal.common_utils import set_rng_seed
+
+DTYPES = (
+    torch.float64,
+    pytest.param(torch.float32, marks=pytest.mark.slow),
+    torch.complex64,
+)
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-10},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.complex64: {"rtol": 1e-4, "atol": 1e-5},
+}
+# Where torch's are not the measure, and why.
+HALF_CONSTANTS = {"hardsigmoid"}  # torch's float64 kernel multiplies with 1/6 in float32: 1e-8 off
+WIDER = {
+    ("silu", torch.complex64),  # torch refuses the derivative
+    ("linear_cross_entropy", "error"),  # torch refuses input of three dimensions
+}
+RANDOM = (
+    "dropout",
+    "rrelu",
+    "gumbel",
+)  # compared where nothing is drawn: tests/ops/test_special.py
+
+OPS = [
+    op
+    for op in op_db
+    if (own := getattr(F, op.name.rpartition(".")[2], None)) is not None
+    and own is not getattr(torch.nn.functional, op.name.rpartition(".")[2], own)
+    and not any(word in op.name for word in RANDOM)
+]
+MODULES = [
+    info
+    for info in module_db
+    if getattr(torchbp.nn, info.module_cls.__name__, info.module_cls) is not info.module_cls
+    and not any(word in info.module_cls.__name__.lower() for word in RANDOM)
+]
+
+
+def copied(structure):
+    def copy(x):
+        return x.detach().clone().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x
+
+    return tree_map(copy, structure)
+
+
+def tensors(structure):
+    return [x for x in tree_leaves(structure) if torch.is_tensor(x) and x.requires_grad]
+
+
+def outcome(function, args, kwargs, parameters=()):
+    """The output and the gradients along a random direction; or the type of the error."""
+    args, kwargs = copied(args), copied(kwargs)
+    leaves = [*tensors((args, kwargs)), *parameters]
+    try:
+        output = function(*args, **kwargs)
+        reached = tensors(output)
+        torch.manual_seed(1)
+        directions = [torch.randn_like(y) for y in reached]
+        grads = torch.autograd.grad(reached, leaves, directions, allow_unused=True)
+    except Exception as error:
+        return type(error)
+    return output, grads
+
+
+def assert_same(got, expected, tolerance):
+    if isinstance(expected, type) or isinstance(got, type):
+        assert got is expected
+        return
+    got, expected = tree_leaves(got), tree_leaves(expected)
+    assert len(got) == len(expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        if torch.is_tensor(theirs):
+            torch.testing.assert_close(ours, theirs, equal_nan=True, **tolerance)
+        else:
+            assert ours == theirs
+
+
+def of_log_probabilities(function, name):
+    """torch's CTC gradient is right only behind a log_softmax; there both are compared."""
+    if name not in {"ctc_loss", "CTCLoss"}:
+        return function
+    return lambda x, *args, **kwargs: function(x.log_softmax(-1), *args, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore")  # of deprecated arguments, in both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("listed", OPS, ids=lambda op: op.name + op.variant_test_name)
+def test_function(listed, dtype):
+    name = listed.name.rpartition(".")[2]
+    if dtype not in listed.dtypes or (name, dtype) in WIDER:
+        pytest.skip("torch has none")
+    set_rng_seed(0)
+    ours = of_log_probabilities(getattr(F, name), name)
+    theirs = of_log_probabilities(getattr(torch.nn.functional, name), name)
+    tolerance = TOLERANCE[dtype]
+    if name in HALF_CONSTANTS:
+        tolerance = TOLERANCE[torch.float32]
+    for sample in listed.sample_inputs("cpu", dtype, requires_grad=dtype in listed.backward_dtypes):
+        args = (sample.input, *sample.args)
+        expected = outcome(theirs, args, sample.kwargs)
+        assert_same(outcome(ours, args, sample.kwargs), expected, tolerance)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "listed", [op for op in OPS if op.error_inputs_func], ids=lambda op: op.name
+)
+def test_error(listed):
+    name = listed.name.rpartition(".")[2]
+    if (name, "error") in WIDER:
+        pytest.skip("torchbp takes more")
+    for error in listed.error_inputs("cpu"):
+        sample = error.sample_input
+        args = (sample.input, *sample.args)
+        expected = outcome(getattr(torch.nn.functional, name), args, sample.kwargs)
+        assert isinstance(expected, type)
+        assert outcome(getattr(F, name), args, sample.kwargs) is expected
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["train", "eval"]
+)
+@pytest.mark.parametrize("info", MODULES, ids=lambda info: info.module_cls.__name__)
+def test_module(info, training):
+    name, dtype = info.module_cls.__name__, torch.float64
+    set_rng_seed(0)
+    for given in info.module_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=True, training=training
+    ):
+        if given.forward_input is None:
+            continue
+        made = []
+        for kind in (getattr(torchbp.nn, name), info.module_cls):
+            torch.manual_seed(0)
+            made.append(
+                kind(*given.constructor_input.args, **given.constructor_input.kwargs)
+                .to(dtype)
+                .train(training)
+            )
+        ours, theirs = made
+        assert repr(ours) == repr(theirs)
+        assert_same(ours.state_dict(), theirs.state_dict(), {"rtol": 0, "atol": 0})
+        args, kwargs = given.forward_input.args, given.forward_input.kwargs
+        found = [
+            outcome(of_log_probabilities(module, name), args, kwargs, module.parameters())
+            for module in (ours, theirs)
+        ]
+        assert_same(*found, {"rtol": 1e-8, "atol": 1e-9})
+        assert_same(ours.state_dict(), theirs.state_dict(), {"rtol": 1e-8, "atol": 1e-9})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "info",
+    [info for info in MODULES if info.module_error_inputs_func],
+    ids=lambda info: info.module_cls.__name__,
+)
+def test_module_error(info):
+    def error_of(kind, given):
+        try:
+            module = kind(*given.constructor_input.args, **given.constructor_input.kwargs)
+            if given.forward_input is not None:
+                module(*given.forward_input.args, **given.forward_input.kwargs)
+        except Exception as error:
+            return type(error)
+        return None
+
+    for wrong in info.module_error_inputs_func(
+        info, device="cpu", dtype=torch.float64, requires_grad=False, training=True
+    ):
+        given = wrong.module_error_input
+        expected = error_of(info.module_cls, given)
+        assert error_of(getattr(torchbp.nn, info.module_cls.__name__), given) is expected
