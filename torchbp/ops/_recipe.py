@@ -49,6 +49,7 @@ class Note:
             with it.
         arguments: Of the call; a tensor is :class:`Saved`, :class:`Edge`, or a small copy. ``None`` where one is none
             of these: the output cannot be made again.
+        over: As ``again``, but writes the output over its first argument; ``None`` where the op has no ``inplace``.
         flops: Floating-point operations that making it again takes; 0 for what is cheap.
         version: Of the output, as the call left it.
         storage: Of the output.
@@ -61,6 +62,7 @@ class Note:
 
     again: Callable[..., Any]
     arguments: tuple[Any, ...] | None
+    over: Callable[..., Any] | None
     flops: int
     version: int
     storage: int
@@ -88,6 +90,11 @@ def noting(
     in_place = names.index("inplace") if "inplace" in names else None
     takes_outputs = len(signature(again).parameters) > len(names)
 
+    def over(*args: Any) -> Any:
+        return again(*args[:in_place], True, *args[in_place + 1 :])  # pyright: ignore[reportOptionalOperand]
+
+    over_or_none = None if in_place is None else over
+
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         function.setup_context(ctx, inputs, output)
         first = output if isinstance(output, Tensor) else output[0]
@@ -112,6 +119,7 @@ def noting(
         ctx.note = Note(
             again,
             None if arguments is None else tuple(arguments),
+            over_or_none,
             0 if flops is None else flops(*inputs),
             first._version + written,  # mark_dirty raises it once more, after this
             first.untyped_storage()._cdata,

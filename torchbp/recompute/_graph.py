@@ -17,7 +17,7 @@ from torchbp.ops import _recipe
 from torchbp.ops._recipe import Edge, Note, Saved
 from torchbp.recompute._budget import Plan
 from torchbp.recompute._kept import Kept, Made, Recipe, Share
-from torchbp.recompute._torch import DEAR, RULES, VIEWS, Operand
+from torchbp.recompute._torch import DEAR, OVER, RULES, VIEWS, Operand
 
 __all__ = ["kept_or_share"]
 
@@ -30,7 +30,6 @@ longest = 8
 _KEY = "torchbp"  # in the metadata of torch's own nodes
 _DENSE = (Tensor, nn.Parameter)
 _NO_AUTOCAST = (False, torch.bfloat16)
-_MISSING = object()
 
 
 class Reading(NamedTuple):
@@ -144,13 +143,11 @@ def _how(
     last = (note.version, note.storage)
     if note.witness._version != note.version if reading is None else reading != last:
         return None
-    parts = [_argument(node, a, dear) for a in note.arguments]
-    if any(p is _MISSING for p in parts):
+    parts = _arguments(node, note.arguments, dear)
+    if parts is None or not _last(parts):
         return None
-    if not _last(parts):
-        return None
-    recipe = Recipe(note.again, tuple(parts), note.autocast, note.device, note.flops)
-    return recipe, note.witness
+    args = (note.again, tuple(parts), note.autocast, note.device, note.flops, note.over)
+    return Recipe(*args), note.witness
 
 
 def _of_torch(node: Any, reading: Reading, output: Tensor | None, dear: bool) -> Recipe | None:
@@ -183,7 +180,7 @@ def _of_torch(node: Any, reading: Reading, output: Tensor | None, dear: bool) ->
         return None
     device = "cpu" if output is None else output.device.type
     flops = 0 if rule.flops is None or output is None else rule.flops(node, output)
-    return Recipe(call, tuple(parts), _NO_AUTOCAST, device, flops)
+    return Recipe(call, tuple(parts), _NO_AUTOCAST, device, flops, OVER.get(call))
 
 
 def _operand(
@@ -195,15 +192,25 @@ def _operand(
     return _along(node, operand.edge, reading, dear) if part is None else part
 
 
-def _argument(node: Any, argument: Any, dear: bool) -> Any:
-    """Return an argument that a note names, ready for a recipe."""
-    if type(argument) is Saved:
-        part = _part(node._raw_saved_tensors[argument.place])
-    elif type(argument) is Edge:
-        part = _along(node, argument.place, Reading(argument.version, argument.storage), dear)
-    else:
-        return Kept(argument) if isinstance(argument, Tensor) else argument
-    return _MISSING if part is None else part
+def _arguments(node: Any, arguments: tuple[Any, ...], dear: bool) -> list[Any] | None:
+    """Return the arguments that a note names, ready for a recipe; ``None`` if one is not there."""
+    parts: list[Any] = []
+    saved = node._raw_saved_tensors
+    for a in arguments:
+        part = a
+        if type(a) is Saved:
+            part = _part(saved[a.place])
+        elif type(a) is Edge:
+            part = _along(node, a.place, Reading(a.version, a.storage), dear)
+        elif isinstance(a, Tensor):
+            part = Kept(a)
+        elif a is None:
+            parts.append(None)
+            continue
+        if part is None:
+            return None
+        parts.append(part)
+    return parts
 
 
 def _along(

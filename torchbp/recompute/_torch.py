@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DEAR", "RULES", "VIEWS", "Operand"]
+__all__ = ["DEAR", "OVER", "RULES", "VIEWS", "Operand"]
 
 aten = torch.ops.aten
 
@@ -123,6 +123,18 @@ RULES = {
     "ReluBackward0": Rule(_always(torch.relu), _of_result),
     "SigmoidBackward0": Rule(_always(torch.sigmoid), _of_result),
     "TanhBackward0": Rule(_always(torch.tanh), _of_result),
+}
+
+# What writes a call's output over its first argument.
+OVER = {
+    torch.add: Tensor.add_,
+    torch.sub: Tensor.sub_,
+    torch.mul: Tensor.mul_,
+    torch.div: Tensor.div_,
+    torch.neg: Tensor.neg_,
+    torch.relu: Tensor.relu_,
+    torch.sigmoid: Tensor.sigmoid_,
+    torch.tanh: Tensor.tanh_,
 }
 
 
