@@ -172,6 +172,18 @@ def test_warns_where_no_recipe_was_used():
             torch.mm(w, w)
 
 
+def test_says_where_everything_is_small(monkeypatch):
+    monkeypatch.undo()
+    model = torchbp.convert(network())
+    with (
+        pytest.warns(UserWarning, match=r"expected outputs of 16 KiB or more .* got none in \d+"),
+        torchbp.lean_scope(),
+    ):
+        model(torch.randn(4, 6))
+    with pytest.warns(UserWarning, match="convert the model first"), torchbp.lean_scope():
+        torch.exp(torch.exp(torch.randn(64, 64, requires_grad=True)))
+
+
 def test_refuses_what_is_no_module():
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got function"):
         torchbp.lean(network)

@@ -18,9 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 from torchbp import swap
 from torchbp.ops import _recipe
 from torchbp.ops._errors import wrong
+from torchbp.recompute import _graph
 from torchbp.recompute._budget import Plan
 from torchbp.recompute._graph import kept_or_share
 from torchbp.recompute._kept import Kept, Share
+from torchbp.swap._hooks import remove_hooks
 
 __all__ = ["lean", "lean_scope", "revert"]
 
@@ -101,11 +103,7 @@ def revert(model: M) -> M:
         <class 'torch.nn.modules.linear.Linear'>
     """
     swap.revert(model)
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in hooks.items() if _is_ours(hook)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+    remove_hooks(model, _is_ours)
     return model
 
 
@@ -134,21 +132,23 @@ def lean_scope() -> Iterator[None]:
         if pack is not None:
             _close(pack)
     if pack is not None and pack.kept and not pack.shared:
-        message = wrong(
-            "lean_scope",
-            "outputs of torchbp's layers among what is kept for backward",
-            f"none in {pack.kept} tensors",
-            "convert the model first: torchbp.lean(model), or torchbp.convert(model)",
-        )
+        rule = "outputs of torchbp's layers"
+        advice = "convert the model first: torchbp.lean(model), or torchbp.convert(model)"
+        if pack.small and not pack.large:
+            rule = f"outputs of {_graph.small >> 10} KiB or more"
+            advice = "smaller ones are kept: a recipe would weigh more than they do"
+        rule += " among what is kept for backward"
+        message = wrong("lean_scope", rule, f"none in {pack.kept} tensors", advice)
         warnings.warn(message, UserWarning, stacklevel=3)
 
 
 class _Pack:
-    """The pack hook of one scope, which counts what it gives."""
+    """The pack hook of one scope, which counts what it gives, and whether it met outputs that are small, or large."""
 
     def __init__(self, plan: Plan | None) -> None:
         self.plan = plan
         self.kept = self.shared = 0
+        self.small = self.large = False
 
     def __call__(self, t: Tensor) -> Kept | Share:
         item = kept_or_share(t, self.plan)
@@ -156,6 +156,9 @@ class _Pack:
             self.shared += 1
         else:
             self.kept += 1
+            if not self.large and type(t) is Tensor and t.grad_fn is not None:
+                self.large = t.numel() * t.element_size() >= _graph.small
+                self.small = not self.large
         return item
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchbp.ops.linear.linear import Linear, linear
 from torchbp.ops.losses.linear_cross_entropy import linear_cross_entropy
 from torchbp.swap import _transformers
+from torchbp.swap._hooks import remove_hooks
 
 __all__ = ["fuse_loss", "separate_loss"]
 
@@ -61,11 +62,7 @@ def separate_loss(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(vars(module).get("_loss_function"), _FusedLoss):
             del vars(module)["_loss_function"]
-        for hooks, ours in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
-            for key in [k for k, hook in hooks.items() if hook is ours]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    remove_hooks(model, lambda hook: hook is _enter or hook is _leave)
 
 
 class _State(threading.local):
