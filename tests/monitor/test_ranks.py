@@ -65,9 +65,9 @@ try:
 except RuntimeError:
     assert fails
 print(json.dumps([rank, len(reductions), [v.kind for v in monitor.verdicts]]), flush=True)
-os._exit(0) if fails else None
 if world > 1:
-    dist.destroy_process_group()
+    dist.barrier() if not fails else None
+    os._exit(0)  # while the interpreter is torn down, gloo's threads may abort it (pytorch#179291)
 """
 
 
@@ -92,7 +92,8 @@ with torchbp.watch(model, optimizer, log_dir=folder, sample_every=1) as monitor:
             (model(0.2 + torch.randn(8, 60, generator=g)).mean() / micro).backward()
         optimizer.step()
 print(json.dumps([rank, 0, [v.kind for v in monitor.verdicts]]), flush=True)
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # while the interpreter is torn down, gloo's threads may abort it (pytorch#179291)
 """
 
 

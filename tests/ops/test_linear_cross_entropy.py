@@ -343,9 +343,11 @@ if world > 1:
     except IndexError as error:
         found["range"] = str(error)
 if rank == 0:
-    json.dump(found, open(sys.argv[1], "w"))
+    with open(sys.argv[1], "w") as file:
+        json.dump(found, file)
 if world > 1:
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # while the interpreter is torn down, gloo's threads may abort it (pytorch#179291)
 """
 
 
