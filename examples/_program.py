@@ -144,23 +144,21 @@ def draw_heat_map(
     _save(figure, path)
 
 
-def draw_lines(
-    path: Path,
-    curves: Mapping[str, list[tuple[float, float]]],
-    x: str,
-    y: str,
-    *,
-    log_x: bool = False,
-) -> None:
-    """Draw curves of ``(x, y)`` points into a PNG file."""
+Curves = Mapping[str, list[tuple[float, float]]]
+
+
+def draw_lines(path: Path, panels: Mapping[str, Curves], y: str, *, log_x: bool = False) -> None:
+    """Draw curves of ``(x, y)`` points into a PNG file: a panel for each ``x``, side by side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, points in curves.items():
-        axes.plot(*zip(*points, strict=True), label=name)
-    axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear")
-    axes.legend(fontsize=8)
+    figure = Figure(figsize=(7 if len(panels) == 1 else 5 * len(panels), 4), layout="constrained")
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (x, curves) in zip(row, panels.items(), strict=True):
+        for name, points in curves.items():
+            axes.plot(*zip(*points, strict=True), label=name)
+        axes.set(xlabel=x, xscale="log" if log_x else "linear")
+        axes.legend(fontsize=8)
+    row[0].set_ylabel(y)
     _save(figure, path)
 
 

@@ -1,7 +1,8 @@
 """The levers: batch size. What a larger batch buys, against steps and against samples, and the measured noise scale.
 
 The gradient noise scale B = S/‖G‖² (McCandlish et al. 2018, arXiv:1812.06162) predicts where a larger batch stops
-saving steps: far below it, twice the batch halves the steps; far above it, it only costs samples.
+saving steps: far below it, twice the batch halves the steps; far above it, it only costs samples. With batches of b,
+steps are in proportion to 1 + B/b.
 """
 
 import argparse
@@ -91,29 +92,38 @@ def main() -> int:
         for b in track(sizes, len(sizes), f"training on {data.name}")
     }
     noise, low, high = measure_noise(data, args, noisy)
-    print(f"  batch  steps to loss {TARGET}   samples")
+    predicted = {b: 1 + noise / b for b in sizes}  # steps, of those with no noise
+    print(f"noise scale {noise:.0f}, in [{low:.0f}, {high:.0f}]; steps to loss {TARGET}:")
+    print("  batch  steps  of the largest batch's  predicted  samples")
     for batch, (steps, _) in found.items():
-        print(f"  {batch:5}  {steps:18}  {batch * steps:8}")
+        share, expected = steps / found[sizes[-1]][0], predicted[batch] / predicted[sizes[-1]]
+        print(f"  {batch:5}  {steps:5}  {share:22.1f}  {expected:9.1f}  {batch * steps:7}")
     curves = {
-        f"batch {b}": [
-            (float(s), n) for s, n in zip(range(args.check, 10**6, args.check), c, strict=False)
-        ]
+        b: [(float(s), n) for s, n in zip(range(args.check, 10**6, args.check), c, strict=False)]
         for b, (_, c) in found.items()
     }
-    draw_lines(args.log_dir / "batch_size.png", curves, "step", "test loss", log_x=True)
-    first, last = sizes[0], sizes[-1]
+    by_step = {f"batch {b}": curve for b, curve in curves.items()}
+    by_sample = {f"batch {b}": [(s * b, n) for s, n in curve] for b, curve in curves.items()}
+    panels = {"steps": by_step, "samples": by_sample}
+    draw_lines(args.log_dir / "batch_size.png", panels, "test loss", log_x=True)
+    first, second, last = sizes[0], sizes[1], sizes[-1]
     saved = found[first][0] / max(found[last][0], 1)
+    fewer = found[second][0] / found[first][0]
     return finish(
         args,
         {
             "noise scale": noise, "its interval, from": low, "to": high,
             f"steps saved by {last // first} times the batch": saved,
-            "steps in batches of 64, of those in 16": found[sizes[1]][0] / found[first][0],
+            f"steps in batches of {second}, of those in {first}": fewer,
+            "the noise scale predicts": predicted[second] / predicted[first],
         },
         promised={
             "the noise scale was measured": low <= noise <= high,
             "a larger batch needs fewer steps": saved > 1.5,
             "but more samples": saved < last / first,
+            "as many as the noise scale predicts, to a third": (
+                2 / 3 < fewer / (predicted[second] / predicted[first]) < 3 / 2
+            ),
         },
     )  # fmt: skip
 

@@ -98,8 +98,7 @@ def main() -> int:
     found = {way: train(way, data, args, steps) for way in WAYS}
     draw_lines(
         args.log_dir / "angles.png",
-        {w: found[w][1] for w in WAYS[1:]},
-        "step",
+        {"step": {w: found[w][1] for w in WAYS[1:]}},
         "degrees to backpropagation",
     )
     last = {way: sum(a for _, a in found[way][1][-3:]) / 3 for way in WAYS}

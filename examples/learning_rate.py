@@ -111,12 +111,17 @@ def main() -> int:
     print("  optimizer  rate     schedule           test loss")
     for (kind, rate, schedule), curve in curves.items():
         print(f"  {kind:9}  {rate:7.1e}  {schedule:17}  {curve[-1][1]:9.3f}")
-    shown = {
-        f"{k} {r:.0e} {s}": c
+    optimizers = {
+        f"{k}, {r:.0e}": c
         for (k, r, s), c in curves.items()
-        if s != "constant" or r == suggested[k]
+        if r == suggested[k] and s == "constant"
     }
-    draw_lines(args.log_dir / "learning_rate.png", shown, "step", "test loss")
+    schedules = {s: c for (k, r, s), c in curves.items() if k == "Adam" and r == suggested[k]}
+    panels = {
+        "step; each at its suggested rate": optimizers,
+        "step; Adam under schedules": schedules,
+    }
+    draw_lines(args.log_dir / "learning_rate.png", panels, "test loss")
     final = {case: curve[-1][1] for case, curve in curves.items()}
     better = [
         final[k, suggested[k], "constant"]

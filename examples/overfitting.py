@@ -82,8 +82,7 @@ def main() -> int:
         )
     draw_lines(
         args.log_dir / "overfitting.png",
-        {r: c for r, (c, _) in found.items()},
-        "step",
+        {"step": {r: c for r, (c, _) in found.items()}},
         "validation loss",
     )
     last = {remedy: curve[-1][1] for remedy, (curve, _) in found.items()}

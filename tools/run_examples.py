@@ -1,6 +1,6 @@
 """Run every example in full, two at a time, and write what came out into docs/examples.md.
 
-``python tools/run_examples.py [NAME ...]``; without names all of them, and the table is written anew.
+``python tools/run_examples.py [NAME ...]``; of those not named the page keeps what their last run here gave.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -28,47 +28,42 @@ class Outcome:
         name: Its path below examples/, without ``.py``.
         status: Its exit status: 0 where all that it promises holds.
         seconds: Wall time.
-        told: Its ``results.json``; empty where it wrote none.
-        output: All that it printed.
     """
 
     name: str
     status: int
     seconds: float
-    told: dict
-    output: str
+
+    def told(self, logs: Path) -> dict:
+        """Return what it measured and stated; empty where it did not come so far."""
+        results = logs / self.name / "results.json"
+        return json.loads(results.read_text()) if results.exists() else {}
 
 
 def run(name: str, logs: Path) -> Outcome:
-    """Run an example on one core."""
+    """Run an example on one core; its output and outcome are kept beside its logs."""
     folder = logs / name
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--log-dir", str(folder)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     begin = time.perf_counter()
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        env=env,
-        cwd=ROOT,
-    )
-    seconds = time.perf_counter() - begin
-    results = folder / "results.json"
-    told = json.loads(results.read_text()) if results.exists() else {}
-    return Outcome(name, done.returncode, seconds, told, done.stdout)
+    with (folder / "output.txt").open("w") as output:
+        status = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, check=False, env=env, cwd=ROOT
+        ).returncode
+    outcome = Outcome(name, status, time.perf_counter() - begin)
+    (folder / "outcome.json").write_text(json.dumps(asdict(outcome)))
+    return outcome
 
 
-def row(outcome: Outcome) -> str:
+def row(outcome: Outcome, logs: Path) -> str:
     """Return the example's row of the table."""
     source = (ROOT / "examples" / f"{outcome.name}.py").read_text(encoding="utf-8")
     about = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0].rstrip(".")
-    results = "<br>".join(f"{k}: **{v:.4g}**" for k, v in outcome.told.get("results", {}).items())
-    promised = "<br>".join(
-        ("✓ " if v else "✗ ") + k for k, v in outcome.told.get("promised", {}).items()
-    )
+    told = outcome.told(logs)
+    results = "<br>".join(f"{k}: **{v:.4g}**" for k, v in told.get("results", {}).items())
+    promised = "<br>".join(("✓ " if v else "✗ ") + k for k, v in told.get("promised", {}).items())
     link = f"[{outcome.name}](../examples/{outcome.name}.py)"
     return f"| {link} | {about} | {results} | {promised} | {outcome.seconds:.0f} s |"
 
@@ -76,7 +71,7 @@ def row(outcome: Outcome) -> str:
 def write(outcomes: list[Outcome], logs: Path) -> None:
     """Write the table and the pictures into the page, between its marks."""
     rows = ["| Example | What | Measured | Stated and checked | Time |", "|-|-|-|-|-|"]
-    rows += [row(outcome) for outcome in outcomes]
+    rows += [row(outcome, logs) for outcome in outcomes]
     pictures = []
     for outcome in outcomes:
         for picture in sorted((logs / outcome.name).glob("*.png")):
@@ -95,29 +90,34 @@ def write(outcomes: list[Outcome], logs: Path) -> None:
 def main() -> int:
     """Run, tell each as it ends, write the page; 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="run these alone, and leave the page as it is")
+    parser.add_argument("names", nargs="*", help="run these alone")
     parser.add_argument("--log-dir", type=Path, default=ROOT / "runs" / "examples")
     args = parser.parse_args()
     folder = ROOT / "examples"
     programs = [*folder.glob("[a-z]*.py"), *folder.glob("frameworks/*.py")]
-    names = args.names or sorted(str(p.relative_to(folder).with_suffix("")) for p in programs)
+    every = sorted(str(p.relative_to(folder).with_suffix("")) for p in programs)
+    names = args.names or every
     begin = time.perf_counter()
-    outcomes = {}
+    failed = 0
     with ThreadPoolExecutor(max_workers=2) as pool:
-        for future in as_completed([pool.submit(run, name, args.log_dir) for name in names]):
+        futures = [pool.submit(run, name, args.log_dir) for name in names]
+        for number, future in enumerate(as_completed(futures), 1):
             outcome = future.result()
-            outcomes[outcome.name] = outcome
+            failed += outcome.status != 0
             state = "done" if outcome.status == 0 else f"FAILED with status {outcome.status}"
             print(
-                f"{len(outcomes):2}/{len(names)}  {outcome.name:28} {outcome.seconds:5.0f} s  {state}",
+                f"{number:2}/{len(names)}  {outcome.name:28} {outcome.seconds:5.0f} s  {state}",
                 flush=True,
             )
             if outcome.status:
-                print(outcome.output)
+                print((args.log_dir / outcome.name / "output.txt").read_text())
     print(f"all in {time.perf_counter() - begin:.0f} s; tensorboard --logdir {args.log_dir}")
-    if not args.names:
-        write([outcomes[name] for name in names], args.log_dir)
-    return int(any(outcome.status for outcome in outcomes.values()))
+    kept = [args.log_dir / name / "outcome.json" for name in every]
+    if all(path.exists() for path in kept):
+        write([Outcome(**json.loads(path.read_text())) for path in kept], args.log_dir)
+    else:
+        print(f"{PAGE.relative_to(ROOT)} stays as it is: some examples have not been run here")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
