@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 import torchbp.functional as F
@@ -118,6 +119,62 @@ def test_function(listed, dtype):
         args = (sample.input, *sample.args)
         expected = outcome(theirs, args, sample.kwargs)
         assert_same(outcome(ours, args, sample.kwargs), expected, tolerance)
+
+
+def second_order(function, args, kwargs):
+    """The gradients, and theirs along random directions."""
+    args, kwargs = copied(args), copied(kwargs)
+    leaves, outputs = tensors((args, kwargs)), tensors(function(*args, **kwargs))
+    torch.manual_seed(1)
+    directions = [torch.randn_like(y).requires_grad_() for y in outputs]
+    first = torch.autograd.grad(outputs, leaves, directions, create_graph=True, allow_unused=True)
+    reached = [g for g in first if g is not None and g.requires_grad]
+    further = [torch.randn_like(g) for g in reached]
+    return first, torch.autograd.grad(reached, leaves + directions, further, allow_unused=True)
+
+
+def forward_mode(function, args, kwargs):
+    """The output's change along a random direction of all inputs."""
+    torch.manual_seed(1)
+    with forward_ad.dual_level():
+
+        def dual(x):
+            known = torch.is_tensor(x) and x.requires_grad
+            return forward_ad.make_dual(x.detach(), torch.randn_like(x)) if known else x
+
+        output = function(*tree_map(dual, args), **tree_map(dual, kwargs))
+        return [forward_ad.unpack_dual(y).tangent for y in tree_leaves(output)]
+
+
+def mapped(function, args, kwargs):
+    """The outputs over a batch of two first arguments."""
+    first, *rest = tree_map(lambda x: x.detach() if torch.is_tensor(x) else x, args)
+    return torch.vmap(lambda x: function(x, *rest, **kwargs))(torch.stack([first, first / 2]))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("transform", [second_order, forward_mode, mapped])
+@pytest.mark.parametrize("listed", OPS, ids=lambda op: op.name + op.variant_test_name)
+def test_transform(listed, transform):
+    """What torch can do on its samples, torchbp can, with the same result."""
+    name = listed.name.rpartition(".")[2]
+    if name == "linear_cross_entropy":
+        pytest.skip("torch's is wrong there, with its options for chunks")
+    set_rng_seed(0)
+    ours = of_log_probabilities(getattr(F, name), name)
+    theirs = of_log_probabilities(getattr(torch.nn.functional, name), name)
+    for sample in listed.sample_inputs("cpu", torch.float64, requires_grad=True):
+        args = (sample.input, *sample.args)
+        try:
+            expected = transform(theirs, args, sample.kwargs)
+        except Exception:
+            continue
+        got = transform(ours, args, sample.kwargs)
+        zero = torch.zeros((), dtype=torch.float64)  # for None
+        for pair in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+            same_shape = torch.broadcast_tensors(*(zero if x is None else x for x in pair))
+            torch.testing.assert_close(*same_shape, rtol=1e-7, atol=1e-8, equal_nan=True)
 
 
 @pytest.mark.filterwarnings("ignore")
