@@ -1,44 +1,20 @@
 """The function under test and its sample, in one form that every check can call."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchbp.verify.raised import BackwardRaised, ForwardRaised, PastDeadline, reason
+from torchbp.verify.calls import Calls, Plain
+from torchbp.verify.observed import Observed, observe
+from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.sample import Sample
 from torchbp.verify.tensors import double, signed_like, tensors_in
 
-__all__ = ["Case", "Plain", "build"]
-
-
-class Plain(NamedTuple):
-    """Forward and backward as everybody runs them: what other ways of running are compared with."""
-
-    outputs: tuple[Tensor, ...]
-    cotangents: tuple[Tensor, ...]
-    grads: tuple[Tensor, ...]
-
-
-@dataclass
-class Calls:
-    """How often the function was called, its variants counted in; and until when it may be."""
-
-    forward: int = 0
-    backward: int = 0
-    until: float = float("inf")  # on the clock of time.perf_counter
-
-    def count(self, *, forward: int = 0, backward: int = 0) -> None:
-        """Count a call that is about to be made; raise :class:`PastDeadline` where none may."""
-        if time.perf_counter() > self.until:
-            raise PastDeadline
-        self.forward += forward
-        self.backward += backward
+__all__ = ["Case", "build"]
 
 
 class Case(Sample):
@@ -52,7 +28,7 @@ class Case(Sample):
         wrong_here: Whether the gradient is known to be wrong at the sample; its variants' need not be looked at then.
     """
 
-    measured = ("first", "plain", "again", "epsilon", "_positions")
+    measured = ("first", "plain", "second", "again", "nearby", "epsilon", "_positions")
     _positions: tuple[int, ...] | None = None  # which outputs require grad
 
     def __init__(
@@ -170,10 +146,15 @@ class Case(Sample):
             torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, full, strict=True)
         )
 
+    def graph(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Return the leaves and outputs of a new call."""
+        leaves = self.fresh()
+        return leaves, self.forward(leaves)
+
     def vjp(self, cotangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """Forward and backward on the sample."""
-        leaves = self.fresh()
-        return self.backward(self.forward(leaves), leaves, cotangents)
+        leaves, outputs = self.graph()
+        return self.backward(outputs, leaves, cotangents)
 
     def vjps(self, several: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
         """Several backwards through the first call's graph; a forward each where that can be run once only."""
@@ -239,12 +220,28 @@ class Case(Sample):
         return Plain(values, cotangents, tuple(g.detach().clone() for g in grads))
 
     @cached_property
-    def again(self) -> Plain:
-        """A second call, and its backward with the same grad_output."""
-        leaves = self.fresh()
-        outputs = self.forward(leaves)
-        grads = self.backward(outputs, leaves, [v.clone() for v in self.plain.cotangents])
-        return Plain(tuple(y.detach() for y in outputs), self.plain.cotangents, grads)
+    def second(self) -> tuple[Tensor, ...] | BackwardRaised:
+        """A second backward through the first call's graph, with the same grad_output; or what it raises."""
+        leaves, outputs = self.kept
+        try:
+            return self.backward(outputs, leaves, self.plain.cotangents, retain_graph=True)
+        except BackwardRaised as error:
+            return error
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether the first call's graph can be run more than once."""
+        return not isinstance(self.second, BackwardRaised)
+
+    @cached_property
+    def again(self) -> Observed:
+        """A second call, and its backward with the same grad_output, watched."""
+        return observe(self)
+
+    @cached_property
+    def nearby(self) -> "Case":
+        """The case with all floating-point tensors a sixteenth larger, which stays in most domains."""
+        return self.variant(_larger, parameters=True)
 
     @property
     def steady(self) -> bool:
@@ -275,6 +272,10 @@ class Case(Sample):
         """Return a random grad_output for each output."""
         generator = self.generator(purpose)
         return tuple(signed_like(y, generator) for y in outputs)
+
+
+def _larger(t: Tensor) -> Tensor:
+    return t * 1.0625 if t.is_floating_point() or t.is_complex() else t
 
 
 def build(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.raised import ForwardRaised
+from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, fits, free_sizes, resized
 
@@ -40,52 +40,101 @@ POINTS = (
 STEPS = (2.0**-12, 2.0**-15)
 FAR = (1e6, 1e10)  # where a gradient that has a limit at infinity has about reached it
 TOLERANCE = 1e-3
+SIDES = [(h, sign) for h in STEPS for sign in (-1, 1)]
+SIZE = torch.tensor(POINTS, dtype=torch.float64).abs().clamp(min=1.0).sqrt()
+# All that is asked of an input: the points, what lies beside them, and what is far away.
+ASKED = torch.cat(
+    [
+        torch.tensor(POINTS, dtype=torch.float64),
+        *(torch.tensor(POINTS, dtype=torch.float64) + sign * h * SIZE for h, sign in SIDES),
+        torch.tensor([torch.inf, -torch.inf, *FAR, *(-x for x in FAR)], dtype=torch.float64),
+    ]
+)
+HOME = [i % len(POINTS) for i in range(len(ASKED))]  # a point, what lies beside it: one place
 LARGEST = 2**16  # elements
 
 
 def _run(case: Case) -> Iterator[Finding]:
     if case.draws or not case.steady:
         raise NotApplicable("forward draws random numbers")
-    tested = False
-    for which, leaf in enumerate(case.leaves):
-        if leaf.is_complex() or leaf.numel() == 0 or not _elementwise(case, which):
-            continue
-        tested = True
-        wide = _wide(case, which)
-        yield from _at_points(wide, which, leaf)
-        yield from _at_infinity(wide, which)
-    if not tested:
+    chosen = _elementwise(case)
+    if not chosen:
         raise NotApplicable("no input that is worked on element by element")
+    together = _together(case, chosen)
+    for which in chosen:
+        y, g = together[which] if together else _one_place(case, which)
+        inner = len(POINTS) * (1 + len(SIDES))
+        yield from _at_points(case, which, y[:inner], g[:inner])
+        yield from _at_infinity(case, which, y[inner:], g[inner:])
 
 
-def _wide(case: Case, which: int) -> Case:
-    """Return the case with one dimension longer, where it may be: all points fit in one call then."""
-    leaf = case.leaves[which]
-    by = -(-len(POINTS) * (1 + 2 * len(STEPS)) // leaf.numel())
-    for n in (n for n in free_sizes(case) if by > 1 and n in leaf.shape):
+def _together(case: Case, chosen: list[int]) -> dict[int, tuple[Tensor, Tensor]] | None:
+    """Return value and slope at all that is asked of each input, from one call.
+
+    The sample is made longer. Each input has a part of it for its points, each of them there twice, where the other
+    inputs stay as they are: to the left and to the right of a point they are what they are at it. ``None`` where it
+    cannot be longer, or where the two differ: a slope per channel, say.
+    """
+    n, part = len(ASKED), 2 * len(ASKED)
+    wide = _longer(case, chosen, part * len(chosen))
+    if wide is None:
+        return None
+    twice = torch.cat([torch.arange(n), torch.arange(n).flip(0)])
+    placed = {}
+    for which in chosen:
+        flat = wide.leaves[which].clone().reshape(-1)
+        values = flat[torch.tensor(HOME)[twice]].repeat(len(chosen))
+        at = chosen.index(which) * part
+        values[at : at + part] = ASKED.to(flat)[twice]
+        flat[: len(values)] = values
+        placed[wide.where[which]] = flat.view(wide.leaves[which].shape)
+    other = wide.edited(placed.get, parameters=True)
+    try:
+        leaves, outputs = other.kept
+        slopes = other.backward(outputs, leaves, [torch.ones_like(y) for y in outputs])
+    except (ForwardRaised, BackwardRaised):
+        return None
+    found = {}
+    for k, which in enumerate(chosen):
+        y, g = (
+            t.detach().reshape(-1)[k * part : (k + 1) * part].double().cpu()
+            for t in (outputs[0], slopes[which])
+        )
+        if not torch.equal(y[:n].nan_to_num(), y[n:].flip(0).nan_to_num()):
+            return None
+        found[which] = y[:n], g[:n]
+    return found
+
+
+def _longer(case: Case, chosen: list[int], most: int) -> Case | None:
+    """Return the case with one dimension of the chosen inputs longer, so that they have ``most`` elements."""
+    shape = case.leaves[chosen[0]].shape
+    by = -(-most // shape.numel())
+    for n in (n for n in free_sizes(case) if n in shape):
         sizes = {n: n * by}
         if fits(case, sizes, LARGEST):
             wide = resized(case, sizes)
-            if accepts(wide) and wide.all_outputs[0].shape == wide.leaves[which].shape:
+            same = {wide.leaves[i].shape for i in chosen}
+            if accepts(wide) and same == {wide.all_outputs[0].shape}:
                 return wide
-    return case
+    return None
 
 
-def _at_points(case: Case, which: int, sample: Tensor) -> Iterator[Finding]:
+def _one_place(case: Case, which: int) -> tuple[Tensor, Tensor]:
+    """Return value and slope at all that is asked of one input, each value and what lies beside it in one place."""
+    n = len(POINTS)
+    parts = [_evaluate(case, which, ASKED[i : i + n]) for i in range(0, len(ASKED), n)]
+    return torch.cat([y for y, _ in parts]), torch.cat([g for _, g in parts])
+
+
+def _at_points(case: Case, which: int, values: Tensor, slopes: Tensor) -> Iterator[Finding]:
     """Compare the gradient at each point with the slopes to its left and right."""
-    points = torch.tensor(POINTS, dtype=torch.float64)
-    size = points.abs().clamp(min=1.0).sqrt()
-    sides = [points + sign * h * size for h in STEPS for sign in (-1, 1)]
-    if _uniform(case, which):
-        values, grads = _evaluate(case, which, torch.cat([points, *sides]))
-        y, *beside = values.split(len(POINTS))
-        g = grads[: len(POINTS)]
-    else:  # each value and what lies beside it in one and the same place
-        y, g = _evaluate(case, which, points)
-        beside = [_evaluate(case, which, there)[0] for there in sides]
+    points, size = torch.tensor(POINTS, dtype=torch.float64), SIZE
+    y, *beside = values.split(len(POINTS))
+    g = slopes[: len(POINTS)]
+    sample = case.leaves[which]
     left, right, left_near, right_near = (
-        (there - y) / (sign * h * size)
-        for there, (h, sign) in zip(beside, [(h, s) for h in STEPS for s in (-1, 1)], strict=True)
+        (there - y) / (sign * h * size) for there, (h, sign) in zip(beside, SIDES, strict=True)
     )
     noise = 8 * case.epsilon * y.abs() / (STEPS[1] * size)
     drift = torch.maximum((left - left_near).abs(), (right - right_near).abs())
@@ -120,11 +169,9 @@ def _at_points(case: Case, which: int, sample: Tensor) -> Iterator[Finding]:
         )
 
 
-def _at_infinity(case: Case, which: int) -> Iterator[Finding]:
+def _at_infinity(case: Case, which: int, values: Tensor, grads: Tensor) -> Iterator[Finding]:
     """Where forward is finite at ±inf, the gradient is the limit of that at large values, where there is one."""
-    infinite, far = torch.tensor([torch.inf, -torch.inf]), torch.tensor(FAR, dtype=torch.float64)
-    values, grads = _evaluate(case, which, torch.cat([infinite.double(), far, -far]))
-    limits = grads[len(infinite) :]
+    infinite, limits = (torch.inf, -torch.inf), grads[2:]
     for i in range(2):
         near, last = limits[2 * i : 2 * i + 2].tolist()
         if (
@@ -137,7 +184,7 @@ def _at_infinity(case: Case, which: int) -> Iterator[Finding]:
                 check=NAME,
                 severity="wrong",
                 input=name,
-                message=f"grad of {name} at the value {float(infinite[i])} is {float(grads[i])}, "
+                message=f"grad of {name} at the value {infinite[i]} is {float(grads[i])}, "
                 f"expected {last:.4g}, its limit",
                 got=float(grads[i]),
                 expected=last,
@@ -163,21 +210,6 @@ def _evaluate(case: Case, which: int, points: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(values), torch.cat(slopes)
 
 
-def _uniform(case: Case, which: int) -> bool:
-    """Whether all elements are treated alike; a slope per channel is not."""
-    leaf = case.leaves[which]
-    up = torch.randint(2, (leaf.numel(),), generator=case.generator("signs")).bool().to(leaf.device)
-    up[0] = True
-    size = leaf.abs().mean()
-    try:
-        y = _placed(case, which, torch.where(up, size, -size)).all_outputs[0].reshape(-1)
-    except ForwardRaised:
-        return False
-    return all(
-        bool((same == same[:1]).all()) or bool(same.isnan().all()) for same in (y[up], y[~up])
-    )
-
-
 def _placed(case: Case, which: int, points: Tensor) -> Case:
     """Return the case with ``points`` for the first elements of one leaf."""
 
@@ -191,21 +223,24 @@ def _placed(case: Case, which: int, points: Tensor) -> Case:
     return case.edited(place, parameters=True)
 
 
-def _elementwise(case: Case, which: int) -> bool:
-    """Whether output element k depends on element k of this leaf alone: each half sees only its own half."""
-    leaf = case.leaves[which]
-    if (
-        len(case.plain.outputs) != 1
-        or case.plain.outputs[0].shape != leaf.shape
-        or leaf.numel() < 2
-    ):
-        return False
-    generator = case.generator(NAME)
-    v = case.plain.cotangents[0]
-    half = torch.randint(2, leaf.shape, generator=generator).bool().to(v.device)
+def _elementwise(case: Case) -> list[int]:
+    """Return the leaves whose element k alone output element k depends on: each half sees only its own half."""
+    if len(case.plain.outputs) != 1:
+        return []
+    y, v = case.plain.outputs[0], case.plain.cotangents[0]
+    alike = [
+        i
+        for i, leaf in enumerate(case.leaves)
+        if leaf.shape == y.shape and leaf.numel() > 1 and not leaf.is_complex()
+    ]
+    if not alike:
+        return []
+    half = torch.randint(2, y.shape, generator=case.generator(NAME)).bool().to(v.device)
     half.view(-1)[0], half.view(-1)[-1] = True, False
     one, other = case.vjps([[v * half], [v * ~half]])
-    return bool((one[which][~half] == 0).all()) and bool((other[which][half] == 0).all())
+    return [
+        i for i in alike if bool((one[i][~half] == 0).all()) and bool((other[i][half] == 0).all())
+    ]
 
 
 def _inside(leaf: Tensor, points: Tensor) -> Tensor:

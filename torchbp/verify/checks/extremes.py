@@ -35,36 +35,51 @@ SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
 def _run(case: Case) -> Iterator[Finding]:
     if case.draws or not case.steady:
         raise NotApplicable("forward draws random numbers")
-    tested = 0
-    for which, name in enumerate(case.names):
-        leaf = case.leaves[which]
-        if leaf.is_complex() or not leaf.numel() or name.startswith("parameter"):
-            continue
-        for text, change in SAMPLES.items():
-            other = _changed(case, which, change)
-            if not accepts(other):
-                continue
-            tested += 1
-            found = _all_finite(
-                other, f" where {name} is {text}, where forward is finite and smooth"
-            )
+    inputs = [
+        i
+        for i, (name, leaf) in enumerate(zip(case.names, case.leaves, strict=True))
+        if not leaf.is_complex() and leaf.numel() and not name.startswith("parameter")
+    ]
+    tested = False
+    for text, change in SAMPLES.items():
+        for names, other in _samples(case, inputs, change):
+            tested = True
+            when = f" where {names} is {text}, where forward is finite and smooth"
+            found = _all_finite(other, when)
             if found:
                 yield found
                 return
-        masked = _changed(case, which, _first_is(-torch.inf))
+    for which in inputs[:1]:
+        masked = _changed(case, [which], _first_is(-torch.inf))
         if accepts(masked):
-            tested += 1
-            deep = _changed(case, which, _first_is(-1e6))
-            if _not_finite(masked, which) and accepts(deep) and not _not_finite(deep, which):
-                note = _finding(
-                    masked, which, f" where an element of {name} is -inf; it is finite at -1e6"
-                )
-                yield replace(
-                    note, severity="note"
-                )  # a composition of right functions does that too
-                return
+            tested = True
+            yield from _masked(case, masked, which)
     if not tested:
         raise NotApplicable("forward is finite at no extreme")
+
+
+def _samples(
+    case: Case, inputs: list[int], change: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, Case]]:
+    """Yield the changed samples: all inputs at once, and each alone only where that leaves a question."""
+    if len(inputs) > 1:
+        every = _changed(case, inputs, change)
+        if accepts(every) and not any(_not_finite(every, i) for i in range(len(case.leaves))):
+            yield "every input", every
+            return
+    for i in inputs:
+        other = _changed(case, [i], change)
+        if accepts(other):
+            yield case.names[i], other
+
+
+def _masked(case: Case, masked: Case, which: int) -> Iterator[Finding]:
+    """Note a gradient that is not finite for an element of -inf, and is for one of -1e6."""
+    deep = _changed(case, [which], _first_is(-1e6))
+    if _not_finite(masked, which) and accepts(deep) and not _not_finite(deep, which):
+        when = f" where an element of {case.names[which]} is -inf; it is finite at -1e6"
+        # A note: a composition of right functions does that too.
+        yield replace(_finding(masked, which, when), severity="note")
 
 
 def _all_finite(case: Case, when: str) -> Finding | None:
@@ -75,8 +90,9 @@ def _all_finite(case: Case, when: str) -> Finding | None:
     return None
 
 
-def _changed(case: Case, which: int, change: Callable[[Tensor], Tensor]) -> Case:
-    return case.edited(lambda i, t: change(t) if i == case.where[which] else t)
+def _changed(case: Case, chosen: list[int], change: Callable[[Tensor], Tensor]) -> Case:
+    where = [case.where[i] for i in chosen]
+    return case.edited(lambda i, t: change(t) if i in where else t)
 
 
 def _not_finite(case: Case, which: int) -> bool:

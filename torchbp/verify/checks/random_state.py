@@ -6,33 +6,34 @@ import torch
 
 from torchbp.verify._check import Check
 from torchbp.verify.cases import Case
-from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import tensors_in
 
 NAME = "random_state"
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    leaves = case.fresh()
-    outputs = tensors_in(case.call(leaves, seed=case.seed + 11))
-    after = {"forward": [case.first_state, case.state_after], "backward": []}
-    chosen = [outputs[i] for i in case.differentiable]
-    for seed in (case.seed + 11, case.seed + 12):
+    states = {"forward": _after_forward(case), "backward": []}
+    for seed in (case.seed + 1, case.seed + 2) if case.runs_again else ():
+        leaves, outputs = case.kept
         torch.manual_seed(seed)
-        try:
-            case.backward(chosen, leaves, case.plain.cotangents, retain_graph=True)
-        except BackwardRaised:  # a graph that can be run once only
-            break
-        after["backward"].append(torch.get_rng_state())
-    for phase, states in after.items():
-        if len(states) == 2 and torch.equal(*states):
+        case.backward(outputs, leaves, case.plain.cotangents, retain_graph=True)
+        states["backward"].append(torch.get_rng_state())
+    for phase, (one, other) in ((p, s) for p, s in states.items() if s):
+        if torch.equal(one, other):
             yield Finding(
                 check=NAME,
                 severity="wrong" if phase == "backward" else "note",
                 message=f"{phase} reseeds torch's global generator: two states went in, one comes out",
                 cause="torch.manual_seed without torch.random.fork_rng",
             )
+
+
+def _after_forward(case: Case) -> list[torch.Tensor]:
+    """Return the states that two forwards under two seeds leave."""
+    if not case.draws:
+        return [case.first_state, case.again.state]
+    case.call(case.fresh(), seed=case.seed + 1)
+    return [case.first_state, case.state_after]
 
 
 CHECK = Check(

@@ -1,6 +1,15 @@
-"""requires_grad: freezing an input changes nothing for the others."""
+"""requires_grad: freezing an input changes nothing for the others.
+
+As few combinations as do this: for every two inputs, one requires grad where the other does not.
+
+Sources:
+    E. Sperner, "Ein Satz über Untermengen einer endlichen Menge", Mathematische Zeitschrift 27, 1928,
+    doi:10.1007/BF01171114: k combinations tell apart so, both ways, k over ⌊k/2⌋ inputs.
+"""
 
 from collections.abc import Iterator
+from itertools import combinations, count
+from math import comb
 
 import torch
 
@@ -10,16 +19,13 @@ from torchbp.verify.report import Finding
 from torchbp.verify.tolerance import compare_all
 
 NAME = "requires_grad"
-MOST = 8  # combinations
 
 
 def _run(case: Case) -> Iterator[Finding]:
     n = len(case.leaves)
     if n < 2:
         raise NotApplicable("one differentiable input")
-    every = set(range(n))
-    combinations = [{i} for i in range(n)] + ([every - {i} for i in range(n)] if n > 2 else [])
-    for free in combinations[:MOST]:
+    for free in _combinations(n):
         leaves = [leaf.clone().requires_grad_(i in free) for i, leaf in enumerate(case.leaves)]
         outputs = case.forward(leaves)
         names = ", ".join(case.names[i] for i in sorted(free))
@@ -39,6 +45,15 @@ def _run(case: Case) -> Iterator[Finding]:
         yield from found
         if found:
             return
+
+
+def _combinations(n: int) -> list[set[int]]:
+    """Return which of n inputs require grad, in each of k calls: for n up to 3 one alone."""
+    k = next(k for k in count(1) if comb(k, k // 2) >= n)
+    calls = list(combinations(range(k), k // 2 or 1))[
+        :n
+    ]  # of each input: no two are contained in each other
+    return [{i for i, chosen in enumerate(calls) if call in chosen} for call in range(k)]
 
 
 CHECK = Check(

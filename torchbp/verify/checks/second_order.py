@@ -4,7 +4,7 @@ A backward that detaches what it saved, or that saves an intermediate of forward
 wrong second one. `once_differentiable`, or a backward that leaves no graph at all, is a refusal.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import settle
 from torchbp.verify.lines import like, real, scale_of
-from torchbp.verify.raised import ForwardRaised
+from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import graph, signed_like
 
@@ -25,84 +25,17 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("forward gives other values each time it is called")
     v = [t.clone().requires_grad_() for t in case.plain.cotangents]
     leaves, outputs = case.kept
-    first = case.backward(outputs, leaves, v, create_graph=True)
     generator = case.generator(NAME)
-    w = [signed_like(g, generator) for g in first]
-    wanted = [g for g in first if g.requires_grad]
-    if not wanted:
-        raise Refused("backward leaves no graph: it can be differentiated once only")
-    if any("Error" in node.name() for node in graph(wanted)):
-        raise Refused("once_differentiable")
-    inner = [w[i] for i, g in enumerate(first) if g.requires_grad]
-    case.calls.count(backward=1)
-    try:
-        second = torch.autograd.grad(
-            wanted, [*leaves, *v], inner, allow_unused=True, retain_graph=True
-        )
-    except Exception as error:
-        if "once_differentiable" in str(error) or isinstance(error, NotImplementedError):
-            raise Refused(str(error).splitlines()[0]) from error
-        raise Refused(
-            f"double backward raises {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
-    if all(s is None for s in second):
-        raise Refused("backward leaves no graph: it can be differentiated once only")
-    got = [
-        torch.zeros_like(t) if s is None else s for s, t in zip(second, [*leaves, *v], strict=True)
-    ]
-    names = [*case.names, *(f"grad_output {i}" for i in range(len(v)))]
-    yield from _compare(case, names, got, [*leaves, *v], w, [g is None for g in second])
-
-
-def _compare(
-    case: Case,
-    names: list[str],
-    got: list[Tensor],
-    points: list[Tensor],
-    w: list[Tensor],
-    missing: list[bool],
-) -> Iterator[Finding]:
-    generator = case.generator(f"{NAME} lines")
-    n = len(case.leaves)
-    directions = [
-        like(signed_like(real(p), generator) * scale_of(p.detach().cpu()), p).to(p) for p in points
-    ]
-    size = sum(float((a.abs() * g.abs()).sum()) for a, g in zip(w, case.plain.grads, strict=True))
-    noise = 4 * case.epsilon * size
-    terms = max(float(a.norm()) for a in w) * max(float(a.norm()) for a in case.plain.cotangents)
-
-    def along(chosen: list[int]) -> tuple[float, float, bool]:
-        parts = [float((real(got[i]) * real(directions[i])).sum()) for i in chosen]
-        norm = (
-            sum(float((real(got[i]) * real(directions[i])).square().sum()) for i in chosen) ** 0.5
-        )
-
-        def phi(t: float) -> float:
-            moved = [
-                (p.detach() + t * d if i in chosen else p.detach().clone()).requires_grad_()
-                for i, (p, d) in enumerate(zip(points, directions, strict=True))
-            ]
-            try:
-                y = case.forward(moved[:n])
-                g = case.backward(y, moved[:n], [m.detach() for m in moved[n:]])
-            except ForwardRaised:  # outside of the domain
-                return float("nan")
-            total = 0.0
-            for a, b, b0 in zip(w, g, case.plain.grads, strict=True):
-                total += float((a.conj() * (b - b0)).real.double().sum())
-            return total
-
-        relative = 1e-6 if case.epsilon < 1e-12 else 1e5 * case.epsilon
-        allowed = relative * norm + 10 * noise + 1e5 * case.epsilon * terms
-        step = 2.0**-8 if case.epsilon < 1e-12 else 2.0**-4
-        value, settled = settle(phi, sum(parts), allowed, step, noise, step / 256)
-        return sum(parts), value, settled and abs(value - sum(parts)) > allowed
-
-    if not along(list(range(len(points))))[2]:
+    w = [signed_like(g, generator) for g in case.plain.grads]
+    _, got, missing = _gradient(case, w, leaves, outputs, v)
+    lines = _Lines(case, w, [*leaves, *v], got)
+    everything = list(range(len(got)))
+    if lines.rises(everything) or not lines.wrong(everything):
         return
+    names = [*case.names, *(f"grad_output {i}" for i in range(len(v)))]
     for i, name in enumerate(names):
-        g, e, wrong = along([i])
-        if wrong:
+        if lines.wrong([i]):
+            g, e = lines.slope([i], got), lines.measured
             lost = missing[i] or g == 0
             yield Finding(
                 check=NAME,
@@ -117,6 +50,102 @@ def _compare(
                 if lost
                 else "part of it is lost: an intermediate of forward was saved, or detached",
             )
+
+
+def _gradient(
+    case: Case, w: list[Tensor], leaves: list[Tensor], outputs: Sequence[Tensor], v: list[Tensor]
+) -> tuple[tuple[Tensor, ...], list[Tensor], list[bool]]:
+    """Return backward(v), the gradient of ⟨w, backward(v)⟩ for leaves and v, and which of that is none at all."""
+    first = case.backward(outputs, leaves, v, create_graph=True)
+    wanted = [g for g in first if g.requires_grad]
+    if not wanted:
+        raise Refused("backward leaves no graph: it can be differentiated once only")
+    if any("Error" in node.name() for node in graph(wanted)):
+        raise Refused("once_differentiable")
+    inner = [a for a, g in zip(w, first, strict=True) if g.requires_grad]
+    case.calls.count(backward=1)
+    points = [*leaves, *v]
+    try:
+        second = torch.autograd.grad(wanted, points, inner, allow_unused=True, retain_graph=True)
+    except Exception as error:
+        raise Refused(f"double backward raises {reason(error)}") from error
+    if all(s is None for s in second):
+        raise Refused("backward leaves no graph: it can be differentiated once only")
+    full = [torch.zeros_like(t) if s is None else s for s, t in zip(second, points, strict=True)]
+    return first, full, [s is None for s in second]
+
+
+class _Lines:
+    """⟨w, backward(v)⟩ along random lines through the leaves and v."""
+
+    def __init__(
+        self, case: Case, w: list[Tensor], points: list[Tensor], got: list[Tensor]
+    ) -> None:
+        self.case, self.w, self.got = case, w, got
+        self.points = [p.detach() for p in points]
+        generator = case.generator(f"{NAME} lines")
+        self.directions = [
+            like(signed_like(real(p), generator) * scale_of(p.cpu()), p).to(p) for p in self.points
+        ]
+        grads = case.plain.grads
+        size = sum(float((a.abs() * g.abs()).sum()) for a, g in zip(w, grads, strict=True))
+        self.noise = 4 * case.epsilon * size
+        norms = [max(float(a.norm()) for a in some) for some in (w, case.plain.cotangents)]
+        self.floor = 10 * self.noise + 1e5 * case.epsilon * norms[0] * norms[1]
+        exact = case.epsilon < 1e-12
+        self.relative = 1e-6 if exact else 1e5 * case.epsilon
+        self.step = 2.0**-8 if exact else 2.0**-4
+        self.near = self.step / 256
+        self.measured = float("nan")
+
+    def slope(self, chosen: list[int], gradient: list[Tensor]) -> float:
+        """Return what ``gradient`` says of the slope along the lines of the chosen points together."""
+        return sum(float((real(gradient[i]) * real(self.directions[i])).sum()) for i in chosen)
+
+    def allowed(self, chosen: list[int]) -> float:
+        """Return how far that may be off."""
+        parts = [real(self.got[i]) * real(self.directions[i]) for i in chosen]
+        return self.relative * sum(float(p.square().sum()) for p in parts) ** 0.5 + self.floor
+
+    def rises(self, chosen: list[int]) -> bool:
+        """Return whether it rises by the mean of its slopes at both ends of a short step; ``False`` says nothing."""
+        case = self.case
+        try:
+            leaves, v = self._moved(chosen, self.near)
+            first, there, _ = _gradient(case, self.w, leaves, case.forward(leaves), v)
+        except (ForwardRaised, BackwardRaised, Refused):
+            return False
+        mean = (self.slope(chosen, self.got) + self.slope(chosen, there)) / 2
+        return abs(self._rise(first) / self.near - mean) <= self.allowed(chosen)
+
+    def wrong(self, chosen: list[int]) -> bool:
+        """Return whether differences settle another slope, which is then ``measured``."""
+
+        def phi(t: float) -> float:
+            leaves, v = self._moved(chosen, t)
+            try:
+                outputs = self.case.forward(leaves)
+                grads = self.case.backward(outputs, leaves, [m.detach() for m in v])
+            except ForwardRaised:  # outside of the domain
+                return float("nan")
+            return self._rise(grads)
+
+        got, allowed = self.slope(chosen, self.got), self.allowed(chosen)
+        self.measured, settled = settle(phi, got, allowed, self.step, self.noise, self.near)
+        return settled and abs(self.measured - got) > allowed
+
+    def _moved(self, chosen: list[int], t: float) -> tuple[list[Tensor], list[Tensor]]:
+        moved = [
+            (p + t * d if i in chosen else p.clone()).requires_grad_()
+            for i, (p, d) in enumerate(zip(self.points, self.directions, strict=True))
+        ]
+        return moved[: len(self.case.leaves)], moved[len(self.case.leaves) :]
+
+    def _rise(self, grads: Sequence[Tensor]) -> float:
+        total = 0.0
+        for a, b, b0 in zip(self.w, grads, self.case.plain.grads, strict=True):
+            total += float((a.conj() * (b.detach() - b0)).real.double().sum())
+        return total
 
 
 CHECK = Check(

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
-from torchbp.verify.cases import Case, ForwardRaised
+from torchbp.verify.calls import Plain
+from torchbp.verify.cases import Case
+from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.tolerance import largest
 
@@ -33,30 +35,37 @@ def _run(case: Case) -> Iterator[Finding]:
         for i, leaf in enumerate(case.leaves)
         if not (leaf.is_complex() or case.names[i].startswith("parameter"))
     ]
+    across = _across(case, inputs)
+    taken = {place for tie in across for place in tie}
+    within = [tie for i in inputs for tie in _neighbours(case, i) if not taken.intersection(tie)]
     tested = False
-    for ties in ([tie for i in inputs for tie in _neighbours(case, i)], _across(case, inputs)):
+    for ties in filter(None, (across + within, *((across, within) if across and within else ()))):
         try:
-            one, other = (_nudged(case, ties, (side,)) for side in (0, 1))
-            sides = [_flat(c.plain.grads) for c in (one, other)] if ties else []
+            side, tied = (_nudged(case, ties, sides).plain for sides in ((0,), ()))
         except ForwardRaised:
-            continue
-        tested = tested or bool(ties)
-        if (
-            ties and ties[0][0][0] != ties[0][1][0]
-        ):  # inputs that are equal are often divided by their difference
-            undefined = _not_a_number(case, ties[0], one)
+            continue  # perhaps of only some of them
+        tested = True
+        yield from _where_apart(case, ties, side, tied)
+        break
+    if not tested:
+        raise NotApplicable("no two elements that can be made equal")
+
+
+def _where_apart(case: Case, ties: list[Tie], side: Plain, tied: Plain) -> Iterator[Finding]:
+    """Look at every tie alone, unless its gradient is that of one side of it: smooth, or one of the two chosen."""
+    one, here = _flat(side.grads), _flat(tied.grads)
+    if bool(here.isfinite().all()) and largest(one - here) <= SLACK * largest(one):
+        return
+    for tie in ties:
+        if tie[0][0] != tie[1][0]:  # inputs that are equal are often divided by their difference
+            undefined = _not_a_number(case, tie)
             if undefined:
                 yield undefined
                 continue
-        if not ties or largest(sides[0] - sides[1]) <= SLACK * largest(sides[0]):
-            continue  # smooth at the ties
-        for tie in ties:
-            found = _at_tie(case, tie)
-            if found:
-                yield found
-                return
-    if not tested:
-        raise NotApplicable("no two elements that can be made equal")
+        found = _at_tie(case, tie)
+        if found:
+            yield found
+            return
 
 
 def _neighbours(case: Case, which: int) -> list[Tie]:
@@ -148,9 +157,10 @@ def _at_tie(case: Case, tie: Tie) -> Finding | None:
     return None
 
 
-def _not_a_number(case: Case, tie: Tie, beside: Case) -> Finding | None:
+def _not_a_number(case: Case, tie: Tie) -> Finding | None:
     """Return a gradient that is NaN at the tie, where forward is finite, and beside it the gradient too."""
-    tied = _nudged(case, [tie], ()).plain
+    tied, beside = (_nudged(case, [tie], sides) for sides in ((), (0,)))
+    tied = tied.plain
     finite = all(bool(y.isfinite().all()) for y in tied.outputs) and bool(
         _flat(beside.plain.grads).isfinite().all()
     )

@@ -14,40 +14,53 @@ from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import compare, largest, rounding
 
 NAME = "vmap"
-BATCH = 2
 
 
 def _run(case: Case) -> Iterator[Finding]:
     if case.draws or not case.steady:
         raise NotApplicable("forward draws random numbers")
-    moved = [[leaf * (1 + 0.0625 * b) for leaf in case.leaves] for b in range(BATCH)]
-    looped = [(list(case.plain.outputs), list(case.plain.grads)), _gradients(case, moved[1])]
     n = len(case.leaves)
-    refused = []
-    tried = set()
-    for in_dim in (0, -1):
-        dims = tuple(in_dim % (leaf.dim() + 1) if leaf.dim() else 0 for leaf in case.leaves)
-        if dims in tried:
-            continue
-        tried.add(dims)
-        batched = [
-            torch.stack(parts, d) for parts, d in zip(zip(*moved, strict=True), dims, strict=True)
-        ]
-        found, why = _batch(case, batched, dims, looped, f" under vmap with in_dims={in_dim}")
+    here, there = case.leaves, [leaf.clone() for leaf in case.nearby.leaves]
+    looped = [(list(case.plain.outputs), list(case.plain.grads)), _nearby(case, there)]
+    refused: list[str] = []
+    for dims in _in_dims(case):
+        batched = [torch.stack([a, b], d) for a, b, d in zip(here, there, dims, strict=True)]
+        found, refused = _batch(case, batched, dims, looped, f" under vmap with in_dims={dims}")
         yield from found
-        refused += why
         if found:
             return
+        if n > 1 and not refused:
+            break
     if n > 1 and not refused:  # one input batched, the others shared
-        first = [moved[b][:1] + moved[0][1:] for b in range(BATCH)]
-        looped = [looped[0], _gradients(case, first[1])]
-        batched = [torch.stack([p[0] for p in first]), *moved[0][1:]]
-        found, _ = _batch(
-            case, batched, (0, *[None] * (n - 1)), looped, " under vmap with one input batched"
-        )
+        looped[1] = _gradients(case, there[:1] + here[1:])
+        last = here[0].dim()
+        batched = [torch.stack([here[0], there[0]], last), *here[1:]]
+        when = " under vmap with one input batched"
+        found, _ = _batch(case, batched, (last, *[None] * (n - 1)), looped, when)
         yield from found
     if refused:
         raise Refused(refused[0])
+
+
+def _in_dims(case: Case) -> list[tuple[int, ...]]:
+    """Return the batch dimensions to try: the first and the last; of several inputs the one and the other at once.
+
+    Where a function refuses that, all its inputs are batched in the first dimension.
+    """
+    dims = [leaf.dim() for leaf in case.leaves]
+    mixed = (
+        [(0,), (dims[0],)] if len(dims) == 1 else [tuple(d * (k % 2) for k, d in enumerate(dims))]
+    )
+    return list(dict.fromkeys([*mixed, (0,) * len(dims)]))
+
+
+def _nearby(case: Case, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what a loop gives for the second sample: known already where all floats are leaves."""
+    other = case.nearby
+    kept = [i for i, t in case.arguments if i not in case.where and t.is_floating_point()]
+    if kept:
+        return _gradients(case, leaves)
+    return list(other.plain.outputs), list(other.plain.grads)
 
 
 def _batch(

@@ -1,0 +1,99 @@
+"""A second call of the function under test, watched: does it give the same, what does it write to, does it reseed?"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchbp.verify.raised import ForwardRaised
+from torchbp.verify.tensors import tensors_in
+
+if TYPE_CHECKING:
+    from torchbp.verify.cases import Case
+
+__all__ = ["Observed", "Write", "observe"]
+
+OTHER_SEED = 11  # further than the case's own
+
+
+@dataclass(frozen=True)
+class Write:
+    """One tensor that forward or backward wrote to, at the first element that changed."""
+
+    phase: str
+    name: str
+    index: tuple[int, ...]
+    was: float | complex
+    now: float | complex
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the second call gave and did.
+
+    Attributes:
+        outputs: As in the first call.
+        grads: For the same grad_output.
+        writes: What was written to that others hold.
+        state: State of torch's random generator after forward.
+    """
+
+    outputs: tuple[Tensor, ...]
+    grads: tuple[Tensor, ...]
+    writes: tuple[Write, ...]
+    state: Tensor
+
+
+def observe(case: "Case") -> Observed:
+    """Call once more on the sample, and run its backward, with saved tensors in sight where forward allows hooks."""
+    try:
+        return _observe(case, hooked=True)
+    except ForwardRaised:  # torch.func inside of forward refuses saved-tensor hooks
+        return _observe(case, hooked=False)
+
+
+def _observe(case: "Case", *, hooked: bool) -> Observed:
+    leaves, fixed, saved = case.fresh(), [], []
+
+    def keep(t: Tensor) -> Tensor:
+        fixed.append(t.clone())
+        return fixed[-1]
+
+    def pack(t: Tensor) -> Tensor:
+        if t.layout == torch.strided:
+            saved.append(t.detach())
+        return t.detach() if t.grad_fn is not None else t
+
+    seed = case.seed if case.draws else case.seed + OTHER_SEED
+    if hooked:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            result = tensors_in(case.call(leaves, seed=seed, fixed=keep))
+    else:
+        result = tensors_in(case.call(leaves, seed=seed, fixed=keep))
+    state = case.state_after
+    outputs = tuple(result[i] for i in case.differentiable)
+    values = tuple(y.detach().clone() for y in outputs)
+    forward = [] if case.copies_leaves else list(zip(case.names, leaves, case.leaves, strict=True))
+    writes = list(_changed("forward", forward))
+    v = [t.clone() for t in case.plain.cotangents]
+    numbers = [f"grad_output {i}" if len(v) > 1 else "grad_output" for i in range(len(v))]
+    backward = [
+        *zip(numbers, v, case.plain.cotangents, strict=True),
+        *((name, t, t.detach().clone()) for name, t in zip(case.names, leaves, strict=True)),
+        *(("an argument", t, t.clone()) for t in fixed),
+        *((f"saved tensor {i}", t, t.clone()) for i, t in enumerate(saved)),
+    ]
+    grads = case.backward(outputs, leaves, v)
+    writes += _changed("backward", backward)
+    return Observed(values, grads, tuple(writes), state)
+
+
+def _changed(phase: str, tensors: Sequence[tuple[str, Tensor, Tensor]]) -> Iterator[Write]:
+    for name, now, before in tensors:
+        a, b = now.detach(), before.detach()
+        same = (a == b) | ((a != a) & (b != b))  # noqa: PLR0124  # NaN
+        if not bool(same.all()):
+            at = tuple((~same).nonzero()[0].tolist())
+            yield Write(phase, name, at, b[at].item(), a[at].item())
