@@ -29,17 +29,25 @@ FIRST: dict[str, Unseen] = {}
 SECOND: dict[str, Unseen] = {}
 THIRD: dict[str, Unseen] = {}
 FOURTH: dict[str, Unseen] = {}
+FIFTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
     "third set": THIRD,
     "fourth set": FOURTH,
+    "fifth set": FIFTH,
 }
 
 
 def every():
     """Import the files, which fill the sets."""
     from tests.verify.unseen import (  # noqa: F401
+        fifth,
+        fifth_algebra,
+        fifth_attention,
+        fifth_indices,
+        fifth_losses,
+        fifth_scans,
         fourth,
         fourth_indices,
         fourth_layers,
