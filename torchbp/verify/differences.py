@@ -8,7 +8,7 @@ Sources:
 import math
 from collections.abc import Callable
 
-__all__ = ["Slope", "one_sided", "settle", "slope"]
+__all__ = ["Slope", "central", "one_sided", "settle", "slope"]
 
 DEEP = 7  # step sizes where two did not settle it
 
@@ -22,7 +22,7 @@ def slope(phi: Callable[[float], float], step: float, noise: float, levels: int 
     is what the last extrapolation changed, plus the rounding of φ.
 
     Args:
-        phi: The function of one variable, centred: φ(t) - φ(0) will do.
+        phi: The function of one variable, centred: φ(t) - φ(0).
         step: First step, in units of the variable.
         noise: Rounding error of one value of φ, absolute.
         levels: How many step sizes, at least 2.
@@ -49,13 +49,13 @@ def slope(phi: Callable[[float], float], step: float, noise: float, levels: int 
 def one_sided(
     phi: Callable[[float], float], step: float, noise: float, levels: int = 3
 ) -> tuple[Slope, Slope]:
-    """Return the slopes to the left and to the right of 0, each with a bound of its error."""
+    """Return the slopes of a centred φ to the left and to the right of 0, each with a bound of its error."""
 
     def side(sign: float) -> Slope:
-        at_zero, h = phi(0.0), step
+        h = step
         best, older = (math.nan, math.inf), math.nan
         for _ in range(levels):
-            here = sign * (phi(sign * h) - at_zero) / h
+            here = sign * phi(sign * h) / h
             bound = abs(here - older) + 2 * noise / h
             if math.isfinite(bound) and bound < best[1]:
                 best = (here, bound)
@@ -63,6 +63,12 @@ def one_sided(
         return best
 
     return side(-1.0), side(1.0)
+
+
+def central(phi: Callable[[float], float], step: float) -> tuple[float, float]:
+    """Return the central difference of a centred φ, and by how much its two sides differ: much at a kink."""
+    up, down = phi(step), phi(-step)
+    return (up - down) / (2 * step), abs(up + down) / step
 
 
 def settle(  # noqa: PLR0911  # one return a verdict
@@ -87,7 +93,7 @@ def settle(  # noqa: PLR0911  # one return a verdict
         The derivative, which is ``got`` where that is within the error, and whether the differences settle it. At a
         kink they do not, unless ``got`` lies outside of the two one-sided slopes.
     """
-    close_by = (phi(near) - phi(-near)) / (2 * near)
+    close_by, bend = central(phi, near)
     if abs(close_by - got) <= allowed:
         return close_by, True
     value, bound = slope(phi, step, noise)
@@ -97,6 +103,8 @@ def settle(  # noqa: PLR0911  # one return a verdict
     plain = (
         max(abs(close_by - value), bound) < 0.02 * off
     )  # smooth at all of these steps, and not got
+    if plain and bend < 0.02 * off:  # and no kink: both sides have that slope
+        return value, True
     if not plain:
         value, bound = slope(phi, 4 * step, noise, DEEP)
         if abs(value - got) <= max(allowed, 5 * bound):
@@ -111,13 +119,24 @@ def settle(  # noqa: PLR0911  # one return a verdict
         return value, False
     if not math.isfinite(got):
         return value, True
-    off = abs(value - got)
+    return value, _settled(phi, value, bound, abs(value - got), step, noise, plain)
+
+
+def _settled(
+    phi: Callable[[float], float],
+    value: float,
+    bound: float,
+    off: float,
+    step: float,
+    noise: float,
+    plain: bool,
+) -> bool:
+    """Return whether other steps say the same as ``value``, which is ``off`` from what is tested."""
     tiny = step * 2.0**-14  # the function may bend within larger steps: a median that changes hands
-    close_by = (phi(tiny) - phi(-tiny)) / (2 * tiny)
-    if not abs(close_by - value) < 0.05 * off + 2 * noise / tiny:
-        return value, False
+    if not abs(central(phi, tiny)[0] - value) < 0.05 * off + 2 * noise / tiny:
+        return False
     if plain:
-        return value, True
+        return True
     # Near a jump other steps say another thing.
     again, bound_again = slope(phi, 1.3 * step, noise, DEEP)
-    return value, abs(again - value) < 0.05 * off and max(bound, bound_again) < 0.1 * off
+    return abs(again - value) < 0.05 * off and max(bound, bound_again) < 0.1 * off

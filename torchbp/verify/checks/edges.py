@@ -60,25 +60,23 @@ def _run(case: Case) -> Iterator[Finding]:
     chosen = _elementwise(case)
     if not chosen:
         raise NotApplicable("no input that is worked on element by element")
-    together = _together(case, chosen)
+    wide = _longer(case, chosen, 2 * len(ASKED) * len(chosen))
+    together = _together(wide, chosen) if wide else None
     for which in chosen:
-        y, g = together[which] if together else _one_place(case, which)
+        y, g = together[which] if together else _one_place(wide or case, which)
         inner = len(POINTS) * (1 + len(SIDES))
         yield from _at_points(case, which, y[:inner], g[:inner])
         yield from _at_infinity(case, which, y[inner:], g[inner:])
 
 
-def _together(case: Case, chosen: list[int]) -> dict[int, tuple[Tensor, Tensor]] | None:
+def _together(wide: Case, chosen: list[int]) -> dict[int, tuple[Tensor, Tensor]] | None:
     """Return value and slope at all that is asked of each input, from one call.
 
-    The sample is made longer. Each input has a part of it for its points, each of them there twice, where the other
-    inputs stay as they are: to the left and to the right of a point they are what they are at it. ``None`` where it
-    cannot be longer, or where the two differ: a slope per channel, say.
+    Each input has a part of the long sample for its points, each of them there twice, where the other inputs stay as
+    they are: to the left and to the right of a point they are what they are at it. ``None`` where the two differ, as
+    for a slope per channel.
     """
     n, part = len(ASKED), 2 * len(ASKED)
-    wide = _longer(case, chosen, part * len(chosen))
-    if wide is None:
-        return None
     twice = torch.cat([torch.arange(n), torch.arange(n).flip(0)])
     placed = {}
     for which in chosen:

@@ -54,15 +54,18 @@ def _run(case: Case) -> Iterator[Finding]:
 def _where_apart(case: Case, ties: list[Tie], side: Plain, tied: Plain) -> Iterator[Finding]:
     """Look at every tie alone, unless its gradient is that of one side of it: smooth, or one of the two chosen."""
     one, here = _flat(side.grads), _flat(tied.grads)
-    if bool(here.isfinite().all()) and largest(one - here) <= SLACK * largest(one):
+    apart = ~((one - here).abs() <= SLACK * largest(one))  # NaN is apart
+    if not bool(apart.any()):
         return
-    for tie in ties:
-        if tie[0][0] != tie[1][0]:  # inputs that are equal are often divided by their difference
-            undefined = _not_a_number(case, tie)
-            if undefined:
-                yield undefined
-                continue
-        found = _at_tie(case, tie)
+    starts = _starts(case)
+    shown = [tie for tie in ties if any(bool(apart[starts[i] + k]) for i, k in tie)]
+    for tie in shown or ties:  # an index may move the gradient of another input
+        beside = [_nudged(case, [tie], sides) for sides in ((0,), (1,), (), (0, 1))]
+        undefined = _not_a_number(case, tie, beside[0].plain, beside[2].plain)
+        if undefined:
+            yield undefined
+            continue
+        found = _at_tie(case, tie, beside)
         if found:
             yield found
             return
@@ -122,8 +125,16 @@ def _flat(grads: Sequence[Tensor]) -> Tensor:
     return torch.cat([g.detach().reshape(-1).double().cpu() for g in grads if not g.is_complex()])
 
 
-def _at_tie(case: Case, tie: Tie) -> Finding | None:
-    one, other, tied, both = (_nudged(case, [tie], sides) for sides in ((0,), (1,), (), (0, 1)))
+def _starts(case: Case) -> dict[int, int]:
+    """Return where the gradient of each real leaf begins in the row of :func:`_flat`."""
+    real = [i for i, leaf in enumerate(case.leaves) if not leaf.is_complex()]
+    ends = np.cumsum([case.leaves[i].numel() for i in real]).tolist()
+    return dict(zip(real, [0, *ends], strict=False))
+
+
+def _at_tie(case: Case, tie: Tie, beside: list[Case]) -> Finding | None:
+    """Compare the gradient at the tie with those of one, of the other, of none and of both a little more."""
+    one, other, tied, both = beside
     outputs = zip(*(c.kept[1] for c in (one, other, tied, both)), strict=True)
     for number, (a, b, y, up) in enumerate(outputs):
         # The output that bends most is about the tie; alone, as each output may choose a gradient of its own.
@@ -157,14 +168,16 @@ def _at_tie(case: Case, tie: Tie) -> Finding | None:
     return None
 
 
-def _not_a_number(case: Case, tie: Tie) -> Finding | None:
-    """Return a gradient that is NaN at the tie, where forward is finite, and beside it the gradient too."""
-    tied, beside = (_nudged(case, [tie], sides) for sides in ((), (0,)))
-    tied = tied.plain
+def _not_a_number(case: Case, tie: Tie, side: Plain, tied: Plain) -> Finding | None:
+    """Return a gradient that is NaN where two inputs are equal, where forward is finite, and the gradient beside it.
+
+    Inputs that are equal are often divided by their difference.
+    """
     finite = all(bool(y.isfinite().all()) for y in tied.outputs) and bool(
-        _flat(beside.plain.grads).isfinite().all()
+        _flat(side.grads).isfinite().all()
     )
-    if not finite or not bool(_flat(tied.grads).isnan().any()):
+    across = tie[0][0] != tie[1][0]
+    if not across or not finite or not bool(_flat(tied.grads).isnan().any()):
         return None
     places = _named(case, tie)
     return Finding(
