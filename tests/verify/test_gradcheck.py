@@ -114,36 +114,6 @@ def test_random_function_draws_the_same_numbers_and_leaves_the_state():
 COMPILE = ("compile",)
 
 
-class Counted(Function):
-    """sin, which counts its calls."""
-
-    forwards = backwards = 0
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        Counted.forwards += 1
-        return x.sin()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        Counted.backwards += 1
-        return grad_y * ctx.saved_tensors[0].cos()
-
-
-@pytest.mark.parametrize(("level", "forwards", "backwards"), [("quick", 16, 31), ("full", 64, 87)])
-@pytest.mark.parametrize("shape", [(3, 4), (20, 50), (200, 200)])
-def test_number_of_calls_does_not_grow_with_the_size(level, forwards, backwards, shape):
-    Counted.forwards = Counted.backwards = 0
-    assert torchbp.gradcheck(Counted.apply, sample(*shape), level=level, skip=COMPILE)
-    assert 10 < Counted.forwards <= forwards
-    assert 10 < Counted.backwards <= backwards
-
-
 def test_deadline_holds_within_a_check(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])

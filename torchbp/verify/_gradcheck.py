@@ -212,7 +212,7 @@ def _run_one(check: Check, case: Case) -> tuple[list[Finding], Status, str]:
                     check=check.name,
                     severity="wrong",
                     message=f"backward raised {reason(cause)}",
-                    cause="crash",
+                    cause="backward fails where forward does not",
                 )
             )
     except ForwardRaised as error:

@@ -1,6 +1,7 @@
 """What the function under test raises, and whether it meant to."""
 
 import dis
+import textwrap
 from pathlib import Path
 from types import TracebackType
 
@@ -8,6 +9,7 @@ import torch
 
 __all__ = ["BackwardRaised", "ForwardRaised", "PastDeadline", "is_deliberate", "reason"]
 
+LONGEST = 160  # characters of what an exception says
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -28,7 +30,9 @@ def reason(error: BaseException) -> str:
     if isinstance(error, (BackwardRaised, ForwardRaised)):
         return str(error)
     text = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {text[0]}"[:200].rstrip(": ")
+    return textwrap.shorten(
+        f"{type(error).__name__}: {text[0]}".rstrip(": "), LONGEST, placeholder=" ..."
+    )
 
 
 def is_deliberate(error: BaseException) -> bool:

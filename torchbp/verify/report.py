@@ -1,6 +1,8 @@
 """What gradcheck hands back: findings, capabilities, and how they read."""
 
 import json
+import shutil
+import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -10,6 +12,7 @@ __all__ = ["Capability", "Finding", "GradientError", "Report", "Severity", "Stat
 
 Severity = Literal["wrong", "refusal", "note"]
 Status = Literal["ok", "wrong", "refuses", "not applicable", "not run"]
+NARROW = 40  # columns: less than that is no terminal to write for
 _MARKS: dict[Status, str] = {
     "ok": "ok",
     "wrong": "WRONG",
@@ -101,7 +104,10 @@ class Report:
         return tuple(f for f in self.findings if f.severity == "wrong")
 
     def __str__(self) -> str:
-        """One screen: what is wrong, then what refuses, then the outcome of every check."""
+        """One screen: what is wrong, then what refuses, then the outcome of every check.
+
+        Wrapped to the width of the terminal; elsewhere, in a pipe or a log, one line each.
+        """
         lines = [f"{self.name}: {self._verdict()}", ""]
         for finding in self.wrong:
             lines += [str(finding), ""]
@@ -117,7 +123,7 @@ class Report:
                     lines.append(f"{mark:8} {', '.join(alike)}: {detail}")
             else:
                 lines.append(f"{mark:8} {', '.join(names)}")
-        return "\n".join(lines).rstrip()
+        return _wrapped("\n".join(lines).rstrip())
 
     def _verdict(self) -> str:
         ran = sum(c.status in ("ok", "wrong") for c in self.capabilities.values())
@@ -167,6 +173,26 @@ class GradientError(GradcheckError):
 
     def __reduce__(self) -> tuple[type["GradientError"], tuple[Report]]:
         return type(self), (self.report,)
+
+
+def _wrapped(text: str) -> str:
+    """Wrap lines with a hanging indent, where output goes to a terminal; a line to paste stays whole."""
+    columns = shutil.get_terminal_size(fallback=(0, 0)).columns
+    if columns < NARROW:
+        return text
+    lines = []
+    for line in text.splitlines():
+        table = line.split(" ")[0] in _MARKS.values()
+        indent = " " * (18 if line.startswith("    likely") else 9 if table else 4)
+        parts = textwrap.wrap(
+            line,
+            columns,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += [line] if line.startswith("    repeat:") or not parts else parts
+    return "\n".join(lines)
 
 
 def _plain(value: object) -> object:

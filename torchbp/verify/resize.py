@@ -1,6 +1,7 @@
 """The sample at other sizes: every dimension of one size, in whatever input, made another; and at other scales."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,9 +37,10 @@ def resized(case: Case, sizes: dict[int, int]) -> Case:
     return case.edited(change)
 
 
-def scaled(case: Case, factor: float) -> Case:
-    """Return the case with its leaves ``factor`` times as large."""
-    return case.edited(lambda i, t: t * factor if i in case.where else t) if factor != 1 else case
+def scaled(case: Case, factor: float, chosen: Sequence[int] | None = None) -> Case:
+    """Return the case with its leaves, or those chosen, ``factor`` times as large."""
+    where = case.where if chosen is None else [case.where[i] for i in chosen]
+    return case.edited(lambda i, t: t * factor if i in where else t) if factor != 1 else case
 
 
 def free_sizes(case: Case, most: int = 3) -> list[int]:

@@ -77,7 +77,8 @@ def compare(
     at = tuple(map(int, np.unravel_index(int(flat.argmax()), got.shape))) if got.dim() else ()
     g, e = got[at].item(), expected[at].item()
     tested = got.numel() if known is None else int(known.sum())
-    place = f", worst at {list(at)}" if at else ""
+    count = f" in {int(bad.sum())}/{tested} elements" if tested > 1 or got.numel() == 1 else ""
+    place = f"{', worst' if count else ''} at {list(at)}" if at else ""
     if cause is None:
         cause = likely_cause(
             *((got, expected, bad) if known is None else (got[known], expected[known], bad[known])),
@@ -89,8 +90,7 @@ def compare(
         check=check,
         severity="wrong",
         message=(
-            f"{what} {name} wrong in {int(bad.sum())}/{tested} elements{place}: "
-            f"got {_show(g, e)}, expected {_show(e, g)}{when}"
+            f"{what} {name} wrong{count}{place}: got {_show(g, e)}, expected {_show(e, g)}{when}"
         ),
         input=name,
         index=at,

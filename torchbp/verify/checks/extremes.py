@@ -27,7 +27,7 @@ def _first_is(value: float) -> Callable[[Tensor], Tensor]:
 
 
 SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
-    "times 1000": lambda t: t * 1000,
+    "1000 times as large": lambda t: t * 1000,
     "all zero": torch.zeros_like,
 }
 

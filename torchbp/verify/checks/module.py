@@ -37,6 +37,7 @@ def _state(case: Case, training: bool) -> Iterator[Finding]:
     if len({t.dtype for t in (*given.leaves, *module.parameters()) if t.is_floating_point()}) > 1:
         module, given = module.double(), case  # float64 inputs for a float32 module
     before = {k: v.clone() for k, v in module.state_dict().items()}
+    case.calls.count(forward=1, backward=1)
     outputs = [y for y in given.forward_of(module) if y.requires_grad]
     torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     parameters = {n for n, _ in module.named_parameters()}

@@ -1,6 +1,9 @@
-"""Scales: the gradient is right for inputs much smaller and larger than the sample: clamps, other branches."""
+"""Scales: the gradient is right for inputs much smaller and larger than the sample: clamps, other branches.
 
-from collections.abc import Iterator
+All become smaller together; of several only every other one becomes larger, which changes what they are to each other.
+"""
+
+from collections.abc import Iterator, Sequence
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
@@ -19,16 +22,25 @@ def _run(case: Case) -> Iterator[Finding]:
         if factor in case.memo.get("scaled", ()):  # by sizes
             tested = True
             continue
-        other = scaled(case, factor)
+        chosen = range(0, len(case.leaves), 2 if factor > 1 else 1)
+        other = scaled(case, factor, chosen)
         if not accepts(other):
             continue
         tested = True
-        found = check_lines(other, NAME, f" for inputs {factor:g} times as large")
+        found = check_lines(other, NAME, _when(case, chosen, factor))
         if found:
             yield found
             return
     if not tested:
         raise NotApplicable("forward takes no inputs of another size")
+
+
+def _when(case: Case, chosen: Sequence[int], factor: float) -> str:
+    if len(chosen) == 1:
+        return f" where {case.names[chosen[0]]} is {factor:g} times as large"
+    if len(chosen) == len(case.leaves):
+        return f" for inputs {factor:g} times as large"
+    return f" where {' and '.join(case.names[i] for i in chosen)} are {factor:g} times as large"
 
 
 CHECK = Check(

@@ -60,12 +60,12 @@ def _where_apart(case: Case, ties: list[Tie], side: Plain, tied: Plain) -> Itera
     starts = _starts(case)
     shown = [tie for tie in ties if any(bool(apart[starts[i] + k]) for i, k in tie)]
     for tie in shown or ties:  # an index may move the gradient of another input
-        beside = [_nudged(case, [tie], sides) for sides in ((0,), (1,), (), (0, 1))]
-        undefined = _not_a_number(case, tie, beside[0].plain, beside[2].plain)
+        cases = [_nudged(case, [tie], sides) for sides in ((0,), (1,), (), (0, 1))]
+        undefined = _not_a_number(case, tie, cases[0].plain, cases[2].plain)
         if undefined:
             yield undefined
             continue
-        found = _at_tie(case, tie, beside)
+        found = _at_tie(case, tie, cases)
         if found:
             yield found
             return
@@ -132,9 +132,9 @@ def _starts(case: Case) -> dict[int, int]:
     return dict(zip(real, [0, *ends], strict=False))
 
 
-def _at_tie(case: Case, tie: Tie, beside: list[Case]) -> Finding | None:
+def _at_tie(case: Case, tie: Tie, cases: list[Case]) -> Finding | None:
     """Compare the gradient at the tie with those of one, of the other, of none and of both a little more."""
-    one, other, tied, both = beside
+    one, other, tied, both = cases
     outputs = zip(*(c.kept[1] for c in (one, other, tied, both)), strict=True)
     for number, (a, b, y, up) in enumerate(outputs):
         # The output that bends most is about the tie; alone, as each output may choose a gradient of its own.

@@ -1,0 +1,131 @@
+"""How often gradcheck calls a function: counted at the function, not read from the report."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torchbp
+
+COMPILE = ("compile",)
+
+
+def leaf(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def lstm(i, f, g, o, c):
+    return o.sigmoid() * (f.sigmoid() * c + i.sigmoid() * g.tanh()).tanh()
+
+
+def normed_conv(x, w, b, scale, shift):
+    y = F.conv1d(x, w, b)
+    return F.layer_norm(y, y.shape[-1:], scale, shift)
+
+
+FIVE = (leaf(2, 3, 6), leaf(4, 3, 3, seed=1), leaf(4, seed=2), leaf(4, seed=3), leaf(4, seed=4))
+SAMPLES = {
+    "one input": (torch.tanh, (leaf(3, 4),), 56, 81),
+    "one vector": (torch.tanh, (leaf(5),), 53, 78),
+    "one input, three dimensions": (lambda x: x.logsumexp(-1), (leaf(2, 3, 4),), 56, 79),
+    "two inputs": (torch.mul, (leaf(3, 4), leaf(3, 4, seed=1)), 58, 81),
+    "two matrices": (torch.mm, (leaf(3, 4), leaf(4, 5, seed=1)), 61, 88),
+    "three inputs": (F.linear, (leaf(4, 5), leaf(3, 5, seed=1), leaf(3, seed=2)), 63, 91),
+    "attention": (
+        F.scaled_dot_product_attention,
+        tuple(leaf(1, 2, 3, 4, seed=k) for k in range(3)),
+        58,
+        83,
+    ),
+    "five inputs": (lstm, tuple(leaf(3, 4, seed=k) for k in range(5)), 61, 86),
+    "five inputs of other shapes": (normed_conv, FIVE, 63, 88),
+    "loss with targets": (F.cross_entropy, (leaf(4, 3), torch.tensor([0, 2, 1, 1])), 53, 73),
+    "Module": (lambda: nn.Linear(4, 3), (leaf(5, 4),), 64, 88),
+    "Module with buffers": (lambda: nn.BatchNorm1d(4), (leaf(5, 4),), 62, 84),
+    "Module, four parameters": (lambda: nn.GRUCell(3, 4), (leaf(5, 3),), 66, 92),
+    # Kinks and poles near every sample: shorter steps are tried.
+    "kinks": (F.l1_loss, (leaf(3, 4), leaf(3, 4, seed=1)), 60, 82),
+    "hinges": (
+        F.triplet_margin_with_distance_loss,
+        tuple(leaf(3, 4, seed=k) for k in range(3)),
+        57,
+        78,
+    ),
+    "maxima": (lambda x: F.max_pool1d(x, 2), (leaf(2, 3, 6),), 56, 79),
+    "sorting": (torch.msort, (leaf(3, 4),), 67, 92),
+    "medians": (lambda x: x.median(-1).values, (leaf(3, 5),), 61, 83),
+    "poles": (torch.tan, (leaf(3, 4),), 73, 97),
+    "long sums": (torch.std, (leaf(3, 4),), 73, 78),
+}
+
+
+def counted(function):
+    """Return ``function``, and a list that grows by one with every call of it."""
+    calls = []
+    if isinstance(function, nn.Module):
+        function.register_forward_pre_hook(lambda *_: calls.append(1))
+        return function, calls
+
+    def call(*args):
+        calls.append(1)
+        return function(*args)
+
+    return call, calls
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_number_of_calls(name):
+    function, inputs, forwards, backwards = SAMPLES[name]
+    torch.manual_seed(0)
+    function, calls = counted(function() if name.startswith("Module") else function)
+    report = torchbp.gradcheck(function, inputs, skip=COMPILE)
+    assert len(calls) == report.forwards
+    assert 30 < report.forwards <= forwards
+    assert 50 < report.backwards <= backwards
+
+
+class Sine(torch.autograd.Function):
+    """sin, which counts its calls; or, by a class beside it, a wrong one."""
+
+    forwards = backwards = 0
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        Sine.forwards += 1
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        Sine.backwards += 1
+        return grad_y * ctx.saved_tensors[0].cos()
+
+
+class Cosine(Sine):
+    @staticmethod
+    def backward(ctx, grad_y):
+        Sine.backwards += 1
+        return grad_y * ctx.saved_tensors[0].sin()
+
+
+@pytest.mark.parametrize(("level", "forwards", "backwards"), [("quick", 10, 30), ("full", 56, 81)])
+@pytest.mark.parametrize("shape", [(3, 4), (20, 50), (200, 200)])
+def test_number_of_calls_does_not_grow_with_the_size(level, forwards, backwards, shape):
+    Sine.forwards = Sine.backwards = 0
+    assert torchbp.gradcheck(Sine.apply, leaf(*shape), level=level, skip=COMPILE)
+    assert 5 < Sine.forwards <= forwards
+    assert 10 < Sine.backwards <= backwards
+
+
+@pytest.mark.parametrize(("shape", "forwards"), [((3, 4), 75), ((8, 8), 180), ((20, 50), 55)])
+def test_number_of_calls_where_the_gradient_is_wrong(shape, forwards):
+    """Up to 64 elements each is moved alone, to say which are wrong."""
+    Sine.forwards = 0
+    report = torchbp.gradcheck(Cosine.apply, leaf(*shape), skip=COMPILE, raise_exception=False)
+    assert not report
+    assert Sine.forwards <= forwards
