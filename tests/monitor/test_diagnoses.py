@@ -150,7 +150,7 @@ def judge(levels, begins=3, ends=2, begins_alert=None):
     diagnosis = Diagnosis("x", ("level",), examine, "rule", "source", begins, begins_alert, ends)
     court = Judge([diagnosis])
     for step, level in enumerate(levels):
-        court.consider(reading(10 * step, level))
+        court.consider([reading(10 * step, level)])
     return [(v.severity, v.step, v.until) for v in court.verdicts]
 
 

@@ -1,6 +1,6 @@
 """The record that every diagnosis file ends with, and what a diagnosis says."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,10 +88,11 @@ class Reading:
         rare: Whether what is measured rarely was.
         times: By layer of ``layers``: norms of what came back to it at each time step ``(T,)``.
         memory: Belongs to the quantity or diagnosis that reads; lasts as long as the monitor.
+        shared: What several diagnoses make of the reading, made once.
     """
 
     step: int
-    values: Mapping[str, NDArray[np.float64]]
+    values: dict[str, NDArray[np.float64]]
     present: Mapping[str, NDArray[np.bool_]]
     layers: Layers
     when: float = 0.0
@@ -99,6 +100,7 @@ class Reading:
     rare: bool = True
     times: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ class Diagnosis:
         name: The verdict's ``kind``.
         reads: The quantities it needs; a reading without all of them is passed over.
         examine: What one reading says: a suspicion for every key in trouble.
+        screen: Takes the readings of a drain, in their order, before any of them is examined; bool
+            ``(R,)``: those that have to be. Of the others it notes what there is to note.
         threshold: The rule in words.
         source: Where the rule comes from.
         begins: So many readings in a row make a verdict.
@@ -144,3 +148,4 @@ class Diagnosis:
     begins: int = 1
     begins_alert: int | None = None
     ends: int = 1
+    screen: Callable[[Sequence[Reading]], NDArray[np.bool_]] | None = None

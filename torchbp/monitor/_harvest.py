@@ -1,4 +1,4 @@
-"""A drain: rows of sums on devices become rows of numbers on the host.
+"""A drain: rows of sums on devices become tables of numbers on the host.
 
 One copy a device, asynchronous on CUDA. Over several ranks one all_reduce: every rank adds its
 shards and its part of the batch; what all ranks hold alike, one of them adds. Each row carries its
@@ -21,58 +21,69 @@ from torchbp.monitor._row import Pieces, Row
 __all__ = ["Sums", "harvest", "reduced"]
 
 Vector = NDArray[np.float64]
+Table = NDArray[np.float64]
 
 
 @dataclass
 class Sums:
-    """One row on the host, in the order of registration.
+    """R rows that hold the same quantities, on the host and in the order of registration.
 
     Attributes:
-        row: Where it comes from, for its step and time.
-        parameters: By quantity, sums ``(P,)``.
-        layers: By quantity, sums and numbers of elements ``(L,)``.
-        times: By layer, norms of what came back to it at each time step ``(T,)``.
-        host: The host's numbers.
+        rows: Where they come from, for their steps and times.
+        places: Where each stood among the rows of the drain.
+        parameters: By quantity, sums ``(R, P)``.
+        layers: By quantity, sums and numbers of elements ``(R, L)``.
+        times: For each row, by layer, norms of what came back to it at each time step ``(T,)``.
+        host: The host's numbers ``(R, n)``.
     """
 
-    row: Row
-    parameters: dict[str, Vector] = field(default_factory=dict)
-    layers: dict[str, tuple[Vector, Vector]] = field(default_factory=dict)
-    times: list[tuple[int, Vector]] = field(default_factory=list)
-    host: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row]
+    places: list[int]
+    parameters: dict[str, Table] = field(default_factory=dict)
+    layers: dict[str, tuple[Table, Table]] = field(default_factory=dict)
+    times: list[list[tuple[int, Vector]]] = field(default_factory=list)
+    host: dict[str, Table] = field(default_factory=dict)
 
 
-def harvest(rows: Sequence[Row], parameters: int, layers: int) -> Callable[[], list[Sums]]:
+def harvest(
+    rows: Sequence[Row], parameters: int, layers: int, *, apart: bool = False
+) -> Callable[[], list[Sums]]:
     """Start the copy of ``rows``; the function that is returned waits for it.
 
     Args:
         rows: The rows.
         parameters: Number of parameters P.
         layers: Number of layers L.
+        apart: Leave every row by itself, to be summed over ranks.
     """
     tensors = [value for row in rows for value in _values(row) if isinstance(value, Tensor)]
     devices = dict.fromkeys(tensor.device for tensor in tensors)
-    waits = {device: _send([t for t in tensors if t.device == device]) for device in devices}
-    shapes = [(tensor.device, tensor.numel()) for tensor in tensors]
-    del tensors
+    sent = {d: [t for t in tensors if t.device == d] for d in devices}
+    waits = {device: _send(found) for device, found in sent.items()}
+    kinds: dict[Any, list[int]] = {}
+    for place, row in enumerate(rows):
+        kinds.setdefault(place if apart else row.kind, []).append(place)
 
     def receive() -> list[Sums]:
-        parts: dict[torch.device, Iterator[Vector]] = {}
+        arrived: dict[int, Vector] = {}
         for device, wait in waits.items():
-            ends = np.cumsum([n for d, n in shapes if d == device])
-            parts[device] = iter(np.split(wait(), ends[:-1]))
-        arrived = (next(parts[device]) for device, _ in shapes)
+            ends = np.cumsum([t.numel() for t in sent[device]])
+            parts = np.split(wait(), ends[:-1])
+            arrived.update(zip(map(id, sent[device]), parts, strict=True))
 
         def take(value: Any) -> Any:
-            return next(arrived) if isinstance(value, Tensor) else value
+            return arrived[id(value)] if isinstance(value, Tensor) else value
 
-        return [_fill(row, take, parameters, layers) for row in rows]
+        return [
+            _filled([rows[i] for i in places], places, take, parameters, layers)
+            for places in kinds.values()
+        ]
 
     return receive
 
 
 def _values(row: Row) -> Iterator[Any]:
-    """Yield what a row holds, tensors and numbers; :func:`_fill` takes them in the same order."""
+    """Yield what a row holds, tensors and numbers."""
     for pieces in (*row.parameters.values(), *row.earlier, row.unreduced):
         for _, values in pieces:
             yield values
@@ -87,31 +98,40 @@ def _values(row: Row) -> Iterator[Any]:
         yield from value if isinstance(value, list) else (value,)
 
 
-def _fill(row: Row, take: Callable[[Any], Any], parameters: int, layers: int) -> Sums:
-    quantities, sums = all_quantities(), Sums(row)
-    for name, pieces in row.parameters.items():
-        vector = _scattered(pieces, take, parameters)
-        sums.parameters[name] = np.square(vector) if quantities[name].power == 2 else vector
-    earlier = [_scattered(pieces, take, parameters) for pieces in row.earlier]
-    unreduced = _scattered(row.unreduced, take, parameters) if row.unreduced else None
-    for name, parts in row.layers.items():
-        columns: Any = zip(*((p, take(v), f, take(n)) for p, v, f, n in parts), strict=True)
-        places, values, factors, counts = map(np.concatenate, columns)
-        totals = np.multiply(values, factors, dtype=np.float64) ** quantities[name].power
-        total, count = (np.bincount(places, w, layers).astype(float) for w in (totals, counts))
-        sums.layers[name] = (total, count)
-    sums.times = [(place, np.asarray(take(values), np.float64)) for place, values in row.times]
-    scale = take(row.scale)
-    for name, value in row.host.items():
-        items = value if isinstance(value, list) else (value,)
-        sums.host[name] = np.array([_number(take(item)) for item in items])
-    _unscale(sums, 1.0 if scale is None else _number(scale))
-    _look_back(sums, earlier)
-    if unreduced is not None:
-        divisor = 1.0 if scale is None else _number(scale)
-        sums.host["local_square"] = np.array([np.square(unreduced / divisor).sum()])
+def _filled(
+    rows: list[Row],
+    places: list[int],
+    take: Callable[[Any], Any],
+    parameters: int,
+    layers: int,
+) -> Sums:
+    quantities, sums, first = all_quantities(), Sums(rows, places), rows[0]
+    for name in first.parameters:
+        table = _scattered([row.parameters[name] for row in rows], take, parameters)
+        sums.parameters[name] = table * table if quantities[name].power == 2 else table
+    for name in first.layers:
+        pairs = [_joined(row.layers[name], take, quantities[name].power, layers) for row in rows]
+        totals, counts = zip(*pairs, strict=True)
+        sums.layers[name] = np.stack(totals), np.stack(counts)
+    sums.times = [
+        [(place, np.asarray(take(values), np.float64)) for place, values in row.times]
+        for row in rows
+    ]
+    for name, value in first.host.items():
+        if isinstance(value, list):
+            numbers = [[_number(take(item)) for item in row.host[name]] for row in rows]
+        else:
+            numbers = [[_number(take(row.host[name]))] for row in rows]
+        sums.host[name] = np.array(numbers)
+    scale = np.array([1.0 if row.scale is None else _number(take(row.scale)) for row in rows])
+    _unscale(sums, scale[:, None])
+    _look_back(sums, take, parameters)
+    if first.unreduced:
+        unreduced = _scattered([row.unreduced for row in rows], take, parameters)
+        sums.host["local_square"] = np.square(unreduced / scale[:, None]).sum(1, keepdims=True)
     # Let the memory go.
-    row.parameters, row.layers, row.times, row.earlier, row.unreduced = {}, {}, [], [], []
+    for row in rows:
+        row.parameters, row.layers, row.times, row.earlier, row.unreduced = {}, {}, [], [], []
     return sums
 
 
@@ -119,39 +139,56 @@ def _number(value: Any) -> float:
     return float(value[0] if isinstance(value, np.ndarray) else value)
 
 
-def _scattered(pieces: Pieces, take: Callable[[Any], Any], size: int) -> Vector:
-    if len(pieces) == 1 and len(pieces[0][0]) == size:
-        return np.asarray(take(pieces[0][1]), np.float64)
-    vector = np.zeros(size)
-    for indices, values in pieces:
-        vector[list(indices)] = take(values)
-    return vector
+def _scattered(rows: Sequence[Pieces], take: Callable[[Any], Any], size: int) -> Table:
+    """Return ``(R, size)``. All rows have pieces of the same indices."""
+    table = np.zeros((len(rows), size))
+    for k, (indices, _) in enumerate(rows[0]):
+        table[:, list(indices)] = [take(pieces[k][1]) for pieces in rows]
+    return table
 
 
-def _unscale(sums: Sums, scale: float) -> None:
-    """Divide out what a GradScaler multiplied the loss by; the sums are of squares."""
-    if scale == 1:
+def _joined(
+    parts: Sequence[Any], take: Callable[[Any], Any], power: int, layers: int
+) -> tuple[Vector, Vector]:
+    columns: Any = zip(*((p, take(v), f, take(n)) for p, v, f, n in parts), strict=True)
+    places, values, factors, counts = map(np.concatenate, columns)
+    totals = np.multiply(values, factors, dtype=np.float64) ** power
+    return np.bincount(places, totals, layers), np.bincount(places, counts, layers)
+
+
+def _unscale(sums: Sums, scale: Table) -> None:
+    """Divide out what a GradScaler multiplied the loss by, ``(R, 1)``; the sums are of squares."""
+    if (scale == 1).all():
         return
     if "gradient_norm" in sums.parameters:
         sums.parameters["gradient_norm"] /= scale**2
     if "error_signal" in sums.layers:
         total, count = sums.layers["error_signal"]
         sums.layers["error_signal"] = (total / scale**2, count)
-    sums.times = [(place, values / scale) for place, values in sums.times]
+    sums.times = [
+        [(place, values / divisor) for place, values in times]
+        for times, divisor in zip(sums.times, scale[:, 0], strict=True)
+    ]
 
 
-def _look_back(sums: Sums, earlier: list[Vector]) -> None:
-    """Keep what the first micro-batch had; count the backward passes a GradScaler threw away."""
-    skipped = sum(not np.isfinite(vector).all() for vector in earlier)
-    if earlier and not skipped:
-        sums.host["first_square"] = np.array([np.square(earlier[0]).sum()])
+def _look_back(sums: Sums, take: Callable[[Any], Any], parameters: int) -> None:
+    """Keep what the first micro-batch had; count the backward passes a GradScaler threw away.
+
+    A row of several, or one that may have been skipped, stands apart.
+    """
+    skipped = 0
+    if earlier := sums.rows[0].earlier:
+        norms = [_scattered([pieces], take, parameters)[0] for pieces in earlier]
+        skipped = sum(not np.isfinite(vector).all() for vector in norms)
+        if not skipped:
+            sums.host["first_square"] = np.square(norms[:1]).sum(1, keepdims=True)
     found_inf = sums.host.pop("found_inf", None)
-    if found_inf is not None and found_inf[0]:
+    if found_inf is not None and found_inf[0, 0]:
         skipped += 1
         sums.parameters.clear()
         sums.layers.clear()
-        sums.times.clear()
-    sums.host["skipped"] = np.array([float(skipped)])
+        sums.times = [[] for _ in sums.rows]
+    sums.host["skipped"] = np.full((len(sums.rows), 1), float(skipped))
 
 
 def _send(tensors: list[Tensor]) -> Callable[[], Vector]:
@@ -173,40 +210,42 @@ def _send(tensors: list[Tensor]) -> Callable[[], Vector]:
 
 
 def reduced(
-    rows: list[Sums], mine: NDArray[np.bool_], layers: int, device: torch.device
+    found: list[Sums], mine: NDArray[np.bool_], layers: int, device: torch.device
 ) -> list[Sums]:
-    """Return ``rows`` summed over all ranks, by one all_reduce.
+    """Return ``found``, one row each, summed over all ranks by one all_reduce.
 
     Args:
-        rows: This rank's rows. All ranks call this with equally many.
+        found: This rank's rows. All ranks call this with equally many.
         mine: bool ``(P,)``: the parameters whose sums this rank adds.
         layers: Number of layers L.
         device: Where the process group works.
     """
     of_parameters = [q.name for q in all_quantities().values() if q.axis == "parameter"]
     of_layers = [q.name for q in all_quantities().values() if q.axis == "layer"]
-    zeros = np.zeros(len(mine)), np.zeros(layers)
+    zeros = np.zeros((1, len(mine))), np.zeros((1, layers))
     table = []
-    for sums in rows:
-        local = sums.host.get("local_square", [np.nan])[0]
-        parts = [np.array([sums.row.step, sums.row.step**2, local], float)]
+    for sums in found:
+        local = sums.host.get("local_square", np.full((1, 1), np.nan))
+        step = float(sums.rows[0].step)
+        parts = [np.array([[step, step**2]]), local]
         parts += [np.where(mine, sums.parameters.get(n, zeros[0]), 0) for n in of_parameters]
         for name in of_layers:
             parts += sums.layers.get(name, (zeros[1], zeros[1]))
-        table.append(np.concatenate(parts))
-    tensor = torch.from_numpy(np.stack(table)).to(device)
+        table.append(np.concatenate(parts, axis=1))
+    tensor = torch.from_numpy(np.concatenate(table)).to(device)
     torch.distributed.all_reduce(tensor)
     ranks = torch.distributed.get_world_size()
-    for sums, whole in zip(rows, tensor.cpu().numpy(), strict=True):
-        agreed = whole[0] == ranks * sums.row.step and whole[1] == ranks * sums.row.step**2
+    for sums, whole in zip(found, tensor.cpu().numpy()[:, None], strict=True):
+        step = sums.rows[0].step
+        agreed = whole[0, 0] == ranks * step and whole[0, 1] == ranks * step**2
         sizes = [len(mine)] * len(of_parameters) + [layers] * (2 * len(of_layers))
-        pieces = iter(np.split(whole[3:], np.cumsum(sizes)[:-1]))
+        pieces = iter(np.split(whole[:, 3:], np.cumsum(sizes)[:-1], axis=1))
         here = {name: next(pieces) for name in of_parameters}
         there = {name: (next(pieces), next(pieces)) for name in of_layers}
         sums.host.pop("first_square", None)  # of micro-batches of one rank, and the sum of all
         if "local_square" in sums.host:
-            sums.host["local_square"] = whole[2:3] / ranks
-        sums.host["ranks"] = np.array([float(ranks)])
+            sums.host["local_square"] = whole[:, 2:3] / ranks
+        sums.host["ranks"] = np.array([[float(ranks)]])
         sums.parameters = {n: here[n] for n in sums.parameters if agreed}
         sums.layers = {n: v for n, v in there.items() if agreed and v[1].any()}
-    return rows
+    return found

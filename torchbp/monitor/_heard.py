@@ -4,7 +4,7 @@ Small tensors are kept until the backward ends and measured together: a call a l
 the measuring. Large ones are measured at once, on part of the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchbp.monitor._bundle import Bundle
+from torchbp.monitor._packing import Packed, Packing, is_small
 from torchbp.monitor._quantity import Quantity
 from torchbp.monitor._registry import all_quantities
 from torchbp.monitor._row import Row
@@ -20,11 +21,12 @@ __all__ = ["Forward", "Heard"]
 
 _SMALL = 1 << 16  # elements of a tensor, and what a large one is thinned to
 _KEPT = 1 << 20  # elements kept in all
+_PACKINGS = 8
 _STEPS = 5  # time steps that make a sequence
 _WINDOW_SAMPLES, _WINDOW_STEPS = 1024, 10
 
 
-@dataclass
+@dataclass(slots=True)
 class Forward:
     """A forward pass of the model.
 
@@ -47,15 +49,9 @@ class Forward:
     over: bool = False
 
 
-@dataclass
-class _Delta:
-    """The gradient of an output of a layer, at its ``call``-th call; ``first``: its output proper."""
-
-    forward: Forward
-    place: int
-    call: int
-    first: bool
-    value: Tensor
+# The gradient of a layer's output: place of the layer, its how manieth call this is, whether it is its
+# output proper, and the gradient.
+_Delta = tuple[Forward, int, int, bool, Tensor]
 
 
 class Heard:
@@ -64,51 +60,67 @@ class Heard:
     def __init__(self) -> None:
         quantities = all_quantities().values()
         self._error = next(q for q in quantities if q.at == "error")
-        self._outputs = [q for q in quantities if q.at == "output"]
+        self._of_outputs = [q for q in quantities if q.at == "output"]
         self._activations = [q for q in quantities if q.at == "activation"]
         (self._units,) = (q for q in quantities if q.at == "units")
         self._deltas: list[_Delta] = []
+        self._outputs: list[tuple[Row, int, Tensor]] = []
         self._functions: list[tuple[Row, int, str, Tensor, int]] = []
         self._kept = 0
+        self._packed: dict[tuple[torch.Size, ...], Packed] = {}
         self._windows: dict[tuple[int, ...], tuple[Tensor, int, int]] = {}
 
     def forget(self) -> None:
         """Drop what no backward has followed."""
-        self._deltas, self._functions, self._kept = [], [], 0
+        self._deltas, self._outputs, self._functions, self._kept = [], [], [], 0
 
     def settle(self) -> None:
         """Measure what was kept."""
         if not self._kept:
             return
-        deltas, functions = self._deltas, self._functions
+        deltas, outputs, functions = self._deltas, self._outputs, self._functions
         self.forget()
         with torch.no_grad():
-            devices: dict[torch.device, list[_Delta]] = {}
-            for delta in deltas:
-                devices.setdefault(delta.value.device, []).append(delta)
-            for found in devices.values():
-                self._measure_deltas(found)
+            self._measure_deltas(deltas)
+            self._measure_outputs(outputs)
             alike: dict[Any, list[tuple[int, Tensor]]] = {}
             for row, place, function, output, version in functions:
                 if output._version == version:  # noqa: SLF001  # else it was overwritten since
                     key = id(row), function, output.shape, output.dtype, output.device
                     alike.setdefault(key, []).append((place, output))
             rows = {id(row): row for row, *_ in functions}
-            for (row, function, *_), outputs in alike.items():
-                places = tuple(place for place, _ in outputs)
-                stack = torch.stack([output for _, output in outputs])
+            for (row, function, *_), found in alike.items():
+                places = tuple([place for place, _ in found])
+                stack = torch.stack([output for _, output in found])
                 self._measure_functions(rows[row], places, function, stack)
+
+    def _bundles(self, tensors: list[Tensor]) -> Iterator[tuple[Sequence[int], Bundle]]:
+        """Yield tensors that are measured together, with their indices."""
+        small = [i for i, t in enumerate(tensors) if is_small(t)]
+        if small:
+            shapes = tuple([tensors[i].shape for i in small])
+            packed = self._packed.get(shapes)  # those of the last time, as a rule
+            if packed is None:
+                if len(self._packed) == _PACKINGS:
+                    self._packed.clear()
+                packed = self._packed[shapes] = Packing(shapes).array()
+            order = [small[k] for k in packed.packing.order]
+            yield order, Bundle((), packed.fill([tensors[i] for i in order]))
+        if len(small) < len(tensors):
+            devices: dict[torch.device, list[int]] = {}
+            for i in sorted(set(range(len(tensors))).difference(small)):
+                devices.setdefault(tensors[i].device, []).append(i)
+            for order in devices.values():
+                yield order, Bundle([tensors[i] for i in order])
 
     # ---------------------------------------------------------------------------- error signals
     def delta(self, forward: Forward, place: int, call: int, first: bool, value: Tensor) -> None:
         """Take the gradient of a layer's output."""
-        delta = _Delta(forward, place, call, first, value)
         if self._keeps(value):
-            self._deltas.append(delta)
+            self._deltas.append((forward, place, call, first, value))
         elif first:
-            delta.value = _thinned(value)
             with torch.no_grad():
-                self._measure_deltas([delta])
+                self._measure_deltas([(forward, place, call, first, _thinned(value))])
 
     def times(self, row: Row, place: int, value: Tensor, dim: int) -> None:
         """Take the gradient of a sequence that a recurrent layer was called with."""
@@ -118,34 +130,48 @@ class Heard:
                 norms = torch.linalg.vector_norm(value, dim=others, dtype=torch.float64)
             row.times.append((place, norms))
 
-    def _measure_deltas(self, deltas: Sequence[_Delta]) -> None:
-        values = _measured(self._error, Bundle([d.value for d in deltas]))
-        by_row: dict[int, list[int]] = {}
-        for index, delta in enumerate(deltas):
-            by_row.setdefault(id(delta.forward.row), []).append(index)
-        for indices in by_row.values():
-            chosen = [i for i in indices if deltas[i].first]
-            mine = [deltas[i] for i in chosen]
-            part = values if len(chosen) == len(deltas) else values[chosen]
-            batches = [d.forward.batch or 1 for d in mine]
-            row = mine[0].forward.row
-            row.add(
-                self._error.name,
-                ([d.place for d in mine], part, batches, [d.value.numel() for d in mine]),
-            )
-        if len(deltas) >= _STEPS:
-            _add_times(deltas, values)
+    def _measure_deltas(self, deltas: list[_Delta]) -> None:
+        for order, bundle in self._bundles([value for *_, value in deltas]):
+            values = _measured(self._error, bundle)
+            rows: dict[int, tuple[Row, list[int]]] = {}
+            for index, i in enumerate(order):
+                forward, _, _, first, _ = deltas[i]
+                if first:
+                    rows.setdefault(id(forward.row), (forward.row, []))[1].append(index)
+            for row, chosen in rows.values():
+                mine = [deltas[order[index]] for index in chosen]
+                part = values if len(chosen) == len(order) else values[chosen]
+                places = [place for _, place, _, _, _ in mine]
+                batches = [forward.batch or 1 for forward, _, _, _, _ in mine]
+                sizes = [value.numel() for *_, value in mine]
+                row.add(self._error.name, (places, part, batches, sizes))
+            if len(order) >= _STEPS:
+                _add_times([deltas[i] for i in order], values)
 
     # ------------------------------------------------------------------ outputs and activations
     def output(self, row: Row, place: int, output: Tensor) -> None:
-        """Take a layer's output."""
-        if not row.rare:
-            return
-        with torch.no_grad():
-            output = _thinned(output.detach())
-            for quantity in self._outputs:
-                total = _measured(quantity, output).reshape(1)
-                row.add(quantity.name, ([place], total, [1.0], [output.numel()]))
+        """Take a layer's output, where it is to be measured."""
+        output = output.detach()
+        if self._keeps(output):
+            # A copy, for an activation in place may overwrite it.
+            self._outputs.append((row, place, output.clone()))
+        else:
+            with torch.no_grad():
+                self._measure_outputs([(row, place, _thinned(output))])
+
+    def _measure_outputs(self, outputs: list[tuple[Row, int, Tensor]]) -> None:
+        for order, bundle in self._bundles([output for *_, output in outputs]):
+            mine = [outputs[i] for i in order]
+            rows = dict.fromkeys(id(row) for row, *_ in mine)
+            for quantity in self._of_outputs:
+                values = _measured(quantity, bundle)
+                for key in rows:
+                    chosen = [k for k, (row, *_) in enumerate(mine) if id(row) == key]
+                    places = [mine[k][1] for k in chosen]
+                    sizes = [mine[k][2].numel() for k in chosen]
+                    part = values if len(chosen) == len(mine) else values[chosen]
+                    row = mine[chosen[0]][0]
+                    row.add(quantity.name, (places, part, [1.0] * len(chosen), sizes))
 
     def function(self, row: Row, place: int, function: str, output: Tensor) -> None:
         """Take the output of the activation behind a layer."""
@@ -214,15 +240,14 @@ def _joined(places: tuple[int, ...], alive: Tensor) -> tuple[tuple[int, ...], Te
 def _add_times(deltas: Sequence[_Delta], values: Any) -> None:
     """Lay what came back to the calls of one layer side by side: it ran once a time step."""
     layers: dict[tuple[int, int], dict[int, list[int]]] = {}
-    for index, delta in enumerate(deltas):
-        key = id(delta.forward), delta.place
-        layers.setdefault(key, {}).setdefault(delta.call, []).append(index)
+    for index, (forward, place, call, _, _) in enumerate(deltas):
+        layers.setdefault((id(forward), place), {}).setdefault(call, []).append(index)
     for (_, place), calls in layers.items():
         if len(calls) < _STEPS:
             continue
         ordered = [calls[call] for call in sorted(calls)]
         width = max(map(len, ordered))  # an LSTM cell has two outputs
         columns = [[c[min(k, len(c) - 1)] for c in ordered] for k in range(width)]
-        row = deltas[ordered[0][0]].forward.row
+        row = deltas[ordered[0][0]][0].row
         squares = sum(values[column] ** 2 for column in columns)
         row.times.append((place, squares**0.5))

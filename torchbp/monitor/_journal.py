@@ -8,6 +8,7 @@ import numpy as np
 
 from torchbp.monitor._diagnosis import Layers, Reading, Verdict
 from torchbp.monitor._quantity import Quantity
+from torchbp.monitor._reader import Block
 from torchbp.monitor._registry import all_diagnoses, all_quantities
 
 if TYPE_CHECKING:
@@ -57,35 +58,51 @@ class Journal:
         self._layouts: dict[tuple[str, int], Layout] = {}
         self._said: list[Verdict] = []
         self._judged = False
-        self._range: tuple[np.ndarray, np.ndarray, int] | None = None
+        self._range: tuple[Any, Any, int] | None = None
 
-    def write(self, readings: Iterable[Reading]) -> None:
+    def write(self, blocks: Iterable[Block], readings: Sequence[Reading]) -> None:
         """Write what was measured at some steps, in one go."""
-        with self._writer.together():
-            for reading in readings:
-                self._write(reading)
+        with self._writer.together([(r.step, r.when) for r in readings]):
+            self._introduce(readings[0])
+            for block in blocks:
+                self._write(block)
+            self._extremes(readings)
 
-    def _write(self, reading: Reading) -> None:
-        self._introduce(reading)
-        for name, values in reading.values.items():
+    def _write(self, block: Block) -> None:
+        first = block.readings[0]
+        moments = [(r.step, r.when) for r in block.readings]
+        for name, values in block.values.items():
             quantity = all_quantities().get(name)
-            if quantity is None or quantity.axis == "run":
-                if quantity is None or reading.sampled or name in _EVERY_STEP:
-                    self._scalar(name, quantity, reading, float(values[0]))
-            elif reading.sampled or name in _EVERY_STEP:
-                layout = self._layout(quantity, reading.layers, len(values))
-                present = reading.present.get(name)
-                kept = values if present is None else self._with_absent(values, present)
-                self._writer.vector(layout, reading.step, kept, when=reading.when)
-                if quantity.axis == "layer" and reading.rare:
-                    self._histogram(quantity, reading, values)
-        if reading.sampled and "learning_rate" in reading.values:
-            rate = float(reading.values["learning_rate"][0])
+            if quantity is None or first.sampled or name in _EVERY_STEP:
+                self._quantity(name, moments, values, block.present.get(name), first.layers)
+        for reading, moment in zip(block.readings, moments, strict=True):
+            for name in reading.values.keys() - block.values.keys():
+                values = reading.values[name][None]
+                self._quantity(name, [moment], values, None, first.layers)
+            if reading.rare:
+                self._histograms(reading)
+        if first.sampled and "learning_rate" in block.values:
+            rates = block.values["learning_rate"][:, 0]
             about = "learning rate of the first parameter group"
-            self._writer.scalar(
-                "run/learning_rate", reading.step, rate, help=about, when=reading.when
-            )
-        self._extremes(reading)
+            self._writer.scalars("run/learning_rate", moments, rates, help=about)
+
+    def _quantity(
+        self,
+        name: str,
+        moments: Sequence[tuple[int, float]],
+        values: np.ndarray,
+        present: np.ndarray | None,
+        layers: Layers,
+    ) -> None:
+        quantity = all_quantities().get(name)
+        if quantity is None or quantity.axis == "run":
+            tag, shown = _scalar(name, quantity, values[:, 0])
+            about = quantity.title if quantity else ""
+            self._writer.scalars(tag, moments, shown, help=about)
+        else:
+            layout = self._layout(quantity, layers, values.shape[1])
+            kept = values if present is None else self._with_absent(values, present)
+            self._writer.vectors(layout, moments, kept)
 
     def _introduce(self, reading: Reading) -> None:
         """Write what the run was made with, once, when the batch is known."""
@@ -99,32 +116,33 @@ class Journal:
         self._writer.hyperparameters(about, reading.step)
         self._writer.charts(_CHARTS, reading.step)
 
-    def _scalar(self, name: str, quantity: Quantity | None, reading: Reading, value: float) -> None:
-        tag, shown = _scalar(name, quantity, value)
-        about = quantity.title if quantity else ""
-        self._writer.scalar(tag, reading.step, shown, help=about, when=reading.when)
+    def _histograms(self, reading: Reading) -> None:
+        for name, values in reading.values.items():
+            quantity = all_quantities().get(name)
+            if quantity is None or quantity.axis != "layer":
+                continue
+            tag, about = f"layers/{name}", f"{quantity.title}; all layers together"
+            if quantity.logarithm:
+                tag, about = f"{tag}_log10", f"log10 of the {about}"
+                values = np.log10(np.maximum(values, _FLOOR))
+            self._writer.histogram(tag, reading.step, values, help=about, when=reading.when)
 
-    def _histogram(self, quantity: Quantity, reading: Reading, values: np.ndarray) -> None:
-        tag, about = f"layers/{quantity.name}", f"{quantity.title}; all layers together"
-        if quantity.logarithm:
-            tag, about = f"{tag}_log10", f"log10 of the {about}"
-            values = np.log10(np.maximum(values, _FLOOR))
-        self._writer.histogram(tag, reading.step, values, help=about, when=reading.when)
-
-    def _extremes(self, reading: Reading) -> None:
+    def _extremes(self, readings: Sequence[Reading]) -> None:
         """Keep the largest and smallest gradient norm of every layer, and write them now and then."""
-        norms = reading.values.get("layer_gradient_norm")
-        if norms is None:
-            return
-        same = self._range is not None and self._range[0].shape == norms.shape
-        high, low, count = self._range if same and self._range is not None else (norms, norms, 0)
-        self._range = (np.maximum(high, norms), np.minimum(low, norms), count + 1)
-        if count + 1 >= _INTERVAL:
-            quantity = all_quantities()["layer_gradient_norm"]
-            layout = self._layout(quantity, reading.layers, len(norms))
-            for kind, values in zip(("max", "min"), self._range[:2], strict=True):
-                self._writer.vector(layout, reading.step, values, kind=kind, when=reading.when)
-            self._range = None
+        name = "layer_gradient_norm"
+        there = [reading for reading in readings if name in reading.values]
+        while there:
+            high, low, count = self._range or (-np.inf, np.inf, 0)
+            part, there = there[: _INTERVAL - count], there[_INTERVAL - count :]
+            norms = np.stack([reading.values[name] for reading in part])
+            high, low = np.maximum(high, norms.max(0)), np.minimum(low, norms.min(0))
+            self._range = high, low, count + len(part)
+            if count + len(part) == _INTERVAL:
+                moment, layers = (part[-1].step, part[-1].when), part[-1].layers
+                layout = self._layout(all_quantities()[name], layers, len(high))
+                self._writer.vectors(layout, [moment], high[None], kind="max")
+                self._writer.vectors(layout, [moment], low[None], kind="min")
+                self._range = None
 
     def verdicts(self, step: int, verdicts: Sequence[Verdict]) -> None:
         """Write what has changed of the verdicts; and the table for people, where anything has."""
@@ -164,14 +182,14 @@ class Journal:
         return self._layouts[key]
 
 
-def _scalar(name: str, quantity: Quantity | None, value: float) -> tuple[str, float]:
+def _scalar(name: str, quantity: Quantity | None, values: np.ndarray) -> tuple[str, np.ndarray]:
     if quantity is None:
-        return name, value
+        return name, values
     if name.startswith("loss_"):
-        return f"loss/{name.removeprefix('loss_')}", value
+        return f"loss/{name.removeprefix('loss_')}", values
     if quantity.logarithm:
-        return f"run/{name}_log10", float(np.log10(max(value, _FLOOR)))
-    return f"run/{name}", value
+        return f"run/{name}_log10", np.log10(np.maximum(values, _FLOOR))
+    return f"run/{name}", values
 
 
 def _told(verdict: Verdict) -> dict[str, Any]:

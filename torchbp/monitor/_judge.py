@@ -33,19 +33,42 @@ class Judge:
         self.verdicts: list[Verdict] = []
         self._diagnoses = diagnoses
         self._cases: dict[str, dict[str, _Case]] = {d.name: {} for d in diagnoses}
-        self._served: dict[tuple[str, ...], list[Diagnosis]] = {}
+        self._served: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._memories: dict[str, dict[str, Any]] = {d.name: {} for d in diagnoses}
 
-    def consider(self, reading: Reading) -> None:
-        """Take one more reading into account; readings come in the order of their steps."""
+    def consider(self, readings: Sequence[Reading]) -> None:
+        """Take more readings into account, in the order of their steps."""
+        served = [self._serve(reading) for reading in readings]
+        due = [
+            self._screened(number, [k for k, them in enumerate(served) if number in them], readings)
+            for number in range(len(self._diagnoses))
+        ]
+        for k, reading in enumerate(readings):
+            for number in served[k]:
+                diagnosis, found = self._diagnoses[number], {}
+                if k in due[number]:
+                    reading.memory = self._memories[diagnosis.name]
+                    found = {s.key: s for s in diagnosis.examine(reading)}
+                if found or self._cases[diagnosis.name]:
+                    self._follow(diagnosis, reading.step, found)
+
+    def _serve(self, reading: Reading) -> tuple[int, ...]:
+        """Return the numbers of the diagnoses that the reading serves."""
         names = tuple(reading.values)
         if names not in self._served:
-            self._served[names] = [d for d in self._diagnoses if set(d.reads) <= set(names)]
-        for diagnosis in self._served[names]:
+            there = enumerate(self._diagnoses)
+            self._served[names] = tuple(i for i, d in there if set(d.reads) <= set(names))
+        return self._served[names]
+
+    def _screened(self, number: int, mine: list[int], readings: Sequence[Reading]) -> set[int]:
+        """Return which of the readings ``mine`` are to be examined."""
+        diagnosis = self._diagnoses[number]
+        if diagnosis.screen is None or not mine:
+            return set(mine)
+        chosen = [readings[k] for k in mine]
+        for reading in chosen:
             reading.memory = self._memories[diagnosis.name]
-            found = {s.key: s for s in diagnosis.examine(reading)}
-            if found or self._cases[diagnosis.name]:
-                self._follow(diagnosis, reading.step, found)
+        return {k for k, due in zip(mine, diagnosis.screen(chosen), strict=True) if due}
 
     def _follow(self, diagnosis: Diagnosis, step: int, found: dict[str, Suspicion]) -> None:
         cases = self._cases[diagnosis.name]

@@ -6,7 +6,7 @@ The model itself carries no module hook: it can be copied, pickled and saved at 
 
 import weakref
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from torchbp.monitor._backwards import in_backward
+from torchbp.monitor._backwards import graph_task
 from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._heard import Forward, Heard
 from torchbp.monitor._row import Row
 
 __all__ = ["Listener"]
+
+_is_compiling = torch.compiler.is_compiling
 
 _MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
 
@@ -80,7 +82,7 @@ class Listener:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Listen to what comes back to the time steps of a recurrent layer's input."""
-        if not isinstance(module, nn.RNNBase) or torch.compiler.is_compiling():
+        if not isinstance(module, nn.RNNBase) or _is_compiling():
             return None
         place = self._catalogue.place(module)
         sequence = args[0] if args else None
@@ -96,7 +98,7 @@ class Listener:
         return (own, *args[1:])
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return
         place = self._catalogue.place(module)
         if place is not None:
@@ -105,13 +107,13 @@ class Listener:
             function = _function_of_module(type(module))
             if function and isinstance(output, Tensor) and output.requires_grad:
                 self._note_function(output, function)
-        if module is self._model() and not in_backward():
+        if module is self._model() and graph_task() == -1:
             self._end_forward(args)
 
     def _after_layer(
         self, module: nn.Module, place: int, args: tuple[Any, ...], output: Any
     ) -> None:
-        forward, again = self._forward, in_backward()
+        forward, again = self._forward, graph_task() != -1
         if forward.over and not again:
             self._heard.forget()  # what is left is of a backward that failed
             forward = self._forward = Forward(self._row())
@@ -137,16 +139,12 @@ class Listener:
         forward.last = place
         forward.told.discard(place)
         call = forward.calls[place] = forward.calls.get(place, -1) + 1
-        self._await_delta(forward, place, call, True, tensor)
+        heard = self._heard
+        tensor.register_hook(partial(heard.delta, forward, place, call, True))
         if isinstance(module, nn.LSTMCell):  # the gradient through time comes by its second output
-            self._await_delta(forward, place, call, False, output[1])
-        self._heard.output(forward.row, place, tensor)
-
-    def _await_delta(
-        self, forward: Forward, place: int, call: int, first: bool, output: Tensor
-    ) -> None:
-        take = self._heard.delta
-        output.register_hook(lambda delta: take(forward, place, call, first, delta))
+            output[1].register_hook(partial(heard.delta, forward, place, call, False))
+        if forward.row.rare:
+            heard.output(forward.row, place, tensor)
 
     def _note_function(self, output: Tensor, function: str) -> None:
         forward = self._forward

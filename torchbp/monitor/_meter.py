@@ -1,5 +1,6 @@
 """Measures what the quantities of parameters ask for, of all parameters at once."""
 
+import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torchbp.monitor._bundle import Bundle
 from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._norms import norms
+from torchbp.monitor._packing import Packed, Packing, is_small
 from torchbp.monitor._quantity import Quantity
 from torchbp.monitor._registry import all_quantities
 from torchbp.monitor._row import Pieces, Row
@@ -17,6 +19,8 @@ __all__ = ["Group", "Meter", "local"]
 
 # Indices of parameters on one device, and what is measured of them.
 Group = tuple[tuple[int, ...], Bundle]
+
+_PLANS = 64
 
 
 class Meter:
@@ -28,48 +32,72 @@ class Meter:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
-        self._measures = {
-            at: [q for q in all_quantities().values() if q.at == at]
+        self._measures: dict[str, dict[tuple[bool, bool], list[Quantity]]] = {
+            at: {
+                (sampled, rare): [
+                    q for q in all_quantities().values() if q.at == at and q.is_due(sampled, rare)
+                ]
+                for sampled, rare in ((False, False), (True, False), (True, True))
+            }
             for at in ("gradient", "stepped", "weight", "update")
         }
-        self._like: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Bundle] = {}
+        self._plans: dict[tuple[str, tuple[int, ...]], _Plan] = {}
+        self._last: _Plan | None = None  # that of all gradients, as they were last time
+        self._members: dict[int, tuple[object, tuple[int, ...]]] = {}
+
+    def members(self, optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
+        """Return the indices of the parameters of ``optimizer``."""
+        lists = [group["params"] for group in optimizer.param_groups]
+        key = [(id(found), len(found)) for found in lists]
+        known = self._members.get(id(optimizer))
+        if known is None or known[0] != key:
+            ids = {id(parameter) for found in lists for parameter in found}
+            chosen = tuple(i for i, p in self._catalogue.alive() if id(p) in ids)
+            known = self._members[id(optimizer)] = key, chosen
+        return known[1]
 
     def gradients(self, members: Iterable[int] | None = None) -> list[Group]:
-        """Return the gradients that are there, by device; of ``members`` only, if given."""
-        found = [
-            (index, gradient)
-            for index, reference in enumerate(self._catalogue.parameters)
-            if (parameter := reference()) is not None and (gradient := parameter.grad) is not None
-        ]
-        if members is not None:
-            chosen = set(members)
-            found = [(index, gradient) for index, gradient in found if index in chosen]
-        indices, tensors = [index for index, _ in found], [gradient for _, gradient in found]
-        return self._groups(indices, tensors)
-
-    def parameters(self, members: set[int]) -> list[Group]:
-        """Return the parameters whose ids are ``members``, by device."""
-        alive = [(i, p) for i, p in self._catalogue.alive() if id(p) in members]
-        return self._groups([i for i, _ in alive], [p for _, p in alive])
-
-    def _groups(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> list[Group]:
-        if not tensors:
-            return []
-        key = tuple(indices), tensors[0].dtype, tensors[0].device
-        like = self._like.get(key)
-        if like is not None:  # small dense ones on the CPU, as last time
-            return [(key[0], Bundle(tensors, like))]
-        by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
-        for index, tensor in zip(indices, map(local, tensors), strict=True):
-            if tensor.numel():  # a rank's shard may be empty
-                by_device.setdefault(tensor.device, []).append((index, tensor))
-        groups = [
-            (tuple(i for i, _ in found), Bundle([t for _, t in found]))
-            for found in by_device.values()
-        ]
-        if len(groups) == 1 and groups[0][1].starts is not None and all(map(_is_plain, tensors)):
-            self._like[key] = Bundle([], groups[0][1])
+        """Return the gradients that are there; of ``members`` only, if given."""
+        plan = self._last
+        if members is None and plan is not None:
+            tensors = plan.gradients()
+            if len(tensors) == plan.size and all(
+                (p := ref()) is None or p.grad is None for ref in plan.others
+            ):
+                groups = plan.groups(tensors)
+                if groups is not None:
+                    return groups
+        references = self._catalogue.parameters
+        chosen = range(len(references)) if members is None else members
+        found = {
+            i: grad
+            for i in chosen
+            if (p := references[i]()) is not None and (grad := p.grad) is not None
+        }
+        plan, groups = self._planned("gradient", found)
+        if members is None:
+            self._last = plan
         return groups
+
+    def parameters(self, members: Sequence[int], *, after: bool = False) -> list[Group]:
+        """Return the parameters ``members``; those before and ``after`` a step side by side."""
+        references = self._catalogue.parameters
+        found = {i: p for i in members if (p := references[i]()) is not None}
+        return self._planned("after" if after else "before", found)[1]
+
+    def _planned(self, what: str, found: dict[int, Tensor]) -> "tuple[_Plan | None, list[Group]]":
+        if not found:
+            return None, []
+        key = what, tuple(found)
+        plan = self._plans.get(key)
+        groups = None if plan is None else plan.groups([found[i] for i in plan.order])
+        if plan is None or groups is None:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = _Plan(self._catalogue, found)
+            groups = plan.groups([found[i] for i in plan.order])
+            assert groups is not None
+        return plan, groups
 
     def norms(self) -> Pieces:
         """Return the norms of the gradients as they are."""
@@ -78,12 +106,75 @@ class Meter:
 
     def measure(self, row: Row, at: str, groups: list[Group]) -> None:
         """Measure what is measured at ``at``, beside what another optimizer of the step has left."""
-        with torch.no_grad():
-            for quantity in self._measures[at]:
-                if _is_due(quantity, row):
-                    assert quantity.measure is not None
-                    pieces = row.parameters.setdefault(quantity.name, [])
-                    pieces += [(i, quantity.measure(bundle)) for i, bundle in groups]
+        for quantity in self._measures[at][row.sampled, row.rare]:
+            assert quantity.measure is not None
+            pieces = row.parameters.setdefault(quantity.name, [])
+            for indices, bundle in groups:
+                pieces.append((indices, quantity.measure(bundle)))
+
+
+class _Plan:
+    """How tensors of some parameters are put together, found once.
+
+    Args:
+        catalogue: All parameters.
+        found: By index, a tensor.
+
+    Attributes:
+        order: The indices in the order in which tensors are given.
+        size: Their number.
+        others: All other parameters.
+    """
+
+    def __init__(self, catalogue: Catalogue, found: dict[int, Tensor]) -> None:
+        parts = {i: local(t) for i, t in found.items()}
+        small = [i for i, t in parts.items() if found[i].layout == torch.strided and is_small(t)]
+        self._packed: Packed | None = None
+        self._small: tuple[int, ...] = ()
+        if small:
+            packing = Packing([tuple(parts[i].shape) for i in small])
+            self._packed = packing.array()
+            self._small = tuple(small[k] for k in packing.order)
+        devices: dict[torch.device, list[int]] = {}
+        for i, tensor in parts.items():
+            # A rank's shard may be empty, a sparse gradient is as long as it is.
+            if i not in self._small and (tensor.numel() or found[i].layout != torch.strided):
+                devices.setdefault(tensor.device, []).append(i)
+        self._rest = [tuple(indices) for indices in devices.values()]
+        self.order = (*self._small, *(i for indices in self._rest for i in indices))
+        self.size = len(self.order)
+        self._plain = all(map(_is_plain, found.values()))
+        references = catalogue.parameters
+        self._references = [references[i] for i in self.order]
+        self.others: list[weakref.ref[Tensor]] = [
+            ref for i, ref in enumerate(references) if i not in found
+        ]
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients that are there."""
+        return [
+            grad
+            for ref in self._references
+            if (p := ref()) is not None and (grad := p.grad) is not None
+        ]
+
+    def groups(self, tensors: list[Tensor]) -> list[Group] | None:
+        """Return ``tensors`` as bundles; None where they are not as they were when this was found."""
+        if not self._plain or not all(map(_is_plain, tensors[len(self._small) :])):
+            tensors = [local(t) for t in tensors]
+        groups: list[Group] = []
+        count = len(self._small)
+        if self._packed is not None:
+            try:
+                self._packed.fill(tensors[:count])
+            except RuntimeError:  # a gradient that is sparse now, or on another device
+                return None
+            groups.append((self._small, Bundle((), self._packed)))
+        for indices in self._rest:
+            part = tensors[count : count + len(indices)]
+            groups.append((indices, Bundle(part)))
+            count += len(indices)
+        return groups
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -97,7 +188,3 @@ def local(tensor: Tensor) -> Tensor:
 
 def _is_plain(tensor: Tensor) -> bool:
     return not isinstance(tensor, DTensor) and tensor.layout == torch.strided
-
-
-def _is_due(quantity: Quantity, row: Row) -> bool:
-    return {"every step": True, "sampled": row.sampled, "rarely": row.rare}[quantity.often]

@@ -135,7 +135,9 @@ class Monitor:
                     "reduce it, e.g. by .mean()"
                 )
                 raise ValueError(message)
-            value = value.detach().clone()
+            value = (
+                value.item() if type(value) is Tensor and value.is_cpu else value.detach().clone()
+            )
         last = self._rows[-1] if self._rows else None
         if last is None or self._capture.row.backwards or name in last.host:
             self._logged[name] = value
@@ -212,8 +214,9 @@ class Monitor:
         if self._layers is None:
             self._layers = self._catalogue.layers()
         count = len(self._catalogue)
-        arrive = harvest(rows, len(self._catalogue.parameters), count)
-        if self._shared.ranks:
+        ranks = self._shared.ranks
+        arrive = harvest(rows, len(self._catalogue.parameters), count, apart=ranks)
+        if ranks:
             sums = arrive()
             sums = self._shared.without_shards(sums) if local else self._shared.add(sums, count)
             arrive = partial(list, sums)
@@ -221,16 +224,15 @@ class Monitor:
         del self._rows[: len(rows)]
         self._drain_time += time.perf_counter() - start
 
-    def _work(self, rows: list[Sums]) -> None:
+    def _work(self, sums: list[Sums]) -> None:
         assert self._layers is not None
         journal, failure = self._journal, None
-        readings = [self._reader.read(sums, *self._layers) for sums in rows]
-        for reading in readings:
-            self._judge.consider(reading)
-        if journal is not None and rows:
+        blocks, readings = self._reader.read(sums, *self._layers)
+        self._judge.consider(readings)
+        if journal is not None and readings:
             try:
-                journal.write(readings)
-                journal.verdicts(rows[-1].row.step, self._judge.verdicts)
+                journal.write(blocks, readings)
+                journal.verdicts(readings[-1].step, self._judge.verdicts)
             except (OSError, ValueError) as error:  # a full disk ends the files, not verdicts
                 self._journal, failure = None, error
         if failure is not None:

@@ -34,15 +34,16 @@ class Quantity:
             ``"derived"``: on the host, from other quantities;
             ``"host"``: a number that the training loop or the optimizer knows.
         measure: On the device, without synchronisation.
-            Of parameters and of ``"error"``: a bundle of n dense tensors -> ``(n,)``.
-            For ``"output"``: one tensor -> 0-d.
+            Of parameters, of ``"error"`` and ``"output"``: a bundle of n dense tensors -> ``(n,)``.
             For ``"activation"``: n outputs of one shape ``(n, N, *)`` and the function's name ->
             ``(n,)``, or None where it doesn't apply; for ``"units"`` the same -> bool ``(n, units)``.
         finish: On the host, in numpy float64: ``(sums, counts)`` -> values; for ``"derived"``:
-            ``(reading)`` -> values, or None where it can't be had.
+            ``(values, layers)`` of R steps -> ``(R, n)``, or ``(reading)`` -> ``(n,)`` where it
+            ``looks_back``; None where it can't be had.
         logarithm: Stock charts show log10 of it.
         power: The host raises what was measured to it before it adds up: one operation less on the
             device.
+        looks_back: ``finish`` takes one reading after the other, and may remember.
         often: ``"every step"``, ``"sampled"``, or ``"rarely"``: every fifth sampled step.
     """
 
@@ -66,7 +67,12 @@ class Quantity:
     finish: Callable[..., Any] | None = None
     logarithm: bool = False
     power: int = 1
+    looks_back: bool = False
     often: Literal["every step", "sampled", "rarely"] = "sampled"
+
+    def is_due(self, sampled: bool, rare: bool) -> bool:
+        """Whether it is measured at a step that is ``sampled``, or even ``rare``."""
+        return {"every step": True, "sampled": sampled, "rarely": rare}[self.often]
 
 
 def precise(tensor: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ Part = tuple[
 ]
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """One step, in the order in which parameters and layers are registered.
 
@@ -50,6 +50,18 @@ class Row:
     unreduced: Pieces = field(default_factory=list)
     scale: Tensor | None = None
     host: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What rows have in common that make one table. One of several backwards stands apart."""
+        apart = self.earlier or self.unreduced or "found_inf" in self.host
+        parameters = tuple(
+            (name, tuple([id(indices) for indices, _ in pieces]))
+            for name, pieces in self.parameters.items()
+        )
+        host = tuple([(n, len(v)) if isinstance(v, list) else n for n, v in self.host.items()])
+        step = self.step if apart else None
+        return self.sampled, self.rare, parameters, tuple(self.layers), host, step
 
     def add(self, quantity: str, part: Part) -> None:
         """Add what was measured of some layers."""

@@ -12,7 +12,7 @@ __all__ = ["Scaler"]
 
 _DEPTH = 12
 _CLASS = torch.amp.GradScaler
-_STEPS = {_CLASS.step.__code__, _CLASS._maybe_opt_step.__code__}  # noqa: SLF001
+_STEP, _MAYBE = _CLASS.step.__code__, _CLASS._maybe_opt_step.__code__  # noqa: SLF001
 
 
 class Scaler:
@@ -30,7 +30,7 @@ class Scaler:
             if frame is None:
                 return
             # Not of other frames: asking a frame for its locals keeps them alive.
-            if frame.f_code in _STEPS:
+            if frame.f_code is _STEP or frame.f_code is _MAYBE:
                 self._found = weakref.ref(frame.f_locals["self"])
                 return
             frame = frame.f_back

@@ -19,17 +19,23 @@ class Updates:
 
     Attributes:
         exponent: The median of log10 ‖ΔW‖ / ‖W‖.
-        layers: Their layers.
-        ratios: ‖ΔW‖ / ‖W‖ of each.
+        largest: The largest ‖ΔW‖ / ‖W‖.
+        layer: The layer that has it.
     """
 
     exponent: float
-    layers: list[str]
-    ratios: np.ndarray
+    largest: float
+    layer: str
 
 
 def updates(reading: Reading) -> Updates | None:
     """Return the ratios; None where there are none to judge."""
+    if "updates" not in reading.shared:
+        reading.shared["updates"] = _found(reading)
+    return reading.shared["updates"]
+
+
+def _found(reading: Reading) -> Updates | None:
     layers, ratios = reading.layers, reading.values["update_ratio"]
     first = reading.memory.setdefault("first", reading.values["weight_norm"])
     if first.shape != ratios.shape:
@@ -39,9 +45,11 @@ def updates(reading: Reading) -> Updates | None:
     usable = reading.memory["judged"] & np.isfinite(ratios) & (ratios > 0)
     if not usable.any():
         return None
-    chosen = ratios[usable]
-    names = [layers.names[i] for i in layers.owner[usable]]
-    return Updates(float(np.median(np.log10(chosen))), names, chosen)
+    chosen = np.flatnonzero(usable)[np.argsort(ratios[usable])]
+    middle = ratios[chosen[[(len(chosen) - 1) // 2, len(chosen) // 2]]]
+    worst = int(chosen[-1])
+    layer = layers.names[layers.owner[worst]]
+    return Updates(float(np.log10(middle).mean()), float(ratios[worst]), layer)
 
 
 def _judged(layers: Layers) -> NDArray[np.bool_]:

@@ -68,7 +68,8 @@ class Capture:
         self.row = Row(0)
         self.own_time = 0.0
         self._last: Row | None = None  # the row before
-        self._reached: set[int] = set()  # parameters whose gradients that row has
+        self._found: list[tuple[int, ...]] = []  # parameters whose gradients that row has, by group
+        self._reached: set[int] = set()  # the same together
         self._stepped_at = time.perf_counter()
         self._catalogue, self._deliver = catalogue, deliver
         self._every, self._sample_every = every, sample_every
@@ -90,6 +91,7 @@ class Capture:
         # Where buckets are views of the gradients these are reduced under way.
         shows = isinstance(model, DistributedDataParallel) and not model.gradient_as_bucket_view
         before = self._before_reduction if shows else None
+        self._listening = True  # or may be
         self._backwards = Backwards(catalogue, local, before, self._end_backward)
         self._begin(0)
 
@@ -152,9 +154,12 @@ class Capture:
                 row.earlier.append(row.parameters.get("gradient_norm", []))
             row.backwards += 1
         row.parameters.clear()
-        groups = self._meter.gradients()
-        self._meter.measure(row, "gradient", groups)
-        self._reached = {index for indices, _ in groups for index in indices}
+        with torch.no_grad():
+            groups = self._meter.gradients()
+            self._meter.measure(row, "gradient", groups)
+        found = [indices for indices, _ in groups]
+        if found != self._found:
+            self._found, self._reached = found, {index for indices in found for index in indices}
         if self._backwards.early:
             gone = self._backwards.gone(self._reached)
             row.parameters.setdefault("gradient_norm", []).extend(gone)
@@ -171,6 +176,7 @@ class Capture:
             return
         if self._ended is not None:  # the backward that looked like a step of its own
             self._listener.listen(False)
+            self._listening = False
             self.row, self._ended = self._ended, None
             self.step = self.row.step
         self._attend(optimizer)  # torch calls the hook that is set here in the same step
@@ -192,19 +198,19 @@ class Capture:
             self.row.host["found_inf"] = found_inf.clone()
         row = self._row_of_step()
         if row is not None and row.sampled:
-            members = {id(p) for group in optimizer.param_groups for p in group["params"]}
             with torch.no_grad():
-                now = self._meter.parameters(members)
                 if not self._closure:
-                    self._measure_stepped(row, optimizer, now)
+                    self._measure_stepped(row, optimizer)
+                now = self._meter.parameters(self._meter.members(optimizer))
                 self._meter.measure(row, "weight", now)
                 self._before = [(indices, bundle.kept()) for indices, bundle in now]
         self.own_time += time.perf_counter() - start
 
-    def _measure_stepped(self, row: Row, optimizer: Optimizer, stepped: list[Group]) -> None:
-        name, members = "stepped_gradient_norm", {i for indices, _ in stepped for i in indices}
+    def _measure_stepped(self, row: Row, optimizer: Optimizer) -> None:
+        name = "stepped_gradient_norm"
         others = row.parameters.pop(name, [])
-        self._meter.measure(row, "stepped", self._meter.gradients(members))
+        gradients = self._meter.gradients(self._meter.members(optimizer))
+        self._meter.measure(row, "stepped", gradients)
         scale = getattr(optimizer, "grad_scale", None)  # fused: it unscales inside the step
         pieces = row.parameters.get(name, [])
         if isinstance(scale, Tensor):
@@ -219,18 +225,18 @@ class Capture:
         start = time.perf_counter()
         row = self._row_of_step()
         if row is not None and self._before:
-            members = {id(p) for group in optimizer.param_groups for p in group["params"]}
             with torch.no_grad():
                 if (
                     self._closure and self._looks == 1
-                ):  # what its one backward left was stepped with
-                    self._measure_stepped(row, optimizer, self._before)
-                pairs = zip(self._meter.parameters(members), self._before, strict=True)
-                changes = [(indices, now.minus(before)) for (indices, now), (_, before) in pairs]
-            self._meter.measure(row, "update", changes)
+                ):  # its one backward's gradient was stepped with
+                    self._measure_stepped(row, optimizer)
+                stepped = self._meter.parameters(self._meter.members(optimizer), after=True)
+                pairs = zip(stepped, self._before, strict=True)
+                changes = [(indices, now.away(before)) for (indices, now), (_, before) in pairs]
+                self._meter.measure(row, "update", changes)
         self._before, self._closure = [], False
-        missed = row is not self.row and self._is_missed(optimizer)
-        if self.row.backwards or self.step % self._every or missed:
+        skipped = self.step % self._every
+        if self.row.backwards or skipped or (row is not self.row and self._is_missed(optimizer)):
             row = self.row
             row.scale = self._scaler.scale()
             row.host["learning_rate"] = [_rate(g["lr"]) for g in optimizer.param_groups]
@@ -246,9 +252,8 @@ class Capture:
 
         Its gradient is left out, for what is there by now may have been clipped.
         """
-        members = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        mine = [(i, p) for i, p in self._catalogue.alive() if id(p) in members]
-        if any(i in self._reached for i, _ in mine) or all(p.grad is None for _, p in mine):
+        members = self._meter.members(optimizer)
+        if not self._reached.isdisjoint(members) or not self._meter.gradients(members):
             return False
         self._backwards.learn()
         return True
@@ -264,7 +269,9 @@ class Capture:
         sampled = due and (step < _DENSE_START or step % self._sample_every == 0)
         rare = sampled and step % (_RARELY * self._sample_every) == 0
         self.row = Row(step, sampled, rare)
-        self._listener.listen(sampled)
+        if sampled or self._listening:
+            self._listener.listen(sampled)
+            self._listening = sampled
         self._backwards.begin_step()
         self._backwards.paused = not due and bool(self._optimizers)
         if step >= _DENSE_START:

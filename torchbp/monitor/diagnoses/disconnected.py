@@ -1,12 +1,19 @@
 """Disconnected layers: no gradient at all reaches a layer's parameters, while others get theirs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from torchbp.monitor._diagnosis import Diagnosis, Reading, Suspicion
 
 __all__ = ["DIAGNOSIS"]
+
+
+def screen(readings: Sequence[Reading]) -> NDArray[np.bool_]:
+    """Return where a norm is 0, or error signals are to be remembered."""
+    zeros = ~np.stack([r.values["layer_gradient_norm"] for r in readings]).all(1)
+    return zeros | np.array(["error_signal" in r.values for r in readings])
 
 
 def examine(reading: Reading) -> Iterator[Suspicion]:
@@ -36,6 +43,7 @@ DIAGNOSIS = Diagnosis(
     name="disconnected",
     reads=("layer_gradient_norm",),
     examine=examine,
+    screen=screen,
     threshold="the gradient of all parameters of a layer is None or exactly 0, for 20 steps",
     source="the chain rule: what the loss depends on has a gradient",
     begins=20,

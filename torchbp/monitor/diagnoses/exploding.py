@@ -54,13 +54,13 @@ def _through_depth(reading: Reading) -> Iterator[Suspicion]:
     if ratio <= _CLEAR:
         return
     last = int(np.flatnonzero(found.signals > min(_WARN, ratio / 2) * end)[-1])
-    growth = ratio ** (1 / max(len(found.names) - 1, 1))
+    growth = ratio ** (1 / max(len(found.here) - 1, 1))
     yield Suspicion(
         "alert" if ratio > _ALERT else "warning" if ratio > _WARN else None,
-        found.names[last],
-        f"the error signal is {found.output:.1e} at {found.names[-1]}, "
-        f"{found.signals[last]:.1e} at {found.names[last]} and {found.signals[0]:.1e} at "
-        f"{found.names[0]}: {ratio:.1e} times what the last layers have; a factor {growth:.2g} "
+        found.name(last),
+        f"the error signal is {found.output:.1e} at {found.name(-1)}, "
+        f"{found.signals[last]:.1e} at {found.name(last)} and {found.signals[0]:.1e} at "
+        f"{found.name(0)}: {ratio:.1e} times what the last layers have; a factor {growth:.2g} "
         "per layer",
         "a smaller initialisation (He for ReLU, Xavier for tanh); a normalization before or after "
         "every layer; residual connections with a scaled-down branch; clip_grad_norm_ keeps the "

@@ -4,13 +4,21 @@ Backpropagation carries a NaN from where it arises to every layer before it, so 
 at is the last, in the order in which layers run, whose gradient is not finite.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from torchbp.monitor._diagnosis import Diagnosis, Reading, Suspicion
 
 __all__ = ["DIAGNOSIS"]
+
+
+def screen(readings: Sequence[Reading]) -> NDArray[np.bool_]:
+    """Return where the model's norm or the loss is not finite."""
+    norms = [r.values["global_gradient_norm"][0] for r in readings]
+    losses = [r.values["loss_train"][0] if "loss_train" in r.values else 0.0 for r in readings]
+    return ~np.isfinite(np.array([norms, losses])).all(0)
 
 
 def examine(reading: Reading) -> Iterator[Suspicion]:
@@ -50,8 +58,9 @@ def examine(reading: Reading) -> Iterator[Suspicion]:
 
 DIAGNOSIS = Diagnosis(
     name="nonfinite",
-    reads=("layer_gradient_norm",),
+    reads=("layer_gradient_norm", "global_gradient_norm"),
     examine=examine,
+    screen=screen,
     threshold="every gradient and the loss are finite",
     source="IEEE 754: NaN and inf spread through every sum they enter",
     ends=10,

@@ -1,9 +1,6 @@
 """Spikes: a gradient norm far outside of what the last 128 steps had."""
 
-import math
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,50 +12,54 @@ __all__ = ["DIAGNOSIS"]
 _HISTORY, _SIGMAS, _TIMES = 128, 6.0, 4.0
 
 
-@dataclass
-class _Window:
-    """The last steps: logarithms of the norm with their sums, and norms by layer."""
+def screen(readings: Sequence[Reading]) -> NDArray[np.bool_]:
+    """Return which steps stand out; note them all, and what the 128 before each that does had."""
+    memory = readings[0].memory
+    norms = np.array([r.values["global_gradient_norm"][0] for r in readings])
+    counted = np.isfinite(norms) & (norms > 0)
+    layers = np.stack([r.values["layer_gradient_norm"] for r in readings])[counted]
+    if "logs" in memory and memory["layers"].shape[1] == layers.shape[1]:
+        logs = np.concatenate((memory["logs"], np.log(norms[counted])))
+        layers = np.concatenate((memory["layers"], layers))
+    else:
+        logs = np.log(norms[counted])
+    memory["logs"], memory["layers"] = logs[-_HISTORY:], layers[-_HISTORY:]
+    memory["before"] = {}
+    suspect = np.zeros(len(readings), bool)
+    new = np.flatnonzero(counted)
+    sigmas = _sigmas(logs)[-len(new) :] if len(new) else np.empty(0)
+    for k in np.flatnonzero(sigmas > _SIGMAS):
+        end = len(logs) - len(new) + k
+        start = end - _HISTORY
+        before = logs[start:end], layers[start:end], float(sigmas[k])
+        memory["before"][readings[new[k]].step] = before
+        suspect[new[k]] = True
+    return suspect
 
-    logs: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY))
-    layers: deque[NDArray[np.float64]] = field(default_factory=lambda: deque(maxlen=_HISTORY))
-    total: float = 0.0
-    squares: float = 0.0
 
-    def add(self, log: float, layers: NDArray[np.float64]) -> None:
-        if len(self.logs) == _HISTORY:
-            self.total -= self.logs[0]
-            self.squares -= self.logs[0] ** 2
-        self.logs.append(log)
-        self.layers.append(layers)
-        self.total += log
-        self.squares += log * log
-
-    def sigmas(self, log: float) -> float:
-        """How many standard deviations ``log`` lies above the mean."""
-        mean = self.total / _HISTORY
-        return (log - mean) / max(math.sqrt(max(self.squares / _HISTORY - mean**2, 0.0)), 1e-3)
+def _sigmas(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return how many standard deviations each lies above the mean of the 128 before it."""
+    found = np.zeros(len(logs))
+    if len(logs) > _HISTORY:
+        centred = logs - logs[0]
+        sums, squares = np.cumsum(centred), np.cumsum(centred**2)
+        first = np.arange(len(logs) - _HISTORY)
+        last = first + _HISTORY - 1
+        mean = (sums[last] - sums[first] + centred[first]) / _HISTORY
+        square = (squares[last] - squares[first] + centred[first] ** 2) / _HISTORY
+        spread = np.sqrt(np.maximum(square - mean**2, 0))
+        found[_HISTORY:] = (centred[_HISTORY:] - mean) / np.maximum(spread, 1e-3)
+    return found
 
 
 def examine(reading: Reading) -> Iterator[Suspicion]:
     """Yield at most one suspicion, at the layer whose gradient has grown most."""
+    logs, layers, sigmas = reading.memory["before"][reading.step]
     norm = float(reading.values["global_gradient_norm"][0])
-    layers = reading.values["layer_gradient_norm"]
-    window = reading.memory.setdefault("window", _Window())
-    if not math.isfinite(norm) or norm <= 0:
-        return
-    log = math.log(norm)
-    if len(window.logs) == _HISTORY and window.layers[0].shape == layers.shape:
-        sigmas = window.sigmas(log)
-        if sigmas > _SIGMAS:
-            yield from _suspect(reading, window, norm, sigmas)
-    window.add(log, layers)
-
-
-def _suspect(reading: Reading, window: _Window, norm: float, sigmas: float) -> Iterator[Suspicion]:
-    usual = math.exp(float(np.median(window.logs)))
+    usual = float(np.exp(np.median(logs)))
     if norm <= _TIMES * usual:
         return
-    before = np.median(window.layers, axis=0)
+    before = np.median(layers, axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         grown = np.nan_to_num(reading.values["layer_gradient_norm"] / before, posinf=0.0)
     layer = reading.layers.names[int(np.argmax(grown))]
@@ -77,6 +78,7 @@ DIAGNOSIS = Diagnosis(
     name="spike",
     reads=("global_gradient_norm", "layer_gradient_norm"),
     examine=examine,
+    screen=screen,
     threshold="the logarithm of the gradient norm is 6σ above its mean over 128 steps, and the norm "
     "4 times its median",
     source="OLMo-core: 6σ over 128 steps; the factor is added",

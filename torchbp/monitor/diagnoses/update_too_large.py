@@ -6,8 +6,6 @@ full length. Measured there: at most 0.2 for healthy runs, 0.7 and more in two s
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from torchbp.monitor._diagnosis import Diagnosis, Reading, Suspicion
 from torchbp.monitor._updates import updates
 
@@ -21,13 +19,12 @@ def examine(reading: Reading) -> Iterator[Suspicion]:
     found = updates(reading)
     if found is None or found.exponent < _CLEAR:
         return
-    worst = int(np.argmax(found.ratios))
     factor = max(10 ** (_GOOD - found.exponent), 0.01)
     yield Suspicion(
         "alert" if found.exponent > _ALERT else "warning" if found.exponent > _WARN else None,
-        found.layers[worst],
+        found.layer,
         f"a step changes the weights by {10**found.exponent:.1%} of their norm (median), at "
-        f"{found.layers[worst]} by {found.ratios[worst]:.1%}",
+        f"{found.layer} by {found.largest:.1%}",
         f"the learning rate times {factor:.2g}; a warm-up; clip_grad_norm_",
     )
 

@@ -60,14 +60,14 @@ def _through_depth(reading: Reading) -> Iterator[Suspicion]:
     per_layer = (
         ""
         if ratio == 0
-        else f"; a factor {ratio ** (1 / max(len(found.names) - 1, 1)):.2g} per layer"
+        else f"; a factor {ratio ** (1 / max(len(found.here) - 1, 1)):.2g} per layer"
     )
     yield Suspicion(
         severity,
-        found.names[last],
-        f"the error signal is {found.output:.1e} at {found.names[-1]}, "
-        f"{found.signals[last]:.1e} at {found.names[last]} and {found.signals[0]:.1e} at "
-        f"{found.names[0]}: the first layer receives {below}{per_layer}",
+        found.name(last),
+        f"the error signal is {found.output:.1e} at {found.name(-1)}, "
+        f"{found.signals[last]:.1e} at {found.name(last)} and {found.signals[0]:.1e} at "
+        f"{found.name(0)}: the first layer receives {below}{per_layer}",
         "residual connections around every one or two layers with a normalization in them; ReLU "
         "or GELU instead of sigmoid or tanh, with He initialisation (Xavier for tanh); fewer "
         "layers",

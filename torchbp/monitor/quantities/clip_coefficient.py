@@ -29,4 +29,5 @@ QUANTITY = Quantity(
     axis="run",
     at="derived",
     finish=finish,
+    looks_back=True,
 )

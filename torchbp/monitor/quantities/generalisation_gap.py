@@ -32,4 +32,5 @@ QUANTITY = Quantity(
     axis="run",
     at="derived",
     finish=finish,
+    looks_back=True,
 )

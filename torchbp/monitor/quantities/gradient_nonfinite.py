@@ -13,8 +13,8 @@ __all__ = ["QUANTITY"]
 
 def measure(bundle: Bundle) -> Tensor | NDArray[np.float64]:
     """Count them."""
-    if bundle.starts is not None:
-        return bundle.sum_of(1.0 - np.isfinite(bundle.flat))
+    if bundle.packed is not None:
+        return bundle.packed.sums(1.0 - np.isfinite(bundle.packed.values))
     return torch.stack([g.numel() - torch.isfinite(g).sum() for g in bundle.tensors])
 
 

@@ -13,8 +13,8 @@ __all__ = ["QUANTITY"]
 
 def measure(bundle: Bundle) -> Tensor | NDArray[np.float64]:
     """Count them."""
-    if bundle.starts is not None:
-        return bundle.sum_of(np.equal(bundle.flat, 0).astype(np.float64))
+    if bundle.packed is not None:
+        return bundle.packed.sums(np.equal(bundle.packed.values, 0).astype(np.float64))
     return torch.stack([(g == 0).sum() for g in bundle.tensors])
 
 

@@ -62,5 +62,6 @@ QUANTITY = Quantity(
     axis="estimate",
     at="derived",
     finish=finish,
+    looks_back=True,
     logarithm=True,
 )

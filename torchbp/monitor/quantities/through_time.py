@@ -40,5 +40,6 @@ QUANTITY = Quantity(
     axis="layer",
     at="derived",
     finish=finish,
+    looks_back=True,
     logarithm=True,
 )
