@@ -113,7 +113,7 @@ class Backwards:
         if (stepped is None or index in stepped) and parameter.grad is not None:
             with torch.no_grad():
                 bundle = Bundle([self._local(parameter.grad)])
-                self.early.append(((index,), norms(bundle)))
+                self.early.append(((index,), bundle.measured(norms)))
 
     def _first_end(self) -> None:
         if self._before is not None:

@@ -1,11 +1,14 @@
-"""Many tensors measured at once: small ones as one flat array, others by foreach calls."""
+"""Many tensors measured at once: small ones as a row of a shelf, others by foreach calls."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from torchbp.monitor._packing import Packed
+from torchbp.monitor._packing import Shelf
 
 __all__ = ["Bundle"]
 
@@ -14,25 +17,40 @@ class Bundle:
     """Dense tensors of one device.
 
     Args:
-        tensors: The tensors; none where they are packed.
-        packed: The array that holds them.
+        tensors: The tensors.
+        shelf: Where they are copied to, if they are to be packed.
+        room: See :meth:`Shelf.put`.
 
     Attributes:
-        tensors: The tensors.
-        packed: The array, or None.
+        tensors: The tensors, unless they are packed.
+        shelf: Their shelf.
+        row: Where they are on it, until it is emptied.
+        filled: How often it had been emptied before.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], packed: Packed | None = None) -> None:
-        self.tensors, self.packed = list(tensors), packed
+    def __init__(
+        self, tensors: Sequence[Tensor], shelf: Shelf | None = None, *, room: int = 1
+    ) -> None:
+        self.tensors = () if shelf is not None else list(tensors)
+        self.shelf = shelf
+        self.row, self.filled = (
+            (0, 0) if shelf is None else (shelf.put(tensors, room=room), shelf.filled)
+        )
+
+    def measured(self, measure: Callable[..., Any]) -> Tensor | NDArray[np.floating[Any]]:
+        """Return what ``measure`` finds, ``(n,)``; of a row, when its shelf has been emptied."""
+        return measure(self) if self.shelf is None else self.shelf.ask(measure, self.row)
 
     def kept(self) -> "Bundle":
-        """Return what stays as it is when the tensors change. An array is a copy already."""
-        return Bundle([t.clone() for t in self.tensors], self.packed)
+        """Return what stays as it is when the tensors change; a row is a copy already."""
+        return self if self.shelf is not None else Bundle([t.clone() for t in self.tensors])
 
-    def away(self, from_: "Bundle") -> "Bundle":
-        """Return ``from_ - self``, of the same shapes, in place of ``from_``."""
-        if self.packed is not None and from_.packed is not None:
-            from_.packed.values -= self.packed.values
-        else:
-            torch._foreach_sub_(from_.tensors, self.tensors)
-        return from_
+    def minus(self, before: "Bundle") -> "Bundle | None":
+        """Return the difference to ``before``, of the same shapes, or None where that is gone."""
+        if self.shelf is None:
+            torch._foreach_sub_(before.tensors, self.tensors)
+            return before
+        if before.shelf is not self.shelf or before.filled != self.filled:
+            return None
+        self.shelf.subtract(self.row, before.row)
+        return self

@@ -4,6 +4,7 @@ Small tensors are kept until the backward ends and measured together: a call a l
 the measuring. Large ones are measured at once, on part of the batch.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchbp.monitor._bundle import Bundle
-from torchbp.monitor._packing import Packed, Packing, is_small
+from torchbp.monitor._packing import Packing, Shelf, small
 from torchbp.monitor._quantity import Quantity
 from torchbp.monitor._registry import all_quantities
 from torchbp.monitor._row import Row
@@ -21,7 +22,7 @@ __all__ = ["Forward", "Heard"]
 
 _SMALL = 1 << 16  # elements of a tensor, and what a large one is thinned to
 _KEPT = 1 << 20  # elements kept in all
-_PACKINGS = 8
+_SHELVES = 8
 _STEPS = 5  # time steps that make a sequence
 _WINDOW_SAMPLES, _WINDOW_STEPS = 1024, 10
 
@@ -67,7 +68,9 @@ class Heard:
         self._outputs: list[tuple[Row, int, Tensor]] = []
         self._functions: list[tuple[Row, int, str, Tensor, int]] = []
         self._kept = 0
-        self._packed: dict[tuple[torch.Size, ...], Packed] = {}
+        self._shelves: dict[tuple[torch.Size, ...], Shelf] = {}
+        self._waiting: list[tuple[Row, tuple[int, ...], str, Tensor]] = []
+        self._waits = 0
         self._windows: dict[tuple[int, ...], tuple[Tensor, int, int]] = {}
 
     def forget(self) -> None:
@@ -75,7 +78,7 @@ class Heard:
         self._deltas, self._outputs, self._functions, self._kept = [], [], [], 0
 
     def settle(self) -> None:
-        """Measure what was kept."""
+        """Copy what was kept, to be measured with that of other steps."""
         if not self._kept:
             return
         deltas, outputs, functions = self._deltas, self._outputs, self._functions
@@ -83,32 +86,48 @@ class Heard:
         with torch.no_grad():
             self._measure_deltas(deltas)
             self._measure_outputs(outputs)
-            alike: dict[Any, list[tuple[int, Tensor]]] = {}
+            alike: dict[Any, tuple[Row, list[tuple[int, Tensor]]]] = {}
             for row, place, function, output, version in functions:
                 if output._version == version:  # noqa: SLF001  # else it was overwritten since
                     key = id(row), function, output.shape, output.dtype, output.device
-                    alike.setdefault(key, []).append((place, output))
-            rows = {id(row): row for row, *_ in functions}
-            for (row, function, *_), found in alike.items():
+                    alike.setdefault(key, (row, []))[1].append((place, output))
+            for (_, function, shape, _, device), (row, found) in alike.items():
                 places = tuple([place for place, _ in found])
-                stack = torch.stack([output for _, output in found])
-                self._measure_functions(rows[row], places, function, stack)
+                # By cat, which copies the small tensors: a stack is another cold function.
+                joined = torch.cat([output for _, output in found]).view(len(found), *shape)
+                if device.type == "cpu":
+                    self._waiting.append((row, places, function, joined))
+                    self._waits += joined.numel()
+                else:
+                    self._measure_functions(row, places, function, joined)
+        if self._waits > _KEPT:
+            self.measure()
+
+    def measure(self) -> None:
+        """Measure what was copied."""
+        for shelf in self._shelves.values():
+            shelf.empty()
+        waiting, self._waiting, self._waits = self._waiting, [], 0
+        with torch.no_grad():
+            for row, places, function, outputs in waiting:
+                self._measure_functions(row, places, function, outputs)
 
     def _bundles(self, tensors: list[Tensor]) -> Iterator[tuple[Sequence[int], Bundle]]:
         """Yield tensors that are measured together, with their indices."""
-        small = [i for i, t in enumerate(tensors) if is_small(t)]
-        if small:
-            shapes = tuple([tensors[i].shape for i in small])
-            packed = self._packed.get(shapes)  # those of the last time, as a rule
-            if packed is None:
-                if len(self._packed) == _PACKINGS:
-                    self._packed.clear()
-                packed = self._packed[shapes] = Packing(shapes).array()
-            order = [small[k] for k in packed.packing.order]
-            yield order, Bundle((), packed.fill([tensors[i] for i in order]))
-        if len(small) < len(tensors):
+        packed = small(tensors)
+        if packed:
+            shapes = tuple([tensors[i].shape for i in packed])
+            shelf = self._shelves.get(shapes)  # that of the last time, as a rule
+            if shelf is None:
+                if len(self._shelves) == _SHELVES:
+                    self.measure()
+                    self._shelves.clear()
+                shelf = self._shelves[shapes] = Shelf(Packing(shapes))
+            order = [packed[k] for k in shelf.packing.order]
+            yield order, Bundle([tensors[i] for i in order], shelf)
+        if len(packed) < len(tensors):
             devices: dict[torch.device, list[int]] = {}
-            for i in sorted(set(range(len(tensors))).difference(small)):
+            for i in sorted(set(range(len(tensors))).difference(packed)):
                 devices.setdefault(tensors[i].device, []).append(i)
             for order in devices.values():
                 yield order, Bundle([tensors[i] for i in order])
@@ -133,6 +152,9 @@ class Heard:
     def _measure_deltas(self, deltas: list[_Delta]) -> None:
         for order, bundle in self._bundles([value for *_, value in deltas]):
             values = _measured(self._error, bundle)
+            over_time = max(Counter([place for _, place, *_ in deltas]).values()) >= _STEPS
+            if over_time:
+                self.measure()
             rows: dict[int, tuple[Row, list[int]]] = {}
             for index, i in enumerate(order):
                 forward, _, _, first, _ = deltas[i]
@@ -145,7 +167,7 @@ class Heard:
                 batches = [forward.batch or 1 for forward, _, _, _, _ in mine]
                 sizes = [value.numel() for *_, value in mine]
                 row.add(self._error.name, (places, part, batches, sizes))
-            if len(order) >= _STEPS:
+            if over_time:
                 _add_times([deltas[i] for i in order], values)
 
     # ------------------------------------------------------------------ outputs and activations
@@ -187,11 +209,11 @@ class Heard:
     ) -> None:
         size = outputs[0].numel()
         for quantity in self._activations:
-            totals = _measured(quantity, outputs, function)
+            totals = quantity.measure(outputs, function) if quantity.measure else None
             if totals is not None:
                 ones = [1.0] * len(places)
                 row.add(quantity.name, (places, totals, ones, [size] * len(places)))
-        alive = _measured(self._units, outputs, function)
+        alive = self._units.measure(outputs, function) if self._units.measure else None
         if alive is not None:
             if len(set(places)) < len(places):  # a layer that ran several times
                 places, alive = _joined(places, alive)
@@ -217,9 +239,9 @@ class Heard:
         return True
 
 
-def _measured(quantity: Quantity, *values: Any) -> Any:
+def _measured(quantity: Quantity, bundle: Bundle) -> Any:
     assert quantity.measure is not None
-    return quantity.measure(*values)
+    return bundle.measured(quantity.measure)
 
 
 def _thinned(tensor: Tensor) -> Tensor:

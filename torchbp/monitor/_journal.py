@@ -124,8 +124,8 @@ class Journal:
             tag, about = f"layers/{name}", f"{quantity.title}; all layers together"
             if quantity.logarithm:
                 tag, about = f"{tag}_log10", f"log10 of the {about}"
-                values = np.log10(np.maximum(values, _FLOOR))
-            self._writer.histogram(tag, reading.step, values, help=about, when=reading.when)
+            shown = np.log10(np.maximum(values, _FLOOR)) if quantity.logarithm else values
+            self._writer.histogram(tag, reading.step, shown, help=about, when=reading.when)
 
     def _extremes(self, readings: Sequence[Reading]) -> None:
         """Keep the largest and smallest gradient norm of every layer, and write them now and then."""

@@ -76,6 +76,10 @@ class Listener:
         """Measure what was heard, now that a backward has ended."""
         self._heard.settle()
 
+    def measure(self) -> None:
+        """Measure what was only copied so far."""
+        self._heard.measure()
+
     def forget(self) -> None:
         """Drop what was heard since the backward before."""
         self._heard.forget()

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torchbp.monitor._bundle import Bundle
 from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._norms import norms
-from torchbp.monitor._packing import Packed, Packing, is_small
+from torchbp.monitor._packing import Packing, Shelf, small
 from torchbp.monitor._quantity import Quantity
 from torchbp.monitor._registry import all_quantities
 from torchbp.monitor._row import Pieces, Row
@@ -79,30 +79,39 @@ class Meter:
             self._last = plan
         return groups
 
-    def parameters(self, members: Sequence[int], *, after: bool = False) -> list[Group]:
-        """Return the parameters ``members``; those before and ``after`` a step side by side."""
+    def parameters(self, members: Sequence[int], *, room: int = 1) -> list[Group]:
+        """Return the parameters ``members``; with ``room`` for so many times them to be compared."""
         references = self._catalogue.parameters
         found = {i: p for i in members if (p := references[i]()) is not None}
-        return self._planned("after" if after else "before", found)[1]
+        return self._planned("parameters", found, room)[1]
 
-    def _planned(self, what: str, found: dict[int, Tensor]) -> "tuple[_Plan | None, list[Group]]":
+    def _planned(
+        self, what: str, found: dict[int, Tensor], room: int = 1
+    ) -> "tuple[_Plan | None, list[Group]]":
         if not found:
             return None, []
         key = what, tuple(found)
         plan = self._plans.get(key)
-        groups = None if plan is None else plan.groups([found[i] for i in plan.order])
+        groups = None if plan is None else plan.groups([found[i] for i in plan.order], room)
         if plan is None or groups is None:
+            self.settle()
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             plan = self._plans[key] = _Plan(self._catalogue, found)
-            groups = plan.groups([found[i] for i in plan.order])
+            groups = plan.groups([found[i] for i in plan.order], room)
             assert groups is not None
         return plan, groups
+
+    def settle(self) -> None:
+        """Measure what was only copied so far."""
+        for plan in self._plans.values():
+            if plan.shelf is not None:
+                plan.shelf.empty()
 
     def norms(self) -> Pieces:
         """Return the norms of the gradients as they are."""
         with torch.no_grad():
-            return [(indices, norms(bundle)) for indices, bundle in self.gradients()]
+            return [(indices, bundle.measured(norms)) for indices, bundle in self.gradients()]
 
     def measure(self, row: Row, at: str, groups: list[Group]) -> None:
         """Measure what is measured at ``at``, beside what another optimizer of the step has left."""
@@ -110,7 +119,7 @@ class Meter:
             assert quantity.measure is not None
             pieces = row.parameters.setdefault(quantity.name, [])
             for indices, bundle in groups:
-                pieces.append((indices, quantity.measure(bundle)))
+                pieces.append((indices, bundle.measured(quantity.measure)))
 
 
 class _Plan:
@@ -123,18 +132,20 @@ class _Plan:
     Attributes:
         order: The indices in the order in which tensors are given.
         size: Their number.
+        shelf: Where the small ones go.
         others: All other parameters.
     """
 
     def __init__(self, catalogue: Catalogue, found: dict[int, Tensor]) -> None:
         parts = {i: local(t) for i, t in found.items()}
-        small = [i for i, t in parts.items() if found[i].layout == torch.strided and is_small(t)]
-        self._packed: Packed | None = None
+        dense = [i for i in parts if found[i].layout == torch.strided]
+        packed = [dense[k] for k in small([parts[i] for i in dense])]
+        self.shelf: Shelf | None = None
         self._small: tuple[int, ...] = ()
-        if small:
-            packing = Packing([tuple(parts[i].shape) for i in small])
-            self._packed = packing.array()
-            self._small = tuple(small[k] for k in packing.order)
+        if packed:
+            packing = Packing([tuple(parts[i].shape) for i in packed])
+            self.shelf = Shelf(packing)
+            self._small = tuple(packed[k] for k in packing.order)
         devices: dict[torch.device, list[int]] = {}
         for i, tensor in parts.items():
             # A rank's shard may be empty, a sparse gradient is as long as it is.
@@ -158,18 +169,17 @@ class _Plan:
             if (p := ref()) is not None and (grad := p.grad) is not None
         ]
 
-    def groups(self, tensors: list[Tensor]) -> list[Group] | None:
+    def groups(self, tensors: list[Tensor], room: int = 1) -> list[Group] | None:
         """Return ``tensors`` as bundles; None where they are not as they were when this was found."""
         if not self._plain or not all(map(_is_plain, tensors[len(self._small) :])):
             tensors = [local(t) for t in tensors]
         groups: list[Group] = []
         count = len(self._small)
-        if self._packed is not None:
+        if self.shelf is not None:
             try:
-                self._packed.fill(tensors[:count])
+                groups.append((self._small, Bundle(tensors[:count], self.shelf, room=room)))
             except RuntimeError:  # a gradient that is sparse now, or on another device
                 return None
-            groups.append((self._small, Bundle((), self._packed)))
         for indices in self._rest:
             part = tensors[count : count + len(indices)]
             groups.append((indices, Bundle(part)))

@@ -213,6 +213,7 @@ class Monitor:
         start = time.perf_counter()
         if self._layers is None:
             self._layers = self._catalogue.layers()
+        self._capture.settle()
         count = len(self._catalogue)
         ranks = self._shared.ranks
         arrive = harvest(rows, len(self._catalogue.parameters), count, apart=ranks)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchbp.monitor._bundle import Bundle
+from torchbp.monitor._packing import Table
 from torchbp.monitor._quantity import precise
 
 __all__ = ["norms", "root", "root_mean"]
@@ -15,13 +16,13 @@ __all__ = ["norms", "root", "root_mean"]
 _WIDE = {torch.float64, torch.complex128}
 
 
-def norms(bundle: Bundle) -> Tensor | NDArray[np.floating[Any]]:
-    """Return the L2 norm of each, ``(n,)``.
+def norms(bundle: Bundle | Table) -> Tensor | NDArray[np.floating[Any]]:
+    """Return the L2 norm of each, ``(n,)`` or ``(R, n)``.
 
     Large ones in float32, because half precision overflows at 65504: elements below about 1e-22 are lost.
     """
-    if bundle.packed is not None:
-        return np.sqrt(bundle.packed.squares())
+    if isinstance(bundle, Table):
+        return np.sqrt(bundle.squares())
     tensors = bundle.tensors
     if len(tensors) == 1 and tensors[0].numel() <= 1 << 17:
         return torch.linalg.vector_norm(tensors[0], dtype=precise(tensors[0])).reshape(1)

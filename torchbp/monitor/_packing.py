@@ -1,11 +1,12 @@
-"""Many small tensors in one flat array.
+"""Many small tensors in flat arrays, measured some steps later and all at once.
 
-On the CPU each call of an operator counts. Tensors of one trailing shape go into the array by one call,
-and numpy measures those of one size by another: for 82 tensors of 1000 elements in a quarter of the time
-of a foreach norm.
+On the CPU each call of an operator counts, the more so as its code is not in the processor's caches during
+training: a first call of numpy's dot takes 35 µs where the next takes 2. So a step only copies: tensors of
+one trailing shape by one call, into one row of a table. When the table is full, or what was measured is
+asked for, each quantity is measured of all rows by a few calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -15,60 +16,57 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Packing", "is_small"]
+__all__ = ["Packing", "Shelf", "Table", "small"]
 
 _SMALL = 1 << 14  # elements of a tensor, above which the calls no longer matter
+_WHOLE = 1 << 20  # elements of a row
+_ROWS, _ROOM = 16, 1 << 19  # of a table: rows, and elements where these make three rows and more
 _RUNS = 16  # sizes that are measured one by one
 # The sum of squares that float32 holds well: of at most 2¹⁴ elements those whose squares are lost, below
 # 1e-38, make 1e-8 of it. Others are scaled first.
 _LEAST, _MOST, _SCALE = 2e-26, 1e38, 2.0**80
 
-_dot: Any = getattr(np, "vecdot", None) or partial(np.einsum, "ij,ij->i")  # numpy 1 lacks the first
+_dot: Any = getattr(np, "vecdot", None) or partial(np.einsum, "...j,...j->...")  # numpy 1
+
+# Index of the first and behind the last tensor, the same in elements of a row, and the shape there.
+_Part = tuple[int, int, int, int, tuple[int, ...]]
 
 
 class Packing:
-    """Where each of some float32 tensors on the CPU lies in a flat array.
+    """Where each of some float32 tensors on the CPU lies in a row.
 
     Args:
         shapes: Their shapes. They are put into an order of the packing's own.
 
     Attributes:
-        order: The indices of ``shapes`` in the order of the array. Tensors are given in this order.
+        order: The indices of ``shapes`` in the order of the row. Tensors are given in this order.
         sizes: int ``(n,)``: numbers of elements, in that order.
+        width: Their sum.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        rows = [shape or (1,) for shape in shapes]
+        rows = [tuple(shape) or (1,) for shape in shapes]
         numbers = [int(np.prod(shape)) for shape in rows]
         trailing = {tail: k for k, tail in enumerate(dict.fromkeys(row[1:] for row in rows))}
-        self.order = tuple(
-            sorted(range(len(rows)), key=lambda i: (trailing[rows[i][1:]], numbers[i], i))
-        )
+        keys = [(trailing[row[1:]], number) for row, number in zip(rows, numbers, strict=True)]
+        self.order = tuple(sorted(range(len(rows)), key=lambda i: keys[i]))
         self.sizes = np.array([numbers[i] for i in self.order])
-        self._starts = np.concatenate(([0], np.cumsum(self.sizes)))
-        self._scalars = [k for k, i in enumerate(self.order) if not shapes[i]]
-        # By trailing shape and by size: first and last index, where in the array, and the shape there.
-        self._blocks: list[tuple[int, int, int, int, tuple[int, ...]]] = []
-        self._runs: list[tuple[int, int, int, int, tuple[int, ...]]] = []
-        for first, last in _alike([trailing[rows[i][1:]] for i in self.order]):
-            low, high = self._starts[[first, last]].tolist()
-            self._blocks.append((first, last, low, high, (-1, *rows[self.order[first]][1:])))
-        for first, last in _alike(self.sizes.tolist()):
-            low, high = self._starts[[first, last]].tolist()
-            self._runs.append((first, last, low, high, (last - first, -1)))
+        ends = np.cumsum(self.sizes).tolist()
+        self.width = int(ends[-1])
+        self.starts = np.array([0, *ends[:-1]])
+        self._scalars = any(not shapes[i] for i in self.order)
+        bounds = [0, *ends]
+        tails = [keys[i][0] for i in self.order]
+        self._blocks: list[_Part] = [
+            (a, b, bounds[a], bounds[b], (-1, *rows[self.order[a]][1:])) for a, b in _alike(tails)
+        ]
+        self._runs: list[_Part] = [
+            (a, b, bounds[a], bounds[b], (b - a, -1)) for a, b in _alike(self.sizes.tolist())
+        ]
 
-    def array(self) -> "Packed":
-        """Return an array to pack into."""
-        return Packed(self)
-
-    def blocks(self, flat: Tensor) -> list[Tensor]:
-        """Return where the tensors of each trailing shape go, as views of an array."""
-        return [flat[low:high].view(shape) for _, _, low, high, shape in self._blocks]
-
-    def runs(self, values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Return the tensors of each size as rows, as views of an array; none if of too many sizes."""
-        runs = self._runs if len(self._runs) <= _RUNS else []
-        return [values[low:high].reshape(shape) for _, _, low, high, shape in runs]
+    def blocks(self, row: Tensor) -> list[Tensor]:
+        """Return where the tensors of each trailing shape go."""
+        return [row[low:high].view(shape) for _, _, low, high, shape in self._blocks]
 
     def fill(self, blocks: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         """Copy the tensors."""
@@ -77,66 +75,121 @@ class Packing:
         for block, (first, last, *_) in zip(blocks, self._blocks, strict=True):
             torch.cat(tensors[first:last], out=block)
 
-    def squares(self, runs: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-        """Return ``(n,)``: the sum of squares of each row of the runs, in float32."""
-        found = np.empty(len(self.sizes), np.float32)
-        for part, (first, last, *_) in zip(runs, self._runs, strict=True):
-            _dot(part, part, out=found[first:last])
-        return found.astype(np.float64)
+    def squares(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return ``(R, n)``: the sum of squares of each tensor of the rows ``(R, width)``."""
+        if len(self._runs) > _RUNS:
+            return np.add.reduceat(np.square(values, dtype=np.float64), self.starts, axis=1)
+        with np.errstate(all="ignore"):
+            found = self._dots(values)
+            if not found.min() >= _LEAST:
+                found = np.where(found < _LEAST, self._dots(values, _SCALE), found)
+            if not found.max() <= _MOST:
+                found = np.where(found <= _MOST, found, self._dots(values, 1 / _SCALE))
+        return found
+
+    def _dots(self, values: NDArray[np.float32], scale: float = 1.0) -> NDArray[np.float64]:
+        found = np.empty((len(values), len(self.sizes)))
+        for first, last, low, high, shape in self._runs:
+            part = values[:, low:high].reshape(len(values), *shape)
+            if scale == 1:
+                found[:, first:last] = _dot(part, part)
+                continue
+            for k, row in enumerate(part):  # row by row, which the processor's cache holds
+                scaled = row * np.float32(scale)
+                found[k, first:last] = _dot(scaled, scaled) / scale**2
+        return found
+
+
+class Table:
+    """Rows of tensors of one packing, as quantities measure them.
+
+    Args:
+        packing: What lies where.
+        values: float32 ``(R, width)``.
+    """
+
+    def __init__(self, packing: Packing, values: NDArray[np.float32]) -> None:
+        self.packing, self.values = packing, values
+
+    def squares(self) -> NDArray[np.float64]:
+        """Return ``(R, n)``: the sum of squares of each tensor."""
+        return self.packing.squares(self.values)
 
     def sums(self, terms: NDArray[Any]) -> NDArray[Any]:
-        """Return ``(n,)``: the sum of ``terms``, one an element of the array, by tensors."""
-        return np.add.reduceat(terms, self._starts[:-1])
+        """Return ``(R, n)``: the sum of ``terms``, one an element, by tensors."""
+        return np.add.reduceat(terms, self.packing.starts, axis=1)
 
 
-class Packed:
-    """The array.
+class Shelf:
+    """A table that is filled row by row.
 
     Args:
         packing: What lies where.
 
     Attributes:
         packing: The same.
-        values: float32.
+        free: How many rows are left.
+        filled: How often it has been emptied.
     """
 
     def __init__(self, packing: Packing) -> None:
-        flat = torch.empty(int(packing.sizes.sum()))
-        self.packing, self.values = packing, flat.numpy()
-        self._blocks, self._runs = packing.blocks(flat), packing.runs(self.values)
-        self._scaled = np.empty(0, np.float32)  # of the same size, where it was needed
+        rows = min(max(_ROOM // packing.width, 2), _ROWS)
+        table = torch.empty(rows, packing.width)
+        self.packing, self.free, self.filled = packing, rows, 0
+        self._values = table.numpy()
+        self._blocks = [packing.blocks(row) for row in table]
+        self._differences: list[tuple[int, int]] = []
+        # By measure, the rows it was asked for, and where the answers go.
+        self._asked: dict[Callable[..., Any], tuple[list[int], NDArray[np.float64]]] = {}
 
-    def fill(self, tensors: Sequence[Tensor]) -> "Packed":
-        """Copy the tensors, in the packing's order."""
-        self.packing.fill(self._blocks, tensors)
-        return self
+    def put(self, tensors: Sequence[Tensor], *, room: int = 1) -> int:
+        """Copy tensors, in the packing's order, and return their row.
 
-    def squares(self) -> NDArray[np.float64]:
-        """Return ``(n,)``: the sum of squares of each."""
-        if not self._runs:
-            return self.sums(np.square(self.values, dtype=np.float64))
-        with np.errstate(all="ignore"):
-            found = self.packing.squares(self._runs)
-            if not found.min() >= _LEAST:
-                found = np.where(found < _LEAST, self._squares_scaled(_SCALE), found)
-            if not found.max() <= _MOST:
-                found = np.where(found <= _MOST, found, self._squares_scaled(1 / _SCALE))
-        return found
+        ``room``: so many rows are to be there without emptying the shelf in between.
+        """
+        if self.free < room:
+            self.empty()
+        row = len(self._blocks) - self.free
+        self.packing.fill(self._blocks[row], tensors)
+        self.free -= 1
+        return row
 
-    def _squares_scaled(self, scale: float) -> NDArray[np.float64]:
-        if not len(self._scaled):
-            self._scaled = np.empty_like(self.values)
-        np.multiply(self.values, np.float32(scale), out=self._scaled)
-        return self.packing.squares(self.packing.runs(self._scaled)) / scale**2
+    def subtract(self, row: int, other: int) -> None:
+        """Take row ``other`` from ``row``, before that is measured."""
+        self._differences.append((row, other))
 
-    def sums(self, terms: NDArray[Any]) -> NDArray[Any]:
-        """Return ``(n,)``: the sum of ``terms``, one an element of the array, by tensors."""
-        return self.packing.sums(terms)
+    def ask(self, measure: Callable[..., Any], row: int) -> NDArray[np.float64]:
+        """Return ``(n,)``, which will hold what ``measure`` finds of a row, when the shelf is emptied."""
+        if measure not in self._asked:
+            answers = np.empty((len(self._blocks), len(self.packing.sizes)))
+            self._asked[measure] = [], answers
+        rows, answers = self._asked[measure]
+        rows.append(row)
+        return answers[len(rows) - 1]
+
+    def empty(self) -> None:
+        """Measure what was asked for."""
+        for row, other in self._differences:
+            self._values[row] -= self._values[other]
+        used = len(self._blocks) - self.free
+        for measure, (rows, answers) in self._asked.items():
+            whole = len(rows) == used
+            values = self._values[:used] if whole else self._values[rows]
+            answers[: len(rows)] = measure(Table(self.packing, values))
+        self._differences, self._asked = [], {}
+        self.free = len(self._blocks)
+        self.filled += 1
 
 
-def is_small(tensor: Tensor) -> bool:
-    """Whether a dense tensor is to be packed."""
-    return 0 < tensor.numel() <= _SMALL and tensor.dtype is torch.float32 and tensor.is_cpu
+def small(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the indices of the dense tensors that are to be packed."""
+    found, left = [], _WHOLE
+    for index, tensor in enumerate(tensors):
+        size = tensor.numel()
+        if 0 < size <= min(_SMALL, left) and tensor.dtype is torch.float32 and tensor.is_cpu:
+            found.append(index)
+            left -= size
+    return found
 
 
 def _alike(keys: Sequence[Any]) -> list[tuple[int, int]]:

@@ -34,7 +34,8 @@ class Quantity:
             ``"derived"``: on the host, from other quantities;
             ``"host"``: a number that the training loop or the optimizer knows.
         measure: On the device, without synchronisation.
-            Of parameters, of ``"error"`` and ``"output"``: a bundle of n dense tensors -> ``(n,)``.
+            Of parameters, of ``"error"`` and ``"output"``: a bundle of n dense tensors -> ``(n,)``, or a table
+            of R rows of them -> ``(R, n)``.
             For ``"activation"``: n outputs of one shape ``(n, N, *)`` and the function's name ->
             ``(n,)``, or None where it doesn't apply; for ``"units"`` the same -> bool ``(n, units)``.
         finish: On the host, in numpy float64: ``(sums, counts)`` -> values; for ``"derived"``:

@@ -95,6 +95,11 @@ class Capture:
         self._backwards = Backwards(catalogue, local, before, self._end_backward)
         self._begin(0)
 
+    def settle(self) -> None:
+        """Measure what was only copied so far: a row that is handed over may have to wait for it."""
+        self._meter.settle()
+        self._listener.measure()
+
     def close(self) -> None:
         """Remove every hook; hand over what no step has followed."""
         for hook in self._hooks:
@@ -201,7 +206,7 @@ class Capture:
             with torch.no_grad():
                 if not self._closure:
                     self._measure_stepped(row, optimizer)
-                now = self._meter.parameters(self._meter.members(optimizer))
+                now = self._meter.parameters(self._meter.members(optimizer), room=2)
                 self._meter.measure(row, "weight", now)
                 self._before = [(indices, bundle.kept()) for indices, bundle in now]
         self.own_time += time.perf_counter() - start
@@ -230,10 +235,11 @@ class Capture:
                     self._closure and self._looks == 1
                 ):  # its one backward's gradient was stepped with
                     self._measure_stepped(row, optimizer)
-                stepped = self._meter.parameters(self._meter.members(optimizer), after=True)
+                stepped = self._meter.parameters(self._meter.members(optimizer))
                 pairs = zip(stepped, self._before, strict=True)
-                changes = [(indices, now.away(before)) for (indices, now), (_, before) in pairs]
-                self._meter.measure(row, "update", changes)
+                changes = [(indices, now.minus(before)) for (indices, now), (_, before) in pairs]
+                changed = [(indices, change) for indices, change in changes if change is not None]
+                self._meter.measure(row, "update", changed)
         self._before, self._closure = [], False
         skipped = self.step % self._every
         if self.row.backwards or skipped or (row is not self.row and self._is_missed(optimizer)):

@@ -6,15 +6,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchbp.monitor._bundle import Bundle
+from torchbp.monitor._packing import Table
 from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
 
 
-def measure(bundle: Bundle) -> Tensor | NDArray[np.float64]:
+def measure(bundle: Bundle | Table) -> Tensor | NDArray[np.float64]:
     """Sum each, in float32 at least."""
-    if bundle.packed is not None:
-        return bundle.packed.sums(bundle.packed.values.astype(np.float64))
+    if isinstance(bundle, Table):
+        return bundle.sums(bundle.values.astype(np.float64))
     wide = [torch.promote_types(t.dtype, torch.float32) for t in bundle.tensors]
     return torch.stack([t.sum(dtype=w) for t, w in zip(bundle.tensors, wide, strict=True)])
 

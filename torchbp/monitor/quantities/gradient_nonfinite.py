@@ -6,15 +6,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchbp.monitor._bundle import Bundle
+from torchbp.monitor._packing import Table
 from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
 
 
-def measure(bundle: Bundle) -> Tensor | NDArray[np.float64]:
+def measure(bundle: Bundle | Table) -> Tensor | NDArray[np.float64]:
     """Count them."""
-    if bundle.packed is not None:
-        return bundle.packed.sums(1.0 - np.isfinite(bundle.packed.values))
+    if isinstance(bundle, Table):
+        return bundle.sums(1.0 - np.isfinite(bundle.values))
     return torch.stack([g.numel() - torch.isfinite(g).sum() for g in bundle.tensors])
 
 

@@ -6,15 +6,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchbp.monitor._bundle import Bundle
+from torchbp.monitor._packing import Table
 from torchbp.monitor._quantity import Quantity
 
 __all__ = ["QUANTITY"]
 
 
-def measure(bundle: Bundle) -> Tensor | NDArray[np.float64]:
+def measure(bundle: Bundle | Table) -> Tensor | NDArray[np.float64]:
     """Count them."""
-    if bundle.packed is not None:
-        return bundle.packed.sums(np.equal(bundle.packed.values, 0).astype(np.float64))
+    if isinstance(bundle, Table):
+        return bundle.sums(np.equal(bundle.values, 0).astype(np.float64))
     return torch.stack([(g == 0).sum() for g in bundle.tensors])
 
 
