@@ -1,6 +1,6 @@
 """Many tensors measured at once: small ones as a row of a shelf, others by foreach calls."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,7 @@ class Bundle:
         filled: How often it had been emptied before.
     """
 
-    def __init__(
-        self, tensors: Sequence[Tensor], shelf: Shelf | None = None, *, room: int = 1
-    ) -> None:
+    def __init__(self, tensors: list[Tensor], shelf: Shelf | None = None, *, room: int = 1) -> None:
         self.tensors = () if shelf is not None else list(tensors)
         self.shelf = shelf
         self.row, self.filled = (

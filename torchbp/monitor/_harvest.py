@@ -153,7 +153,8 @@ def _joined(
     columns: Any = zip(*((p, take(v), f, take(n)) for p, v, f, n in parts), strict=True)
     places, values, factors, counts = map(np.concatenate, columns)
     totals = np.multiply(values, factors, dtype=np.float64) ** power
-    return np.bincount(places, totals, layers), np.bincount(places, counts, layers)
+    total, count = (np.bincount(places, w, layers).astype(float) for w in (totals, counts))
+    return total, count
 
 
 def _unscale(sums: Sums, scale: Table) -> None:

@@ -24,6 +24,10 @@ from torchbp.monitor._row import Row
 
 __all__ = ["Listener"]
 
+# A module's place among the layers, the activation it is, and whether it is the model.
+_Role = tuple[Callable[[], nn.Module | None], int | None, str | None, bool]
+_NONE: _Role = (lambda: None), None, None, False
+
 _is_compiling = torch.compiler.is_compiling
 
 _MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
@@ -51,6 +55,7 @@ class Listener:
         self._row = row
         self._recurs = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._hooks: list[RemovableHandle] = []
+        self._roles: dict[int, _Role] = {}
         self._heard = Heard()
         self._forward = Forward(row(), over=True)
 
@@ -104,15 +109,22 @@ class Listener:
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if _is_compiling():
             return
-        place = self._catalogue.place(module)
+        reference, place, function, whole = self._roles.get(id(module)) or _NONE
+        if reference() is not module:
+            place, function, whole = self._learn(module)
         if place is not None:
             self._after_layer(module, place, args, output)
-        else:
-            function = _function_of_module(type(module))
-            if function and isinstance(output, Tensor) and output.requires_grad:
-                self._note_function(output, function)
-        if module is self._model() and graph_task() == -1:
+        elif function and isinstance(output, Tensor) and output.requires_grad:
+            self._note_function(output, function)
+        if whole and graph_task() == -1:
             self._end_forward(args)
+
+    def _learn(self, module: nn.Module) -> tuple[int | None, str | None, bool]:
+        """Remember what the module is: a layer, an activation, the model, or of no interest."""
+        whole, place = module is self._model(), self._catalogue.place(module)
+        role = place, _function_of_module(type(module)), whole
+        self._roles[id(module)] = weakref.ref(module), *role
+        return role
 
     def _after_layer(
         self, module: nn.Module, place: int, args: tuple[Any, ...], output: Any

@@ -1,7 +1,7 @@
 """Measures what the quantities of parameters ask for, of all parameters at once."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class Meter:
             for at in ("gradient", "stepped", "weight", "update")
         }
         self._plans: dict[tuple[str, tuple[int, ...]], _Plan] = {}
-        self._last: _Plan | None = None  # that of all gradients, as they were last time
+        self._latest: dict[tuple[str, tuple[int, ...]], _Plan] = {}  # by what might have been there
+        self._all = tuple(range(len(catalogue.parameters)))
         self._members: dict[int, tuple[object, tuple[int, ...]]] = {}
 
     def members(self, optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
@@ -56,40 +57,24 @@ class Meter:
             known = self._members[id(optimizer)] = key, chosen
         return known[1]
 
-    def gradients(self, members: Iterable[int] | None = None) -> list[Group]:
+    def gradients(self, members: tuple[int, ...] | None = None) -> list[Group]:
         """Return the gradients that are there; of ``members`` only, if given."""
-        plan = self._last
-        if members is None and plan is not None:
-            tensors = plan.gradients()
-            if len(tensors) == plan.size and all(
-                (p := ref()) is None or p.grad is None for ref in plan.others
-            ):
-                groups = plan.groups(tensors)
-                if groups is not None:
-                    return groups
-        references = self._catalogue.parameters
-        chosen = range(len(references)) if members is None else members
-        found = {
-            i: grad
-            for i in chosen
-            if (p := references[i]()) is not None and (grad := p.grad) is not None
-        }
-        plan, groups = self._planned("gradient", found)
-        if members is None:
-            self._last = plan
-        return groups
+        return self._gathered("gradient", self._all if members is None else members)
 
-    def parameters(self, members: Sequence[int], *, room: int = 1) -> list[Group]:
+    def parameters(self, members: tuple[int, ...], *, room: int = 1) -> list[Group]:
         """Return the parameters ``members``; with ``room`` for so many times them to be compared."""
-        references = self._catalogue.parameters
-        found = {i: p for i in members if (p := references[i]()) is not None}
-        return self._planned("parameters", found, room)[1]
+        return self._gathered("parameter", members, room)
 
-    def _planned(
-        self, what: str, found: dict[int, Tensor], room: int = 1
-    ) -> "tuple[_Plan | None, list[Group]]":
+    def _gathered(self, what: str, members: tuple[int, ...], room: int = 1) -> list[Group]:
+        plan = self._latest.get((what, members))
+        tensors = None if plan is None else plan.tensors()
+        if plan is not None and tensors is not None:
+            groups = plan.groups(tensors, room)
+            if groups is not None:
+                return groups
+        found = _there(what, [(i, self._catalogue.parameters[i]) for i in members])
         if not found:
-            return None, []
+            return []
         key = what, tuple(found)
         plan = self._plans.get(key)
         groups = None if plan is None else plan.groups([found[i] for i in plan.order], room)
@@ -97,10 +82,12 @@ class Meter:
             self.settle()
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = _Plan(self._catalogue, found)
+                self._latest.clear()
+            plan = self._plans[key] = _Plan(self._catalogue, what, members, found)
             groups = plan.groups([found[i] for i in plan.order], room)
             assert groups is not None
-        return plan, groups
+        self._latest[what, members] = plan
+        return groups
 
     def settle(self) -> None:
         """Measure what was only copied so far."""
@@ -127,16 +114,22 @@ class _Plan:
 
     Args:
         catalogue: All parameters.
+        what: ``"parameter"``, or ``"gradient"`` for their gradients.
+        members: Those that might have been there.
         found: By index, a tensor.
 
     Attributes:
         order: The indices in the order in which tensors are given.
-        size: Their number.
         shelf: Where the small ones go.
-        others: All other parameters.
     """
 
-    def __init__(self, catalogue: Catalogue, found: dict[int, Tensor]) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        what: str,
+        members: Sequence[int],
+        found: dict[int, Tensor],
+    ) -> None:
         parts = {i: local(t) for i, t in found.items()}
         dense = [i for i in parts if found[i].layout == torch.strided]
         packed = [dense[k] for k in small([parts[i] for i in dense])]
@@ -153,28 +146,32 @@ class _Plan:
                 devices.setdefault(tensor.device, []).append(i)
         self._rest = [tuple(indices) for indices in devices.values()]
         self.order = (*self._small, *(i for indices in self._rest for i in indices))
-        self.size = len(self.order)
         self._plain = all(map(_is_plain, found.values()))
+        self._what = what
         references = catalogue.parameters
         self._references = [references[i] for i in self.order]
-        self.others: list[weakref.ref[Tensor]] = [
-            ref for i, ref in enumerate(references) if i not in found
-        ]
+        self._others = [(i, references[i]) for i in members if i not in found]
 
-    def gradients(self) -> list[Tensor]:
-        """Return the gradients that are there."""
-        return [
-            grad
-            for ref in self._references
-            if (p := ref()) is not None and (grad := p.grad) is not None
-        ]
+    def tensors(self) -> list[Tensor] | None:
+        """Return the tensors; None where they are not the same as when this was found."""
+        if self._what == "gradient":
+            there = [
+                grad
+                for ref in self._references
+                if (p := ref()) is not None and (grad := p.grad) is not None
+            ]
+        else:
+            there = [p for ref in self._references if (p := ref()) is not None]
+        if len(there) < len(self.order) or (self._others and _there(self._what, self._others)):
+            return None
+        return there
 
     def groups(self, tensors: list[Tensor], room: int = 1) -> list[Group] | None:
         """Return ``tensors`` as bundles; None where they are not as they were when this was found."""
-        if not self._plain or not all(map(_is_plain, tensors[len(self._small) :])):
+        count = len(self._small)
+        if not self._plain or (self._rest and not all(map(_is_plain, tensors[count:]))):
             tensors = [local(t) for t in tensors]
         groups: list[Group] = []
-        count = len(self._small)
         if self.shelf is not None:
             try:
                 groups.append((self._small, Bundle(tensors[:count], self.shelf, room=room)))
@@ -185,6 +182,13 @@ class _Plan:
             groups.append((indices, Bundle(part)))
             count += len(indices)
         return groups
+
+
+def _there(what: str, references: Sequence[tuple[int, weakref.ref[Tensor]]]) -> dict[int, Tensor]:
+    alive = [(i, p) for i, ref in references if (p := ref()) is not None]
+    if what == "parameter":
+        return dict(alive)
+    return {i: grad for i, p in alive if (grad := p.grad) is not None}
 
 
 def local(tensor: Tensor) -> Tensor:

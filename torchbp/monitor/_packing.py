@@ -68,36 +68,48 @@ class Packing:
         """Return where the tensors of each trailing shape go."""
         return [row[low:high].view(shape) for _, _, low, high, shape in self._blocks]
 
-    def fill(self, blocks: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    def fill(self, blocks: list[Tensor], tensors: list[Tensor]) -> None:
         """Copy the tensors."""
         if self._scalars:
             tensors = [t.reshape(1) if t.ndim == 0 else t for t in tensors]
         for block, (first, last, *_) in zip(blocks, self._blocks, strict=True):
             torch.cat(tensors[first:last], out=block)
 
-    def squares(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
+    def squares(self, values: NDArray[np.float32]) -> NDArray[Any]:
         """Return ``(R, n)``: the sum of squares of each tensor of the rows ``(R, width)``."""
         if len(self._runs) > _RUNS:
             return np.add.reduceat(np.square(values, dtype=np.float64), self.starts, axis=1)
         with np.errstate(all="ignore"):
             found = self._dots(values)
             if not found.min() >= _LEAST:
-                found = np.where(found < _LEAST, self._dots(values, _SCALE), found)
+                self._mend(found, values, found < _LEAST, _SCALE)
             if not found.max() <= _MOST:
-                found = np.where(found <= _MOST, found, self._dots(values, 1 / _SCALE))
+                self._mend(found, values, ~(found <= _MOST), 1 / _SCALE)
         return found
 
-    def _dots(self, values: NDArray[np.float32], scale: float = 1.0) -> NDArray[np.float64]:
+    def _dots(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
         found = np.empty((len(values), len(self.sizes)))
         for first, last, low, high, shape in self._runs:
             part = values[:, low:high].reshape(len(values), *shape)
-            if scale == 1:
-                found[:, first:last] = _dot(part, part)
-                continue
-            for k, row in enumerate(part):  # row by row, which the processor's cache holds
-                scaled = row * np.float32(scale)
-                found[k, first:last] = _dot(scaled, scaled) / scale**2
+            found[:, first:last] = _dot(part, part)
         return found
+
+    def _mend(
+        self,
+        found: NDArray[np.float64],
+        values: NDArray[np.float32],
+        wrong: NDArray[np.bool_],
+        scale: float,
+    ) -> None:
+        """Put right, of the sums of squares ``(R, n)``, those that are ``wrong``."""
+        for first, last, low, high, shape in self._runs:
+            there = np.flatnonzero(wrong[:, first:last].any(0))
+            if len(there):
+                near = slice(there[0], there[-1] + 1)  # as a rule those of neighbouring layers
+                part = values[:, low:high].reshape(len(values), *shape)[:, near]
+                scaled = part * np.float32(scale)
+                sums = _dot(scaled, scaled).astype(np.float64) / scale**2
+                np.copyto(found[:, first:last][:, near], sums, where=wrong[:, first:last][:, near])
 
 
 class Table:
@@ -142,7 +154,7 @@ class Shelf:
         # By measure, the rows it was asked for, and where the answers go.
         self._asked: dict[Callable[..., Any], tuple[list[int], NDArray[np.float64]]] = {}
 
-    def put(self, tensors: Sequence[Tensor], *, room: int = 1) -> int:
+    def put(self, tensors: list[Tensor], *, room: int = 1) -> int:
         """Copy tensors, in the packing's order, and return their row.
 
         ``room``: so many rows are to be there without emptying the shelf in between.

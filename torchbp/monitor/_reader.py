@@ -99,11 +99,12 @@ class Reader:
             derived = quantity.finish(values, layers)
             if derived is not None:
                 values[quantity.name] = derived
+        nothing: list[tuple[()]] = [()] * len(sums.rows)
         readings = [
             Reading(
                 row.step,
                 dict(zip(values, parts, strict=True)),
-                dict(zip(present, there, strict=True)) if present else {},
+                dict(zip(present, there, strict=True)),
                 layers,
                 row.when,
                 row.sampled,
@@ -114,7 +115,7 @@ class Reader:
                 sums.rows,
                 sums.times,
                 zip(*values.values(), strict=True),
-                zip(*present.values(), strict=True) if present else sums.rows,
+                zip(*present.values(), strict=True) if present else nothing,
                 strict=True,
             )
         ]

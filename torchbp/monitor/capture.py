@@ -92,6 +92,7 @@ class Capture:
         shows = isinstance(model, DistributedDataParallel) and not model.gradient_as_bucket_view
         before = self._before_reduction if shows else None
         self._listening = True  # or may be
+        self._relearn = _RELEARN
         self._backwards = Backwards(catalogue, local, before, self._end_backward)
         self._begin(0)
 
@@ -134,7 +135,8 @@ class Capture:
         if self._closure and self._looks > 1:
             self._listener.forget()
             return  # a closure's later look; its first one is the gradient where the step began
-        self._listener.settle()
+        if self._listening:
+            self._listener.settle()
         if not self._optimizers and self._ended is not None and not self._probe.accumulates():
             self._hand_over(self._ended)
             self._ended = None
@@ -280,8 +282,9 @@ class Capture:
             self._listening = sampled
         self._backwards.begin_step()
         self._backwards.paused = not due and bool(self._optimizers)
-        if step >= _DENSE_START:
-            if step % _RELEARN == 0:
+        if step >= _DENSE_START and due:
+            if step >= self._relearn:
+                self._relearn = step + _RELEARN
                 self._backwards.learn()
             else:
                 self._backwards.settle()

@@ -18,7 +18,7 @@ def screen(readings: Sequence[Reading]) -> NDArray[np.bool_]:
     """Return where the model's norm or the loss is not finite."""
     norms = [r.values["global_gradient_norm"][0] for r in readings]
     losses = [r.values["loss_train"][0] if "loss_train" in r.values else 0.0 for r in readings]
-    return ~np.isfinite(np.array([norms, losses])).all(0)
+    return ~(np.isfinite(norms) & np.isfinite(losses))
 
 
 def examine(reading: Reading) -> Iterator[Suspicion]:
