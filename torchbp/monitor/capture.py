@@ -221,6 +221,7 @@ class Capture:
         scale = getattr(optimizer, "grad_scale", None)  # fused: it unscales inside the step
         pieces = row.parameters.get(name, [])
         if isinstance(scale, Tensor):
+            self._meter.settle()
             pieces = [
                 (i, torch.as_tensor(t) / scale.to(torch.as_tensor(t).device)) for i, t in pieces
             ]
