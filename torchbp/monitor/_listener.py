@@ -140,10 +140,9 @@ class Listener:
             forward.last = None
             return
         if given is not None:
-            if forward.last is not None and forward.last not in forward.told:
-                function = _function_of(given)
-                if function is not None:
-                    self._note_function(given, function)
+            function = _function_of(given)
+            if function is not None:
+                self._note_function(given, function)
             if not forward.batch and given.ndim:
                 self.batch = forward.batch = given.shape[0]
         self._catalogue.note_run(place)
