@@ -10,9 +10,10 @@ from typing import Literal
 from torchbp.verify.cases import Case
 from torchbp.verify.report import Finding
 
-__all__ = ["Check", "Level", "NotApplicable", "NothingChecked", "Refused", "all_checks"]
+__all__ = ["Check", "Level", "Need", "NotApplicable", "NothingChecked", "Refused", "all_checks"]
 
 Level = Literal["quick", "full"]  # of a run
+Need = Literal["same values", "no random numbers", "real numbers"]  # what a check takes for granted
 
 
 class NotApplicable(Exception):  # noqa: N818  # an outcome, not an error
@@ -40,6 +41,8 @@ class Check:
         level: "quick" checks run always, "full" ones at `level="full"`, "asked" ones only by name.
         differences: Whether it holds the gradient against the slope of forward, which a straight-through estimator
             fails by design; ``skip=["differences"]`` leaves out all that do.
+        needs: Of the function: "same values" each time it is called under one seed, "no random numbers", "real
+            numbers". The check does not apply to one that lacks any of them.
     """
 
     name: str
@@ -48,6 +51,25 @@ class Check:
     order: int
     level: Literal["quick", "full", "asked"] = "quick"
     differences: bool = False
+    needs: tuple[Need, ...] = ()
+
+    def findings(self, case: Case) -> Iterable[Finding]:
+        """Run the check on a function that has what it needs; raise :class:`NotApplicable` on others."""
+        for need in self.needs:
+            has, why = _NEEDS[need]
+            if not has(case):
+                raise NotApplicable(why)
+        return self.run(case)
+
+
+_NEEDS: dict[Need, tuple[Callable[[Case], bool], str]] = {
+    "same values": (lambda c: c.steady, "forward gives other values each time it is called"),
+    "no random numbers": (lambda c: not c.draws, "forward draws random numbers"),
+    "real numbers": (
+        lambda c: not any(t.is_complex() for t in (*c.leaves, *c.plain.outputs)),
+        "forward works with complex numbers",
+    ),
+}
 
 
 @cache

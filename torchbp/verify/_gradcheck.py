@@ -126,7 +126,9 @@ def _choose(
 ) -> list[Check]:
     known = all_checks()
     if level not in ("quick", "full"):
-        raise ValueError(f"gradcheck: expected level 'quick' or 'full', got {level!r}")
+        raise ValueError(
+            f"gradcheck: expected level 'quick' or 'full', got {level!r}; pass one of them"
+        )
     wanted = [names] if isinstance(names, str) else names
     for name in [*(wanted or ()), *(n for n in skip if n != "differences")]:
         if name not in known:
@@ -186,7 +188,10 @@ def _run_all(
             )
     if not any(c.status in ("ok", "wrong") for c in capabilities.values()):
         first = next(iter(capabilities.values()))
-        raise NothingChecked(f"gradcheck: nothing could be checked in {case.name}: {first.detail}")
+        raise NothingChecked(
+            f"gradcheck: expected a check that can be made of {case.name}, got none: {first.detail}; "
+            "choose other checks"
+        )
     calls = case.calls
     return Report(case.name, tuple(findings), capabilities, calls.forward, calls.backward)
 
@@ -196,7 +201,7 @@ def _run_one(check: Check, case: Case) -> tuple[list[Finding], Status, str]:
     status: Status = "ok"
     detail = ""
     try:
-        for finding in check.run(case):
+        for finding in check.findings(case):
             found.append(finding)  # noqa: PERF402  # what was found before an exception counts
     except NotApplicable as why:
         status, detail = "not applicable", str(why)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 
-__all__ = ["in_dtype", "is_real", "rounded_norm_error", "spread", "terms"]
+__all__ = ["in_dtype", "rounded_norm_error", "spread", "terms"]
 
 MANY = 16  # elements: one random movement of so many is typical
 SAMPLES = 2  # of fewer
@@ -30,11 +30,6 @@ def in_dtype(case: Case, dtype: torch.dtype) -> tuple[Case, Case]:
 
 def _cast(case: Case, dtype: torch.dtype) -> Case:
     return case.variant(lambda t: t.to(dtype) if t.is_floating_point() else t, parameters=True)
-
-
-def is_real(case: Case) -> bool:
-    """Whether inputs and outputs are real."""
-    return not any(t.is_complex() for t in (*case.leaves, *case.plain.outputs))
 
 
 def spread(case: Case, dtype: torch.dtype) -> list[float]:

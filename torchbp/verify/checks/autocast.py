@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchbp.verify._check import Check, NotApplicable, Refused
+from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
-from torchbp.verify.conditioning import in_dtype, is_real, rounded_norm_error, spread, terms
+from torchbp.verify.conditioning import in_dtype, rounded_norm_error, spread, terms
 from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.report import Finding
 
@@ -20,8 +20,6 @@ LOW = torch.bfloat16
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    if case.draws or not case.steady or not is_real(case):
-        raise NotApplicable("forward draws random numbers, or works with complex ones")
     single, _ = in_dtype(case, torch.float32)
     try:
         exact = single.plain
@@ -65,5 +63,6 @@ CHECK = Check(
     tests="backward works under torch.autocast, to bfloat16's precision",
     run=_run,
     order=86,
+    needs=("no random numbers", "same values", "real numbers"),
     level="full",
 )

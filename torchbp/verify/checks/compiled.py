@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchbp.verify._check import Check, NotApplicable, Refused
+from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.report import Finding
@@ -27,8 +27,6 @@ CAUSE = "another path while torch.compile traces, or an operation it traces diff
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    if case.draws or not case.steady:
-        raise NotApplicable("forward draws random numbers")
     loud = logging.getLogger("torch")
     level = loud.level
     loud.setLevel(logging.CRITICAL)
@@ -121,5 +119,6 @@ CHECK = Check(
     tests="torch.compile gives the same values and gradients, in one graph",
     run=_run,
     order=90,
+    needs=("no random numbers", "same values"),
     level="full",
 )

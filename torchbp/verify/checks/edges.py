@@ -33,8 +33,6 @@ LARGEST = 2**16  # elements
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    if case.draws or not case.steady:
-        raise NotApplicable("forward draws random numbers")
     chosen = _elementwise(case)
     if not chosen:
         raise NotApplicable("no input that is worked on element by element")
@@ -238,6 +236,7 @@ CHECK = Check(
     tests="the gradient is right at 0, kinks, tiny, large and infinite values",
     run=_run,
     order=84,
+    needs=("no random numbers", "same values"),
     level="full",
     differences=True,
 )

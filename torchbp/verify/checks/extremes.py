@@ -33,8 +33,6 @@ SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    if case.draws or not case.steady:
-        raise NotApplicable("forward draws random numbers")
     inputs = [
         i
         for i, (name, leaf) in enumerate(zip(case.names, case.leaves, strict=True))
@@ -135,6 +133,7 @@ CHECK = Check(
     tests="the gradient is finite where forward is finite and smooth: large, zero, masked",
     run=_run,
     order=85,
+    needs=("no random numbers", "same values"),
     level="full",
     differences=True,
 )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from torchbp.verify._check import Check, NotApplicable, Refused
+from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
@@ -43,8 +43,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    if case.draws:
-        raise NotApplicable("forward draws random numbers, which go in the order of memory")
     refused = []
     tried = {tuple(t.stride() for t in case.leaves)}
     for layout, change in LAYOUTS.items():
@@ -116,4 +114,5 @@ CHECK = Check(
     tests="values and gradients do not depend on the strides of the inputs",
     run=_run,
     order=32,
+    needs=("no random numbers",),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.conditioning import in_dtype, is_real, rounded_norm_error, spread, terms
+from torchbp.verify.conditioning import in_dtype, rounded_norm_error, spread, terms
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate
 from torchbp.verify.report import Finding, Severity
 from torchbp.verify.tolerance import largest
@@ -25,8 +25,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    if case.draws or not case.steady or not is_real(case):
-        raise NotApplicable("forward draws random numbers, or works with complex ones")
     if case.epsilon > 1e-12:
         raise NotApplicable("the function does not compute in float64")
     lost = [float("inf")] * len(case.leaves)  # ulps in float32
@@ -138,5 +136,6 @@ CHECK = Check(
     tests="float32, bfloat16 and float16 gradients are float64's, but for measured rounding",
     run=_run,
     order=87,
+    needs=("no random numbers", "same values", "real numbers"),
     level="full",
 )

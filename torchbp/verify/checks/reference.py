@@ -20,8 +20,6 @@ def _run(case: Case) -> Iterator[Finding]:
     reference = case.options["reference"]
     if reference is None:
         raise NotApplicable("no reference= given")
-    if case.draws:
-        raise NotApplicable("forward draws random numbers")
     generator = case.generator(NAME)
 
     def near(t: Tensor) -> Tensor:
@@ -62,4 +60,5 @@ CHECK = Check(
     tests="values and gradients are those of reference=",
     run=_run,
     order=14,
+    needs=("no random numbers",),
 )

@@ -28,8 +28,6 @@ Tie = tuple[Place, Place]  # two elements to make equal
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    if case.draws or not case.steady:
-        raise NotApplicable("forward draws random numbers")
     inputs = [
         i
         for i, leaf in enumerate(case.leaves)
@@ -202,5 +200,6 @@ CHECK = Check(
     tests="where two elements are equal the gradient is one of either side, or between",
     run=_run,
     order=84,
+    needs=("no random numbers", "same values"),
     level="full",
 )

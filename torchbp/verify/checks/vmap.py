@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbp.verify._check import Check, NotApplicable, Refused
+from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
@@ -17,8 +17,6 @@ NAME = "vmap"
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    if case.draws or not case.steady:
-        raise NotApplicable("forward draws random numbers")
     n = len(case.leaves)
     here, there = case.leaves, [leaf.clone() for leaf in case.nearby.leaves]
     looped = [(list(case.plain.outputs), list(case.plain.grads)), _nearby(case, there)]
@@ -123,5 +121,6 @@ CHECK = Check(
     tests="vmap over forward and over per-sample gradients equals a loop",
     run=_run,
     order=74,
+    needs=("no random numbers", "same values"),
     level="full",
 )
