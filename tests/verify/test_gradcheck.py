@@ -69,6 +69,18 @@ def test_json_and_markdown_say_the_same():
     assert "| values | wrong |" in report.to_markdown()
 
 
+def test_report_wraps_to_the_terminal_and_nowhere_else(monkeypatch):
+    report = torchbp.gradcheck(Scaled.apply, sample(5), level="quick", raise_exception=False)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) > 100
+    monkeypatch.setenv("COLUMNS", "80")
+    wrapped = str(report).splitlines()
+    assert " ".join(str(report).split()) == " ".join(" ".join(lines).split())
+    assert all(len(line) <= 80 for line in wrapped if "repeat:" not in line)
+    assert [line for line in wrapped if "repeat:" in line] == [x for x in lines if "repeat:" in x]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
 def test_low_precision_inputs_are_checked_in_float64(dtype):
     assert torchbp.gradcheck(torch.tanh, sample(4, dtype=dtype), checks="values")
