@@ -151,38 +151,41 @@ class Lines:
         """Return whether the function rises by the mean of its slopes at both ends of a short step.
 
         That is the trapezoidal rule: as exact as a central difference, for one forward less. Where it is off by about
-        what rounding explains, a longer step is tried. Otherwise kinks may be near, or a pole: what these explain falls
-        with the step, and a gradient that is wrong is as wrong in a short one. ``False`` says nothing yet.
+        what rounding explains, a longer step is tried. Otherwise kinks may be near, a pole, or the end of the domain:
+        what these explain falls with the step, and a gradient that is wrong is as wrong in a short one. ``False`` says
+        nothing yet.
         """
         if self.case.options.get("eps") or not self.case.options.get("check_backward_ad", True):
             return False
+        got, allowed = self._along(self.grads, directions)
         try:
-            off, allowed = self._off(directions, self.near)
+            off = self._off(directions, self.near, got)
             if off <= allowed:
                 return True
             if off <= 4 * self.noise / self.near:
                 long = 16 * self.near
-                return self._off(directions, long)[0] <= allowed + self.noise / long
+                return self._off(directions, long, got) <= allowed + self.noise / long
             offs = [off]
             for step in (self.near / 16, self.near / 256, self.near / 4096):
-                offs.append(self._off(directions, step)[0])
-                rounded = self.noise / step
-                if off > 16 * rounded and offs[-1] <= allowed + rounded:
+                offs.append(self._off(directions, step, got))
+                if offs[-1] < off / 32 and offs[-1] <= allowed + self.noise / step:
                     return True
-        except (ForwardRaised, BackwardRaised):
+        except BackwardRaised:
             return False
         return offs[3] < offs[2] / 8 < offs[1] / 64
 
-    def _off(self, directions: dict[int, Tensor], step: float) -> tuple[float, float]:
-        """Return how far the rise of one step is from the mean of the slopes at its ends, and how far it may be."""
-        got, allowed = self._along(self.grads, directions)
+    def _off(self, directions: dict[int, Tensor], step: float, got: float) -> float:
+        """Return how far the rise of a step is from the mean slope of its ends; infinite beyond the domain."""
         leaves = self._moved(directions, step)
-        outputs = self.case.forward(leaves)
+        try:
+            outputs = self.case.forward(leaves)
+        except ForwardRaised:
+            return float("inf")
         rise = self._rise(outputs)
         grads = self.case.backward(outputs, leaves, self.case.plain.cotangents)
         there, _ = self._along([g.detach().cpu() for g in grads], directions)
         off = abs(rise / step - (got + there) / 2)
-        return (off if off == off else float("inf")), allowed  # noqa: PLR0124  # NaN
+        return off if off == off else float("inf")  # noqa: PLR0124  # NaN
 
     def measure(
         self, directions: dict[int, Tensor], got: float, allowed: float

@@ -37,29 +37,59 @@ def _run(case: Case) -> Iterator[Finding]:
     if not chosen:
         raise NotApplicable("no input that is worked on element by element")
     wide = _longer(case, chosen, 2 * len(ASKED) * len(chosen))
-    together = _together(wide, chosen) if wide else None
+    asked = (_together(wide, chosen) or _apart(wide, chosen)) if wide else None
     for which in chosen:
-        y, g = together[which] if together else _one_place(wide or case, which)
+        y, g = asked[which] if asked else _one_place(case, which)
         n = len(BEYOND)
         yield from _at_points(case, which, y[:-n], g[:-n])
         yield from _at_infinity(case, which, y[-n:], g[-n:])
 
 
-def _together(wide: Case, chosen: list[int]) -> dict[int, tuple[Tensor, Tensor]] | None:
+Slopes = dict[int, tuple[Tensor, Tensor]]  # value and slope of each input at what is asked of it
+
+
+def _together(wide: Case, chosen: list[int]) -> Slopes | None:
     """Return value and slope at all that is asked of each input, from one call.
 
-    Each input has a part of the long sample for its points, each of them there twice, where the other inputs stay as
-    they are: to the left and to the right of a point they are what they are at it. ``None`` where the two differ, as
-    for a slope per channel.
+    To the left and to the right of a point the other inputs are what they are at it. All is asked twice, in two orders;
+    ``None`` where the answers differ, as for a slope per channel.
     """
-    n, part = len(ASKED), 2 * len(ASKED)
-    twice = torch.cat([torch.arange(n), torch.arange(n).flip(0)])
-    placed = {}
+    n = torch.arange(len(ASKED))
+    twice = torch.cat([n, n.flip(0)])
+    found = _ask(wide, chosen, ASKED[twice], HOME[twice]) or {}
+    for which, (y, g) in found.items():
+        one, other = (y.nan_to_num()[part] for part in (n, len(y) - 1 - n))
+        if not torch.equal(one, other):
+            return None
+        found[which] = y[n], g[n]
+    return found or None
+
+
+def _apart(wide: Case, chosen: list[int]) -> Slopes | None:
+    """Return the same from several calls, each value and what lies beside it in one and the same place."""
+    parts = [_ask(wide, chosen, asked) for asked in ASKED.split(len(POINTS))]
+    found: Slopes = {}
+    for which in chosen:
+        pairs = [part[which] for part in parts if part is not None]
+        if len(pairs) < len(parts):
+            return None
+        found[which] = torch.cat([y for y, _ in pairs]), torch.cat([g for _, g in pairs])
+    return found
+
+
+def _ask(
+    wide: Case, chosen: list[int], values: Tensor, home: Tensor | None = None
+) -> Slopes | None:
+    """Return what one call says of ``values``, given to each input in a part of its own; ``None`` where it refuses.
+
+    The other inputs stay as they are there, or are what they are at ``home``.
+    """
+    n, placed = len(values), {}
     for k, which in enumerate(chosen):
         flat = wide.leaves[which].clone().reshape(-1)
-        values = flat[HOME[twice].to(flat.device)].repeat(len(chosen))
-        values[k * part : (k + 1) * part] = ASKED.to(flat)[twice.to(flat.device)]
-        flat[: len(values)] = values
+        if home is not None:
+            flat[: n * len(chosen)] = flat[home.to(flat.device)].repeat(len(chosen))
+        flat[k * n : (k + 1) * n] = values.to(flat)
         placed[wide.where[which]] = flat.view(wide.leaves[which].shape)
     other = wide.edited(placed.get, parameters=True)
     try:
@@ -67,16 +97,13 @@ def _together(wide: Case, chosen: list[int]) -> dict[int, tuple[Tensor, Tensor]]
         slopes = other.backward(outputs, leaves, [torch.ones_like(y) for y in outputs])
     except (ForwardRaised, BackwardRaised):
         return None
-    found = {}
-    for k, which in enumerate(chosen):
-        y, g = (
-            t.detach().reshape(-1)[k * part : (k + 1) * part].double().cpu()
-            for t in (outputs[0], slopes[which])
+    return {
+        which: (
+            outputs[0].detach().reshape(-1)[k * n : (k + 1) * n].double().cpu(),
+            slopes[which].reshape(-1)[k * n : (k + 1) * n].double().cpu(),
         )
-        if not torch.equal(y[:n].nan_to_num(), y[n:].flip(0).nan_to_num()):
-            return None
-        found[which] = y[:n], g[:n]
-    return found
+        for k, which in enumerate(chosen)
+    }
 
 
 def _longer(case: Case, chosen: list[int], most: int) -> Case | None:
@@ -94,7 +121,7 @@ def _longer(case: Case, chosen: list[int], most: int) -> Case | None:
 
 
 def _one_place(case: Case, which: int) -> tuple[Tensor, Tensor]:
-    """Return value and slope at all that is asked of one input, each value and what lies beside it in one place."""
+    """Return the same of one input of a sample that cannot be longer, or whose function refuses some of the values."""
     n = len(POINTS)
     parts = [_evaluate(case, which, ASKED[i : i + n]) for i in range(0, len(ASKED), n)]
     return torch.cat([y for y, _ in parts]), torch.cat([g for _, g in parts])
