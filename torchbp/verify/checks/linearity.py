@@ -13,6 +13,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.tolerance import compare_all
 
 NAME = "linearity"
+RELATIVE = 1e-10  # of what is summed in another order for another grad_output; a rounded grad_output is off by 1e-8
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -29,13 +30,22 @@ def _run(case: Case) -> Iterator[Finding]:
     for (scale, cause), got in zip(scales.items(), scaled, strict=True):
         expected = [scale * t for t in g]
         when = f" for grad_output times {scale:g}"
-        found = compare_all(NAME, case, got, expected, when=when, cause=cause, also=2 * abs(scale))
+        found = compare_all(
+            NAME,
+            case,
+            got,
+            expected,
+            when=when,
+            cause=cause,
+            also=2 * abs(scale),
+            relative=RELATIVE,
+        )
         yield from found
         if found:
             return
     expected = [a + b for a, b in zip(g, of_w, strict=True)]
     when = " for the sum of two grad_outputs"
-    yield from compare_all(NAME, case, of_both, expected, when=when, also=3.0)
+    yield from compare_all(NAME, case, of_both, expected, when=when, also=3.0, relative=RELATIVE)
 
 
 CHECK = Check(

@@ -1,6 +1,7 @@
 """Sizes beyond the sample: block boundaries, where kernels handle the last partial block."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 
 from torchbp.verify._check import Check, NotApplicable, Refused
@@ -9,6 +10,7 @@ from torchbp.verify.lines import check_lines
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import FACTORS, accepts, fits, free_sizes, one_more, resized, scaled
+from torchbp.verify.tolerance import largest
 
 NAME = "sizes"
 TRIES = 2
@@ -18,6 +20,7 @@ RUNS = ((1025, 31, 2), (33, 1025, 3), (127, 129, 4), (1, 1, 1), (32, 128, 33), (
 # sizes: that finds what is kept from call to call by size.
 SCALED = {RUNS[-1]: FACTORS[0]}
 LARGEST = 2**16  # elements
+EXPLODES = 1e12  # times
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -34,9 +37,15 @@ def _run(case: Case) -> Iterator[Finding]:
         except BackwardRaised as error:
             raise Refused(f"{when[1:]} backward raises {error}") from error
         if found:
-            yield found
+            yield replace(found, severity="note") if _explodes(case, other) else found
             return
         case.memo.setdefault("scaled", set()).add(factor)
+
+
+def _explodes(case: Case, other: Case) -> bool:
+    """Whether outputs are so much larger than the sample's that they are out of its domain: a product of hundreds."""
+    size = 1 + max(map(largest, case.all_outputs))
+    return max(map(largest, other.all_outputs)) > EXPLODES * size
 
 
 def _times(factor: float) -> str:
