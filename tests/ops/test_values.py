@@ -148,8 +148,9 @@ def test_edge_values(op, dtype, engine):
             "torch has mended it: take it out of the record"
         )
         torchs[here], wide.grad[here] = value, derivative
-    torch.testing.assert_close(y.detach(), torchs, equal_nan=True, rtol=0, atol=0)
     limits = torch.finfo(dtype)
+    rtol = 4 * limits.eps if op.own_value else 0.0
+    torch.testing.assert_close(y.detach(), torchs, equal_nan=True, rtol=rtol, atol=0)
     normal = (wide.grad.abs() >= limits.smallest_normal) | wide.grad.isnan()
     # float32 and wider may see the derivative from the output, to an absolute error; half precision rounds once.
     # In float64 the yardstick itself is off: torch's x · (1 - σ(x)) loses |x| roundings.

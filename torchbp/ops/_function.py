@@ -7,9 +7,11 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C._functorch import is_dead_tensor_wrapper, is_legacy_batchedtensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.function import Function
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from torchbp.ops import _recipe
@@ -26,6 +28,7 @@ __all__ = [
     "in_float32",
     "in_place",
     "is_half",
+    "kernel",
     "leaf",
     "overwrite",
     "public",
@@ -64,8 +67,10 @@ def entry(
 
     - Dynamo (torch 2.13) refuses a Function that defines ``jvp`` (pytorch#180284), so while it traces, a subclass
       without ``jvp`` takes its place; forward and backward are the same code.
-    - ``Function.apply`` binds the arguments to the signature at every call, about 10 µs. Here they are complete
+    - ``Function.apply`` binds the arguments to the signature at every call, about 13 µs. Here they are complete
       and in order, so where no functorch transform is active the C++ ``apply`` below it is called at once.
+    - A small call's time is that of its Python lines: every one here, and in :func:`public` and :func:`fused`, has
+      been weighed.
 
     Args:
         function: Function with ``forward``, ``setup_context``, ``backward`` and ``jvp``.
@@ -84,13 +89,17 @@ def entry(
         noted = super(Function, _recipe.noting(function, again, flops)).apply  # pyright: ignore[reportAttributeAccessIssue]
 
     def apply(*args: object) -> Tensor:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return traced.apply(*args)
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             return function.apply(*args)
+        for a in args:
+            if isinstance(a, Tensor) and is_dead_tensor_wrapper(a):
+                args = unwrap_dead_wrappers(args)
+                break
         if _recipe.asked and torch.is_grad_enabled():
-            return noted(*unwrap_dead_wrappers(args))
-        return bare(*unwrap_dead_wrappers(args))
+            return noted(*args)
+        return bare(*args)
 
     return apply
 
@@ -103,11 +112,14 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     formulas and samples are those of strided ones.
     """
     own = getattr(torch.nn.functional, function.__name__, None)
+    strided = torch.strided
 
     @wraps(function)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
-        if own is not None and any(isinstance(a, Tensor) and _is_irregular(a) for a in args):
-            return own(*args, **kwargs)
+        if own is not None:
+            for a in args:
+                if isinstance(a, Tensor) and (a.layout is not strided or a.is_nested):
+                    return own(*args, **kwargs)
         if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
             relevant = (*args, *kwargs.values())
             return handle_torch_function(dispatch, relevant, *args, **kwargs)
@@ -138,10 +150,6 @@ def leaf(forward: Callable[P, R]) -> Callable[P, R]:
         return tracer.create_proxy("call_module", path, tuple(inputs), kwargs)
 
     return call
-
-
-def _is_irregular(tensor: Tensor) -> bool:
-    return tensor.layout is not torch.strided or tensor.is_nested
 
 
 def overwrite(function: Callable[..., Tensor], x: Tensor, *args: object) -> Tensor:
@@ -208,7 +216,7 @@ def in_autocast_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def eager() -> bool:
     """Whether values may be looked at here: neither traced by ``torch.compile`` nor transformed by ``torch.func``."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return not (is_compiling() or transforms_active())
 
 
 def fused(*tensors: Tensor, half: bool = False) -> bool:
@@ -221,12 +229,23 @@ def fused(*tensors: Tensor, half: bool = False) -> bool:
         tensors: What the kernel would read.
         half: Whether the kernel rounds no more than once in half precision.
     """
-    if _formula_only or torch.is_grad_enabled() or not eager():
+    if _formula_only or torch.is_grad_enabled() or is_compiling() or transforms_active():
         return False  # in backward, grad mode is on exactly when create_graph was asked for
     for t in tensors:  # noqa: SIM110  # a generator costs as much as the rest
-        if (not half and t.dtype in _HALF) or is_legacy_batchedtensor(t):
+        if is_legacy_batchedtensor(t) or (not half and t.dtype in _HALF):
             return False
     return True
+
+
+def kernel(name: str, overload: str = "default") -> Callable[..., Any]:
+    """Return torch's own ``aten::name``, found once: ``torch.ops`` looks an overload up at every call, 1 to 3 µs.
+
+    Args:
+        name: Of the operator.
+        overload: The one with the arguments that it will be called with.
+    """
+    found = getattr(getattr(torch.ops.aten, name), overload)
+    return getattr(found, "_op", found)
 
 
 def in_place(*tensors: Tensor) -> bool:

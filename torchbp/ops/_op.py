@@ -34,6 +34,8 @@ class Op:
         benchmark: One input of about ``n`` elements.
         elementwise: Whether output element i depends on input element i of the first argument only; edge values are
             then tested one by one.
+        own_value: Whether the value, too, is computed by a formula of its own, which is as good as torch's, but not
+            equal to the last bit.
         limits: x -> (y, dy/dx) where torch gives NaN in one of the two although mathematics has a limit.
         estimator: Whether the backward is, by definition, not the derivative of the forward. ``reference`` states its
             rule by ``detach``; tests against finite differences leave the op out.
@@ -52,6 +54,7 @@ class Op:
     benchmark: Callable[[Make, int], Sample]
     errors: Callable[[Make], Iterable[Sample]] = field(default=lambda make: ())  # noqa: ARG005
     elementwise: bool = False
+    own_value: bool = False
     limits: Mapping[float, tuple[float, float]] = field(default_factory=dict)
     estimator: bool = False
     random: bool = False

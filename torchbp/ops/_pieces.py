@@ -11,24 +11,46 @@ from torch import Tensor
 
 from torchbp.ops._function import fused, in_float32, is_half
 
-__all__ = ["PIECE", "in_pieces", "in_row_pieces", "pieces", "separable"]
+__all__ = [
+    "PIECE",
+    "alike",
+    "in_pieces",
+    "in_row_pieces",
+    "length_written",
+    "pieces",
+    "separable",
+    "written",
+]
 
 PIECE = 1 << 16  # elements: 256 KB of float32; two threads halve it, torch gives none less
 _LARGE = 1 << 23  # elements; below 32 MB the C library keeps memory, and pieces gain nothing
 _LARGE_HALF = 1 << 18  # the float32 copies of half precision are worth avoiding sooner
 
 
-def in_pieces(formula: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def in_pieces(
+    formula: Callable[..., Tensor],
+    *tensors: Tensor,
+    into: Callable[..., object] | None = None,
+    spare: int = 0,
+) -> Tensor:
     """Evaluate an elementwise ``formula`` as :func:`in_float32` does, large tensors piece by piece.
 
     Args:
         formula: Elementwise function of ``tensors``.
         tensors: Floating point; the value has the shape and dtype of the first.
+        into: The same formula as ``into(value, *spares, *tensors)``, which writes to its first arguments alone, where
+            nobody differentiates: see :func:`written`.
+        spare: How many spares it takes.
 
     Returns:
         The formula's value in the first tensor's own dtype.
     """
     first = tensors[0]
+    if into is not None and alike(*tensors):
+        value = torch.empty_like(first)
+        for _ in written(into, spare, *tensors, value=value):
+            pass
+        return value
     if not separable(*tensors):
         return in_float32(formula, *tensors)
     value = torch.empty_like(first)
@@ -68,21 +90,75 @@ def separable(*tensors: Tensor) -> bool:
     It can where nobody differentiates or traces it, and all of them lie in memory alike, but for single numbers.
     """
     first = tensors[0]
-    return (
-        first.numel() >= (_LARGE_HALF if is_half(first) else _LARGE)
-        and first.is_cpu
-        and fused(*tensors, half=True)
-        and all(
-            t.dim() == 0
-            or (t.shape == first.shape and t.dtype == first.dtype and t.is_contiguous())
-            for t in tensors
-        )
-    )
+    least = _LARGE_HALF if is_half(first) else _LARGE
+    return first.numel() >= least and first.is_cpu and alike(*tensors)
 
 
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def alike(*tensors: Tensor) -> bool:
+    """Whether a formula of ``tensors`` may write, element by element in the order of memory.
+
+    Nobody differentiates or traces it, and all of them lie in memory alike, but for single numbers.
+    """
+    if not fused(*tensors, half=True):
+        return False
+    first = tensors[0]
+    shape, dtype = first.shape, first.dtype
+    for t in tensors:
+        if t.dim() and not (t.shape == shape and t.dtype == dtype and t.is_contiguous()):
+            return False
+    return first.numel() > 0 and first.is_floating_point()
+
+
+def pieces(*tensors: Tensor, length: int | None = None) -> Iterator[tuple[Tensor, ...]]:
     """Yield the tensors' pieces side by side; a single number goes with each of them."""
-    length = PIECE // 2 * max(2, torch.get_num_threads())
+    length = length or PIECE // 2 * max(2, torch.get_num_threads())
     count = -(-tensors[0].numel() // length)
     split = ((t,) * count if t.dim() == 0 else t.view(-1).split(length) for t in tensors)
     yield from zip(*split, strict=True)
+
+
+def length_written(first: Tensor) -> int:
+    """Return the length of all but the last piece of what :func:`written` makes of ``first`` and its like."""
+    return PIECE * max(2, torch.get_num_threads()) if first.is_cpu else first.numel()
+
+
+def written(
+    into: Callable[..., object], spare: int, *tensors: Tensor, value: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Evaluate ``into(value, *spares, *tensors)`` piece by piece, without a tensor made on the way.
+
+    Args:
+        into: An elementwise formula. It writes its value into the first argument, which it may use before, and what
+            lies between into the spares; the other arguments it only reads. In half precision all are float32.
+        spare: How many spares it takes.
+        tensors: For which :func:`alike` holds.
+        value: Where the values are to be; ``None`` where each piece is used at once.
+
+    Yields:
+        The values of a piece, in float32 for half precision, until the next is asked for.
+    """
+    first = tensors[0]
+    half = is_half(first)
+    dtype = torch.float32 if half else first.dtype
+    length = length_written(first)
+    if first.numel() <= length:
+        made = [torch.empty_like(first, dtype=dtype) for _ in range(spare)]
+        whole = value if value is not None and not half else torch.empty_like(first, dtype=dtype)
+        into(whole, *made, *((t.float() for t in tensors) if half else tensors))
+        if half and value is not None:
+            value.copy_(whole)
+        yield whole
+        return
+    own = value is None or half
+    copied = [half and t.dim() > 0 for t in tensors]
+    room = [first.new_empty(length, dtype=dtype) for _ in range(own + spare + sum(copied))]
+    for part, *parts in pieces(first if value is None else value, *tensors, length=length):
+        n = part.numel()
+        rooms = iter(room if n == length else [r[:n] for r in room])
+        whole = next(rooms) if own else part
+        made = [next(rooms) for _ in range(spare)]
+        wide = [next(rooms).copy_(p) if c else p for c, p in zip(copied, parts, strict=True)]
+        into(whole, *made, *((t.float() for t in wide) if half else wide))
+        if half and value is not None:
+            part.copy_(whole)
+        yield whole

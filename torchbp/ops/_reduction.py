@@ -9,7 +9,7 @@ from torch.nn import _reduction as torch_reduction
 
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import is_half
-from torchbp.ops._pieces import in_pieces, pieces, separable
+from torchbp.ops._pieces import alike, in_pieces, pieces, separable, written
 
 __all__ = ["matched", "named", "reduce", "reduced", "spread"]
 
@@ -31,7 +31,13 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
     return values.mean() if reduction == "mean" else values.sum()
 
 
-def reduced(formula: Callable[..., Tensor], reduction: str, *tensors: Tensor) -> Tensor:
+def reduced(
+    formula: Callable[..., Tensor],
+    reduction: str,
+    *tensors: Tensor,
+    into: Callable[..., object] | None = None,
+    spare: int = 0,
+) -> Tensor:
     """Return the reduced values of an elementwise formula, of half precision in float32.
 
     A mean or a sum of many values is taken piece by piece: no large tensor is made only to be summed.
@@ -40,10 +46,16 @@ def reduced(formula: Callable[..., Tensor], reduction: str, *tensors: Tensor) ->
         formula: Elementwise function of ``tensors``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         tensors: Of one shape.
+        into: The formula as :func:`in_pieces` takes it.
+        spare: How many spares it takes.
     """
     first = tensors[0]
+    if reduction != "none" and into is not None and alike(*tensors):
+        sums = [piece.sum() for piece in written(into, spare, *tensors)]
+        total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+        return (total / first.numel() if reduction == "mean" else total).to(first.dtype)
     if reduction == "none" or not separable(*tensors):
-        return reduce(in_pieces(formula, *tensors), reduction)
+        return reduce(in_pieces(formula, *tensors, into=into, spare=spare), reduction)
     parts = pieces(*tensors)
     if is_half(first):
         parts = (tuple(t.float() for t in part) for part in parts)

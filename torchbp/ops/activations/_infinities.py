@@ -11,26 +11,45 @@ from torch import Tensor, nn
 
 from torchbp.ops._function import eager
 
-__all__ = ["bounded", "known_finite", "mended"]
+__all__ = ["FAR", "bounded", "known_finite", "limited", "may_be_read", "mended"]
 
 # From here on |x| is so large that s(x) is 0 or 1 and the derivative too, in every dtype.
-_FAR = 1000.0
+FAR = 1000.0
 
 
-def known_finite(x: Tensor) -> bool:
-    """Whether ``x`` is known to be finite; ``False`` where reading it would wait for a device or break a trace."""
-    plain = (
+def may_be_read(x: Tensor) -> bool:
+    """Whether the values of ``x`` may decide: reading them neither waits for a device nor breaks a trace."""
+    return (
         type(x) in (Tensor, nn.Parameter)
         and x.is_cpu
         and x.is_floating_point()
         and eager()
         and not torch.jit.is_tracing()
     )
-    if not plain:
-        return False
+
+
+def known_finite(x: Tensor) -> bool:
+    """Whether ``x`` is known to be finite."""
+    return may_be_read(x) and math.isfinite(_sum(x.detach()).item())
+
+
+def limited(y: Tensor, x: Tensor, finite: list[bool] | None) -> Tensor:
+    """Return ``y``, but its limit where ``x`` is ±∞.
+
+    Args:
+        y: Made from ``x``, element by element; not read where ``x`` is finite.
+        x: Any shape.
+        finite: Appended to: whether ``x`` is known to be finite. ``None`` where it may not be read.
+    """
+    if finite is None:
+        return mended(y, x)
+    finite.append(math.isfinite(_sum(x).item()))
+    return y if finite[-1] else mended(y, x)
+
+
+def _sum(x: Tensor) -> Tensor:
     # A sum that overflows costs time, no more; one of float16 would overflow soon.
-    wide = torch.float32 if x.dtype == torch.float16 else None
-    return math.isfinite(x.detach().sum(dtype=wide).item())
+    return x.sum(dtype=torch.float32) if x.dtype == torch.float16 else x.sum()
 
 
 def mended(y: Tensor, x: Tensor) -> Tensor:
@@ -40,4 +59,4 @@ def mended(y: Tensor, x: Tensor) -> Tensor:
 
 def bounded(x: Tensor) -> Tensor:
     """Return ``x``, nearer where it is so far out that the derivative is the limit's."""
-    return x if x.is_complex() else x.clamp(-_FAR, _FAR)
+    return x if x.is_complex() else x.clamp(-FAR, FAR)

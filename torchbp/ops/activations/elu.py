@@ -29,12 +29,14 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, is_half, overwrite, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["ELU", "ELUFunction", "elu", "elu_"]
+
+_elu_backward = kernel("elu_backward")
 
 
 class ELUFunction(Function):
@@ -64,9 +66,7 @@ class ELUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
         (kept,) = ctx.saved_tensors
         if fused(grad_y, kept, half=True):
-            grad_x = torch.ops.aten.elu_backward(
-                grad_y, ctx.alpha, ctx.s, ctx.beta, ctx.inplace, kept
-            )
+            grad_x = _elu_backward(grad_y, ctx.alpha, ctx.s, ctx.beta, ctx.inplace, kept)
         else:
             grad_x = _times_derivative(grad_y, kept, ctx.alpha, ctx.s, ctx.beta, ctx.inplace)  # (3)
         return grad_x, None, None, None, None

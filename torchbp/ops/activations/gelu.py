@@ -27,13 +27,15 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, known_finite, mended
+from torchbp.ops.activations._infinities import bounded, limited, may_be_read
 
 __all__ = ["GELU", "GELUFunction", "gelu"]
+
+_gelu_backward = kernel("gelu_backward")
 
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
@@ -47,13 +49,15 @@ class GELUFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, approximate: str, finite: bool) -> Tensor:  # x, y: (*)
-        y = F.gelu(x, approximate=approximate)
-        return y if finite else mended(y, x)
+    def forward(x: Tensor, approximate: str, finite: list[bool] | None) -> Tensor:  # x, y: (*)
+        return limited(F.gelu(x, approximate=approximate), x, finite)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, str, bool], output: Tensor) -> None:
-        x, ctx.approximate, ctx.finite = inputs
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, str, list[bool] | None], output: Tensor
+    ) -> None:
+        x, ctx.approximate, finite = inputs
+        ctx.finite = bool(finite and finite[0])
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -62,7 +66,7 @@ class GELUFunction(Function):
         (x,) = ctx.saved_tensors
         x = x if ctx.finite else bounded(x)
         if fused(grad_y, x):
-            return torch.ops.aten.gelu_backward(grad_y, x, approximate=ctx.approximate), None, None
+            return _gelu_backward(grad_y, x, approximate=ctx.approximate), None, None
         return in_pieces(_DERIVATIVES[ctx.approximate], grad_y, x), None, None  # (2)
 
     @staticmethod
@@ -114,7 +118,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if approximate not in _DERIVATIVES:
         rule = "approximate to be 'none' or 'tanh'"
         raise RuntimeError(wrong("gelu", rule, repr(approximate), "pass one of the two"))
-    return _gelu(input, approximate, known_finite(input))
+    return _gelu(input, approximate, [] if may_be_read(input) else None)
 
 
 class GELU(nn.GELU):

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["GLU", "GLUFunction", "glu"]
+
+_glu_backward = kernel("glu_backward")
 
 
 class GLUFunction(Function):
@@ -52,7 +54,7 @@ class GLUFunction(Function):
 
         def formula(v: Tensor, x: Tensor) -> Tensor:
             if fused(v, x):
-                return torch.ops.aten.glu_backward(v, x, ctx.dim)
+                return _glu_backward(v, x, ctx.dim)
             by_a, by_b = _derivatives(x, ctx.dim)
             return torch.cat([v * by_a, v * by_b], ctx.dim)  # (1), (2)
 

@@ -30,12 +30,14 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, public, scale_fresh
+from torchbp.ops._function import Context, entry, fused, kernel, public, scale_fresh
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations.softmax import _project
 
 __all__ = ["GumbelSoftmaxFunction", "gumbel_softmax"]
+
+_softmax_backward_data = kernel("_softmax_backward_data")
 
 
 class GumbelSoftmaxFunction(Function):
@@ -59,7 +61,7 @@ class GumbelSoftmaxFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (y,) = ctx.saved_tensors
         if fused(grad_y, y):
-            grad_z = torch.ops.aten._softmax_backward_data(grad_y, y, ctx.dim, y.dtype)
+            grad_z = _softmax_backward_data(grad_y, y, ctx.dim, y.dtype)
         else:
             grad_z = _project(grad_y, y, ctx.dim)  # (1)
         if ctx.tau != 1:

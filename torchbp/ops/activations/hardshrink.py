@@ -16,17 +16,18 @@ Sources:
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Hardshrink", "HardshrinkFunction", "hardshrink"]
+
+_hardshrink_backward = kernel("hardshrink_backward")
 
 
 class HardshrinkFunction(Function):
@@ -48,7 +49,7 @@ class HardshrinkFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         if fused(grad_y, y, half=True):
-            return torch.ops.aten.hardshrink_backward(grad_y, y, min(ctx.lambd, 0)), None
+            return _hardshrink_backward(grad_y, y, min(ctx.lambd, 0)), None
         return _where_kept(grad_y, y, ctx.lambd), None  # (2)
 
     @staticmethod

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, overwrite, public
+from torchbp.ops._function import Context, entry, fused, kernel, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Hardsigmoid", "HardsigmoidFunction", "hardsigmoid"]
+
+_hardsigmoid_backward = kernel("hardsigmoid_backward")
 
 
 class HardsigmoidFunction(Function):
@@ -52,7 +54,7 @@ class HardsigmoidFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         if fused(grad_y, x, half=True) and x.dtype != torch.float64:
-            return torch.ops.aten.hardsigmoid_backward(grad_y, x)
+            return _hardsigmoid_backward(grad_y, x)
         return _times_derivative(grad_y, x)  # (2)
 
     @staticmethod

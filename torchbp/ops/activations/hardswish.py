@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, overwrite, public
+from torchbp.ops._function import Context, entry, fused, kernel, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, known_finite, mended
+from torchbp.ops.activations._infinities import bounded, limited, may_be_read
 
 __all__ = ["Hardswish", "HardswishFunction", "hardswish"]
+
+_hardswish_backward = kernel("hardswish_backward")
 
 
 class HardswishFunction(Function):
@@ -39,13 +41,15 @@ class HardswishFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, finite: bool) -> Tensor:  # x, y: (*)
-        y = F.hardswish(x)
-        return y if finite else mended(y, x)
+    def forward(x: Tensor, finite: list[bool] | None) -> Tensor:  # x, y: (*)
+        return limited(F.hardswish(x), x, finite)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
-        x, ctx.finite = inputs
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, list[bool] | None], output: Tensor
+    ) -> None:
+        x, finite = inputs
+        ctx.finite = bool(finite and finite[0])
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -54,7 +58,7 @@ class HardswishFunction(Function):
         (x,) = ctx.saved_tensors
         x = x if ctx.finite else bounded(x)
         if fused(grad_y, x, half=True):
-            return torch.ops.aten.hardswish_backward(grad_y, x), None
+            return _hardswish_backward(grad_y, x), None
         return in_pieces(_times_derivative, grad_y, x), None  # (2)
 
     @staticmethod
@@ -94,8 +98,8 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.0000, 0.6667, 4.0000])
     """
     if inplace:
-        return overwrite(_hardswish, input, known_finite(input))
-    return _hardswish(input, known_finite(input))
+        return overwrite(_hardswish, input, [] if may_be_read(input) else None)
+    return _hardswish(input, [] if may_be_read(input) else None)
 
 
 class Hardswish(nn.Hardswish):

@@ -17,18 +17,19 @@ Sources:
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, is_half, overwrite, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Hardtanh", "HardtanhFunction", "hardtanh", "hardtanh_"]
+
+_hardtanh_backward = kernel("hardtanh_backward")
 
 
 class HardtanhFunction(Function):
@@ -55,7 +56,7 @@ class HardtanhFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (kept,) = ctx.saved_tensors
         if fused(grad_y, kept, half=True):
-            return torch.ops.aten.hardtanh_backward(grad_y, kept, ctx.lo, ctx.hi), None, None, None
+            return _hardtanh_backward(grad_y, kept, ctx.lo, ctx.hi), None, None, None
         return _where_between(grad_y, kept, ctx.lo, ctx.hi), None, None, None  # (2)
 
     @staticmethod

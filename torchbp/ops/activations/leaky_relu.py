@@ -26,11 +26,13 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["LeakyReLU", "LeakyReLUFunction", "leaky_relu"]
+
+_leaky_relu_backward = kernel("leaky_relu_backward")
 
 
 class LeakyReLUFunction(Function):
@@ -55,7 +57,7 @@ class LeakyReLUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (kept,) = ctx.saved_tensors
         if fused(grad_y, kept, half=True):
-            grad_x = torch.ops.aten.leaky_relu_backward(grad_y, kept, ctx.slope, False)
+            grad_x = _leaky_relu_backward(grad_y, kept, ctx.slope, False)
             return grad_x, None, None
         return _times_slope(grad_y, kept, ctx.slope), None, None  # (2)
 

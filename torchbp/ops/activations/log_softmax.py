@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations.softmax import along
 
 __all__ = ["LogSoftmax", "LogSoftmaxFunction", "log_softmax"]
+
+_log_softmax_backward_data = kernel("_log_softmax_backward_data")
 
 
 class LogSoftmaxFunction(Function):
@@ -54,7 +56,7 @@ class LogSoftmaxFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
         if fused(grad_y, kept):
-            grad_x = torch.ops.aten._log_softmax_backward_data(grad_y, kept, ctx.dim, kept.dtype)
+            grad_x = _log_softmax_backward_data(grad_y, kept, ctx.dim, kept.dtype)
             return grad_x, None
 
         def formula(v: Tensor, kept: Tensor) -> Tensor:

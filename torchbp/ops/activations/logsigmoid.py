@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["LogSigmoid", "LogSigmoidFunction", "logsigmoid"]
+
+_softplus_backward = kernel("softplus_backward")
 
 
 class LogSigmoidFunction(Function):
@@ -50,7 +52,7 @@ class LogSigmoidFunction(Function):
         (x,) = ctx.saved_tensors
         if fused(grad_y, x, half=True):
             # log σ(x) = -softplus(-x): that kernel needs no buffer beside x; at 40 σ is 1 in every dtype
-            return torch.ops.aten.softplus_backward(grad_y, x, -1, 40)
+            return _softplus_backward(grad_y, x, -1, 40)
         return in_pieces(_times_derivative, grad_y, x)  # (2)
 
     @staticmethod

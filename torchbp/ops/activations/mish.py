@@ -26,13 +26,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, overwrite, public
+from torchbp.ops._function import Context, entry, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, known_finite, mended
+from torchbp.ops.activations._infinities import FAR, bounded, mended
 
 __all__ = ["Mish", "MishFunction", "mish"]
+
+_LOG2_E = math.log2(math.e)
 
 
 class MishFunction(Function):
@@ -41,37 +43,47 @@ class MishFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, finite: bool) -> Tensor:  # x, y: (*)
-        y = F.mish(x)
-        return y if finite else mended(y, x)
+    def forward(x: Tensor) -> Tensor:  # x, y: (*)
+        return in_pieces(lambda x: mended(F.mish(x), x), x, into=_value_into, spare=1)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
-        x, ctx.finite = inputs
+    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
+        (x,) = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        x = x if ctx.finite else bounded(x)
-        return in_pieces(_times_derivative, grad_y, x), None  # (2)
+        return in_pieces(_times_derivative, grad_y, x, into=_times_derivative_into, spare=2)  # (2)
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        x = x if ctx.finite else bounded(x)
         return in_pieces(_times_derivative, tangent_x, x)
 
 
+def _value_into(y: Tensor, u: Tensor, x: Tensor) -> None:
+    torch.clamp(x, max=40, out=u).exp_()
+    m = torch.addcmul(u, u, u, value=0.5, out=y)
+    m.div_(torch.add(m, 1, out=u)).mul_(torch.clamp(x, min=-FAR, out=u))  # not -∞ · 0
+
+
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
+    x = bounded(x)
     u = torch.exp(x.clamp(max=40))
-    if fused(v, u):  # the same in six passes over memory fewer
-        m = u.addcmul(u, u, value=0.5)
-        m1 = m + 1
-        return u.addcmul_(u, u).mul_(x).div_(m1).add_(m).div_(m1).mul_(v)
     m = u + 0.5 * u * u
     return v * ((m + x * (u * (1 + u) / (m + 1))) / (m + 1))  # (1)
+
+
+def _times_derivative_into(grad_x: Tensor, c: Tensor, m: Tensor, v: Tensor, x: Tensor) -> None:
+    torch.clamp(x, -FAR, 40, out=c)
+    # exp2 takes a third of exp's time here, and costs 0.03 of 1.0 ulp of mean error
+    u = torch.exp2(torch.mul(c, _LOG2_E, out=grad_x), out=grad_x)
+    torch.addcmul(u, u, u, value=0.5, out=m)
+    slope = u.addcmul_(u, u).mul_(c)  # u (1 + u) x
+    m1 = torch.add(m, 1, out=c)
+    torch.addcdiv(m, slope, m1, out=slope).div_(m1).mul_(v)  # (1)
 
 
 _mish = entry(MishFunction, again=MishFunction.forward)
@@ -99,8 +111,8 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.3034,  0.0000,  1.9440])
     """
     if inplace:
-        return overwrite(_mish, input, known_finite(input))
-    return _mish(input, known_finite(input))
+        return overwrite(_mish, input)
+    return _mish(input)
 
 
 class Mish(nn.Mish):
@@ -128,5 +140,6 @@ OP = Op(
     saved_bytes=lambda x, *_, **__: x.numel() * x.element_size(),
     benchmark=_samples.square,
     elementwise=True,
+    own_value=True,
     limits={math.inf: (math.inf, 1.0), -math.inf: (0.0, 0.0)},
 )

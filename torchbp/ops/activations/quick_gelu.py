@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import bounded, known_finite, mended
 
 __all__ = ["QuickGELU", "QuickGELUFunction", "quick_gelu"]
+
+_silu_backward_into = kernel("silu_backward", "grad_input")
 
 _A = 1.702
 
@@ -56,7 +58,7 @@ class QuickGELUFunction(Function):
         x = x if ctx.finite else bounded(x)
         if fused(grad_y, x) and not x.is_complex():
             z = x * _A
-            return torch.ops.aten.silu_backward.grad_input(grad_y, z, grad_input=z), None
+            return _silu_backward_into(grad_y, z, grad_input=z), None
         return in_pieces(_times_derivative, grad_y, x), None  # (2)
 
     @staticmethod

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["ReLU", "ReLUFunction", "relu"]
+
+_threshold_backward = kernel("threshold_backward")
 
 
 class ReLUFunction(Function):
@@ -50,7 +52,7 @@ class ReLUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         if fused(grad_y, y, half=True):
-            return torch.ops.aten.threshold_backward(grad_y, y, 0), None
+            return _threshold_backward(grad_y, y, 0), None
         return _where_positive(grad_y, y), None  # (2)
 
     @staticmethod

@@ -16,17 +16,18 @@ Sources:
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["ReLU6", "ReLU6Function", "relu6"]
+
+_hardtanh_backward = kernel("hardtanh_backward")
 
 
 class ReLU6Function(Function):
@@ -50,7 +51,7 @@ class ReLU6Function(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         if fused(grad_y, y, half=True):
-            return torch.ops.aten.hardtanh_backward(grad_y, y, 0, 6), None
+            return _hardtanh_backward(grad_y, y, 0, 6), None
         return _where_between(grad_y, y), None  # (2)
 
     @staticmethod

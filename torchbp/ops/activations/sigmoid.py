@@ -25,12 +25,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Sigmoid", "SigmoidFunction", "sigmoid"]
+
+_sigmoid_backward = kernel("sigmoid_backward")
+_sigmoid_backward_into = kernel("sigmoid_backward", "grad_input")
 
 
 class SigmoidFunction(Function):
@@ -53,7 +56,7 @@ class SigmoidFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (kept,) = ctx.saved_tensors
         if fused(grad_y, kept):
-            return torch.ops.aten.sigmoid_backward(grad_y, kept)
+            return _sigmoid_backward(grad_y, kept)
         return _times_derivative(grad_y, kept)  # (3)
 
     @staticmethod
@@ -71,7 +74,7 @@ def _times_derivative(v: Tensor, kept: Tensor) -> Tensor:
 def _from_input(v: Tensor, x: Tensor) -> Tensor:
     if fused(v, x):  # (2) is even in x, and of σ(-|x|) the complement is exact: one sigmoid
         y = x.abs().neg_().sigmoid_()
-        return torch.ops.aten.sigmoid_backward.grad_input(v, y, grad_input=y)
+        return _sigmoid_backward_into(v, y, grad_input=y)
     return v * (torch.sigmoid(x) * torch.sigmoid(-x))  # (2)
 
 

@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, overwrite, public
+from torchbp.ops._function import Context, entry, fused, kernel, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, known_finite, mended
+from torchbp.ops.activations._infinities import bounded, limited, may_be_read
 
 __all__ = ["SiLU", "SiLUFunction", "silu"]
+
+_silu_backward = kernel("silu_backward")
 
 
 class SiLUFunction(Function):
@@ -40,13 +42,15 @@ class SiLUFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, finite: bool) -> Tensor:  # x, y: (*)
-        y = F.silu(x)
-        return y if finite else mended(y, x)
+    def forward(x: Tensor, finite: list[bool] | None) -> Tensor:  # x, y: (*)
+        return limited(F.silu(x), x, finite)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
-        x, ctx.finite = inputs
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, list[bool] | None], output: Tensor
+    ) -> None:
+        x, finite = inputs
+        ctx.finite = bool(finite and finite[0])
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -55,7 +59,7 @@ class SiLUFunction(Function):
         (x,) = ctx.saved_tensors
         x = x if ctx.finite else bounded(x)
         if fused(grad_y, x, half=True) and not x.is_complex():
-            return torch.ops.aten.silu_backward(grad_y, x), None
+            return _silu_backward(grad_y, x), None
         return in_pieces(_times_derivative, grad_y, x), None  # (2)
 
     @staticmethod
@@ -94,8 +98,8 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.2689,  0.0000,  1.7616])
     """
     if inplace:
-        return overwrite(_silu, input, known_finite(input))
-    return _silu(input, known_finite(input))
+        return overwrite(_silu, input, [] if may_be_read(input) else None)
+    return _silu(input, [] if may_be_read(input) else None)
 
 
 class SiLU(nn.SiLU):

@@ -26,11 +26,13 @@ from torch.overrides import has_torch_function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, fused, in_float32, is_half, public
+from torchbp.ops._function import Context, entry, fused, in_float32, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Softmax", "Softmax2d", "SoftmaxFunction", "softmax"]
+
+_softmax_backward_data = kernel("_softmax_backward_data")
 
 
 class SoftmaxFunction(Function):
@@ -52,7 +54,7 @@ class SoftmaxFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         if fused(grad_y, y, half=True):
-            return torch.ops.aten._softmax_backward_data(grad_y, y, ctx.dim, y.dtype), None
+            return _softmax_backward_data(grad_y, y, ctx.dim, y.dtype), None
         return _project(grad_y, y, ctx.dim), None
 
     @staticmethod

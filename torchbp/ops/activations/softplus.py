@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Softplus", "SoftplusFunction", "softplus"]
+
+_softplus_backward = kernel("softplus_backward")
 
 
 class SoftplusFunction(Function):
@@ -49,7 +51,7 @@ class SoftplusFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         if fused(grad_y, x, half=True):
-            return torch.ops.aten.softplus_backward(grad_y, x, ctx.beta, ctx.threshold), None, None
+            return _softplus_backward(grad_y, x, ctx.beta, ctx.threshold), None, None
         return _times_derivative(grad_y, x, ctx.beta, ctx.threshold), None, None  # (2)
 
     @staticmethod

@@ -25,12 +25,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Tanh", "TanhFunction", "tanh"]
+
+_tanh_backward = kernel("tanh_backward")
+_sigmoid_backward_into = kernel("sigmoid_backward", "grad_input")
 
 
 class TanhFunction(Function):
@@ -53,7 +56,7 @@ class TanhFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (kept,) = ctx.saved_tensors
         if fused(grad_y, kept):
-            return torch.ops.aten.tanh_backward(grad_y, kept)
+            return _tanh_backward(grad_y, kept)
         return _times_derivative(grad_y, kept)  # (3)
 
     @staticmethod
@@ -71,7 +74,7 @@ def _times_derivative(v: Tensor, kept: Tensor) -> Tensor:
 def _from_input(v: Tensor, x: Tensor) -> Tensor:
     if fused(v, x):  # (2) is even in x, and of σ(-2|x|) the complement is exact: one sigmoid
         s = x.abs().mul_(-2).sigmoid_()
-        return torch.ops.aten.sigmoid_backward.grad_input(v, s, grad_input=s).mul_(4)
+        return _sigmoid_backward_into(v, s, grad_input=s).mul_(4)
     return v * (4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x))  # (2)
 
 

@@ -1,11 +1,13 @@
 r"""Tanhshrink: y = x - tanh(x).
 
 Derivation:
-    dy/dx  = 1 - (1 - tanh²(x)) = tanh²(x)                                                     (1)
+    with t = tanh(x), dt/dx = 1 - t²:  dy/dx = 1 - (1 - t²) = t²                               (1)
     grad_x = grad_y · conj(dy/dx)                                                              (2)
+    t is an output too, which no caller sees; a second derivative goes through it: grad_t · conj(1 - t²) adds to (2).
 
 Saves:
-    x, in its own dtype: 4 bytes per float32 element, as torch. y would not do: near 0, y = x³/3 has lost x.
+    t (4 bytes per float32 element), as torch. y would not do: near 0, y = x³/3 has lost x.
+    bfloat16, float16: x (2 bytes), from which t is made again in float32.
 
 Edge values:
     x → ±∞: y → x, dy/dx → 1.   NaN gives NaN.   x → 0: dy/dx → x², to full relative precision (torch: 1 - (1 - x²)).
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
@@ -36,32 +38,49 @@ class TanhshrinkFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:  # x, y: (*)
+    def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:  # x, y, t: (*)
         t = x.tanh()
-        return torch.sub(x, t, out=t) if fused(x) else x - t
+        return x - t, None if is_half(x) else t
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
-        (x,) = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor], output: tuple[Tensor, Tensor | None]
+    ) -> None:
+        (x,), (_, t) = inputs, output
+        ctx.set_materialize_grads(False)
+        kept = x if t is None else t
+        ctx.save_for_backward(kept)
+        ctx.save_for_forward(kept)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return in_pieces(_times_derivative, grad_y, x)  # (2)
+    def backward(ctx: Context, grad_y: Tensor | None, grad_t: Tensor | None) -> Tensor | None:
+        (kept,) = ctx.saved_tensors
+        grad_x = None
+        if grad_y is not None:
+            grad_x = _times_derivative(grad_y, kept)  # (2)
+        if grad_t is not None:
+            by_t = grad_t * (1 - kept * kept).conj()
+            grad_x = by_t if grad_x is None else grad_x + by_t
+        return grad_x
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return in_pieces(_times_derivative, tangent_x, x.conj())
+    def jvp(ctx: Context, tangent_x: Tensor) -> tuple[Tensor, Tensor | None]:
+        (kept,) = ctx.saved_tensors
+        tangent_y = _times_derivative(tangent_x, kept.conj())
+        return tangent_y, None if is_half(kept) else tangent_x * (1 - kept * kept)
 
 
-def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
-    t = torch.tanh(x)
-    if fused(v, t):
-        return t.mul_(t).conj().mul_(v)
-    return v * (t * t).conj()  # (1)
+def _times_derivative(v: Tensor, kept: Tensor) -> Tensor:
+    if is_half(kept):
+        return in_pieces(lambda v, x: v * x.tanh().square(), v, kept, into=_of_input_into)
+    if fused(v, kept) and not v.is_complex():
+        t = kept * kept
+        return t.mul_(v)
+    return v * (kept * kept).conj()  # (1)
+
+
+def _of_input_into(grad_x: Tensor, v: Tensor, x: Tensor) -> None:
+    torch.tanh(x, out=grad_x).square_().mul_(v)
 
 
 _tanhshrink = entry(TanhshrinkFunction, again=TanhshrinkFunction.forward)
@@ -87,7 +106,8 @@ def tanhshrink(input: Tensor) -> Tensor:
         >>> tanhshrink(torch.tensor([-1.0, 0.0, 3.0]))
         tensor([-0.2384,  0.0000,  2.0049])
     """
-    return _tanhshrink(input)
+    y, _ = _tanhshrink(input)
+    return y
 
 
 class Tanhshrink(nn.Tanhshrink):

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, is_half, overwrite, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Threshold", "ThresholdFunction", "threshold", "threshold_"]
+
+_threshold_backward = kernel("threshold_backward")
 
 
 class ThresholdFunction(Function):
@@ -55,7 +57,7 @@ class ThresholdFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (kept,) = ctx.saved_tensors
         if fused(grad_y, kept, half=True):
-            return torch.ops.aten.threshold_backward(grad_y, kept, ctx.t), None, None, None
+            return _threshold_backward(grad_y, kept, ctx.t), None, None, None
         return _where_above(grad_y, kept, ctx.t), None, None, None  # (2)
 
     @staticmethod

@@ -19,7 +19,7 @@ Sources:
 """
 
 from collections.abc import Iterator
-from math import inf
+from math import inf, nan
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,15 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, in_float32, public
+from torchbp.ops._function import Context, entry, fused, in_float32, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["GradientClip", "GradientClipFunction", "gradient_clip"]
 
 _NAME = "gradient_clip"
+# A norm above this had no squares that underflowed; one below it, and other powers, are taken of scaled values.
+_PLAIN = {1.0: 0.0, 2.0: 1e-15, inf: 0.0}
 Dims = int | tuple[int, ...] | None
 
 
@@ -72,13 +74,29 @@ class GradientClipFunction(Function):
 def _within(g: Tensor, max_norm: float, p: float, dim: Dims) -> Tensor:
     if not g.numel():
         return g
-    largest = torch.linalg.vector_norm(g.detach(), inf, dim, keepdim=True)
+    if p in _PLAIN and dim is None and g.is_cpu and fused(g):
+        norm = _norm_of_all(g, p)
+        if norm <= max_norm:
+            return g
+        if _PLAIN[p] < norm < inf:
+            return g * (max_norm / norm)  # (2)
+    # not vector_norm(g, inf), which takes twenty times as long
+    largest = g.detach().abs().amax(() if dim is None else dim, keepdim=True)
     largest = torch.where(largest > 0, largest, 1)
     power = torch.exp2(
         largest.log2().floor()
     )  # dividing by it rounds nothing; a constant for derivatives
     norm = power * torch.linalg.vector_norm(g / power, p, dim, keepdim=True)
     return g * (max_norm / norm.clamp(min=max_norm))  # (2)
+
+
+def _norm_of_all(g: Tensor, p: float) -> float:
+    """Return the norm of all elements, a number: by rows, whose norms are put together in float64."""
+    if p == inf:
+        low, high = torch.aminmax(g)
+        return max(-low.item(), high.item()) if not low.isnan() else nan
+    rows = torch.linalg.vector_norm(g, p, dim=-1) if g.dim() else g.abs()
+    return torch.linalg.vector_norm(rows, p, dtype=torch.float64).item()
 
 
 _gradient_clip = entry(GradientClipFunction)

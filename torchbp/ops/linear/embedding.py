@@ -28,11 +28,13 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["Embedding", "EmbeddingFunction", "embedding"]
+
+_embedding_dense_backward = kernel("embedding_dense_backward")
 
 
 class EmbeddingFunction(Function):
@@ -64,7 +66,7 @@ class EmbeddingFunction(Function):
         g = grad_y.float() if is_half(grad_y) else grad_y
         if fused(g) and not ctx.sparse and not g.is_complex():
             rule = (count, ctx.padding, ctx.by_frequency)
-            grad_weight = torch.ops.aten.embedding_dense_backward(g, index, *rule)
+            grad_weight = _embedding_dense_backward(g, index, *rule)
             return None, grad_weight.to(grad_y.dtype), None, None, None
         i = index.reshape(index.numel())
         rows = _weighted(g.reshape(index.numel(), width), i, count, ctx.padding, ctx.by_frequency)

@@ -1,9 +1,9 @@
 r"""Absolute error: ℓ = |d|, d = x - t, then the mean, the sum, or nothing ("reduction").
 
 Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"):
-    grad_d = s · sign(d)                                                                      (1)
-    tangent_ℓ = sign(d) · tangent_d                                                           (2)
-    x - t is autograd's own: grad_x = grad_d, grad_t = -grad_d. So are the products with a weight.
+    grad_x = s · sign(d),   grad_t = -grad_x                                                  (1)
+    tangent_ℓ = sign(d) · (tangent_x - tangent_t)                                             (2)
+    The products with a weight are autograd's own.
 
 Saves:
     sign(d) in int8 (1 byte an element), where torch keeps d (4 bytes per float32 element). It is constant between the
@@ -25,43 +25,81 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, in_autocast_float32, public, scale_fresh
+from torchbp.ops._function import (
+    Context,
+    directional,
+    entry,
+    in_autocast_float32,
+    public,
+    scale_fresh,
+)
 from torchbp.ops._op import Op
-from torchbp.ops._reduction import matched, named, reduce, spread
+from torchbp.ops._pieces import alike, length_written
+from torchbp.ops._reduction import matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["L1Loss", "L1LossFunction", "l1_loss"]
 
 
 class L1LossFunction(Function):
-    """Absolute value, reduced, with a hand-written derivative. Call it through :func:`l1_loss`."""
+    """Absolute error, reduced, with hand-written gradients. Call it through :func:`l1_loss`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(d: Tensor, reduction: str) -> tuple[Tensor, Tensor]:  # (*) -> () or (*), (*) int8
+    def forward(  # (*), (*) -> () or (*), (*) int8
+        x: Tensor, target: Tensor, reduction: str
+    ) -> tuple[Tensor, Tensor]:
+        if reduction != "none" and alike(x, target):
+            return _by_pieces(x, target, reduction)
+        d = x - target
         return reduce(d.abs(), reduction), d.sign().to(torch.int8)
 
     @staticmethod
     def setup_context(
-        ctx: Context, inputs: tuple[Tensor, str], output: tuple[Tensor, Tensor]
+        ctx: Context, inputs: tuple[Tensor, Tensor, str], output: tuple[Tensor, Tensor]
     ) -> None:
-        _, ctx.reduction = inputs
+        x, target, ctx.reduction = inputs
         _, sign = output
+        ctx.dtypes = x.dtype, target.dtype
         ctx.mark_non_differentiable(sign)
         ctx.save_for_backward(sign)
         ctx.save_for_forward(sign)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(
+        ctx: Context, grad: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         (sign,) = ctx.saved_tensors
+        need_x, need_target, _ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, sign.numel())
-        return scale_fresh(sign.to(s.dtype), s).to(grad.dtype), None  # (1)
+        gradient = scale_fresh(sign.to(s.dtype), s)  # (1)
+        grad_x, grad_target = (
+            (gradient if k == 0 else -gradient).to(dtype) if needed else None
+            for k, (dtype, needed) in enumerate(zip(ctx.dtypes, (need_x, need_target), strict=True))
+        )
+        return grad_x, grad_target, None
 
     @staticmethod
-    def jvp(ctx: Context, tangent_d: Tensor, _: None) -> tuple[Tensor, None]:
+    def jvp(
+        ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, _: None
+    ) -> tuple[Tensor, None]:
         (sign,) = ctx.saved_tensors
-        return reduce(sign * tangent_d, ctx.reduction), None  # (2)
+        tangent = directional((tangent_x, sign), (tangent_target, -sign))
+        return reduce(tangent, ctx.reduction), None  # (2)
+
+
+def _by_pieces(x: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """Return the reduced loss and the signs, without a difference of the whole length."""
+    sign = torch.empty_like(x, dtype=torch.int8)
+    signs = iter(sign.view(-1).split(length_written(x)))
+
+    def into(d: Tensor, of_d: Tensor, x: Tensor, t: Tensor) -> None:
+        torch.sub(x, t, out=d)
+        next(signs).view(d.shape).copy_(torch.sign(d, out=of_d))
+        d.abs_()
+
+    return reduced(torch.sub, reduction, x, target, into=into, spare=1), sign
 
 
 _l1_loss = entry(L1LossFunction)
@@ -109,8 +147,8 @@ def l1_loss(
     input, target = matched("l1_loss", input, target)
     if weight is None:
         input, target = in_autocast_float32(input, target)
-        return _l1_loss(input - target, reduction)[0]
-    weighted = _l1_loss(input - target, "none")[0] * weight
+        return _l1_loss(input, target, reduction)[0]
+    weighted = _l1_loss(input, target, "none")[0] * weight
     if reduction == "none":
         return weighted
     return weighted.sum() / weight.sum() if reduction == "mean" else weighted.sum()

@@ -7,7 +7,7 @@ Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / �
     tangent_ℓ = -w_t · tangent_x_t                                                            (2)
 
 Saves:
-    The target and the weights: nothing for each element of x, where torch keeps 4 bytes per float32 element.
+    The target, the weights and their sum: nothing for each element of x, where torch keeps 4 bytes per float32 element.
 
 Edge values:
     x_t = -∞: the loss is +∞, the gradient finite.   All ignored, or N = 0: the mean is NaN, the gradient 0.
@@ -24,13 +24,16 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import named, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.losses._classes import class_dim, counted
 
 __all__ = ["NLLLoss", "NLLLossFunction", "nll_loss"]
+
+_nll_loss_forward = kernel("nll_loss_forward")
+_nll_loss_backward = kernel("nll_loss_backward")
 
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's kernels count them
@@ -44,25 +47,39 @@ class NLLLossFunction(Function):
     @staticmethod
     def forward(
         x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int
-    ) -> Tensor:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *)
+    ) -> tuple[Tensor, Tensor | None]:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *); Σ w_t
+        if x.dim() == 2 and target.dtype == torch.int64 and fused(x) and _one_dtype(x, w):
+            return _nll_loss_forward(x, target, w, _REDUCTIONS[reduction], ignored)
         if target.dtype == torch.uint8:  # torch has no batching rule for it
             target = target.long()
-        return F.nll_loss(x, target, w, ignore_index=ignored, reduction=reduction)
+        return F.nll_loss(x, target, w, ignore_index=ignored, reduction=reduction), None
 
     @staticmethod
     def setup_context(
-        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str, int], output: Tensor
+        ctx: Context,
+        inputs: tuple[Tensor, Tensor, Tensor | None, str, int],
+        output: tuple[Tensor, Tensor | None],
     ) -> None:
         x, target, w, ctx.reduction, ctx.ignored = inputs
+        _, total = output
+        ctx.set_materialize_grads(False)
         ctx.shape, ctx.dim = x.shape, class_dim(x)
-        ctx.save_for_backward(target, w)
+        if total is not None:
+            ctx.mark_non_differentiable(total)
+        ctx.save_for_backward(target, w, total if ctx.reduction == "mean" else None)
         ctx.save_for_forward(target, w)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        target, w = ctx.saved_tensors
-        if len(ctx.shape) == 2 and fused(grad):
-            return _by_kernel(grad, target, w, ctx), None, None, None, None
+    def backward(
+        ctx: Context, grad: Tensor | None, _: None
+    ) -> tuple[Tensor | None, None, None, None, None]:
+        if grad is None:
+            return None, None, None, None, None
+        target, w, total = ctx.saved_tensors
+        if len(ctx.shape) == 2 and fused(grad, half=True) and _one_dtype(grad, w):
+            grad_x = _by_kernel(grad, target, w, total, ctx)
+            if grad_x is not None:
+                return grad_x, None, None, None, None
         index, w_t, total = counted(grad, target, w, ctx.ignored)
         s = spread(grad.to(w_t.dtype), ctx.reduction, total)
         if ctx.reduction == "mean":
@@ -74,27 +91,39 @@ class NLLLossFunction(Function):
         return grad_x, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
-        target, w = ctx.saved_tensors
+    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> tuple[Tensor, None]:
+        target, w = ctx.saved_tensors[:2]
         index, w_t, total = counted(tangent_x, target, w, ctx.ignored)
         picked = tangent_x.gather(ctx.dim, index.unsqueeze(ctx.dim)).squeeze(ctx.dim)
         values = -w_t * picked  # (2)
         values = values if ctx.reduction == "none" else spread(values.sum(), ctx.reduction, total)
-        return values.to(tangent_x.dtype)
+        return values.to(tangent_x.dtype), None
 
 
-def _by_kernel(grad: Tensor, target: Tensor, w: Tensor | None, ctx: Context) -> Tensor:
-    """Return (1) by torch's kernel, for x (N, C)."""
-    if ctx.reduction != "mean":
+def _one_dtype(x: Tensor, w: Tensor | None) -> bool:
+    return w is None or w.dtype == x.dtype
+
+
+def _by_kernel(
+    grad: Tensor, target: Tensor, w: Tensor | None, total: Tensor | None, ctx: Context
+) -> Tensor | None:
+    """Return (1) by torch's kernel, for x (N, C); ``None`` where it would round more than once."""
+    reduction = ctx.reduction
+    if is_half(grad):
+        if w is not None:
+            return None
+        if reduction == "mean":
+            count = (target != ctx.ignored).sum()
+            grad, reduction = (grad.float() / count.clamp(min=1)).to(grad.dtype), "sum"
+    if reduction != "mean":
         total = grad.new_empty(())  # not read
-    elif w is None:
-        total = (target != ctx.ignored).sum(dtype=grad.dtype)
-    else:
-        total = counted(grad, target, w, ctx.ignored)[2].to(grad.dtype)
+    elif total is None:
+        total = counted(grad, target, w, ctx.ignored)[2]
     # of x the kernel asks for the shape alone
     like_x = (grad.unsqueeze(1) if grad.dim() else grad).expand(ctx.shape)
-    how = _REDUCTIONS[ctx.reduction], ctx.ignored, total
-    return torch.ops.aten.nll_loss_backward(grad, like_x, target.long(), w, *how)
+    how = _REDUCTIONS[reduction], ctx.ignored, total
+    target = target if target.dtype == torch.int64 else target.long()
+    return _nll_loss_backward(grad, like_x, target, w, *how)
 
 
 _nll_loss = entry(NLLLossFunction)
@@ -139,7 +168,8 @@ def nll_loss(
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         rule = "a weight without requires_grad, as in torch"
         raise RuntimeError(wrong("nll_loss", rule, "one that requires it", "detach it"))
-    return _nll_loss(input, target, weight, reduction, ignore_index)
+    loss, _ = _nll_loss(input, target, weight, reduction, ignore_index)
+    return loss
 
 
 class NLLLoss(nn.NLLLoss):
@@ -201,7 +231,10 @@ def _benchmark(make: Make, n: int) -> Sample:
 
 
 def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
-    return stored(target, kwargs.get("weight"))
+    weight = kwargs.get("weight")
+    summed = x.dim() == 2 and target.dtype == torch.int64 and not is_half(x)
+    mean = kwargs.get("reduction", "mean") == "mean"
+    return stored(target, weight) + (x.element_size() if summed and mean else 0)
 
 
 OP = Op(

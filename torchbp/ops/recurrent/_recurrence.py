@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import fused, is_half
+from torchbp.ops._function import fused, is_half, kernel
 
 __all__ = [
     "Sizes",
@@ -44,6 +44,11 @@ __all__ = [
     "without_autocast",
     "writable",
 ]
+
+_sigmoid_backward_into = kernel("sigmoid_backward", "grad_input")
+_sigmoid_backward = kernel("sigmoid_backward")
+_tanh_backward_into = kernel("tanh_backward", "grad_input")
+_tanh_backward = kernel("tanh_backward")
 
 Sizes = tuple[int, ...]
 
@@ -117,15 +122,15 @@ def through_sigmoid(v: Tensor, s: Tensor, out: Tensor | None = None) -> Tensor:
         out: Where to write it, for a caller that is :func:`writable`.
     """
     if out is not None:
-        return torch.ops.aten.sigmoid_backward.grad_input(v, s, grad_input=out)
-    return torch.ops.aten.sigmoid_backward(v, s) if writable(v, s) else v * (s * (1 - s))
+        return _sigmoid_backward_into(v, s, grad_input=out)
+    return _sigmoid_backward(v, s) if writable(v, s) else v * (s * (1 - s))
 
 
 def through_tanh(v: Tensor, t: Tensor, out: Tensor | None = None) -> Tensor:
     """Return v · (1 - t²): the same for tanh."""
     if out is not None:
-        return torch.ops.aten.tanh_backward.grad_input(v, t, grad_input=out)
-    return torch.ops.aten.tanh_backward(v, t) if writable(v, t) else v * (1 - t * t)
+        return _tanh_backward_into(v, t, grad_input=out)
+    return _tanh_backward(v, t) if writable(v, t) else v * (1 - t * t)
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

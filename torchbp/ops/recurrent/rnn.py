@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.utils.rnn import PackedSequence
 
-from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, public
+from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
@@ -69,6 +69,8 @@ from torchbp.ops.recurrent._samples import (
 )
 
 __all__ = ["RNN", "RNNCell", "RNNFunction", "rnn_relu_cell", "rnn_tanh_cell"]
+
+_threshold_backward = kernel("threshold_backward")
 
 
 class RNNFunction(Function):
@@ -191,7 +193,7 @@ def _through(v: Tensor, h: Tensor, relu: bool) -> Tensor:
     if not relu:
         return through_tanh(v, h)
     if writable(v, h):  # a mask takes ten times as long
-        return torch.ops.aten.threshold_backward(v, h, 0)
+        return _threshold_backward(v, h, 0)
     return v.masked_fill(h <= 0, 0)
 
 
