@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as transforms_active
-from torch._C._functorch import is_dead_tensor_wrapper, is_legacy_batchedtensor
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.function import Function
 from torch.compiler import is_compiling
@@ -94,7 +94,7 @@ def entry(
         if transforms_active():
             return function.apply(*args)
         for a in args:
-            if isinstance(a, Tensor) and is_dead_tensor_wrapper(a):
+            if isinstance(a, Tensor) and unwrap_if_dead(a) is not a:
                 args = unwrap_dead_wrappers(args)
                 break
         if _recipe.asked and torch.is_grad_enabled():

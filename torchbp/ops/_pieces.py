@@ -46,7 +46,7 @@ def in_pieces(
         The formula's value in the first tensor's own dtype.
     """
     first = tensors[0]
-    if into is not None and alike(*tensors):
+    if into is not None and writable(*tensors):
         value = torch.empty_like(first)
         for _ in written(into, spare, *tensors, value=value):
             pass
@@ -85,28 +85,34 @@ def in_row_pieces(formula: Callable[..., Tensor], dim: int, *tensors: Tensor) ->
 
 
 def separable(*tensors: Tensor) -> bool:
-    """Whether an elementwise formula of ``tensors`` is worth evaluating piece by piece, and can be.
-
-    It can where nobody differentiates or traces it, and all of them lie in memory alike, but for single numbers.
-    """
+    """Whether an elementwise formula of ``tensors`` is worth evaluating piece by piece, and can be."""
     first = tensors[0]
     least = _LARGE_HALF if is_half(first) else _LARGE
     return first.numel() >= least and first.is_cpu and alike(*tensors)
 
 
 def alike(*tensors: Tensor) -> bool:
-    """Whether a formula of ``tensors`` may write, element by element in the order of memory.
+    """Whether they lie in memory alike, but for single numbers, and :func:`writable` holds."""
+    return writable(*tensors) and _dense(*tensors)
 
-    Nobody differentiates or traces it, and all of them lie in memory alike, but for single numbers.
+
+def writable(*tensors: Tensor) -> bool:
+    """Whether an elementwise formula of ``tensors`` may write into tensors of its own.
+
+    Nobody differentiates or traces it, and they have one shape and dtype, but for single numbers.
     """
     if not fused(*tensors, half=True):
         return False
     first = tensors[0]
     shape, dtype = first.shape, first.dtype
     for t in tensors:
-        if t.dim() and not (t.shape == shape and t.dtype == dtype and t.is_contiguous()):
+        if t.dim() and not (t.shape == shape and t.dtype == dtype):
             return False
     return first.numel() > 0 and first.is_floating_point()
+
+
+def _dense(*tensors: Tensor) -> bool:
+    return all(t.is_contiguous() for t in tensors)
 
 
 def pieces(*tensors: Tensor, length: int | None = None) -> Iterator[tuple[Tensor, ...]]:
@@ -115,6 +121,13 @@ def pieces(*tensors: Tensor, length: int | None = None) -> Iterator[tuple[Tensor
     count = -(-tensors[0].numel() // length)
     split = ((t,) * count if t.dim() == 0 else t.view(-1).split(length) for t in tensors)
     yield from zip(*split, strict=True)
+
+
+def row_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the rows of matrices some at a time, as many as stay in the cache beside what is made of them."""
+    first = tensors[0]
+    some = max(1, length_written(first) // max(1, first.shape[-1]))
+    yield from zip(*(t.split(some) for t in tensors), strict=True)
 
 
 def length_written(first: Tensor) -> int:
@@ -131,7 +144,7 @@ def written(
         into: An elementwise formula. It writes its value into the first argument, which it may use before, and what
             lies between into the spares; the other arguments it only reads. In half precision all are float32.
         spare: How many spares it takes.
-        tensors: For which :func:`alike` holds.
+        tensors: For which :func:`writable` holds; taken whole where they are not contiguous.
         value: Where the values are to be; ``None`` where each piece is used at once.
 
     Yields:
@@ -141,7 +154,7 @@ def written(
     half = is_half(first)
     dtype = torch.float32 if half else first.dtype
     length = length_written(first)
-    if first.numel() <= length:
+    if first.numel() <= length or not _dense(*tensors):
         made = [torch.empty_like(first, dtype=dtype) for _ in range(spare)]
         whole = value if value is not None and not half else torch.empty_like(first, dtype=dtype)
         into(whole, *made, *((t.float() for t in tensors) if half else tensors))

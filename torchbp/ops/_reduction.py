@@ -9,7 +9,7 @@ from torch.nn import _reduction as torch_reduction
 
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import is_half
-from torchbp.ops._pieces import alike, in_pieces, pieces, separable, written
+from torchbp.ops._pieces import in_pieces, pieces, separable, writable, written
 
 __all__ = ["matched", "named", "reduce", "reduced", "spread"]
 
@@ -50,7 +50,7 @@ def reduced(
         spare: How many spares it takes.
     """
     first = tensors[0]
-    if reduction != "none" and into is not None and alike(*tensors):
+    if reduction != "none" and into is not None and writable(*tensors):
         sums = [piece.sum() for piece in written(into, spare, *tensors)]
         total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
         return (total / first.numel() if reduction == "mean" else total).to(first.dtype)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import is_half, scale_fresh
+from torchbp.ops._function import fused, is_half, scale_fresh
 from torchbp.ops._reduction import spread
 from torchbp.ops.losses._classes import along_classes, class_dim, counted
 
@@ -21,6 +21,11 @@ def gradient_of_indices(
 ) -> Tensor:
     """Return (1) for the gradient ``grad`` of the reduced loss, in float32 for half precision."""
     dim = class_dim(x)
+    if w is None and smoothing == 0.0 and fused(x, grad) and _all_count(target, ignored):
+        s = spread(grad, reduction, max(1, target.numel()))
+        s = s.unsqueeze(dim) if s.dim() else s
+        index = target.long().unsqueeze(dim)
+        return torch.softmax(x, dim).mul_(s).scatter_add_(dim, index, (-s).expand(index.shape))
     index, w_t, total = counted(x, target, w, ignored)
     s = spread(grad.to(w_t.dtype), reduction, total)
     if reduction == "mean":
@@ -36,6 +41,10 @@ def gradient_of_indices(
         b = b.unsqueeze(dim)
         gradient = gradient - (b if w is None else b * along_classes(w, x))
     return gradient.scatter_add_(dim, index.unsqueeze(dim), -a.unsqueeze(dim))
+
+
+def _all_count(target: Tensor, ignored: int) -> bool:
+    return target.is_cpu and not (target == ignored).any()
 
 
 def gradient_of_probabilities(

@@ -26,11 +26,20 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, in_autocast_float32, in_place, public, scale_fresh
+from torchbp.ops._function import (
+    Context,
+    entry,
+    in_autocast_float32,
+    is_half,
+    kernel,
+    public,
+    scale_fresh,
+)
 from torchbp.ops._op import Op
-from torchbp.ops._pieces import in_pieces
+from torchbp.ops._pieces import alike, in_pieces
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square
+from torchbp.ops.losses._log_sums import reduced_softplus
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -39,6 +48,7 @@ __all__ = [
 ]
 
 _NAME = "binary_cross_entropy_with_logits"
+_softplus_into = kernel("softplus", "out")
 
 
 class BCEWithLogitsLossFunction(Function):
@@ -55,8 +65,11 @@ class BCEWithLogitsLossFunction(Function):
                 x, target, weight, pos_weight=pos_weight, reduction=reduction
             )
         if weight is None:
-            return reduced(_values, reduction, x, target)
-        return reduce(in_pieces(_values, x, target) * weight, reduction)
+            if reduction != "none" and not is_half(x) and alike(x, target):
+                return reduced_softplus(_parts, reduction, x, target)
+            return reduced(_values, reduction, x, target, into=_values_into, spare=1)
+        values = in_pieces(_values, x, target, into=_values_into, spare=1)
+        return reduce(values * weight, reduction)
 
     @staticmethod
     def setup_context(
@@ -77,7 +90,10 @@ class BCEWithLogitsLossFunction(Function):
         s = spread(grad, ctx.reduction, x.numel())
         s = s if weight is None else s * weight
         c = () if pos_weight is None else (pos_weight,)
-        grad_x = in_pieces(_gradient_x, x, target, s, *c).to(x.dtype) if need_x else None
+        grad_x = None
+        if need_x:
+            into = None if c else _gradient_x_into
+            grad_x = in_pieces(_gradient_x, x, target, s, *c, into=into, spare=1).to(x.dtype)
         grad_target = in_pieces(_gradient_target, x, s, *c) if need_target else None
         grad_target = None if grad_target is None else grad_target.to(target.dtype)
         return grad_x, grad_target, None, None, None
@@ -98,17 +114,29 @@ class BCEWithLogitsLossFunction(Function):
 
 def _values(x: Tensor, target: Tensor) -> Tensor:
     """Return (1 - t) x - log σ(x), which is the loss since softplus(x) = x + softplus(-x)."""
-    values = torch.addcmul(x, x, target, value=-1) if in_place(x, target) else x - x * target
-    log = F.softplus(x, -1, 40)  # log σ(x), in one pass and one tensor; F.logsigmoid makes two
-    return values.sub_(log) if in_place(x, target) else values - log
+    return x - x * target - F.softplus(x, -1, 40)  # log σ(x), in one pass and one tensor
+
+
+def _values_into(value: Tensor, log: Tensor, x: Tensor, target: Tensor) -> None:
+    _softplus_into(x, -1, 40, out=log)
+    torch.addcmul(x, x, target, value=-1, out=value).sub_(log)
+
+
+def _parts(linear: Tensor, z: Tensor, x: Tensor, target: Tensor) -> None:
+    """Write max(x, 0) - t x, and |x|: softplus(x) = max(x, 0) + log(1 + exp(-|x|))."""
+    torch.clamp(x, min=0, out=linear).addcmul_(x, target, value=-1)
+    torch.abs(x, out=z)
 
 
 def _gradient_x(x: Tensor, target: Tensor, s: Tensor, c: Tensor | float = 1.0) -> Tensor:
-    if not isinstance(c, Tensor) and in_place(x, target, s):
-        # lerp starts from the nearer end: for t = 1 nothing of σ(-x) is lost
-        return torch.sigmoid(x).lerp_((-x).sigmoid_().neg_(), target).mul_(s)
     of_positive = c * target * torch.sigmoid(-x)
     return scale_fresh((1 - target) * torch.sigmoid(x) - of_positive, s)  # (1)
+
+
+def _gradient_x_into(grad_x: Tensor, p: Tensor, x: Tensor, target: Tensor, s: Tensor) -> None:
+    torch.neg(x, out=grad_x).sigmoid_().neg_()
+    # lerp starts from the nearer end: for t = 1 nothing of σ(-x) is lost
+    torch.lerp(torch.sigmoid(x, out=p), grad_x, target, out=grad_x).mul_(s)
 
 
 def _gradient_target(x: Tensor, s: Tensor, c: Tensor | float = 1.0) -> Tensor:

@@ -10,7 +10,7 @@ Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N
     tangent_ℓ = Σ over the row of gradient · tangent, for a and b, with s = 1                 (3)
 
 Saves:
-    a, b and t, which are inputs; the three sums of each row are made again.
+    a, b and t, which are inputs, and three sums of each row, which only the eager backward reads.
 
 Edge values:
     a = 0: c = 0 and the slope b / √(ε B).   c = m, t = -1: active, as in torch.   No rows: the mean is NaN.
@@ -30,6 +30,7 @@ from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
     entry,
+    fused,
     in_autocast_float32,
     in_float32,
     in_place,
@@ -37,6 +38,7 @@ from torchbp.ops._function import (
     public,
 )
 from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._pieces import row_pieces
 from torchbp.ops._reduction import named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
@@ -44,6 +46,7 @@ __all__ = ["CosineEmbeddingLoss", "CosineEmbeddingLossFunction", "cosine_embeddi
 
 _NAME = "cosine_embedding_loss"
 _EPS = 1e-12  # torch's
+Sums = Tensor | tuple[Tensor, Tensor, Tensor]  # a·b, A and B
 
 
 class CosineEmbeddingLossFunction(Function):
@@ -54,71 +57,96 @@ class CosineEmbeddingLossFunction(Function):
     @staticmethod
     def forward(
         a: Tensor, b: Tensor, target: Tensor, margin: float, reduction: str
-    ) -> Tensor:  # (N, D), (N, D), (N,) -> () or (N,)
-        return reduce(in_float32(lambda a, b: _values(a, b, target, margin), a, b), reduction)
+    ) -> tuple[Tensor, Tensor | None]:  # (N, D), (N, D), (N,) -> () or (N,); sums: (3, N)
+        sums = None
+        if in_place(a, b):
+            sums = torch.stack(_sums(a, b))
+            return reduce(_values(sums, target, margin).to(a.dtype), reduction), sums
+        formula = lambda a, b: _values(_sums(a, b), target, margin)  # noqa: E731
+        return reduce(in_float32(formula, a, b), reduction), sums
 
     @staticmethod
     def setup_context(
-        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, float, str], output: Tensor
+        ctx: Context,
+        inputs: tuple[Tensor, Tensor, Tensor, float, str],
+        output: tuple[Tensor, Tensor | None],
     ) -> None:
         a, b, target, ctx.margin, ctx.reduction = inputs
-        ctx.save_for_backward(a, b, target)
+        _, sums = output
+        if sums is not None:
+            ctx.mark_non_differentiable(sums)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, b, target, sums)
         ctx.save_for_forward(a, b, target)
 
     @staticmethod
     def backward(
-        ctx: Context, grad: Tensor
+        ctx: Context, grad: Tensor | None, _sums_grad: None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        a, b, target = ctx.saved_tensors
+        if grad is None:
+            return None, None, None, None, None
+        a, b, target, sums = ctx.saved_tensors
         need_a, need_b, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, target.numel())
         wide_a, wide_b, s = (v.float() if is_half(v) else v for v in (a, b, s))
-        across, of_a, of_b = _coefficients(wide_a, wide_b, s, target, ctx.margin)
+        sums = _sums(wide_a, wide_b) if sums is None or not fused(grad, a, b) else sums
+        across, of_a, of_b = _coefficients(sums, s, target, ctx.margin, wide_a.dtype)
         grad_a = _combined(wide_b, across, wide_a, of_a).to(a.dtype) if need_a else None  # (1)
         grad_b = _combined(wide_a, across, wide_b, of_b).to(b.dtype) if need_b else None  # (2)
         return grad_a, grad_b, None, None, None
 
     @staticmethod
-    def jvp(ctx: Context, tangent_a: Tensor | None, tangent_b: Tensor | None, *_: None) -> Tensor:
-        a, b, target = ctx.saved_tensors
-        across, of_a, of_b = _coefficients(a, b, a.new_ones(()), target, ctx.margin)
+    def jvp(
+        ctx: Context, tangent_a: Tensor | None, tangent_b: Tensor | None, *_: None
+    ) -> tuple[Tensor, None]:
+        a, b, target = ctx.saved_tensors[:3]
+        one = a.new_ones(())
+        across, of_a, of_b = _coefficients(_sums(a, b), one, target, ctx.margin, a.dtype)
         values = torch.zeros_like(a)
         if tangent_a is not None:
             values = values + _combined(b, across, a, of_a) * tangent_a
         if tangent_b is not None:
             values = values + _combined(a, across, b, of_b) * tangent_b
-        return reduce(values.sum(-1), ctx.reduction)  # (3)
+        return reduce(values.sum(-1), ctx.reduction), None  # (3)
 
 
-def _cosine(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return c, 1 / √(A B), A and B, each of the shape of the rows."""
-    if in_place(
-        a, b
-    ):  # the products in one buffer; what there is one of per row in float64, which costs nothing
-        product = a * b
-        dot = product.sum(-1).double()
-        big_a, big_b = (torch.mul(v, v, out=product).sum(-1).double() + _EPS for v in (a, b))
-    else:
-        dot = (a * b).sum(-1)
-        big_a, big_b = (v.square().sum(-1) + _EPS for v in (a, b))
-    inverse = (big_a * big_b).rsqrt()
-    return dot * inverse, inverse, big_a, big_b
+def _sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a·b, A and B, each of the shape of the rows."""
+    if not in_place(a, b):
+        return (a * b).sum(-1), a.square().sum(-1) + _EPS, b.square().sum(-1) + _EPS
+    width = a.shape[-1]
+    sums: tuple[list[Tensor], ...] = ([], [], [])
+    for u, v in row_pieces(a.reshape(-1, width), b.reshape(-1, width)):
+        product = u * v
+        sums[0].append(product.sum(-1))
+        sums[1].append(torch.mul(u, u, out=product).sum(-1))
+        sums[2].append(torch.mul(v, v, out=product).sum(-1))
+    # what there is one of per row in float64, which costs nothing
+    dot, big_a, big_b = (torch.cat(of).double().view(a.shape[:-1]) for of in sums)
+    return dot, big_a + _EPS, big_b + _EPS
 
 
-def _values(a: Tensor, b: Tensor, target: Tensor, margin: float) -> Tensor:
-    c = _cosine(a, b)[0].to(a.dtype)
+def _values(sums: Sums, target: Tensor, margin: float) -> Tensor:
+    dot, big_a, big_b = sums
+    c = dot * (big_a * big_b).rsqrt()
     like = (1 - c).masked_fill(target != 1, 0)
     return like + (c - margin).clamp(min=0).masked_fill(target != -1, 0)
 
 
 def _coefficients(
-    a: Tensor, b: Tensor, s: Tensor, target: Tensor, margin: float
+    sums: Sums,
+    s: Tensor,
+    target: Tensor,
+    margin: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the factor of the other vector in both gradients, that of a in a's, and that of b in b's; (N, 1) each."""
-    c, inverse, big_a, big_b = _cosine(a, b)
+    dot, big_a, big_b = sums
+    inverse = (big_a * big_b).rsqrt()
+    c = dot * inverse
     k = ((target == -1) & (c >= margin)).to(c.dtype) - (target == 1).to(c.dtype)
     per_row = s * k * inverse, -s * k * c / big_a, -s * k * c / big_b
-    across, of_a, of_b = (v.to(a.dtype).unsqueeze(-1) for v in per_row)
+    across, of_a, of_b = (v.to(dtype).unsqueeze(-1) for v in per_row)
     return across, of_a, of_b
 
 
@@ -173,7 +201,8 @@ def cosine_embedding_loss(
     if not (input1.is_floating_point() and input2.is_floating_point()):  # no angle: torch's own
         return F.cosine_embedding_loss(input1, input2, target, margin, reduction=reduction)
     a, b = torch.broadcast_tensors(*in_autocast_float32(input1, input2))
-    return _cosine_embedding_loss(a, b, target.expand(a.shape[:-1]), margin, reduction)
+    loss, _ = _cosine_embedding_loss(a, b, target.expand(a.shape[:-1]), margin, reduction)
+    return loss
 
 
 class CosineEmbeddingLoss(nn.CosineEmbeddingLoss):
@@ -216,6 +245,11 @@ def _benchmark(make: Make, n: int) -> Sample:
     return Sample((x, make.normal(*x.shape), 2 * make.labels(x.shape[0], classes=2) - 1))
 
 
+def _saved_bytes(a: Tensor, *others: object, **_: object) -> int:
+    rows = a.shape[:-1].numel()
+    return stored(a, *others) + (0 if is_half(a) else 3 * 8 * rows)
+
+
 OP = Op(
     function=cosine_embedding_loss,
     modules=(CosineEmbeddingLoss,),
@@ -223,6 +257,6 @@ OP = Op(
     samples=_samples,
     module_samples=_module_samples,
     errors=_errors,
-    saved_bytes=lambda *args, **_: stored(*args),
+    saved_bytes=_saved_bytes,
     benchmark=_benchmark,
 )

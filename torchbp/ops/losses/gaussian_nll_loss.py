@@ -41,7 +41,7 @@ from torchbp.ops._function import (
     public,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._pieces import in_pieces
+from torchbp.ops._pieces import in_pieces, length_written, pieces, writable
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
@@ -58,7 +58,14 @@ class GaussianNLLLossFunction(Function):
     @staticmethod
     def forward(d: Tensor, var: Tensor, full: bool, eps: float, reduction: str) -> Tensor:
         constant = 0.5 * math.log(2 * math.pi) if full else 0.0
-        return reduced(lambda d, var: _values(d, var, eps, constant), reduction, d, var)
+        return reduced(
+            lambda d, var: _values(d, var, eps, constant),
+            reduction,
+            d,
+            var,
+            into=lambda value, v, d, var: _values_into(value, v, d, var, eps, constant),
+            spare=1,
+        )
 
     @staticmethod
     def setup_context(
@@ -75,6 +82,9 @@ class GaussianNLLLossFunction(Function):
         d, var = ctx.saved_tensors
         need_d, need_var, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, d.numel())
+        if need_d and need_var and not is_half(d) and writable(d, var, s):
+            d, var, s = (t.contiguous() for t in (d, var, s))
+            return *_both_gradients(d, var, s, ctx.eps), None, None, None
         grad_d = grad_var = None
         if need_d:
             grad_d = in_pieces(lambda d, var, s: _gradient_d(d, var, s, ctx.eps), d, var, s)
@@ -100,9 +110,16 @@ def _floored(var: Tensor, eps: float) -> Tensor:
 
 def _values(d: Tensor, var: Tensor, eps: float, constant: float) -> Tensor:
     v = var.clamp(min=eps)
-    if not in_place(d, var):
-        return 0.5 * (v.log() + d.square() / v) + constant
-    return d.square().div_(v).add_(v.log_()).mul_(0.5).add_(constant)
+    return 0.5 * (v.log() + d.square() / v) + constant
+
+
+def _values_into(
+    value: Tensor, v: Tensor, d: Tensor, var: Tensor, eps: float, constant: float
+) -> None:
+    torch.clamp(var, min=eps, out=v)
+    torch.mul(d, d, out=value).div_(v).add_(v.log_()).mul_(0.5)
+    if constant:
+        value.add_(constant)
 
 
 def _gradient_d(d: Tensor, var: Tensor, s: Tensor, eps: float) -> Tensor:
@@ -115,6 +132,21 @@ def _gradient_var(d: Tensor, var: Tensor, s: Tensor, eps: float) -> Tensor:
     if not in_place(d, var, s):
         return s * (1 - d.square() / v) / (2 * v)  # (2)
     return d.square().div_(v).neg_().add_(1).div_(v).mul_(s / 2)
+
+
+def _both_gradients(d: Tensor, var: Tensor, s: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (1) and (2), which share a quotient, piece by piece."""
+    grad_d, grad_var = torch.empty_like(d), torch.empty_like(var)
+    spare = d.new_empty(min(d.numel(), length_written(d)))
+    flat = (t.view(-1) for t in (grad_d, grad_var, d, var))
+    flat_s = s.view(-1) if s.shape == d.shape else s
+    for e, q, *given in pieces(*flat, flat_s, length=length_written(d)):
+        part_d, part_var, part_s = given
+        v = torch.clamp(part_var, min=eps, out=spare[: e.numel()])
+        torch.div(part_d, v, out=e)
+        torch.mul(e, part_d, out=q).sub_(1).div_(v).mul_(-0.5 * part_s)  # (2)
+        e.mul_(part_s)  # (1)
+    return grad_d, grad_var
 
 
 _gaussian_nll_loss = entry(GaussianNLLLossFunction)
@@ -146,6 +178,7 @@ def gaussian_nll_loss(
     Raises:
         ValueError: A negative variance (not looked for under ``torch.compile`` and ``torch.func``), one of a wrong
             shape, or an unknown reduction.
+        RuntimeError: Integers or complex numbers.
 
     Example:
         >>> import torch
@@ -156,7 +189,7 @@ def gaussian_nll_loss(
     reduction = named(_NAME, reduction, None, None)
     if isinstance(var, (int, float)):
         var = torch.full((), var, dtype=input.dtype, device=input.device).expand_as(input)
-    if eager() and (var < 0).any():
+    if eager() and var.numel() and var.detach().amin() < 0:
         raise ValueError(wrong(_NAME, "var ≥ 0", var.min().item(), "pass a variance"))
     if var.size() != input.size():
         if input.size()[:-1] == var.size():
@@ -168,8 +201,11 @@ def gaussian_nll_loss(
             rule = f"var of a shape that fits {shape(input)}"
             raise ValueError(wrong(_NAME, rule, shape(var), "see its documentation"))
     input, target, var = in_autocast_float32(input, target, var)
-    d, var = torch.broadcast_tensors(input - target, var)
-    return _gaussian_nll_loss(d, var, full, eps, reduction)
+    d, spread_var = torch.broadcast_tensors(input - target, var)
+    if not (d.is_floating_point() and spread_var.is_floating_point()):
+        rule = "floating-point input and var"
+        raise RuntimeError(wrong(_NAME, rule, f"{d.dtype}, {spread_var.dtype}", "cast them"))
+    return _gaussian_nll_loss(d, spread_var, full, eps, reduction)
 
 
 class GaussianNLLLoss(nn.GaussianNLLLoss):

@@ -9,7 +9,8 @@ Derivation, with z = â b̂ᵀ / τ (N, N), P = softmax of its rows, and s the g
     tangent_ℓ = Σ gradient · tangent; row by row: Σ_j (P - 1)_ij tangent_z_ij                 (4)
 
 Saves:
-    a and b, which are inputs: nothing of N by N, which is made again (autograd keeps 8 bytes for each of those).
+    a and b, which are inputs, and log P up to N = 2048 (4 bytes for each of N by N, where autograd keeps 14); beyond,
+    and in half precision, it is made again: for a third more time nothing of N by N is kept.
 
 Edge values:
     ‖a‖ below 1e-12 counts as 1e-12.   N = 0: the mean is NaN.   N = 1: ℓ = 0.
@@ -43,6 +44,7 @@ __all__ = ["InfoNCELoss", "InfoNCELossFunction", "info_nce_loss"]
 
 _NAME = "info_nce_loss"
 _EPS = 1e-12  # of torch's normalize
+_KEPT = 1 << 22  # elements of log P
 
 
 class InfoNCELossFunction(Function):
@@ -51,39 +53,62 @@ class InfoNCELossFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor, temperature: float, reduction: str) -> Tensor:
+    def forward(
+        a: Tensor, b: Tensor, temperature: float, reduction: str
+    ) -> tuple[Tensor, Tensor | None]:  # (N, D), (N, D) -> () or (N,); log P (N, N)
         (unit_a, _), (unit_b, _) = _unit(a), _unit(b)
-        z = scale_fresh(unit_a @ unit_b.mT, unit_a.new_tensor(1 / temperature))
-        positives = (unit_a * unit_b).sum(1) / temperature
-        return reduce(z.logsumexp(1) - positives, reduction).to(a.dtype)
+        log_p = torch.log_softmax((unit_a / temperature) @ unit_b.mT, 1)
+        own = torch.arange(a.shape[0], device=a.device).unsqueeze(1)
+        loss = reduce(-log_p.gather(1, own).squeeze(1), reduction).to(a.dtype)
+        kept = fused(a, b) and log_p.numel() <= _KEPT
+        if kept and torch.is_autocast_enabled(a.device.type):
+            kept = False  # it made the product in half precision, backward will not
+        return loss, log_p if kept else None
 
     @staticmethod
     def setup_context(
-        ctx: Context, inputs: tuple[Tensor, Tensor, float, str], output: Tensor
+        ctx: Context,
+        inputs: tuple[Tensor, Tensor, float, str],
+        output: tuple[Tensor, Tensor | None],
     ) -> None:
         a, b, ctx.temperature, ctx.reduction = inputs
-        ctx.save_for_backward(a, b)
+        _, log_p = output
+        if log_p is not None:
+            ctx.mark_non_differentiable(log_p)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, b, log_p)
         ctx.save_for_forward(a, b)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        a, b = ctx.saved_tensors
+    def backward(
+        ctx: Context, grad: Tensor | None, _log_p: None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None, None
+        a, b, log_p = ctx.saved_tensors
         need_a, need_b, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, a.shape[0]).expand(a.shape[0])
         (unit_a, norm_a), (unit_b, norm_b) = _unit(a), _unit(b)
-        weights = _weights(unit_a, unit_b, s, ctx.temperature)
+        if log_p is None or not fused(grad, a, b):
+            log_p = (unit_a / ctx.temperature) @ unit_b.mT
+        excess = _excess(log_p)
+        s = (s / ctx.temperature).unsqueeze(
+            1
+        )  # along the rows: of the narrow matrices, not of N by N
         grad_a = grad_b = None
         if need_a:
-            grad_a = _of_vector(weights @ unit_b, unit_a, norm_a).to(a.dtype)  # (2)
+            grad_a = _of_vector(scale_fresh(excess @ unit_b, s), unit_a, norm_a).to(a.dtype)  # (2)
         if need_b:
-            grad_b = _of_vector(weights.mT @ unit_a, unit_b, norm_b).to(b.dtype)
+            grad_b = _of_vector(excess.mT @ (s * unit_a), unit_b, norm_b).to(b.dtype)
         return grad_a, grad_b, None, None
 
     @staticmethod
-    def jvp(ctx: Context, tangent_a: Tensor | None, tangent_b: Tensor | None, *_: None) -> Tensor:
-        a, b = ctx.saved_tensors
+    def jvp(
+        ctx: Context, tangent_a: Tensor | None, tangent_b: Tensor | None, *_: None
+    ) -> tuple[Tensor, None]:
+        a, b = ctx.saved_tensors[:2]
         (unit_a, norm_a), (unit_b, norm_b) = _unit(a), _unit(b)
-        weights = _weights(unit_a, unit_b, a.new_ones(a.shape[0]), ctx.temperature)
+        weights = _excess((unit_a / ctx.temperature) @ unit_b.mT) / ctx.temperature
         tangent = torch.zeros_like(
             weights
         )  # (3) is symmetric: it turns tangents into those of â, b̂
@@ -91,7 +116,7 @@ class InfoNCELossFunction(Function):
             tangent = tangent + _of_vector(tangent_a, unit_a, norm_a) @ unit_b.mT
         if tangent_b is not None:
             tangent = tangent + unit_a @ _of_vector(tangent_b, unit_b, norm_b).mT
-        return reduce((weights * tangent).sum(1), ctx.reduction)  # (4)
+        return reduce((weights * tangent).sum(1), ctx.reduction), None  # (4)
 
 
 def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,13 +126,13 @@ def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
     return v / norm, norm
 
 
-def _weights(unit_a: Tensor, unit_b: Tensor, s: Tensor, temperature: float) -> Tensor:
-    p = torch.softmax(scale_fresh(unit_a @ unit_b.mT, unit_a.new_tensor(1 / temperature)), 1)
-    if fused(p, s):
+def _excess(z: Tensor) -> Tensor:
+    """Return P - 1 of (1), from z or from log P."""
+    p = torch.softmax(z, 1)
+    if fused(p):
         p.diagonal().sub_(1)
-    else:
-        p = p - torch.eye(p.shape[0], dtype=p.dtype, device=p.device)
-    return scale_fresh(p, (s / temperature).unsqueeze(1))  # (1)
+        return p
+    return p - torch.eye(p.shape[0], dtype=p.dtype, device=p.device)
 
 
 def _of_vector(g: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
@@ -145,7 +170,8 @@ def info_nce_loss(
     reduction = named(_NAME, reduction, None, None)
     _check(input1, input2, temperature)
     input1, input2 = in_autocast_float32(input1, input2)
-    return _info_nce_loss(input1, input2, temperature, reduction)
+    loss, _ = _info_nce_loss(input1, input2, temperature, reduction)
+    return loss
 
 
 def _check(a: Tensor, b: Tensor, temperature: float) -> None:
@@ -210,6 +236,11 @@ def _reference(
     return F.cross_entropy(z, target, reduction=reduction)
 
 
+def _saved_bytes(a: Tensor, *others: object, **_: object) -> int:
+    pairs = 0 if is_half(a) or a.shape[0] ** 2 > _KEPT else a.shape[0] ** 2
+    return stored(a, *others) + pairs * a.element_size()
+
+
 OP = Op(
     function=info_nce_loss,
     modules=(InfoNCELoss,),
@@ -217,6 +248,6 @@ OP = Op(
     samples=_samples,
     module_samples=_module_samples,
     errors=_errors,
-    saved_bytes=lambda *args, **_: stored(*args),
+    saved_bytes=_saved_bytes,
     benchmark=_benchmark,
 )

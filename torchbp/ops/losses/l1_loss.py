@@ -68,10 +68,10 @@ class L1LossFunction(Function):
 
     @staticmethod
     def backward(
-        ctx: Context, grad: Tensor, _: Tensor
+        ctx: Context, grad: Tensor, _sign: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None]:
         (sign,) = ctx.saved_tensors
-        need_x, need_target, _ = ctx.needs_input_grad
+        need_x, need_target, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, sign.numel())
         gradient = scale_fresh(sign.to(s.dtype), s)  # (1)
         grad_x, grad_target = (

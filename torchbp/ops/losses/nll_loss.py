@@ -48,7 +48,8 @@ class NLLLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int
     ) -> tuple[Tensor, Tensor | None]:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *); Σ w_t
-        if x.dim() == 2 and target.dtype == torch.int64 and fused(x) and _one_dtype(x, w):
+        fits = x.dim() == 2 and target.shape == x.shape[:1]
+        if fits and target.dtype == torch.int64 and fused(x) and _one_dtype(x, w):
             return _nll_loss_forward(x, target, w, _REDUCTIONS[reduction], ignored)
         if target.dtype == torch.uint8:  # torch has no batching rule for it
             target = target.long()

@@ -10,7 +10,8 @@ Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N
     tangent_ℓ = Σ gradient · tangent over both inputs, with s = 1                             (4)
 
 Saves:
-    x and t, which are inputs. torch keeps exp(x) and t.
+    Of the logarithm, exp(x), as torch does, and t; x only for the gradient of t. A second derivative goes through
+    exp(x), which is an output that no caller sees. Half precision, and of the rate: x and t, which are inputs.
 
 Edge values:
     x → -∞: grad_x → -s · t.   x = +∞: both are +∞.   No elements: the mean is NaN.
@@ -33,6 +34,7 @@ from torchbp.ops._function import (
     entry,
     in_autocast_float32,
     in_place,
+    is_half,
     public,
     scale_fresh,
 )
@@ -54,63 +56,109 @@ class PoissonNLLLossFunction(Function):
     @staticmethod
     def forward(
         x: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: str
-    ) -> Tensor:  # (*), (*) -> () or (*)
-        return reduced(lambda x, t: _values(x, t, log_input, full, eps), reduction, x, target)
+    ) -> tuple[Tensor, Tensor | None]:  # (*), (*) -> () or (*), rate (*)
+        if not log_input or is_half(x):
+            return reduced(
+                lambda x, t: _values(x, t, log_input, full, eps), reduction, x, target
+            ), None
+        rate = x.exp()
+        loss = reduced(
+            lambda rate, x, t: _values_of_rate(rate, x, t, full),
+            reduction,
+            rate,
+            x,
+            target,
+            into=None if full else _values_of_rate_into,
+        )
+        return loss, rate
 
     @staticmethod
     def setup_context(
-        ctx: Context, inputs: tuple[Tensor, Tensor, bool, bool, float, str], output: Tensor
+        ctx: Context,
+        inputs: tuple[Tensor, Tensor, bool, bool, float, str],
+        output: tuple[Tensor, Tensor | None],
     ) -> None:
         x, target, ctx.log_input, ctx.full, ctx.eps, ctx.reduction = inputs
-        ctx.save_for_backward(x, target)
-        ctx.save_for_forward(x, target)
+        _, rate = output
+        ctx.set_materialize_grads(False)
+        of_target = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if rate is None or of_target else None, target, rate)
+        ctx.save_for_forward(x, target, rate)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, target = ctx.saved_tensors
+    def backward(
+        ctx: Context, grad: Tensor | None, grad_rate: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, target, rate = ctx.saved_tensors
         need_x, need_target, *_ = ctx.needs_input_grad
-        s = spread(grad, ctx.reduction, x.numel())
         grad_x = grad_target = None
-        if need_x:
-            grad_x = in_pieces(
-                lambda x, t, s: _gradient_x(x, t, s, ctx.log_input, ctx.eps), x, target, s
-            )
-        if need_target:
-            grad_target = in_pieces(
-                lambda t, x, s: s * _slope_target(x, t, ctx.log_input, ctx.full, ctx.eps),
-                target,
-                x,
-                s,
-            )
+        if grad is not None:
+            s = spread(grad, ctx.reduction, target.numel())
+            if need_x and rate is not None:
+                grad_x = in_pieces(_gradient_of_rate, rate, target, s, into=_gradient_into)  # (1)
+            elif need_x:
+                grad_x = in_pieces(
+                    lambda x, t, s: _gradient_x(x, t, s, ctx.log_input, ctx.eps), x, target, s
+                )
+            if need_target:
+                grad_target = in_pieces(
+                    lambda t, x, s: s * _slope_target(x, t, ctx.log_input, ctx.full, ctx.eps),
+                    target,
+                    x,
+                    s,
+                )
+        if grad_rate is not None and need_x:
+            of_rate = grad_rate * rate
+            grad_x = of_rate if grad_x is None else grad_x + of_rate
         return grad_x, grad_target, None, None, None, None
 
     @staticmethod
     def jvp(
         ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, *_: None
-    ) -> Tensor:
-        x, target = ctx.saved_tensors
+    ) -> tuple[Tensor, Tensor | None]:
+        x, target, rate = ctx.saved_tensors
         along_x = (tangent_x, _gradient_x(x, target, x.new_ones(()), ctx.log_input, ctx.eps))
         slope = _slope_target(x, target, ctx.log_input, ctx.full, ctx.eps)
-        return reduce(directional(along_x, (tangent_target, slope)), ctx.reduction)  # (4)
+        tangent = reduce(directional(along_x, (tangent_target, slope)), ctx.reduction)  # (4)
+        if rate is None:
+            return tangent, None
+        return tangent, torch.zeros_like(rate) if tangent_x is None else tangent_x * rate
+
+
+def _values_of_rate(rate: Tensor, x: Tensor, t: Tensor, full: bool) -> Tensor:
+    values = rate - t * x
+    return values + _stirling(t) if full else values
+
+
+def _values_of_rate_into(values: Tensor, rate: Tensor, x: Tensor, t: Tensor) -> None:
+    torch.addcmul(rate, t, x, value=-1, out=values)
+
+
+def _gradient_of_rate(rate: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    return (rate - t) * s
+
+
+def _gradient_into(grad_x: Tensor, rate: Tensor, t: Tensor, s: Tensor) -> None:
+    torch.sub(rate, t, out=grad_x).mul_(s)
+
+
+def _stirling(t: Tensor) -> Tensor:
+    stirling = t * t.log() - t + 0.5 * (2 * math.pi * t).log()
+    return stirling.masked_fill(t <= 1, 0)
 
 
 def _values(x: Tensor, t: Tensor, log_input: bool, full: bool, eps: float) -> Tensor:
     if log_input:
-        rate = x.exp()
-        values = rate.addcmul_(t, x, value=-1) if in_place(rate, x, t) else rate - t * x
+        values = x.exp() - t * x
     else:
         log = (x + eps).log()
         values = torch.sub(x, log.mul_(t), out=log) if in_place(log, x, t) else x - t * log
-    if full:
-        stirling = t * t.log() - t + 0.5 * (2 * math.pi * t).log()
-        values = values + stirling.masked_fill(t <= 1, 0)
-    return values
+    return values + _stirling(t) if full else values
 
 
 def _gradient_x(x: Tensor, t: Tensor, s: Tensor, log_input: bool, eps: float) -> Tensor:
     if log_input:
-        rate = x.exp()
-        return scale_fresh(rate.sub_(t) if in_place(rate, t, s) else rate - t, s)  # (1)
+        return scale_fresh(x.exp() - t, s)  # (1)
     return scale_fresh(1 - t / (x + eps), s)  # (2)
 
 
@@ -165,7 +213,8 @@ def poisson_nll_loss(
     if input.is_complex() or target.is_complex():  # nothing that a rate could mean: torch's own
         return F.poisson_nll_loss(input, target, log_input, full, eps=eps, reduction=reduction)
     input, target = torch.broadcast_tensors(*in_autocast_float32(input, target))
-    return _poisson_nll_loss(input, target, log_input, full, eps, reduction)
+    loss, _ = _poisson_nll_loss(input, target, log_input, full, eps, reduction)
+    return loss
 
 
 class PoissonNLLLoss(nn.PoissonNLLLoss):
@@ -213,6 +262,11 @@ def _benchmark(make: Make, n: int) -> Sample:
     return Sample((x, make.uniform(*x.shape, high=4.0)))
 
 
+def _saved_bytes(x: Tensor, target: Tensor, log_input: bool = True, **_: object) -> int:
+    both = log_input and not is_half(x) and target.requires_grad  # exp(x) and x
+    return stored(x, target) + (stored(x) if both else 0)
+
+
 OP = Op(
     function=poisson_nll_loss,
     modules=(PoissonNLLLoss,),
@@ -220,6 +274,6 @@ OP = Op(
     samples=_samples,
     module_samples=_module_samples,
     errors=_errors,
-    saved_bytes=lambda x, target, **_: stored(x, target),
+    saved_bytes=_saved_bytes,
     benchmark=_benchmark,
 )

@@ -23,13 +23,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-from torchbp.ops._function import Context, directional, entry, in_autocast_float32, in_place, public
+from torchbp.ops._function import (
+    Context,
+    directional,
+    entry,
+    in_autocast_float32,
+    is_half,
+    kernel,
+    public,
+)
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._pieces import in_pieces
+from torchbp.ops._pieces import alike, in_pieces
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops.losses._log_sums import reduced_softplus
 
 __all__ = ["SoftMarginLoss", "SoftMarginLossFunction", "soft_margin_loss"]
+
+_softplus_into = kernel("softplus", "out")
+_softplus_backward_into = kernel("softplus_backward", "grad_input")
 
 
 class SoftMarginLossFunction(Function):
@@ -39,7 +51,9 @@ class SoftMarginLossFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, target: Tensor, reduction: str) -> Tensor:  # (*), (*) -> () or (*)
-        return -reduced(_log_sigmoid, reduction, x, target)
+        if reduction != "none" and not is_half(x) and alike(x, target):
+            return reduced_softplus(_parts, reduction, x, target)
+        return -reduced(_log_sigmoid, reduction, x, target, into=_log_sigmoid_into)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
@@ -53,8 +67,11 @@ class SoftMarginLossFunction(Function):
         need_x, need_target, _ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, x.numel())
         # (2) is (1) with the roles of x and t exchanged
-        grad_x = in_pieces(_gradient, x, target, s) if need_x else None
-        return grad_x, in_pieces(_gradient, target, x, s) if need_target else None, None
+        grad_x = in_pieces(_gradient, x, target, s, into=_gradient_into) if need_x else None
+        grad_target = None
+        if need_target:
+            grad_target = in_pieces(_gradient, target, x, s, into=_gradient_into)
+        return grad_x, grad_target, None
 
     @staticmethod
     def jvp(
@@ -71,10 +88,23 @@ def _log_sigmoid(x: Tensor, t: Tensor) -> Tensor:
     return F.softplus(t * x, -1, 40)  # in one pass and one tensor; F.logsigmoid makes two
 
 
+def _log_sigmoid_into(value: Tensor, x: Tensor, t: Tensor) -> None:
+    _softplus_into(torch.mul(x, t, out=value), -1, 40, out=value)
+
+
+def _parts(linear: Tensor, z: Tensor, x: Tensor, t: Tensor) -> None:
+    """Write max(-t x, 0), and |t x|: softplus(-t x) = max(-t x, 0) + log(1 + exp(-|t x|))."""
+    torch.clamp(torch.mul(x, t, out=z), max=0, out=linear).neg_()
+    z.abs_()
+
+
 def _gradient(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    if not in_place(x, t, s):
-        return -s * t * torch.sigmoid(-t * x)  # (1)
-    return torch.mul(x, t).neg_().sigmoid_().mul_(t).mul_(-s)
+    return -s * t * torch.sigmoid(-t * x)  # (1)
+
+
+def _gradient_into(grad_x: Tensor, x: Tensor, t: Tensor, s: Tensor) -> None:
+    tx = torch.mul(x, t, out=grad_x)
+    _softplus_backward_into(t, tx, -1, 40, grad_input=grad_x).mul_(-s)  # t · σ(-t x) in one pass
 
 
 _soft_margin_loss = entry(SoftMarginLossFunction)

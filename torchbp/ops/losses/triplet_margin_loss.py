@@ -63,7 +63,13 @@ class TripletMarginLossFunction(Function):
         swap: bool,
         reduction: str,
     ) -> Tensor:  # (*, D) three times -> () or (*)
-        distances = [_norm(v, power) for v in _differences(a, p, n, eps, swap)]
+        if fused(a, p, n) and a.dtype == p.dtype == n.dtype and a.numel() > 0:
+            v = torch.empty_like(a)
+            distances = [
+                _norm(torch.sub(u, w, out=v).add_(eps), power) for u, w in _pairs(a, p, n, swap)
+            ]
+        else:
+            distances = [_norm(v, power) for v in _differences(a, p, n, eps, swap)]
         near, far = distances[0], distances[1]
         far = torch.minimum(far, distances[2]) if swap else far
         return reduce((near - far + margin).clamp(min=0), reduction).to(a.dtype)
@@ -82,8 +88,17 @@ class TripletMarginLossFunction(Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, p, n = ctx.saved_tensors
         s = spread(grad, ctx.reduction, a.shape[:-1].numel())
-        g_ap, g_an, g_pn = _gradients(a, p, n, s, ctx.margin, ctx.power, ctx.eps, ctx.swap)
         need_a, need_p, need_n, *_ = ctx.needs_input_grad
+        if (
+            ctx.power == 2
+            and not ctx.swap
+            and fused(grad, a, p, n)
+            and a.dtype == p.dtype == n.dtype
+        ):
+            needs = (need_a, need_p, need_n)
+            grads = _euclidean_gradients(a, p, n, s, ctx.margin, ctx.eps, needs)
+            return *grads, None, None, None, None, None
+        g_ap, g_an, g_pn = _gradients(a, p, n, s, ctx.margin, ctx.power, ctx.eps, ctx.swap)
         grad_a = (g_ap + g_an).to(a.dtype) if need_a else None  # (3)
         grad_p = grad_n = None
         if need_p:
@@ -114,8 +129,12 @@ def _differences(a: Tensor, p: Tensor, n: Tensor, eps: float, swap: bool) -> lis
     """Return a - p + ε, a - n + ε and, with swap, p - n + ε; in float32 for half precision."""
     if is_half(a):
         a, p, n = a.float(), p.float(), n.float()
-    pairs = ((a, p), (a, n), (p, n)) if swap else ((a, p), (a, n))
+    pairs = _pairs(a, p, n, swap)
     return [(u - v).add_(eps) if fused(a, p, n) else u - v + eps for u, v in pairs]
+
+
+def _pairs(a: Tensor, p: Tensor, n: Tensor, swap: bool) -> tuple[tuple[Tensor, Tensor], ...]:
+    return ((a, p), (a, n), (p, n)) if swap else ((a, p), (a, n))
 
 
 def _norm(v: Tensor, power: float) -> Tensor:
@@ -138,6 +157,27 @@ def _gradients(
         return g_ap, _slope(vs[1], ds[1], power, -s), None
     g_an = _slope(vs[1], ds[1], power, -s * (1 - share))
     return g_ap, g_an, _slope(vs[2], ds[2], power, -s * share)
+
+
+def _euclidean_gradients(
+    a: Tensor,
+    p: Tensor,
+    n: Tensor,
+    s: Tensor,
+    margin: float,
+    eps: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (3) for p = 2 without swap, each difference written where its gradient will be."""
+    grad_p, grad_n = (p - a).sub_(eps), (a - n).add_(eps)
+    near, far = _norm(grad_p, 2), _norm(grad_n, 2)
+    s = s * (near - far + margin >= 0).to(near.dtype)
+    by_near, by_far = ((s / d).masked_fill(d == 0, 0).unsqueeze(-1) for d in (near, far))
+    grad_p.mul_(by_near)  # -G_ap
+    grad_n.mul_(by_far)  # -G_an
+    need_a, need_p, need_n = needs
+    grad_a = torch.add(grad_p, grad_n).neg_() if need_a else None
+    return grad_a, grad_p if need_p else None, grad_n if need_n else None
 
 
 def _slope(v: Tensor, d: Tensor, power: float, s: Tensor) -> Tensor:

@@ -26,12 +26,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
+from torchbp.ops._pieces import row_pieces
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.normalization._standardize import widened
 
 __all__ = ["DyT", "DyTFunction", "dyt"]
+
+_sigmoid_backward_into = kernel("sigmoid_backward", "grad_input")
 
 
 class DyTFunction(Function):
@@ -60,28 +63,22 @@ class DyTFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, weight = ctx.saved_tensors
         need_x, need_alpha, need_weight, need_bias = ctx.needs_input_grad
+        vectors = (None if weight is None else weight.shape, ctx.bias and ctx.bias[0])
+        if fused(grad_y, x) and x.numel() and all(v in (None, x.shape[-1:]) for v in vectors):
+            return _by_rows(grad_y, x, alpha, weight, ctx.needs_input_grad, ctx.bias)
         grad_x = grad_alpha = grad_weight = grad_bias = None
         g, wide = widened(grad_y), widened(x)
-        in_place = fused(grad_y, x)
-        z = wide * alpha
-        z = z.tanh_() if in_place else z.tanh()
+        z = torch.tanh(wide * alpha)
         if need_weight:
             grad_weight = (g * z).sum_to_size(weight.shape).to(weight.dtype)  # (3)
         if need_bias:
             bias_shape, bias_dtype = ctx.bias
             grad_bias = g.sum_to_size(bias_shape).to(bias_dtype)  # (4)
         if need_x or need_alpha:
-            s = g if weight is None else g * weight
-            if in_place:
-                s = torch.ops.aten.tanh_backward(s, z)
-                if need_alpha:
-                    grad_alpha = torch.dot(s.reshape(-1), x.reshape(-1)).reshape(alpha.shape)  # (2)
-                grad_x = s.mul_(alpha) if need_x else None  # (1)
-            else:
-                s = s * (1 - z * z)
-                grad_x = (s * alpha).to(x.dtype) if need_x else None  # (1)
-                if need_alpha:
-                    grad_alpha = (s * wide).sum_to_size(alpha.shape).to(alpha.dtype)  # (2)
+            s = (g if weight is None else g * weight) * (1 - z * z)
+            grad_x = (s * alpha).to(x.dtype) if need_x else None  # (1)
+            if need_alpha:
+                grad_alpha = (s * wide).sum_to_size(alpha.shape).to(alpha.dtype)  # (2)
         return grad_x, grad_alpha, grad_weight, grad_bias
 
     @staticmethod
@@ -102,6 +99,55 @@ class DyTFunction(Function):
         if tangent_bias is not None:
             tangent_y = tangent_y + tangent_bias
         return tangent_y.to(x.dtype)
+
+
+def _by_rows(
+    grad_y: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    weight: Tensor | None,
+    needs: tuple[bool, ...],
+    bias: tuple[torch.Size, torch.dtype] | None,
+) -> tuple[Tensor | None, ...]:
+    """Return (1) to (4), some rows at a time.
+
+    By q = σ(-2|α x|), which takes a sixth of tanh's time here: 1 - z² = 4 q (1 - q), without the cancellation of the
+    former for large x, and |z| = 1 - 2 q, as good where there are large |α x| among those that (3) sums.
+    """
+    need_x, need_alpha, need_weight, need_bias = needs
+    width = x.shape[-1]
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    flat = (grad_y.reshape(-1, width), x.reshape(-1, width), grad_x.view(-1, width))
+    w = None if weight is None else weight.reshape(-1)
+    sums: tuple[list[Tensor], ...] = ([], [], [])
+    for g, rows, part in row_pieces(*flat):
+        v = rows * alpha
+        q = v.abs()
+        small = q.amax() < 1
+        q.mul_(-2).sigmoid_()
+        if need_weight:
+            if small:
+                z = v.tanh_()
+            else:
+                sign = torch.sign(v, out=v)
+                z = torch.addcmul(sign, sign, q, value=-2, out=v)
+            sums[1].append(torch.mul(g, z, out=part).sum(0))  # (3)
+        if need_bias:
+            sums[2].append(g.sum(0))  # (4)
+        if need_x or need_alpha:
+            s = g if w is None else torch.mul(g, w, out=part)
+            s = _sigmoid_backward_into(s, q, grad_input=part).mul_(4)
+            if need_alpha:
+                sums[0].append(torch.mul(s, rows, out=v).sum())  # (2)
+            s.mul_(alpha)  # (1)
+    grad_alpha, grad_weight, grad_bias = (torch.stack(of).sum(0) if of else None for of in sums)
+    if grad_alpha is not None:
+        grad_alpha = grad_alpha.reshape(alpha.shape)
+    if grad_weight is not None and weight is not None:
+        grad_weight = grad_weight.reshape(weight.shape)
+    if grad_bias is not None and bias is not None:
+        grad_bias = grad_bias.sum_to_size(bias[0]).to(bias[1])
+    return grad_x if need_x else None, grad_alpha, grad_weight, grad_bias
 
 
 _dyt = entry(DyTFunction, again=DyTFunction.forward)

@@ -1,0 +1,56 @@
+"""Σ log(1 + exp(-|z|)), the part of a softplus that is not linear, with a thirty-second of the logarithms.
+
+    log(1 + a) + log(1 + b) = log(1 + (a + b + a b)),   a, b ≥ 0
+
+Pairs are put together before the logarithm is taken, as what they have above 1: all terms are positive, so that
+nothing cancels, and a small one is not lost beside the 1. Of 32 elements, each at most 1, that is below 2³².
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torchbp.ops._pieces import length_written, pieces
+
+__all__ = ["log1p_exp_sum", "reduced_softplus"]
+
+_FOLDS = 5
+_LOG2_E = math.log2(math.e)
+
+
+def log1p_exp_sum(z: Tensor) -> Tensor:  # (n,) -> ()
+    """Return Σ log(1 + exp(-z)), z ≥ 0; ``z`` is written over."""
+    e = z.mul_(-_LOG2_E).exp2_()  # a third of exp's time; a small e is off by z roundings
+    for _ in range(_FOLDS):
+        if e.numel() % 2:
+            break
+        a, b = e.chunk(2)
+        e = torch.addcmul(a, a, b, out=a).add_(b)
+    return e.log1p_().sum()
+
+
+def reduced_softplus(
+    parts: Callable[[Tensor, Tensor, Tensor, Tensor], object],
+    reduction: str,
+    x: Tensor,
+    target: Tensor,
+) -> Tensor:
+    """Return the mean or sum of linear + log(1 + exp(-z)), z ≥ 0, piece by piece.
+
+    Args:
+        parts: ``parts(linear, z, x, target)`` writes the first two.
+        reduction: ``"mean"`` or ``"sum"``.
+        x: Float32 or wider.
+        target: Alike.
+    """
+    length = min(x.numel(), length_written(x))
+    linear, z = x.new_empty(length), x.new_empty(length)
+    sums = []
+    for x_part, t_part in pieces(x.view(-1), target.view(-1), length=length):
+        n = x_part.numel()
+        parts(linear[:n], z[:n], x_part, t_part)
+        sums += [linear[:n].sum(), log1p_exp_sum(z[:n])]
+    total = torch.stack(sums).sum()
+    return total / x.numel() if reduction == "mean" else total
