@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchbp.ops._function import eager
 
-__all__ = ["FAR", "bounded", "known_finite", "limited", "may_be_read", "mended"]
+__all__ = ["FAR", "bounded", "known_finite", "may_be_read", "mended", "noted"]
 
 # From here on |x| is so large that s(x) is 0 or 1 and the derivative too, in every dtype.
 FAR = 1000.0
@@ -33,18 +33,15 @@ def known_finite(x: Tensor) -> bool:
     return may_be_read(x) and math.isfinite(_sum(x.detach()).item())
 
 
-def limited(y: Tensor, x: Tensor, finite: list[bool] | None) -> Tensor:
-    """Return ``y``, but its limit where ``x`` is ±∞.
+def noted(x: Tensor, finite: list[bool] | None) -> bool:
+    """Return whether ``x`` is known to be finite, and append it to ``finite``; ``None`` where it may not be read.
 
-    Args:
-        y: Made from ``x``, element by element; not read where ``x`` is finite.
-        x: Any shape.
-        finite: Appended to: whether ``x`` is known to be finite. ``None`` where it may not be read.
+    Before the kernel, which then finds in the cache what was read here.
     """
     if finite is None:
-        return mended(y, x)
+        return False
     finite.append(math.isfinite(_sum(x).item()))
-    return y if finite[-1] else mended(y, x)
+    return finite[-1]
 
 
 def _sum(x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, limited, may_be_read
+from torchbp.ops.activations._infinities import bounded, may_be_read, mended, noted
 
 __all__ = ["GELU", "GELUFunction", "gelu"]
 
@@ -50,7 +50,9 @@ class GELUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, approximate: str, finite: list[bool] | None) -> Tensor:  # x, y: (*)
-        return limited(F.gelu(x, approximate=approximate), x, finite)
+        known = noted(x, finite)
+        y = F.gelu(x, approximate=approximate)
+        return y if known else mended(y, x)
 
     @staticmethod
     def setup_context(

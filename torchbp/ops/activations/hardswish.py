@@ -28,7 +28,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, overwrite, publ
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, limited, may_be_read
+from torchbp.ops.activations._infinities import bounded, may_be_read, mended, noted
 
 __all__ = ["Hardswish", "HardswishFunction", "hardswish"]
 
@@ -42,7 +42,9 @@ class HardswishFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: list[bool] | None) -> Tensor:  # x, y: (*)
-        return limited(F.hardswish(x), x, finite)
+        known = noted(x, finite)
+        y = F.hardswish(x)
+        return y if known else mended(y, x)
 
     @staticmethod
     def setup_context(

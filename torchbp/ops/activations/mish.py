@@ -26,14 +26,16 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, overwrite, public
+from torchbp.ops._function import Context, entry, fused, kernel, overwrite, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import FAR, bounded, mended
+from torchbp.ops.activations._infinities import FAR, bounded, may_be_read, mended, noted
 
 __all__ = ["Mish", "MishFunction", "mish"]
 
+_mish_backward = kernel("mish_backward")
+_FEW = 1 << 12  # elements; up to these torch's kernels, two and not twenty, take less time
 _LOG2_E = math.log2(math.e)
 
 
@@ -43,22 +45,32 @@ class MishFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:  # x, y: (*)
-        return in_pieces(lambda x: mended(F.mish(x), x), x, into=_value_into, spare=1)
+    def forward(x: Tensor, finite: list[bool] | None) -> Tensor:  # x, y: (*)
+        if isinstance(x, Tensor) and x.numel() > _FEW:  # what is no tensor F.mish refuses
+            return in_pieces(lambda x: mended(F.mish(x), x), x, into=_value_into, spare=1)
+        known = noted(x, finite)
+        y = F.mish(x)
+        return y if known else mended(y, x)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
-        (x,) = inputs
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, list[bool] | None], output: Tensor
+    ) -> None:
+        x, finite = inputs
+        ctx.kernel = bool(finite and finite[0])
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> Tensor:
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return in_pieces(_times_derivative, grad_y, x, into=_times_derivative_into, spare=2)  # (2)
+        if ctx.kernel and fused(grad_y, x, half=True):
+            return _mish_backward(grad_y, x), None
+        into = _times_derivative_into
+        return in_pieces(_times_derivative, grad_y, x, into=into, spare=2), None  # (2)
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
+    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
         return in_pieces(_times_derivative, tangent_x, x)
 
@@ -111,8 +123,8 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.3034,  0.0000,  1.9440])
     """
     if inplace:
-        return overwrite(_mish, input)
-    return _mish(input)
+        return overwrite(_mish, input, [] if may_be_read(input) else None)
+    return _mish(input, [] if may_be_read(input) else None)
 
 
 class Mish(nn.Mish):

@@ -29,7 +29,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, overwrite, publ
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, limited, may_be_read
+from torchbp.ops.activations._infinities import bounded, may_be_read, mended, noted
 
 __all__ = ["SiLU", "SiLUFunction", "silu"]
 
@@ -43,7 +43,9 @@ class SiLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: list[bool] | None) -> Tensor:  # x, y: (*)
-        return limited(F.silu(x), x, finite)
+        known = noted(x, finite)
+        y = F.silu(x)
+        return y if known else mended(y, x)
 
     @staticmethod
     def setup_context(
