@@ -134,8 +134,8 @@ def elementwise_errors(make: Make) -> Iterator[Sample]:
 
 
 def square(make: Make, n: int) -> Sample:
-    """Return one tensor of about ``n`` elements, rows no longer than 1024."""
-    width = min(1024, max(8, math.isqrt(n)))
+    """Return one tensor of about ``n`` elements, rows of an even length, no longer than 1024."""
+    width = min(1024, max(8, math.isqrt(n) // 2 * 2))
     return Sample((make.normal(max(1, n // width), width),))
 
 

@@ -30,7 +30,12 @@ from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.normalization._group_rows import grouped, rows_backward, rows_forward
+from torchbp.ops.normalization._group_rows import (
+    channels_backward,
+    grouped,
+    rows_backward,
+    rows_forward,
+)
 from torchbp.ops.normalization._standardize import (
     along_channels,
     channel_sum,
@@ -91,10 +96,17 @@ class GroupNormFunction(Function):
             grad_x, grad_weight, grad_bias = rows_backward(grad_y, x, weight, mean, rstd, needs)
             return grad_x, None, grad_weight, grad_bias, None
         if x is not None and x.numel() and fused(grad_y, x) and not (need_bias and weight is None):
-            dense = _centred(_dense(x), mean, ctx.groups)
-            dense = (*dense, rstd, None if weight is None else weight.contiguous())
-            grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
-                _dense(grad_y), *dense, *_sizes(x), ctx.groups, [need_x, need_weight, need_bias]
+            if ctx.groups == x.shape[1]:
+                grads = channels_backward(grad_y, x, weight, mean, rstd)
+            else:
+                dense = (_dense(grad_y), _dense(x), mean, rstd)
+                w = None if weight is None else weight.contiguous()
+                needs = [need_x, need_weight, need_bias]
+                kernel = torch.ops.aten.native_group_norm_backward
+                grads = kernel(*dense, w, *_sizes(x), ctx.groups, needs)
+            grad_x, grad_weight, grad_bias = (
+                g if needed else None
+                for g, needed in zip(grads, (need_x, need_weight, need_bias), strict=True)
             )
             return grad_x, None, grad_weight, grad_bias, None
 
@@ -147,17 +159,6 @@ def _dense(x: Tensor) -> Tensor:
         return x.contiguous()
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if last else x.contiguous()
-
-
-def _centred(x: Tensor, mean: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Return x and μ for the kernel, with channels as groups x - μ and 0.
-
-    The kernel takes μ out at the end, where it cancels what it has added: for a mean of 10 and deviation 1 that costs
-    three times the error, also torch's own. A channel by itself (instance normalization) is worth the one pass more.
-    """
-    if groups != x.shape[1]:
-        return x, mean
-    return x - mean.reshape(*mean.shape, *(1 for _ in x.shape[2:])), torch.zeros_like(mean)
 
 
 _group_norm = entry(GroupNormFunction, again=GroupNormFunction.forward)
