@@ -1,9 +1,9 @@
 """Ties: where two elements are equal, a maximum has several gradients; what backward gives is one of them or between.
 
-Two neighbours are made equal, at the largest or smallest place of a line; or two elements of inputs of one shape. A
-little more of the one or of the other breaks the tie: that gives the two gradients to either side. At the tie the
-gradient of an output element must lie on the segment between them. `grad_output * (x == x.max())` gives their sum
-instead.
+Two neighbours are made equal, at the largest or smallest place of a line, or two elements of inputs of one shape; not at
+0, where |x| has gradients of both signs. A little more of the one or of the other breaks the tie: that gives the two
+gradients to either side. At the tie the gradient of an output element must lie on the segment between them.
+`grad_output * (x == x.max())` gives their sum instead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -87,8 +87,9 @@ def _neighbours(case: Case, which: int) -> list[Tie]:
                 line = lines[rows[int(best)]].tolist()
                 k = int(signed[rows[int(best)]].argmax())
                 pair = line[k], line[k + 1 if k + 1 < len(line) else k - 1]
-                ties.append(((which, pair[0]), (which, pair[1])))
-                used.update(pair)
+                if signed[rows[int(best)]][k] != 0:
+                    ties.append(((which, pair[0]), (which, pair[1])))
+                    used.update(pair)
     return ties
 
 
