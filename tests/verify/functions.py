@@ -17,6 +17,15 @@ def r(*shape, positive=False, unit=False):
     return (t.sigmoid() * 0.8 + 0.1 if unit else t).requires_grad_()
 
 
+def zeros(*shape):
+    return torch.zeros(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def factored(size):
+    lu, pivots = torch.linalg.lu_factor(torch.randn(size, size, dtype=torch.float64))
+    return lu.requires_grad_(), pivots
+
+
 def add(name, function, make):
     FUNCTIONS[name] = (function, make)
 
@@ -264,6 +273,12 @@ add(
 add("inplace_relu", lambda x: F.relu(x.clone(), inplace=True), lambda: (r(3, 4),))
 add("complex_abs", torch.abs, lambda: (torch.randn(3, dtype=torch.complex128).requires_grad_(),))
 add("complex_exp", torch.exp, lambda: (torch.randn(3, dtype=torch.complex128).requires_grad_(),))
+add("round decimals", lambda x: torch.round(x, decimals=3), lambda: (r(20),))
+add("norm inf at 0", lambda x: torch.linalg.vector_norm(x, torch.inf), lambda: (zeros(5),))
+add("matrix_exp", lambda x: torch.matrix_exp(3 * x), lambda: (r(5, 5),))
+add("slogdet", lambda x: torch.linalg.slogdet(x)[1], lambda: (r(4, 4),))
+add("lu_solve", torch.linalg.lu_solve, lambda: (*factored(4), r(4, 2)))
+add("householder_product", torch.linalg.householder_product, lambda: (r(5, 5), r(5)))
 for _m in (
     torch.nn.GRUCell(3, 4),
     torch.nn.LSTMCell(3, 4),

@@ -1,8 +1,9 @@
 """`make mutation`: how many wrong functions gradcheck catches, and on how many right ones it gives a false alarm.
 
-Four parts, each with one line of sum: the wrong functions with right twins that the tests hold, those that were written
-before any check saw them, every op of torchbp, and functions of torch. What alarms on a right function must stand in
-`alarms.KNOWN`, which holds a reproduction of each in plain torch.
+Five parts, each with its sum: the wrong functions with right twins that the tests hold, those that were written
+before any check saw them, every op of torchbp, functions of torch, and the catalogue of torch's own test suite. What
+alarms on a right function must stand in `alarms.KNOWN`, which holds a reproduction of each in plain torch, or in
+`catalogue.DEFECTS`.
 
     make mutation ARGS="--parts twins unseen --verbose"
 """
@@ -14,6 +15,7 @@ import time
 import torch
 
 import torchbp
+from tests.verify import catalogue as torchs
 from tests.verify import known
 from tests.verify.alarms import KNOWN
 from tests.verify.functions import FUNCTIONS
@@ -112,7 +114,30 @@ def functions(score):
     return f"functions of torch, without compile: alarms on {alarms} of {len(FUNCTIONS)}"
 
 
-PARTS = {"twins": twins, "unseen": unseen, "ops": ops, "functions": functions}
+def catalogue(score):
+    """Functions of torch's own test suite; what is found on them is in a list of its own, by name."""
+    found, count = set(), 0
+    for name, function, inputs in torchs.functions():
+        count += 1
+        if score.check(name, function, inputs, skip=["compile"]):
+            continue
+        found.add(name.split()[0])
+        if name.split()[0] not in torchs.DEFECTS:
+            score.unexpected += 1
+            print(f"ALARM on {name}", flush=True)
+    lines = [f"{name}: {torchs.DEFECTS[name]}" for name in sorted(found & torchs.DEFECTS.keys())]
+    return "\n  ".join(
+        [f"functions of torch's test suite: findings on {len(found)} of {count}", *lines]
+    )
+
+
+PARTS = {
+    "twins": twins,
+    "unseen": unseen,
+    "ops": ops,
+    "functions": functions,
+    "catalogue": catalogue,
+}
 
 
 def main() -> int:

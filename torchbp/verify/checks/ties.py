@@ -1,7 +1,7 @@
 """Ties: where two elements are equal, a maximum has several gradients; what backward gives is one of them or between.
 
-Two neighbours are made equal, at the largest or smallest place of a line, or two elements of inputs of one shape; not at
-0, where |x| has gradients of both signs. A little more of the one or of the other breaks the tie: that gives the two
+Two neighbours are made equal, at the largest or smallest place of a line, or two elements of inputs of one shape; not
+at 0, where |x| has gradients of both signs. A little more of the one or of the other breaks the tie: that gives the two
 gradients to either side. At the tie the gradient of an output element must lie on the segment between them.
 `grad_output * (x == x.max())` gives their sum instead.
 """
