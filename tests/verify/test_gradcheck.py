@@ -60,6 +60,39 @@ def test_finding_says_where_and_how_far():
     assert "seed=0" in first.repeat
 
 
+def row_0(g):
+    return torch.cat([g[-1:], torch.zeros_like(g[1:])])
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda g: -g, "wrong sign"),
+        (lambda g: 3 * g, "factor 3 too large, a size of the data: mean and sum confused"),
+        (lambda g: g.flip(0), "reversed along dimension 0"),
+        (lambda g: g.roll(1, 1), "shifted by one along dimension 1"),
+        (row_0, "written in slice 0 of dimension 0 only"),
+        (lambda g: g.float().double(), "computed in a lower precision than the input's"),
+        (
+            lambda g: g * (torch.arange(5) < 4),
+            "no gradient there: detached, masked, or not written",
+        ),
+    ],
+)
+def test_likely_cause(change, cause):
+    class Changed(Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2.1 * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return change(2.1 * g)
+
+    report = torchbp.gradcheck(Changed.apply, sample(3, 5), checks="values", raise_exception=False)
+    assert report.findings[0].cause.startswith(cause)
+
+
 def test_json_and_markdown_say_the_same():
     report = torchbp.gradcheck(Scaled.apply, sample(5), raise_exception=False)
     record = json.loads(report.to_json())

@@ -66,6 +66,21 @@ def _of_all(  # noqa: PLR0911  # one return a cause
         return "transposed"
     if _close(got.abs(), expected.abs(), scale):
         return "wrong sign in some elements: |·| or a sign lost"
+    return _of_slices(got, expected, scale)
+
+
+def _of_slices(got: Tensor, expected: Tensor, scale: Tensor) -> str | None:
+    for dim, n in enumerate(got.shape):
+        if n > 1 and _close(got.flip(dim), expected, scale):
+            return f"reversed along dimension {dim}"
+        for by in (1, -1) if n > 2 else ():
+            here, there = (t.narrow(dim, max(0, k), n - 1) for t, k in ((got, by), (expected, -by)))
+            if _close(here, there, scale):
+                return f"shifted by one along dimension {dim}"
+        others = [d for d in range(got.dim()) if d != dim]
+        written = (got.abs().amax(others) if others else got.abs()) > 0
+        if n > 2 and int(written.sum()) == 1:
+            return f"written in slice {int(written.nonzero())} of dimension {dim} only"
     return None
 
 
