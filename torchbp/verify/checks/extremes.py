@@ -40,9 +40,16 @@ def _run(case: Case) -> Iterator[Finding]:
     ]
     tested = False
     for text, change in SAMPLES.items():
-        for names, other in _samples(case, inputs, change):
+        every = _changed(case, inputs, change)
+        if len(inputs) > 1 and accepts(every) and _finite(every):
             tested = True
-            when = f" where {names} is {text}, where forward is finite and smooth"
+            continue  # each alone leaves no question
+        for which in inputs:
+            other = _changed(case, [which], change) if len(inputs) > 1 else every
+            if not accepts(other):
+                continue
+            tested = True
+            when = f" where {case.names[which]} is {text}, where forward is finite and smooth"
             found = _all_finite(other, when)
             if found:
                 yield found
@@ -54,21 +61,6 @@ def _run(case: Case) -> Iterator[Finding]:
             yield from _masked(case, masked, which)
     if not tested:
         raise NotApplicable("forward is finite at no extreme")
-
-
-def _samples(
-    case: Case, inputs: list[int], change: Callable[[Tensor], Tensor]
-) -> Iterator[tuple[str, Case]]:
-    """Yield the changed samples: all inputs at once, and each alone only where that leaves a question."""
-    if len(inputs) > 1:
-        every = _changed(case, inputs, change)
-        if accepts(every) and not any(_not_finite(every, i) for i in range(len(case.leaves))):
-            yield "every input", every
-            return
-    for i in inputs:
-        other = _changed(case, [i], change)
-        if accepts(other):
-            yield case.names[i], other
 
 
 def _masked(case: Case, masked: Case, which: int) -> Iterator[Finding]:
@@ -91,6 +83,10 @@ def _all_finite(case: Case, when: str) -> Finding | None:
 def _changed(case: Case, chosen: list[int], change: Callable[[Tensor], Tensor]) -> Case:
     where = [case.where[i] for i in chosen]
     return case.edited(lambda i, t: change(t) if i in where else t)
+
+
+def _finite(case: Case) -> bool:
+    return not any(_not_finite(case, i) for i in range(len(case.leaves)))
 
 
 def _not_finite(case: Case, which: int) -> bool:
