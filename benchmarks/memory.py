@@ -1,11 +1,12 @@
 """What training keeps and takes: torch, its checkpoints and its compiler, against torchbp, lean, and lean with budgets.
 
 Method: README.md beside this file. Each model runs in one process, one thread, all ways in turns. Writes
-benchmarks/data/memory-<device>-<date>.json; ``--picture`` draws docs/pictures/lean.svg from it.
+benchmarks/data/memory-<device>-<date>.json and draws docs/pictures/lean.svg from it.
 """
 
 import argparse
 import copy
+import ctypes
 import datetime
 import gc
 import json
@@ -17,70 +18,28 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 sys.path.insert(0, str(Path(__file__).parent))
-from models import MODELS, LlamaBlock, ResidualBlock, TransformerBlock, UNet, loss
-from run import processor
+from memory_picture import draw
+from memory_ways import COMPILED, WAYS, WORDS_WAYS
+from models import MODELS, WORDS, Configuration, LanguageModel, loss
+from run import DATA, processor, settle_allocator
 
-import torchbp
 from torchbp.recompute._live import Live
 
-DATA = Path(__file__).parent / "data"
-PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "lean.svg"
-BUDGETS = (0.5, 0.4, 0.3, 0.2, 0.1)
-aten = torch.ops.aten
-
-# What a selective checkpoint keeps: the outputs that are dear to make again.
-_KEPT = {
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.convolution.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001
-}
+ALL = {**MODELS, "GPT, 32000 words": WORDS}
+LARGEST = ("torch", "torch checkpoint", "lean", "lean 0.3", "lean 0.1")
 
 
-def _policy(_context: object, op: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def checkpointed(model: nn.Module, selective: bool) -> nn.Module:
-    """Put a checkpoint around each block of ``model``."""
-    more: dict[str, Any] = {}
-    if selective:
-        more["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    blocks = [
-        m for m in model.modules() if isinstance(m, (TransformerBlock, LlamaBlock, ResidualBlock))
-    ]
-    if isinstance(model, UNet):
-        blocks += [*model.down, *model.merge]
-    for block in blocks:
-        run: Any = partial(checkpoint, block.forward, use_reentrant=False, **more)
-        block.forward = run
-    return model
-
-
-WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "torch": lambda m: m,
-    "torch checkpoint": partial(checkpointed, selective=False),
-    "torch selective checkpoint": partial(checkpointed, selective=True),
-    "torchbp": torchbp.convert,
-    "lean": torchbp.lean,
-    **{f"lean {b}": partial(torchbp.lean, budget=b) for b in BUDGETS},
-}
+def ways_of(config: Configuration) -> dict[str, Any]:
+    """Return the ways that a configuration is measured in."""
+    return WORDS_WAYS if config is WORDS else WAYS
 
 
 class Step:
@@ -88,13 +47,15 @@ class Step:
 
     def __init__(self, name: str, way: str, batch: int) -> None:
         torch.manual_seed(0)
-        config = MODELS[name]
-        self.model = WAYS[way](config.model())
+        config = ALL[name]
+        self.model = ways_of(config)[way](config.model())
         self.x, self.y = config.data(batch)
 
     def forward(self) -> Tensor:
         """Return the loss; dropout draws alike each time."""
         torch.manual_seed(1)
+        if isinstance(self.model, LanguageModel):
+            return self.model(self.x, self.y)
         return loss(self.model(self.x), self.y)
 
     def __call__(self) -> None:
@@ -112,32 +73,28 @@ class Step:
             value.backward()
         return kept, live.peak
 
+    def saved(self) -> int:
+        """Return what saved-tensor hooks see, by storages: for compiled code, into which ``bytes`` can't see."""
+        apart = {t.data_ptr() for t in (*self.model.parameters(), self.x, self.y)}
+        kept: dict[int, Tensor] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.detach()
+            return t.detach()
+
+        with saved_tensors_hooks(pack, lambda t: t):
+            self.forward()
+        return sum(t.untyped_storage().nbytes() for k, t in kept.items() if k not in apart)
+
     def gradients(self) -> list[Tensor]:
         """Return what one step gives, from the same buffers each time."""
         self()
         return [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
 
 
-def compiled_bytes(name: str, batch: int) -> int:
-    """Return what torch.compile's partitioner keeps; the time of its default backend is not what is asked here."""
-    step = Step(name, "torch", batch)
-    step.model.compile(backend="aot_eager_decomp_partition")
-    parameters = {p.data_ptr() for p in step.model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.detach()
-        return t.detach()
-
-    step()
-    with saved_tensors_hooks(pack, lambda t: t):
-        step.forward()
-    return sum(t.untyped_storage().nbytes() for k, t in kept.items() if k not in parameters)
-
-
 def measure(name: str, batch: int, seconds: float) -> list[dict[str, Any]]:
     """Return one row a way."""
-    steps = {way: Step(name, way, batch) for way in WAYS}
+    steps = {way: Step(name, way, batch) for way in ways_of(ALL[name])}
     for step in steps.values():  # budgets are measured in the first
         step()
         step()
@@ -145,9 +102,8 @@ def measure(name: str, batch: int, seconds: float) -> list[dict[str, Any]]:
     for step in steps.values():
         for key, buffer in step.model.named_buffers():
             buffer.copy_(buffers[key])
-    want = steps["torchbp"].gradients()
-    sizes = {way: step.bytes() for way, step in steps.items()}
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    sizes = {w: (s.saved(), 0) if w == COMPILED else s.bytes() for w, s in steps.items()}
+    times: dict[str, list[float]] = {way: [] for way in steps}
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(times["torch"]) < 3:
         for way, step in steps.items():
@@ -156,38 +112,35 @@ def measure(name: str, batch: int, seconds: float) -> list[dict[str, Any]]:
             times[way].append(time.process_time() - before)
     rows = []
     for way, step in steps.items():
-        equal = None
-        if way.startswith("lean"):
-            equal = all(torch.equal(a, b) for a, b in zip(step.gradients(), want, strict=True))
         kept, peak = sizes[way]
-        ratios = [a / b for a, b in zip(times[way], times["torch"], strict=True)]
-        rows.append(
-            {
-                "model": name,
-                "way": way,
-                "batch": batch,
-                "kept_bytes": kept,
-                "peak_bytes": peak,
-                "kept": kept / sizes["torch"][0],
-                "peak": peak / sizes["torch"][1],
-                "milliseconds": statistics.median(times[way]) * 1e3,
-                "time": statistics.median(ratios),
-                "repeats": len(ratios),
-                "bits_equal": equal,
-            }
-        )
-    del steps
-    kept = compiled_bytes(name, batch)
-    rows.append(
-        {
+        ratios = sorted(a / b for a, b in zip(times[way], times["torch"], strict=True))
+        row = {
             "model": name,
-            "way": "torch.compile (partitioner)",
+            "way": way,
             "batch": batch,
             "kept_bytes": kept,
-            "kept": kept / rows[0]["kept_bytes"],
+            "kept": kept / sizes["torch"][0],
+            "milliseconds": statistics.median(times[way]) * 1e3,
+            "time": statistics.median(ratios),
+            "time_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+            "repeats": len(ratios),
         }
-    )
+        if peak:
+            row |= {"peak_bytes": peak, "peak": peak / sizes["torch"][1]}
+        if way.startswith("lean"):
+            row["bits_equal"] = same_bits(name, way, batch, step)
+        rows.append(row)
     return rows
+
+
+def same_bits(name: str, way: str, batch: int, step: Step) -> bool:
+    """Return whether the gradients of a lean step are those of the converted model, which is not lean."""
+    _, *criterion = way.split(", ")
+    other = Step(name, ", ".join(["torchbp", *criterion]), batch)
+    for mine, its in zip(step.model.buffers(), other.model.buffers(), strict=True):
+        its.copy_(mine)
+    pairs = zip(step.gradients(), other.gradients(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 # ---------------------------------------------------------------------------------- in a process of its own
@@ -221,14 +174,18 @@ def _child(*args: object) -> str:
 
 
 def _in_child(what: str, name: str, way: str, batch: str, limit: str = "0") -> object:
-    step = Step(name, way, 1)
+    settle_allocator()
+    step = Step(name, way, int(batch) if way == COMPILED else 1)
     step()  # what is made once: threads, kernels, the budget's measurement
     step()
-    step.x, step.y = MODELS[name].data(int(batch))
+    step.x, step.y = ALL[name].data(int(batch))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free by now is no one's
     if what == "resident":
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _resident()
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the most so far
         step()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        return _resident("VmHWM") - before
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + int(limit), used + int(limit)))
     try:
@@ -239,93 +196,62 @@ def _in_child(what: str, name: str, way: str, batch: str, limit: str = "0") -> o
     return True
 
 
+def _resident(field: str = "VmRSS") -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
 # ---------------------------------------------------------------------------------- what is shown
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as text."""
-    lines = [f"{'':40}{'kept':>8}{'peak':>8}{'time':>8}   of torch's"]
+    lines = [f"{'':50}{'kept':>8}{'peak':>8}{'time':>8}   of torch's"]
     for r in rows:
         cells = "".join(f"{r[k]:8.2f}" if k in r else " " * 8 for k in ("kept", "peak", "time"))
         equal = r.get("bits_equal")
         note = "" if equal is None else "   bits equal" if equal else "   BITS DIFFER"
-        lines.append(f"{r['model']:12}{r['way']:28}{cells}{note}")
+        lines.append(f"{r['model']:18}{r['way']:32}{cells}{note}")
     return "\n".join(lines)
 
 
-def picture(rows: list[dict[str, Any]]) -> str:
-    """Return an SVG: for two models, kept bytes against time, each way a point, lean's budgets a curve."""
-    width, height, left, top, plot_w, plot_h = 860, 400, 60, 46, 330, 280
-    fonts = 'font-family="system-ui, sans-serif" font-size="12" fill="#333"'
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {fonts}>',
-        f'<rect width="{width}" height="{height}" fill="#fff"/>',
-    ]
-    most = max(r["time"] for r in rows if "time" in r and r["model"] in ("GPT", "ResNet-20"))
-    high = max(1.4, -(-most // 0.1) * 0.1)
-    for i, name in enumerate(("GPT", "ResNet-20")):
-        x0 = left + i * (plot_w + 80)
+def stored() -> dict[str, dict[str, Any]]:
+    """Return the rows of the newest file, by what they are of."""
+    files = sorted(DATA.glob("memory-cpu-*.json"))
+    rows = json.loads(files[-1].read_text())["rows"] if files else []
+    return {key(r): r for r in rows}
 
-        def px(kept: float, x0: int = x0) -> float:
-            return x0 + kept * plot_w / 1.05
 
-        def py(t: float) -> float:
-            return top + plot_h - (t - 0.8) / (high - 0.8) * plot_h
+def key(row: dict[str, Any]) -> str:
+    """Return what a row is of: a model made one way, or its largest batch."""
+    return f"{row['model']}, {row['way']}, {row.get('limit_mib', 'a step')}"
 
-        out.append(f'<text x="{x0}" y="{top - 18}" font-size="15" font-weight="600">{name}</text>')
-        out.extend(
-            f'<line x1="{px(k):.1f}" y1="{top}" x2="{px(k):.1f}" y2="{top + plot_h}" stroke="#eee"/>'
-            f'<text x="{px(k):.1f}" y="{top + plot_h + 16}" text-anchor="middle">{k:.1f}</text>'
-            for k in (0, 0.2, 0.4, 0.6, 0.8, 1.0)
-        )
-        t = 0.8
-        while t <= high + 1e-9:
-            out.append(
-                f'<line x1="{x0}" y1="{py(t):.1f}" x2="{x0 + plot_w}" y2="{py(t):.1f}" stroke="#eee"/>'
-                f'<text x="{x0 - 6}" y="{py(t) + 4:.1f}" text-anchor="end">{t:.1f}</text>'
-            )
-            t += 0.1
-        mine = [r for r in rows if r["model"] == name and "time" in r]
-        curve = [r for r in mine if r["way"].startswith("lean")]
-        points = " ".join(f"{px(r['kept']):.1f},{py(r['time']):.1f}" for r in curve)
-        out.append(f'<polyline points="{points}" fill="none" stroke="#0b7a75" stroke-width="2.5"/>')
-        for r in mine:
-            ours = r["way"].startswith("lean")
-            color = "#0b7a75" if ours else "#b3541e"
-            out.append(
-                f'<circle cx="{px(r["kept"]):.1f}" cy="{py(r["time"]):.1f}" r="4.5" fill="{color}"/>'
-            )
-            label = r["way"].removeprefix("lean ").removeprefix("torch ")
-            anchor = "end" if r["kept"] > 0.85 else "start"
-            dx = {"torch checkpoint": 14}.get(r["way"], -8 if anchor == "end" else 8)
-            dy = {"torch": 34, "torch selective checkpoint": 18}.get(r["way"], -7)
-            out.append(
-                f'<text x="{px(r["kept"]) + dx:.1f}" y="{py(r["time"]) + dy:.1f}" fill="{color}" '
-                f'text-anchor="{anchor}">{label}</text>'
-            )
-        out.append(
-            f'<text x="{x0 + plot_w / 2}" y="{top + plot_h + 38}" text-anchor="middle">'
-            "bytes kept for backward, share of torch's</text>"
-        )
-    out.append(
-        f'<text transform="translate(18 {top + plot_h / 2}) rotate(-90)" text-anchor="middle">'
-        "step time, share of torch's</text>"
-    )
-    out.append(
-        f'<text x="{left}" y="{height - 10}" fill="#666">Gradients of every lean point equal '
-        "the converted model's to the last bit. One CPU thread, float32. Lower left is better.</text>"
-    )
-    return "\n".join([*out, "</svg>"]) + "\n"
+
+def store(fresh: list[dict[str, Any]]) -> None:
+    """Put rows into the file of today: bytes and times of a step stand in one row."""
+    rows = stored()
+    for row in fresh:
+        rows[key(row)] = rows.get(key(row), {}) | row
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    about = {
+        "date": date,
+        "device": processor(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    text = ",\n".join(json.dumps(r) for r in rows.values())
+    path = DATA / f"memory-cpu-{date}.json"
+    path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
+    print(f"wrote {path}")
 
 
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(ALL)}")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each model")
-    parser.add_argument("--resident", action="store_true", help="peak resident memory as well")
+    parser.add_argument("--resident", action="store_true", help="peak resident memory instead")
     parser.add_argument("--largest", type=int, metavar="MIB", help="largest batch in so much")
-    parser.add_argument("--picture", action="store_true", help="draw it from the committed rows")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -333,48 +259,30 @@ def main() -> int:
     if args.child:
         print(_in_child(*args.child))
         return 0
-    files = sorted(DATA.glob("memory-cpu-*.json"))
-    rows = json.loads(files[-1].read_text())["rows"] if files else []
-    if not args.picture:
-        for name in args.models or MODELS:
-            batch = max(1, MODELS[name].batch // 2)
-            if args.largest:
-                fresh = [
-                    {
-                        "model": name,
-                        "way": w,
-                        "limit_mib": args.largest,
-                        "largest_batch": largest_batch(name, w, args.largest << 20),
-                    }
-                    for w in ("torch", "lean", "lean 0.1")
-                ]
-                print(json.dumps(fresh, indent=1))
-            elif args.resident:
-                fresh = [
-                    {"model": name, "way": w, "batch": batch, "resident": resident(name, w, batch)}
-                    for w in WAYS
-                ]
-                print(json.dumps(fresh, indent=1))
-            else:
-                fresh = measure(name, batch, args.seconds)
-                print(table(fresh), flush=True)
-            keys = [(r["model"], sorted(r)) for r in fresh]
-            kinds = {(m, "kept" in k, "resident" in k) for m, k in keys}
-            rows = [
-                r for r in rows if (r["model"], "kept" in r, "resident" in r) not in kinds
-            ] + fresh
-        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        about = {
-            "date": date,
-            "device": processor(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        text = ",\n".join(json.dumps(r) for r in rows)
-        path = DATA / f"memory-cpu-{date}.json"
-        path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
-        print(f"wrote {path}")
-    PICTURE.write_text(picture([r for r in rows if "kept" in r]))
+    settle_allocator()
+    for name in args.models or ALL:
+        batch = ALL[name].batch // 2  # all ways stand in memory at once
+        same: dict[str, Any] = {"model": name, "batch": batch}
+        if args.largest:
+            limit = {"model": name, "limit_mib": args.largest}
+            fresh = [
+                {**limit, "way": w, "largest_batch": largest_batch(name, w, args.largest << 20)}
+                for w in LARGEST
+            ]
+            print("\n".join(map(str, fresh)), flush=True)
+        elif args.resident:
+            fresh = [
+                {**same, "way": w, "resident_bytes": resident(name, w, batch)}
+                for w in ways_of(ALL[name])
+            ]
+            for row in fresh:
+                row["resident"] = row["resident_bytes"] / fresh[0]["resident_bytes"]
+                print(f"{name:18}{row['way']:32}{row['resident']:8.2f}", flush=True)
+        else:
+            fresh = measure(name, batch, args.seconds)
+            print(table(fresh), flush=True)
+        store(fresh)
+        draw()
     return 0
 
 

@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPT", "LSTM", "MODELS", "Configuration", "Llama", "ResNet", "UNet", "ViT"]
+__all__ = [
+    "GPT",
+    "LSTM",
+    "MODELS",
+    "WORDS",
+    "Configuration",
+    "LanguageModel",
+    "Llama",
+    "ResNet",
+    "UNet",
+    "ViT",
+]
 
 
 class Attention(nn.Module):
@@ -86,6 +97,25 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.hidden(tokens))
+
+
+class LanguageModel(nn.Module):
+    """A GPT and its loss: tokens (B, T), targets (B, T) -> scalar.
+
+    Args:
+        gpt: The network.
+        criterion: Of hidden states (N, C), the last layer's weight (V, C) and targets (N,); ``None``: of logits.
+    """
+
+    def __init__(self, gpt: GPT, criterion: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self.gpt, self.criterion = gpt, criterion
+
+    def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
+        if self.criterion is None:
+            return loss(self.gpt(tokens), target)
+        hidden = self.gpt.hidden(tokens).flatten(0, 1)
+        return self.criterion(hidden, self.gpt.head.weight, target.flatten())
 
 
 class LlamaBlock(nn.Module):
@@ -330,3 +360,12 @@ MODELS = {
         _images(8, 5),
     ),
 }
+
+# Few layers and many words: the logits are most of what is kept.
+WORDS = Configuration(
+    lambda: LanguageModel(GPT(vocabulary=32000, width=256, heads=8, depth=4, length=128)),
+    _tokens(32000, 128),
+    16,
+    lambda: LanguageModel(GPT(vocabulary=97, width=16, heads=2, depth=2, length=8)),
+    _tokens(97, 8),
+)

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import torchbp
-from benchmarks.models import MODELS, loss
+from benchmarks.models import GPT, MODELS, Llama, ResNet, loss
 from tests.recompute.compared import Count, both, same, step
+from torchbp.recompute._live import Live
 
 AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
 IDS = ["float32", "autocast"]
@@ -32,6 +33,35 @@ def test_same_bits(name, context, monkeypatch):
     count = Count(monkeypatch)
     same(step(lean, x, y, loss, context), want)
     assert count.shared
+
+
+# Of what torch keeps: in float32, and under autocast, where a norm's float32 output is let go as well.
+SHARES = {"GPT": (0.64, 0.58), "Llama": (0.60, 0.51), "ResNet-20": (0.61, 0.62)}
+MIDDLING = {
+    "GPT": lambda: GPT(vocabulary=64, width=64, heads=4, depth=4, length=64),
+    "Llama": lambda: Llama(vocabulary=64, width=64, heads=4, hidden=176, depth=4),
+    "ResNet-20": lambda: ResNet(width=8, blocks=3, classes=10),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_keeps_far_fewer_bytes(name):
+    torch.manual_seed(0)
+    model = MIDDLING[name]()
+    x, y = torch.randint(64, (2, 4, 64))
+    if name == "ResNet-20":
+        x, y = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+
+    def kept(model, context):
+        with Live(lambda: "", [*model.parameters(), *model.buffers(), x, y]) as live, context():
+            value = loss(model(x), y)
+            assert value.requires_grad
+            return live.now
+
+    lean = torchbp.lean(copy.deepcopy(model))
+    got = tuple(kept(lean, c) / kept(model, c) for c in (nullcontext, AUTOCAST))
+    assert got[0] <= SHARES[name][0]
+    assert got[1] <= SHARES[name][1]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -137,6 +167,18 @@ def test_compiled_it_is_inert():
     converted, lean = both(model.eval())
     want = step(torch.compile(converted, backend="aot_eager", fullgraph=True), x, y, loss)
     same(step(torch.compile(lean, backend="aot_eager", fullgraph=True), x, y, loss), want)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of dynamo's
+def test_a_compiled_block_of_a_lean_model(monkeypatch):
+    model, x, y = made("GPT")
+    converted, lean = both(model.eval())
+    for m in (converted, lean):
+        m.blocks[0].compile(backend="aot_eager")
+    want = step(converted, x, y, loss)
+    count = Count(monkeypatch)
+    same(step(lean, x, y, loss), want)
+    assert count.shared
 
 
 def test_under_torch_func_it_is_inert():

@@ -50,6 +50,13 @@ def trained(model):
             if module is not model and next(module.parameters(recurse=False), None) is not None:
                 fully_shard(module)
         fully_shard(model)
+    if kind != "ddp":
+        try:
+            torchbp.lean(model)
+        except RuntimeError as error:
+            assert "shard" in str(error)
+        else:
+            raise AssertionError("a sharded model was not refused")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for step in range(3):
         torch.manual_seed(10 * step + rank)

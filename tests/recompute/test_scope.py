@@ -85,6 +85,19 @@ def test_shared_by_several_it_is_made_once(monkeypatch):
     assert len(calls) == 2
 
 
+def test_let_go_as_soon_as_the_last_who_shares_it_is_done():
+    w = torch.randn(8, 8, requires_grad=True)
+    found = []
+    with torchbp.lean_scope():
+        h = F.linear(torch.randn(4, 8), w)
+        y = F.gelu(h)
+        z = F.linear(y, w).sum() + F.linear(y, w.t()).sum()
+    y.register_hook(lambda _: found.append([m for m in alive() if type(m) is Made]))
+    del h, y
+    z.backward()
+    assert found == [[]]  # both products are done, GELU is not
+
+
 def test_an_exception_in_forward_closes_it():
     class Fails(nn.Module):
         def forward(self, x):
@@ -155,6 +168,16 @@ def test_in_two_threads():
     run("want", converted)
     same(results["one"], results["want"])
     same(results["other"], results["want"])
+
+
+def test_forward_and_backward_in_two_threads():
+    converted, lean = both(network().eval())
+    x = torch.randn(5, 6)
+    losses = [m(x).square().mean() for m in (converted, lean)]
+    thread = threading.Thread(target=lambda: [value.backward() for value in losses])
+    thread.start()
+    thread.join()
+    same([p.grad for p in lean.parameters()], [p.grad for p in converted.parameters()])
 
 
 def test_warns_where_no_recipe_was_used():
