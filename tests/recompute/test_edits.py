@@ -199,6 +199,16 @@ def written_to_after_it_is_kept_elsewhere_then_a_chain(x, w):
 
 
 @case
+def middle_of_a_chain_written_to_that_is_kept_elsewhere(x, w):
+    y = F.gelu(hidden(x, w))
+    ELSEWHERE.append(F.linear(y, w))
+    z = F.linear(F.relu(y), w)
+    with torch.no_grad():
+        y.mul_(2)
+    return z
+
+
+@case
 def detached_and_written_to(x, w):
     y = F.gelu(hidden(x, w))
     z = F.linear(y, w)
