@@ -56,6 +56,7 @@ from torchbp.ops.losses._linear_cross_entropy import (
     wide,
 )
 from torchbp.ops.losses._linear_cross_entropy_arguments import NAME, check, check_dtypes
+from torchbp.ops.losses._linear_cross_entropy_compiled import opaque
 from torchbp.ops.losses._linear_cross_entropy_loss import LinearCrossEntropyLoss as TorchsLoss
 from torchbp.ops.losses._shards import Shard
 from torchbp.ops.losses.cross_entropy import cross_entropy
@@ -203,8 +204,8 @@ def linear_cross_entropy(
 ) -> Any:
     r"""Cross entropy of the logits :math:`x W^T + b`, which are never held: :math:`\ell = -\log p_t`, reduced.
 
-    For the loss of a language model: hidden states in, loss out. Eager mode holds some hundred rows of logits at a
-    time; under ``torch.compile``, ``torch.func``, forward mode and double backward all of them stand for a moment.
+    For the loss of a language model: hidden states in, loss out. Some hundred rows of logits are held at a time, under
+    ``torch.compile`` too; under ``torch.func``, forward mode and double backward all of them stand for a moment.
 
     Args:
         input: Hidden states ``(D,)``, ``(N, D)`` or ``(N, L, ..., D)``, floating point.
@@ -276,7 +277,16 @@ def linear_cross_entropy(
             *(reduction, ignored, label_smoothing, z_loss, softcap),
             *(rows, early, return_tokens, process_group),
         )
-        outputs = _linear_cross_entropy(x, linear_weight, linear_bias, flat, weight, *given)
+        tensors = (x, linear_weight, linear_bias, flat, weight)
+        traced = torch.compiler.is_compiling()
+        if traced and torch._C._are_functorch_transforms_active():
+            # Dynamo (torch 2.13) differentiates the forward there, and through a Function loses the weight's gradient
+            value, *tokens = values_by_formula(*tensors, given)
+            outputs = (value, *(t.detach() for t in tokens))
+        elif traced and any(early):
+            outputs = opaque(*tensors, *given[:-1])
+        else:
+            outputs = _linear_cross_entropy(*tensors, *given)
     else:
         bias = None if linear_bias is None else linear_bias.flatten()
         logits = linear(x, linear_weight.flatten(0, -2), bias)
@@ -328,7 +338,9 @@ def _early(
     ]
     logits = x.shape[0] * weight.shape[0]
     made = sum(t.numel() for t, want in zip((x, weight), wanted, strict=False) if want)
-    worth = group is not None or (eager() and _worth(logits, made))
+    first_order = not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    to_run = not torch.compiler.is_exporting()
+    worth = group is not None or (first_order and to_run and _worth(logits, made))
     of_x, of_weight, of_bias = (want and worth and reduction != "none" for want in wanted)
     return of_x, of_weight, of_bias
 
