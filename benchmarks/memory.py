@@ -78,6 +78,7 @@ class Step:
         apart = {t.data_ptr() for t in (*self.model.parameters(), self.x, self.y)}
         kept: dict[int, Tensor] = {}
 
+        @torch.compiler.disable
         def pack(t: Tensor) -> Tensor:
             kept[t.untyped_storage().data_ptr()] = t.detach()
             return t.detach()

@@ -9,6 +9,7 @@ from torch import nn
 
 import torchbp
 import torchbp.functional as F
+from torchbp.recompute._kept import Share
 
 CASES = {}
 
@@ -209,6 +210,14 @@ def middle_of_a_chain_written_to_that_is_kept_elsewhere(x, w):
 
 
 @case
+def leaf_written_to_before_a_sum_of_it_is_kept(x, w):
+    y = x + x
+    with torch.no_grad():
+        x.mul_(2)
+    return F.linear(y, w)
+
+
+@case
 def detached_and_written_to(x, w):
     y = F.gelu(hidden(x, w))
     z = F.linear(y, w)
@@ -268,6 +277,35 @@ def test_as_without_lean(f):
 def test_some_are_refused_and_some_are_not():
     assert sum(refused(outcome(f, nullcontext)) for f in CASES.values()) in range(5, 10)
     ELSEWHERE.clear()
+
+
+@pytest.mark.filterwarnings("ignore:lean_scope")
+@pytest.mark.parametrize("written", [False, True])
+def test_a_parameter_that_torchs_own_op_reads(written):
+    """Met first, what is made of it is kept; then it is looked after."""
+    torch.manual_seed(0)
+    x, w = torch.randn(16, 8), torch.randn(8, 8, requires_grad=True)
+    position = nn.Parameter(torch.randn(8))
+    with torch.no_grad():
+        position.mul_(2)
+
+    def gradient(scope):
+        with scope():
+            y = F.gelu(F.linear(x, w)) + position
+            if written:
+                with torch.no_grad():
+                    position.sub_(0.25)
+            z = F.linear(y, w)
+        shared = type(z.grad_fn._raw_saved_tensors[0].data) is Share
+        return shared, torch.autograd.grad(z.sum(), w)[0]
+
+    for step in range(3):
+        before = position.detach().clone()
+        shared, got = gradient(torchbp.lean_scope)
+        position.data = before
+        _, want = gradient(nullcontext)
+        assert torch.equal(got, want)
+        assert shared == (step > 0 and not written)
 
 
 def test_graph_that_another_backward_has_released():

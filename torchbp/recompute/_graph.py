@@ -3,7 +3,8 @@
 Two kinds of nodes tell: those of torchbp's ops by the note they carry, those of torch's own cheap ops by what they
 save (_torch.py). A tensor that a node saves is found among the saved; another, an operand, along the edge to its own
 node. Of an operand there is no tensor to look at, so that it was not written to meanwhile must be known: from a version
-that an op of ours has noted, or from the witness of the node that made it.
+that an op of ours has noted, from the witness of the node that made it, or, of a leaf, from its version as the scope
+was opened.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torchbp.ops import _recipe
 from torchbp.ops._recipe import Edge, Note, Saved
 from torchbp.recompute._budget import Plan
 from torchbp.recompute._kept import Kept, Made, Recipe, Share
+from torchbp.recompute._leaves import is_as_read
 from torchbp.recompute._torch import DEAR, OVER, RULES, VIEWS, Operand
 
 __all__ = ["kept_or_share"]
@@ -222,7 +224,8 @@ def _along(
         return None
     if type(source).__name__ == "AccumulateGrad":
         leaf = source.variable
-        return Kept(leaf) if reading is None or leaf._version == reading.version else None
+        same = is_as_read(leaf, dear) if reading is None else leaf._version == reading.version
+        return Kept(leaf) if same else None
     found = _registered(source, nr)
     if found is None:
         how = _how(source, nr, reading, None, dear)

@@ -22,6 +22,7 @@ from torchbp.recompute import _graph
 from torchbp.recompute._budget import Plan
 from torchbp.recompute._graph import kept_or_share
 from torchbp.recompute._kept import Kept, Share
+from torchbp.recompute._leaves import open_scope
 from torchbp.swap._hooks import remove_hooks
 
 __all__ = ["lean", "lean_scope", "revert"]
@@ -178,6 +179,7 @@ def _open(plan: Plan | None, sharded: bool) -> _Pack | None:
     pack = _Pack(plan)
     if plan is not None:
         plan.begin()
+    open_scope(plan is not None and plan.dropped is None)
     _autograd._push_saved_tensors_default_hooks(pack, _unpack)
     _recipe.asked += 1
     _recipe.sharded = sharded
