@@ -7,7 +7,7 @@ node saves is named by its place among the saved ones, another by the edge of th
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType
 
 import torch
@@ -24,15 +24,13 @@ sharded = False  # whether parameters may be freed between forward and backward,
 _COPIED_SHARE = 1 / 64
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
+class Saved(NamedTuple):
     """An argument that the node saves for backward, by its place among the saved tensors."""
 
     place: int
 
 
-@dataclass(frozen=True, slots=True)
-class Edge:
+class Edge(NamedTuple):
     """An argument that another node made, by its place among the node's next functions; as it was when it was read."""
 
     place: int
@@ -82,13 +80,17 @@ def noting(
 
     Args:
         function: With ``setup_context``.
-        again: Takes the arguments of ``function.forward``, and has no side effect. ``inplace`` is passed as ``False``.
-            Where it takes more, those are the outputs behind the first; ``None`` for one that the node doesn't save.
+        again: Takes the arguments of ``function.forward``, and has no side effect. ``inplace`` is passed as ``False``,
+            and ``None`` what it calls ``_``-something: it does not read that. Where it takes more, those are the
+            outputs behind the first; ``None`` for one that the node doesn't save.
         flops: Takes the same arguments; ``None`` for what is cheap.
     """
     names = list(signature(function.forward).parameters)  # pyright: ignore[reportArgumentType]
     in_place = names.index("inplace") if "inplace" in names else None
-    takes_outputs = len(signature(again).parameters) > len(names)
+    wanted = list(signature(again).parameters)
+    unread = [name.startswith("_") for name in wanted[: len(names)]]
+    unread += [False] * (len(names) - len(unread))
+    takes_outputs = len(wanted) > len(names)
 
     def over(*args: Any) -> Any:
         return again(*args[:in_place], True, *args[in_place + 1 :])  # pyright: ignore[reportOptionalOperand]
@@ -99,18 +101,20 @@ def noting(
         function.setup_context(ctx, inputs, output)
         first = output if isinstance(output, Tensor) else output[0]
         saved = ctx.to_save or ()
-        written = bool(in_place is not None and inputs[in_place])
+        written = in_place is not None and bool(inputs[in_place])
         arguments: list[Any] | None = []
         edges = 0
         for place, value in enumerate(inputs):
             if not isinstance(value, Tensor):
                 arguments.append(False if place == in_place else value)
                 continue
-            argument = _argument(value, edges, saved, first, written and not edges)
+            argument = None
+            if not unread[place]:
+                argument = _argument(value, edges, saved, first, written and not edges)
+                if argument is None:
+                    arguments = None
+                    break
             edges += 1
-            if argument is None:
-                arguments = None
-                break
             arguments.append(argument)
         if takes_outputs and arguments is not None:
             places = {id(t): Saved(i) for i, t in enumerate(saved)}
@@ -136,19 +140,23 @@ def _argument(
     t: Tensor, edge: int, saved: tuple[Tensor | None, ...], output: Tensor, written: bool
 ) -> Saved | Edge | Tensor | None:
     """Return how the tensor argument ``t`` is found again; ``written`` where the call wrote the output into it."""
-    small = not written and t.numel() <= output.numel() * _COPIED_SHARE
-    if small and sharded and type(t) is nn.Parameter:
-        return t.detach().clone()
     if not written:
+        if sharded and type(t) is nn.Parameter and _is_small(t, output):
+            return t.detach().clone()
         for place, other in enumerate(saved):
             if other is t:
-                return Saved(place)
+                return _SAVED[place]
     if t.requires_grad:
         # The call itself has raised the version of what it wrote to.
         return Edge(edge, t._version - written, t.untyped_storage()._cdata)
-    return t.detach().clone() if small else None
+    return t.detach().clone() if not written and _is_small(t, output) else None
 
 
+def _is_small(t: Tensor, output: Tensor) -> bool:
+    return t.numel() <= output.numel() * _COPIED_SHARE
+
+
+_SAVED = [Saved(place) for place in range(64)]
 _EMPTY: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 

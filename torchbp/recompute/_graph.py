@@ -104,6 +104,12 @@ def _output(node: Any, base: Tensor, plan: Plan | None) -> Made | Kept:
 
 
 def _made(node: Any, base: Tensor, plan: Plan | None) -> Made | None:
+    if (
+        plan is None
+        and type(node).__name__ not in RULES
+        and not isinstance(node, BackwardCFunction)
+    ):
+        return None
     storage = base.untyped_storage()
     if storage.nbytes() != base.numel() * base.element_size():
         return None  # holes, or a part of something larger

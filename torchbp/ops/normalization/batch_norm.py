@@ -82,12 +82,12 @@ class BatchNormFunction(Function):
         return output
 
     @staticmethod
-    def again(
+    def again_in_training(
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
+        _running_mean: Tensor | None,
+        _running_var: Tensor | None,
         training: bool,
         momentum: float,
         eps: float,
@@ -95,18 +95,14 @@ class BatchNormFunction(Function):
         rstd: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Give the output of ``forward`` again, without moving the running statistics a second time."""
-        by_kernel = training and x.numel() > 0 and x.device.type == "cpu"
-        if by_kernel and mean is not None and rstd is not None:
+        if x.numel() > 0 and x.device.type == "cpu" and mean is not None and rstd is not None:
             # The kernel forms rstd · w and b - mean · rstd · w, then one affine map: so it does in evaluation, where it
             # need not take the statistics again, a tenth of the time. 1 / √(1 + 0) is exactly 1.
             scale = rstd if weight is None else rstd * weight
             return torch.native_batch_norm(
                 x, scale, bias, mean, torch.ones_like(mean), False, 0.0, 0.0
             )
-        if training:
-            running_mean = running_var = None
-        args = (x, weight, bias, running_mean, running_var, training, momentum, eps)
-        return BatchNormFunction.forward(*args)
+        return BatchNormFunction.forward(x, weight, bias, None, None, training, momentum, eps)
 
     @staticmethod
     def setup_context(
@@ -206,7 +202,8 @@ def _normalize(
     return (widened(x) - along_channels(running_mean, x)) * r, r
 
 
-_batch_norm = entry(BatchNormFunction, again=BatchNormFunction.again)
+_in_training = entry(BatchNormFunction, again=BatchNormFunction.again_in_training)
+_in_evaluation = entry(BatchNormFunction, again=BatchNormFunction.forward)
 
 
 @public
@@ -249,7 +246,8 @@ def batch_norm(
                 [ 1.2247]])
     """
     check(input, running_mean, running_var, weight, bias, training, eps)
-    return _batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
+    run = _in_training if training else _in_evaluation
+    return run(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
 
 
 def _forward(module: _BatchNorm, input: Tensor) -> Tensor:

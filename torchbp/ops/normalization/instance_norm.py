@@ -35,7 +35,7 @@ from torchbp.ops.normalization.group_norm import GroupNormFunction
 __all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "instance_norm"]
 
 _group_norm = entry(GroupNormFunction, again=GroupNormFunction.forward)
-_batch_norm = entry(BatchNormFunction, again=BatchNormFunction.again)
+_in_evaluation = entry(BatchNormFunction, again=BatchNormFunction.forward)
 
 
 @public
@@ -98,7 +98,7 @@ def instance_norm(
             raise RuntimeError(wrong("instance_norm", rule, shape(t), "one a channel"))
     if not use_input_stats:
         arguments = (input, weight, bias, running_mean, running_var, False, momentum, eps)
-        return _batch_norm(*arguments)[0]
+        return _in_evaluation(*arguments)[0]
     if running_mean is not None and running_var is not None and input.numel():
         _update(input, running_mean, running_var, momentum)
     return _group_norm(input, channels, weight, bias, eps)[0]
