@@ -34,7 +34,7 @@ from run import DATA, processor, settle_allocator
 from torchbp.recompute._live import Live
 
 ALL = {**MODELS, "GPT, 32000 words": WORDS}
-LARGEST = ("torch", "torch checkpoint", "lean", "lean 0.3", "lean 0.1")
+LARGEST = ("torch", "torch checkpoint", "lean", "lean 0.3")
 
 
 def ways_of(config: Configuration) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def largest_batch(name: str, way: str, limit: int) -> int:
     def fits(batch: int) -> bool:
         return _child("fits", name, way, batch, limit) == "True"
 
-    low, high = 0, 1
+    low, high = 0, 16
     while fits(high):
         low, high = high, high * 2
     while high - low > max(1, low // 16):
