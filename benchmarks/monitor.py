@@ -8,6 +8,7 @@ timed where it is installed.
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 import torchbp
 from benchmarks.run import DATA, processor
+from torchbp.monitor import Monitor
+from torchbp.monitor._backwards import Backwards
+from torchbp.monitor._heard import Heard
+from torchbp.monitor._listener import Listener
+from torchbp.monitor.capture import Capture
 
 F = nn.functional
 
@@ -115,7 +122,7 @@ TASKS = {
         _resnet, lambda: (torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))), 10
     ),
     "GPT, 12 layers of 192": Task(
-        GPT, lambda: (torch.randint(0, 65, (2, 128)), torch.randint(0, 65, (2, 128))), 10
+        GPT, lambda: (torch.randint(0, 65, (8, 128)), torch.randint(0, 65, (8, 128))), 10
     ),
 }
 
@@ -132,6 +139,14 @@ def _watch(
     model: nn.Module, optimizer: torch.optim.Optimizer, folder: str, end: ExitStack
 ) -> After:
     monitor = torchbp.watch(model, optimizer, log_dir=folder)
+    end.callback(monitor.close)
+    return lambda _step, loss: monitor.log_loss(train=loss)
+
+
+def _rarely(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: str, end: ExitStack
+) -> After:
+    monitor = torchbp.watch(model, optimizer, log_dir=folder, every=10, sample_every=50)
     end.callback(monitor.close)
     return lambda _step, loss: monitor.log_loss(train=loss)
 
@@ -184,6 +199,7 @@ def _wandb(
 WAYS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, str, ExitStack], After]] = {
     "nothing": _nothing,
     "torchbp.watch": _watch,
+    "torchbp.watch(every=10, sample_every=50)": _rarely,
     "norm().item() and add_scalar": _scalars,
     "add_histogram": _histograms,
     "wandb.watch, offline, every 10 steps": _wandb,
@@ -244,7 +260,45 @@ def measure(name: str, way: str, seconds: float) -> dict[str, Any]:
         "plain_us": 1e6 * bare,
         "added_us": 1e6 * (watched - bare),
         "load_average": os.getloadavg()[0],
-    }
+    } | ({"own_us": 1e6 * own(name, 50)} if way == "torchbp.watch" else {})
+
+
+# Where torchbp.watch is called from outside: by autograd, by modules, by the optimizer, by the loop, and by
+# its own thread. None of them calls another.
+ENTRIES: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (Backwards, ("_fire", "_first_end", "_end")),
+    (Listener, ("_before_forward", "_after_forward")),
+    (Heard, ("delta", "times")),
+    (Capture, ("_before_step", "_after_step")),
+    (Monitor, ("log", "_work")),
+)
+
+
+def own(name: str, steps: int) -> float:
+    """Return the time of a step spent in calls of the monitor's, in seconds: the time of their threads."""
+    spent = 0.0
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal spent
+            start = time.thread_time()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                spent += time.thread_time() - start
+
+        return wrapped
+
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as end:
+        for kind, names in ENTRIES:
+            for entry in names:
+                end.enter_context(mock.patch.object(kind, entry, timed(getattr(kind, entry))))
+        watched = Training(TASKS[name], "torchbp.watch", folder, end)
+        watched.block(55)
+        spent = 0.0
+        watched.block(steps)
+        return spent / steps
 
 
 def interval(pairs: list[tuple[float, float]]) -> tuple[float, float]:

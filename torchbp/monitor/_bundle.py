@@ -29,7 +29,7 @@ class Bundle:
     """
 
     def __init__(self, tensors: list[Tensor], shelf: Shelf | None = None, *, room: int = 1) -> None:
-        self.tensors = () if shelf is not None else list(tensors)
+        self.tensors: list[Tensor] = [] if shelf is not None else list(tensors)
         self.shelf = shelf
         self.row, self.filled = (
             (0, 0) if shelf is None else (shelf.put(tensors, room=room), shelf.filled)
@@ -39,9 +39,17 @@ class Bundle:
         """Return what ``measure`` finds, ``(n,)``; of a row, when its shelf has been emptied."""
         return measure(self) if self.shelf is None else self.shelf.ask(measure, self.row)
 
-    def kept(self) -> "Bundle":
-        """Return what stays as it is when the tensors change; a row is a copy already."""
-        return self if self.shelf is not None else Bundle([t.clone() for t in self.tensors])
+    def kept(self, buffers: list[Tensor] | None = None) -> "Bundle":
+        """Return what stays as it is when the tensors change; a row is a copy already.
+
+        ``buffers``: of tensors like these, to copy them to.
+        """
+        if self.shelf is not None:
+            return self
+        if buffers is None:
+            return Bundle([t.clone() for t in self.tensors])
+        torch._foreach_copy_(buffers, self.tensors)
+        return Bundle(buffers)
 
     def minus(self, before: "Bundle") -> "Bundle | None":
         """Return the difference to ``before``, of the same shapes, or None where that is gone."""

@@ -21,6 +21,7 @@ __all__ = ["Group", "Meter", "local"]
 Group = tuple[tuple[int, ...], Bundle]
 
 _PLANS = 64
+_KEPT_BYTES = 1 << 26
 
 
 class Meter:
@@ -44,6 +45,7 @@ class Meter:
         self._plans: dict[tuple[str, tuple[int, ...]], _Plan] = {}
         self._latest: dict[tuple[str, tuple[int, ...]], _Plan] = {}  # by what might have been there
         self._all = tuple(range(len(catalogue.parameters)))
+        self._buffers: dict[tuple[int, ...], list[Tensor]] = {}
         self._members: dict[int, tuple[object, tuple[int, ...]]] = {}
 
     def members(self, optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
@@ -83,11 +85,28 @@ class Meter:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
                 self._latest.clear()
+                self._buffers.clear()
             plan = self._plans[key] = _Plan(self._catalogue, what, members, found)
             groups = plan.groups([found[i] for i in plan.order], room)
             assert groups is not None
         self._latest[what, members] = plan
         return groups
+
+    def kept(self, groups: list[Group]) -> list[Group]:
+        """Return what stays as it is when the parameters change.
+
+        On the CPU a fresh copy of 21 MB takes 17 ms, one into memory in use 2: a little is kept for it.
+        """
+        found = []
+        for indices, bundle in groups:
+            there = bundle.tensors
+            buffers = None
+            if there and there[0].is_cpu and sum(t.nbytes for t in there) <= _KEPT_BYTES:
+                buffers = self._buffers.get(indices)
+                if buffers is None:
+                    buffers = self._buffers[indices] = [torch.empty_like(t) for t in there]
+            found.append((indices, bundle.kept(buffers)))
+        return found
 
     def settle(self) -> None:
         """Measure what was only copied so far."""

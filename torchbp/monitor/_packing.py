@@ -18,11 +18,12 @@ from torch import Tensor
 
 __all__ = ["Packing", "Shelf", "Table", "small"]
 
-_SMALL = 1 << 14  # elements of a tensor, above which the calls no longer matter
+# Elements of a tensor, above which the calls no longer matter. From 10 000 on OpenBLAS has threads of its own.
+_SMALL = 1 << 13
 _WHOLE = 1 << 20  # elements of a row
 _ROWS, _ROOM = 16, 1 << 19  # of a table: rows, and elements where these make three rows and more
 _RUNS = 16  # sizes that are measured one by one
-# The sum of squares that float32 holds well: of at most 2¹⁴ elements those whose squares are lost, below
+# The sum of squares that float32 holds well: of at most 2¹³ elements those whose squares are lost, below
 # 1e-38, make 1e-8 of it. Others are scaled first.
 _LEAST, _MOST, _SCALE = 2e-26, 1e38, 2.0**80
 

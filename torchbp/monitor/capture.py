@@ -210,7 +210,7 @@ class Capture:
                     self._measure_stepped(row, optimizer)
                 now = self._meter.parameters(self._meter.members(optimizer), room=2)
                 self._meter.measure(row, "weight", now)
-                self._before = [(indices, bundle.kept()) for indices, bundle in now]
+                self._before = self._meter.kept(now)
         self.own_time += time.perf_counter() - start
 
     def _measure_stepped(self, row: Row, optimizer: Optimizer) -> None:
