@@ -385,3 +385,21 @@ def test_stock_tabs_get_few_tags(tmp_path):
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match=r"watch: expected a torch\.nn\.Module, got type; "):
         torchbp.watch(nn.Linear)
+
+
+@pytest.mark.parametrize("begin", [0, 7])
+def test_steps_that_are_not_read_are_counted_once(tmp_path, begin):
+    model = mlp()
+    halves = list(model[:4].parameters()), list(model[4:].parameters())
+    optimizers = [torch.optim.SGD(half, lr=0.1) for half in halves]
+    x, y = data()
+    with torchbp.watch(model, optimizers, log_dir=tmp_path, every=3) as monitor:
+        monitor.step = begin
+        for step in range(begin, begin + 9):
+            assert monitor.step == step
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    read_at = [step for step in range(begin, begin + 9) if step % 3 == 0]
+    assert read(tmp_path).vectors["gradient_norm"].steps.tolist() == read_at

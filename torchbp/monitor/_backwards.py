@@ -48,6 +48,7 @@ class Backwards:
     Attributes:
         paused: Whether nothing is called for now.
         early: Norms of gradients that are gone at the end of the backward.
+        everywhere: Whether every parameter carries a hook.
     """
 
     def __init__(
@@ -66,20 +67,20 @@ class Backwards:
         self._fired: dict[int, None] = {}  # in the graph task under way, in order
         self._reached: set[int] = set()  # in the backward under way
         self._seen: list[tuple[int, ...]] = []
-        self._all = self._learned = False
+        self.everywhere = self._learned = False
         self._stepped: set[int] | None = None  # inside backward; not known before the first
         self.learn()
 
     def learn(self) -> None:
         """Put a hook on every parameter, until :meth:`settle`."""
-        if not self._all:
-            self._all, self._learned = True, False
+        if not self.everywhere:
+            self.everywhere, self._learned = True, False
             self._attach(dict(self._catalogue.alive()))
 
     def settle(self) -> None:
         """Leave hooks on the witnesses only."""
-        if self._all and self._learned and not self._stepped:
-            self._all = False
+        if self.everywhere and self._learned and not self._stepped:
+            self.everywhere = False
             alive = dict(self._catalogue.alive())
             self._attach({i: alive[i] for i in _witnesses(self._seen) if i in alive})
 
@@ -126,7 +127,7 @@ class Backwards:
         self._learned = True
         another = not self._reached or bool(fired & self._reached)
         self._reached = fired if another else self._reached | fired
-        if self._all and fired and len(self._seen) < _KEPT and fired not in map(set, self._seen):
+        if self.everywhere and fired and len(self._seen) < _KEPT and fired not in map(set, self._seen):
             self._seen.append(order)
         self._ended(another)
 

@@ -93,6 +93,7 @@ class Capture:
         before = self._before_reduction if shows else None
         self._listening = True  # or may be
         self._relearn = _RELEARN
+        self._counts = 0  # the optimizer that ended the last step that was read
         self._backwards = Backwards(catalogue, local, before, self._end_backward)
         self._begin(0)
 
@@ -194,7 +195,7 @@ class Capture:
         self._hooks += [pre, optimizer.register_step_post_hook(self._after_step)]
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
-        if in_backward():
+        if self._backwards.paused or in_backward():
             return
         start = time.perf_counter()
         self._scaler.look()
@@ -230,6 +231,9 @@ class Capture:
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         if in_backward():
             return
+        if self._backwards.paused:
+            self._pass(optimizer)
+            return
         start = time.perf_counter()
         row = self._row_of_step()
         if row is not None and self._before:
@@ -244,8 +248,8 @@ class Capture:
                 changed = [(indices, change) for indices, change in changes if change is not None]
                 self._meter.measure(row, "update", changed)
         self._before, self._closure = [], False
-        skipped = self.step % self._every
-        if self.row.backwards or skipped or (row is not self.row and self._is_missed(optimizer)):
+        if self.row.backwards or (row is not self.row and self._is_missed(optimizer)):
+            self._counts = id(optimizer)
             row = self.row
             row.scale = self._scaler.scale()
             row.host["learning_rate"] = [_rate(g["lr"]) for g in optimizer.param_groups]
@@ -256,13 +260,23 @@ class Capture:
         else:
             self.own_time += time.perf_counter() - start
 
+    def _pass(self, optimizer: Optimizer) -> None:
+        """Count a step of which nothing is read. Of several optimizers the one that ended the last counts."""
+        self._counts = self._counts or id(optimizer)
+        if self._counts == id(optimizer):
+            self.step = self.row.step = self.step + 1
+            if self.step % self._every == 0:
+                self._begin(self.step)
+
     def _is_missed(self, optimizer: Optimizer) -> bool:
         """Whether there was a backward that reached no witness; then all are hooked again.
 
         Its gradient is left out, for what is there by now may have been clipped.
         """
         members = self._meter.members(optimizer)
-        if not self._reached.isdisjoint(members) or not self._meter.gradients(members):
+        if self._backwards.everywhere or not self._reached.isdisjoint(members):
+            return False
+        if not self._meter.gradients(members):
             return False
         self._backwards.learn()
         return True
