@@ -105,13 +105,13 @@ class Task:
     Attributes:
         model: Makes the model.
         inputs: Makes inputs and targets.
-        block: Steps a block: few where a step takes long, so that the machine is the same for both.
-            A multiple of 10, which is ``sample_every``.
+        turn: Steps before it is the other's turn: few where a step takes long, so that the machine is
+            the same for both; many where it is short, so that each finds its own data in the caches.
     """
 
     model: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, Tensor]]
-    block: int
+    turn: int
 
 
 TASKS = {
@@ -119,13 +119,14 @@ TASKS = {
         _mlp, lambda: (torch.randn(64, 32), torch.randint(0, 10, (64,))), 50
     ),
     "ResNet-20, 32×32": Task(
-        _resnet, lambda: (torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))), 10
+        _resnet, lambda: (torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))), 1
     ),
     "GPT, 12 layers of 192": Task(
-        GPT, lambda: (torch.randint(0, 65, (8, 128)), torch.randint(0, 65, (8, 128))), 10
+        GPT, lambda: (torch.randint(0, 65, (8, 128)), torch.randint(0, 65, (8, 128))), 1
     ),
 }
 
+_SAMPLED = 10  # sample_every
 After = Callable[[int, Tensor], None]
 
 
@@ -199,7 +200,7 @@ def _wandb(
 WAYS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, str, ExitStack], After]] = {
     "nothing": _nothing,
     "torchbp.watch": _watch,
-    "torchbp.watch(every=10, sample_every=50)": _rarely,
+    "watch(every=10, sample_every=50)": _rarely,
     "norm().item() and add_scalar": _scalars,
     "add_histogram": _histograms,
     "wandb.watch, offline, every 10 steps": _wandb,
@@ -214,11 +215,11 @@ class Training:
         self._model = task.model()
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3, momentum=0.9)
         self._inputs = task.inputs()
-        self._step = 0
+        self.step = 0
         self._after = WAYS[way](self._model, self._optimizer, folder, end)
 
-    def block(self, steps: int) -> float:
-        """Train; return the process time of a step in seconds."""
+    def train(self, steps: int) -> float:
+        """Train; return the process time in seconds."""
         x, y = self._inputs
         start = time.process_time()
         for _ in range(steps):
@@ -227,9 +228,9 @@ class Training:
             loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
             loss.backward()
             self._optimizer.step()
-            self._after(self._step, loss)
-            self._step += 1
-        return (time.process_time() - start) / steps
+            self._after(self.step, loss)
+            self.step += 1
+        return time.process_time() - start
 
 
 def measure(name: str, way: str, seconds: float) -> dict[str, Any]:
@@ -237,16 +238,12 @@ def measure(name: str, way: str, seconds: float) -> dict[str, Any]:
     task = TASKS[name]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as end:
         ours, plain = (Training(task, w, folder, end) for w in (way, "nothing"))
-        # Beyond the first steps, which are all sampled. No block ends before a sampled step, for
-        # then the hook for every module of the process would be there while the plain model runs.
         for training in (ours, plain):
-            training.block(task.block + 5)
+            training.train(55)  # beyond the first steps, which are all sampled
         pairs: list[tuple[float, float]] = []
         until = time.perf_counter() + seconds
         while time.perf_counter() < until or len(pairs) < 5:
-            first, second = (ours, plain) if len(pairs) % 2 else (plain, ours)
-            a, b = first.block(task.block), second.block(task.block)
-            pairs.append((a, b) if first is ours else (b, a))
+            pairs.append(block(ours, plain, task.turn))
     low, high = interval(pairs)
     watched, bare = map(statistics.fmean, zip(*pairs, strict=True))
     return {
@@ -256,11 +253,29 @@ def measure(name: str, way: str, seconds: float) -> dict[str, Any]:
         "low": low,
         "high": high,
         "blocks": len(pairs),
-        "steps_a_block": task.block,
+        "steps_a_block": max(task.turn, _SAMPLED),
+        "steps_a_turn": task.turn,
         "plain_us": 1e6 * bare,
         "added_us": 1e6 * (watched - bare),
         "load_average": os.getloadavg()[0],
     } | ({"own_us": 1e6 * own(name, 50)} if way == "torchbp.watch" else {})
+
+
+def block(ours: Training, plain: Training, turn: int) -> tuple[float, float]:
+    """Train each for 10 steps, or one turn if that is more, in turns; return their times of a step.
+
+    Before a sampled step the monitor's hook stands for every module of the process, so the plain model waits
+    until it is over.
+    """
+    watched = bare = 0.0
+    owed, steps = 0, max(turn, _SAMPLED)
+    for _ in range(0, steps, turn):
+        watched += ours.train(turn)
+        owed += turn
+        if ours.step % _SAMPLED:
+            bare += plain.train(owed)
+            owed = 0
+    return watched / steps, bare / steps
 
 
 # Where torchbp.watch is called from outside: by autograd, by modules, by the optimizer, by the loop, and by
@@ -295,9 +310,9 @@ def own(name: str, steps: int) -> float:
             for entry in names:
                 end.enter_context(mock.patch.object(kind, entry, timed(getattr(kind, entry))))
         watched = Training(TASKS[name], "torchbp.watch", folder, end)
-        watched.block(55)
+        watched.train(55)
         spent = 0.0
-        watched.block(steps)
+        watched.train(steps)
         return spent / steps
 
 

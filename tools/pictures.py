@@ -1,7 +1,7 @@
-"""Takes the pictures of docs/pictures/ again: the demo's runs in TensorBoard, in a real browser.
+"""Takes the pictures of docs/pictures/ again: runs of the demo and of the adding problem in TensorBoard, in a real browser.
 
-    make pictures                       trains the demo's networks first
-    make pictures ARGS=runs/demo-...    of runs that are there
+    make pictures                                   trains the networks first
+    make pictures ARGS="runs/demo-... runs/adding"  of runs that are there; the second from examples/adding_problem.py
 
 Look at each picture before it is committed.
 """
@@ -37,6 +37,14 @@ def take(logdir: Path) -> None:
         keep("dark", page.screenshot(clip={"x": 0, "y": 0, "width": 1440, "height": 832}))
 
 
+def take_time(logdir: Path) -> None:
+    """Write the picture of what two recurrent networks do to the signal through time."""
+    with tensorboard(logdir) as address, chromium() as browser:
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        Tab(page, address).open(run="rnn", compare="lstm", quantity="through_time")
+        keep("through-time", page.screenshot())
+
+
 def keep(name: str, png: bytes) -> None:
     """Write a picture, packed as well as PNG can."""
     path = PICTURES / f"{name}.png"
@@ -49,13 +57,17 @@ def keep(name: str, png: bytes) -> None:
 def main() -> None:
     """Train unless there are runs, then take the pictures."""
     if len(sys.argv) > 1:
-        take(Path(sys.argv[1]))
+        for act, folder in zip((take, take_time), sys.argv[1:], strict=False):
+            act(Path(folder))
         return
     with tempfile.TemporaryDirectory() as folder:
-        logdir = Path(folder) / "demo"
-        command = [Path(sys.executable).with_name("torchbp"), "demo", "--log-dir", logdir]
+        demo, adding = Path(folder) / "demo", Path(folder) / "adding"
+        command = [Path(sys.executable).with_name("torchbp"), "demo", "--log-dir", demo]
         subprocess.run(command, check=True)
-        take(logdir)
+        take(demo)
+        example = ROOT / "examples" / "adding_problem.py"
+        subprocess.run([sys.executable, example, "--log-dir", adding], check=True)
+        take_time(adding)
 
 
 if __name__ == "__main__":
