@@ -1,4 +1,4 @@
-"""Takes the pictures of docs/pictures/ again: runs of the demo and of the adding problem in TensorBoard, in a real browser.
+"""Takes the pictures of docs/pictures/ again: the demo's runs and the adding problem's in TensorBoard, in a browser.
 
     make pictures                                   trains the networks first
     make pictures ARGS="runs/demo-... runs/adding"  of runs that are there; the second from examples/adding_problem.py
@@ -40,7 +40,7 @@ def take(logdir: Path) -> None:
 def take_time(logdir: Path) -> None:
     """Write the picture of what two recurrent networks do to the signal through time."""
     with tensorboard(logdir) as address, chromium() as browser:
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        page = browser.new_page(viewport={"width": 1440, "height": 555})
         Tab(page, address).open(run="rnn", compare="lstm", quantity="through_time")
         keep("through-time", page.screenshot())
 

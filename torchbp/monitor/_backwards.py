@@ -127,7 +127,12 @@ class Backwards:
         self._learned = True
         another = not self._reached or bool(fired & self._reached)
         self._reached = fired if another else self._reached | fired
-        if self.everywhere and fired and len(self._seen) < _KEPT and fired not in map(set, self._seen):
+        if (
+            self.everywhere
+            and fired
+            and len(self._seen) < _KEPT
+            and fired not in map(set, self._seen)
+        ):
             self._seen.append(order)
         self._ended(another)
 

@@ -93,7 +93,7 @@ class Reading:
 
     step: int
     values: dict[str, NDArray[np.float64]]
-    present: Mapping[str, NDArray[np.bool_]]
+    present: dict[str, NDArray[np.bool_]]
     layers: Layers
     when: float = 0.0
     sampled: bool = True

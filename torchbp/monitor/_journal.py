@@ -77,8 +77,9 @@ class Journal:
                 self._quantity(name, moments, values, block.present.get(name), first.layers)
         for reading, moment in zip(block.readings, moments, strict=True):
             for name in reading.values.keys() - block.values.keys():
-                values = reading.values[name][None]
-                self._quantity(name, [moment], values, None, first.layers)
+                values, there = reading.values[name][None], reading.present.get(name)
+                present = None if there is None else there[None]
+                self._quantity(name, [moment], values, present, first.layers)
             if reading.rare:
                 self._histograms(reading)
         if first.sampled and "learning_rate" in block.values:

@@ -30,6 +30,8 @@ def finish(reading: Reading) -> NDArray[np.float64] | None:
         first = norms[: -(-len(norms) // 10)].max()
         later = norms[len(norms) // 2 :].max() or norms.max()  # padding at the end gets nothing
         ratios[index] = first / later if later else np.nan
+    there = reading.present["through_time"] = np.zeros(len(ratios), bool)
+    there[list(reading.times)] = True
     return ratios
 
 
