@@ -10,6 +10,14 @@ from typing import Any
 __all__ = ["draw"]
 
 DATA = Path(__file__).parent / "data"
+# Where a label stands, beside its point.
+_PLACES = {
+    "torch": (8, 15, "start"),
+    "torchbp": (8, -1, "start"),
+    "torch checkpoint": (8, -7, "start"),
+    "torch selective checkpoint": (-24, -10, "start"),
+}
+
 PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "lean.svg"
 
 
@@ -27,7 +35,7 @@ def picture(rows: list[dict[str, Any]]) -> str:
         x0 = left + i * (plot_w + 80)
 
         def px(kept: float, x0: int = x0) -> float:
-            return x0 + kept * plot_w / 1.05
+            return x0 + kept * plot_w / 1.3
 
         def py(t: float) -> float:
             return top + plot_h - (t - 0.8) / (high - 0.8) * plot_h
@@ -56,9 +64,7 @@ def picture(rows: list[dict[str, Any]]) -> str:
                 f'<circle cx="{px(r["kept"]):.1f}" cy="{py(r["time"]):.1f}" r="4.5" fill="{color}"/>'
             )
             label = r["way"].removeprefix("lean ").removeprefix("torch ")
-            anchor = "end" if r["kept"] > 0.85 else "start"
-            dx = {"torch checkpoint": 14}.get(r["way"], -8 if anchor == "end" else 8)
-            dy = {"torch": 34, "torch selective checkpoint": 18}.get(r["way"], -7)
+            dx, dy, anchor = (-7, 15, "end") if ours else _PLACES.get(r["way"], (8, 4, "start"))
             out.append(
                 f'<text x="{px(r["kept"]) + dx:.1f}" y="{py(r["time"]) + dy:.1f}" fill="{color}" '
                 f'text-anchor="{anchor}">{label}</text>'
