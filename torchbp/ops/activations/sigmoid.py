@@ -67,15 +67,18 @@ class SigmoidFunction(Function):
 
 def _times_derivative(v: Tensor, kept: Tensor) -> Tensor:
     if is_half(kept):
-        return in_pieces(_from_input, v, kept)
+        return in_pieces(_from_input, v, kept, into=_from_input_into)
     return v * (kept * (1 - kept)).conj()  # (1)
 
 
 def _from_input(v: Tensor, x: Tensor) -> Tensor:
-    if fused(v, x):  # (2) is even in x, and of σ(-|x|) the complement is exact: one sigmoid
-        y = x.abs().neg_().sigmoid_()
-        return _sigmoid_backward_into(v, y, grad_input=y)
     return v * (torch.sigmoid(x) * torch.sigmoid(-x))  # (2)
+
+
+def _from_input_into(grad_x: Tensor, v: Tensor, x: Tensor) -> None:
+    # (2) is even in x, and of σ(-|x|) the complement is exact: one sigmoid
+    y = torch.abs(x, out=grad_x).neg_().sigmoid_()
+    _sigmoid_backward_into(v, y, grad_input=grad_x)
 
 
 _sigmoid = entry(SigmoidFunction, again=SigmoidFunction.forward)

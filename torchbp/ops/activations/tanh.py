@@ -67,15 +67,18 @@ class TanhFunction(Function):
 
 def _times_derivative(v: Tensor, kept: Tensor) -> Tensor:
     if is_half(kept):
-        return in_pieces(_from_input, v, kept)
+        return in_pieces(_from_input, v, kept, into=_from_input_into)
     return v * (1 - kept * kept).conj()  # (1)
 
 
 def _from_input(v: Tensor, x: Tensor) -> Tensor:
-    if fused(v, x):  # (2) is even in x, and of σ(-2|x|) the complement is exact: one sigmoid
-        s = x.abs().mul_(-2).sigmoid_()
-        return _sigmoid_backward_into(v, s, grad_input=s).mul_(4)
     return v * (4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x))  # (2)
+
+
+def _from_input_into(grad_x: Tensor, v: Tensor, x: Tensor) -> None:
+    # (2) is even in x, and of σ(-2|x|) the complement is exact: one sigmoid
+    s = torch.abs(x, out=grad_x).mul_(-2).sigmoid_()
+    _sigmoid_backward_into(v, s, grad_input=grad_x).mul_(4)
 
 
 _tanh = entry(TanhFunction, again=TanhFunction.forward)
