@@ -188,3 +188,18 @@ def test_straight_through_runs_the_quantizer_without_autograd():
 def test_straight_through_refuses(args, options, error, message):
     with pytest.raises(error, match=message):
         F.straight_through(torch.zeros(2, 3), *args, **options)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, torch.inf])
+@pytest.mark.parametrize("dim", [None, -1, (0, 1)], ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e30])
+def test_gradient_clip_from_the_norm_on(p, dim, scale):
+    """Just within the norm a gradient passes bit for bit; just beyond, it comes out with the norm."""
+    v = torch.randn(6, 50) * scale
+    norms = torch.linalg.vector_norm(v.double(), p, dim)
+    assert torch.equal(clipped(v, max_norm=norms.max().item() * 1.01, norm_type=p, dim=dim), v)
+    limit = norms.min().item() * 0.99
+    found = clipped(v, max_norm=limit, norm_type=p, dim=dim).double()
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(found, p, dim), torch.full_like(norms, limit), rtol=1e-5, atol=0
+    )

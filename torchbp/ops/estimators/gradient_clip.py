@@ -76,10 +76,8 @@ def _within(g: Tensor, max_norm: float, p: float, dim: Dims) -> Tensor:
         return g
     if p in _PLAIN and dim is None and g.is_cpu and fused(g):
         norm = _norm_of_all(g, p)
-        if norm <= max_norm:
-            return g
         if _PLAIN[p] < norm < inf:
-            return g * (max_norm / norm)  # (2)
+            return g if norm <= max_norm else g * (max_norm / norm)  # (2)
     # not vector_norm(g, inf), which takes twenty times as long
     largest = g.detach().abs().amax(() if dim is None else dim, keepdim=True)
     largest = torch.where(largest > 0, largest, 1)
@@ -87,7 +85,8 @@ def _within(g: Tensor, max_norm: float, p: float, dim: Dims) -> Tensor:
         largest.log2().floor()
     )  # dividing by it rounds nothing; a constant for derivatives
     norm = power * torch.linalg.vector_norm(g / power, p, dim, keepdim=True)
-    return g * (max_norm / norm.clamp(min=max_norm))  # (2)
+    # not max_norm / max(max_norm, norm), by the reciprocal in torch: it is not always 1 within the norm
+    return g * torch.where(norm <= max_norm, 1, max_norm / norm)  # (2)
 
 
 def _norm_of_all(g: Tensor, p: float) -> float:
