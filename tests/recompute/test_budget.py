@@ -14,6 +14,7 @@ from benchmarks.models import MODELS, ResNet, loss
 from tests.recompute.compared import same, step
 from torchbp.recompute import _graph, _lean
 from torchbp.recompute._kept import Kept
+from torchbp.recompute._live import Live
 
 AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
 
@@ -155,3 +156,34 @@ def test_double_backward_and_retained_graphs():
     for _ in range(2):
         want, got = penalty(converted), penalty(lean)
     same(got, want)
+
+
+@pytest.mark.parametrize(("budget", "most"), [(0.3, 0.42), (0.2, 0.35)])
+def test_what_is_kept_does_not_come_back_at_the_peak(budget, most):
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(24)]
+    model, x, y = nn.Sequential(*layers), torch.randn(256, 64), torch.randint(64, (256,))
+
+    def peak(model):
+        for _ in range(2):
+            loss(model(x), y).backward()
+        apart = [x, y, *model.parameters(), *(p.grad for p in model.parameters())]
+        with Live(lambda: "", apart) as live:
+            loss(model(x), y).backward()
+        return live.peak
+
+    assert peak(torchbp.lean(copy.deepcopy(model), budget)) <= most * peak(model)
+
+
+def test_backward_under_an_autocast_that_the_forward_was_not_under():
+    model, x, y = made("GPT")
+    got = []
+    for m in (torchbp.convert(copy.deepcopy(model)), torchbp.lean(model, 0.2)):
+        m(x)  # is measured
+        m.zero_grad()
+        torch.manual_seed(1)
+        value = loss(m(x), y)
+        with AUTOCAST():
+            value.backward()
+        got.append([p.grad for p in m.parameters()])
+    same(*got)

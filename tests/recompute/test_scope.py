@@ -268,3 +268,23 @@ def test_memory_format_is_as_it_was():
     converted, lean = both(model)
     criterion = lambda out, _: out.square().mean()  # noqa: E731
     same(step(lean, x, None, criterion), step(converted, x, None, criterion))
+
+
+def test_a_change_of_memory_format_is_made_again():
+    torch.manual_seed(0)
+    one, two = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+    with torchbp.lean_scope():
+        y = F.gelu(one(torch.randn(2, 3, 8, 8)))
+        moved = y.to(memory_format=torch.channels_last)
+        z = two(moved)
+    saved = z.grad_fn._raw_saved_input.data
+    assert type(saved) is Share
+    assert saved.open().stride() == moved.stride() != y.stride()
+    assert torch.equal(saved.open(), moved)
+
+
+def test_inert_where_hooks_are_forbidden():
+    model = torchbp.lean(network())
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        model(torch.randn(4, 6)).sum().backward()
+    assert model[0].weight.grad is not None
