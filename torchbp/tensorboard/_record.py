@@ -131,15 +131,22 @@ def unpack(file: BinaryIO, at: int = 0) -> Iterator[tuple[int, bytes]]:
     """
     end = file.seek(0, os.SEEK_END)
     file.seek(at)
-    while at + FRAME <= end:
-        header, masked = file.read(8), file.read(4)
-        (length,) = struct.unpack("<Q", header)
+    head = file.read(12)
+    good = _is_head(head)
+    while good:
+        (length,) = struct.unpack_from("<Q", head)
         after = at + FRAME + length
-        if after > end or masked != _masked(header):
+        if after > end:
             return
         payload, masked = file.read(length), file.read(4)
-        # A disk that filled up, or a machine that died, spoils the end of a file.
-        if after == end and masked != _masked(payload):
+        head = file.read(12)
+        good = _is_head(head)
+        # A disk that filled up, or a machine that died, spoils the end of a file: the last record before it too.
+        if not good and masked != _masked(payload):
             return
         yield at + 12, payload
         at = after
+
+
+def _is_head(head: bytes) -> bool:
+    return len(head) == 12 and head[8:] == _masked(head[:8])
