@@ -14,8 +14,9 @@ from torch import Tensor
 
 from torchbp.ops._pieces import length_written, pieces
 
-__all__ = ["log1p_exp_sum", "reduced_softplus"]
+__all__ = ["FEW", "log1p_exp_sum", "reduced_softplus"]
 
+FEW = 1 << 14  # elements, of which as many calls as here cost more than logarithms
 _FOLDS = 4
 _LOG2_E = math.log2(math.e)
 

@@ -39,7 +39,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import alike, in_pieces
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square
-from torchbp.ops.losses._log_sums import reduced_softplus
+from torchbp.ops.losses._log_sums import FEW, reduced_softplus
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -65,7 +65,7 @@ class BCEWithLogitsLossFunction(Function):
                 x, target, weight, pos_weight=pos_weight, reduction=reduction
             )
         if weight is None:
-            if reduction != "none" and not is_half(x) and alike(x, target):
+            if reduction != "none" and not is_half(x) and x.numel() > FEW and alike(x, target):
                 return reduced_softplus(_parts, reduction, x, target)
             return reduced(_values, reduction, x, target, into=_values_into, spare=1)
         values = in_pieces(_values, x, target, into=_values_into, spare=1)

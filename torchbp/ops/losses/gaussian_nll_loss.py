@@ -48,6 +48,7 @@ from torchbp.ops._samples import Make, Sample, square, stored
 __all__ = ["GaussianNLLLoss", "GaussianNLLLossFunction", "gaussian_nll_loss"]
 
 _NAME = "gaussian_nll_loss"
+_FEW = 1 << 14  # elements; up to these the gradients are made one by one
 
 
 class GaussianNLLLossFunction(Function):
@@ -82,7 +83,8 @@ class GaussianNLLLossFunction(Function):
         d, var = ctx.saved_tensors
         need_d, need_var, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, d.numel())
-        if need_d and need_var and not is_half(d) and writable(d, var, s):
+        shared = need_d and need_var and not is_half(d) and d.numel() > _FEW
+        if shared and writable(d, var, s):
             d, var, s = (t.contiguous() for t in (d, var, s))
             return *_both_gradients(d, var, s, ctx.eps), None, None, None
         grad_d = grad_var = None

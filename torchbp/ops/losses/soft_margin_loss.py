@@ -36,7 +36,7 @@ from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import alike, in_pieces
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
-from torchbp.ops.losses._log_sums import reduced_softplus
+from torchbp.ops.losses._log_sums import FEW, reduced_softplus
 
 __all__ = ["SoftMarginLoss", "SoftMarginLossFunction", "soft_margin_loss"]
 
@@ -51,7 +51,7 @@ class SoftMarginLossFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, target: Tensor, reduction: str) -> Tensor:  # (*), (*) -> () or (*)
-        if reduction != "none" and not is_half(x) and alike(x, target):
+        if reduction != "none" and not is_half(x) and x.numel() > FEW and alike(x, target):
             return reduced_softplus(_parts, reduction, x, target)
         return -reduced(_log_sigmoid, reduction, x, target, into=_log_sigmoid_into)
 
