@@ -45,7 +45,8 @@ def test_many_elements(large, monkeypatch):
     (ours, *gradients), (exact, *wanted) = results
     torch.testing.assert_close(ours, exact, rtol=1e-6, atol=0)
     for a, b in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
+        # 2e-5: torch's kernel of multilabel_margin_loss adds a row's 546 equal terms straight, half an ulp each
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss"])
