@@ -12,8 +12,8 @@ __all__ = ["draw"]
 DATA = Path(__file__).parent / "data"
 # Where a label stands, beside its point.
 _PLACES = {
-    "torch": (8, 15, "start"),
-    "torchbp": (8, -1, "start"),
+    "torch": (8, 23, "start"),
+    "torchbp": (8, -8, "start"),
     "torch checkpoint": (8, -7, "start"),
     "torch selective checkpoint": (-24, -10, "start"),
 }
