@@ -83,6 +83,8 @@ def entry(
         A callable with the arguments of ``function.forward``, all positional.
     """
     traced = type(function.__name__, (function,), {"jvp": staticmethod(Function.jvp)})
+    if torch.__version__ < "2.13":  # a TorchVersion, which knows order
+        traced.forward = staticmethod(_named_once(function.forward))  # pyright: ignore[reportAttributeAccessIssue]
     bare = super(Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
     noted = bare
     _call_directly(function)
@@ -105,6 +107,21 @@ def entry(
         return bare(*args)
 
     return apply
+
+
+def _named_once(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Give every output of ``forward`` a name of its own: dynamo of torch 2.11 loses the gradient of one that has two.
+
+    ``y.to(y.dtype)`` names ``y`` twice.
+    """
+
+    def call(*args: object) -> Any:
+        outputs = forward(*args)
+        if isinstance(outputs, tuple):
+            return tuple(y.view_as(y) if isinstance(y, Tensor) else y for y in outputs)
+        return outputs.view_as(outputs)
+
+    return call
 
 
 def _call_directly(function: type[Function]) -> None:
