@@ -30,12 +30,14 @@ SECOND: dict[str, Unseen] = {}
 THIRD: dict[str, Unseen] = {}
 FOURTH: dict[str, Unseen] = {}
 FIFTH: dict[str, Unseen] = {}
+SIXTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
     "third set": THIRD,
     "fourth set": FOURTH,
     "fifth set": FIFTH,
+    "sixth set": SIXTH,
 }
 
 
@@ -64,6 +66,13 @@ def every():
         second_functions,
         second_state,
         second_transforms,
+        sixth,
+        sixth_algebra,
+        sixth_attention,
+        sixth_layers,
+        sixth_losses,
+        sixth_norms,
+        sixth_physics,
         third,
         third_layers,
         transforms,
