@@ -117,7 +117,11 @@ class Unit(Rule):
         return torch.where(large, r * (g - x * r * (g * x * r).sum(-1, keepdim=True)), g * 100)
 
 
-@faulty(Unit, "projects also where the norm is clamped")
+@faulty(
+    Unit,
+    "projects also where the norm is clamped",
+    missed="rows 64 times smaller are still above the clamp",
+)
 def unit(g, x):
     r = 1 / x.square().sum(-1, keepdim=True).clamp(min=1e-4).sqrt()
     return r * (g - x * r * (g * x * r).sum(-1, keepdim=True))
@@ -138,4 +142,12 @@ class RootMeanSquareNarrow(RootMeanSquare):
 
 
 BUG = "squares overflow in half precision, in the backward only"
-pair("root_mean_square_6", RootMeanSquareNarrow.apply, RootMeanSquare.apply, X, BUG, into=SIXTH)
+pair(
+    "root_mean_square_6",
+    RootMeanSquareNarrow.apply,
+    RootMeanSquare.apply,
+    X,
+    BUG,
+    into=SIXTH,
+    missed="a note: inputs of 512 are not the sample's",
+)
