@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-import transformers
 
 import torchbp
 from torchbp.recompute import _graph, _lean
 from torchbp.recompute._kept import Share
+
+transformers = pytest.importorskip("transformers", reason="run by `make frameworks`")
 
 WORDS, WIDTH = 500, 64
 LLAMA = {
