@@ -78,12 +78,12 @@ class Step:
         apart = {t.data_ptr() for t in (*self.model.parameters(), self.x, self.y)}
         kept: dict[int, Tensor] = {}
 
-        @torch.compiler.disable
         def pack(t: Tensor) -> Tensor:
             kept[t.untyped_storage().data_ptr()] = t.detach()
             return t.detach()
 
-        with saved_tensors_hooks(pack, lambda t: t):
+        hidden: Any = torch.compiler.disable(pack)
+        with saved_tensors_hooks(hidden, lambda t: t):
             self.forward()
         return sum(t.untyped_storage().nbytes() for k, t in kept.items() if k not in apart)
 
