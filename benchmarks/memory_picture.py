@@ -63,7 +63,9 @@ def picture(rows: list[dict[str, Any]]) -> str:
             out.append(
                 f'<circle cx="{px(r["kept"]):.1f}" cy="{py(r["time"]):.1f}" r="4.5" fill="{color}"/>'
             )
-            label = r["way"].removeprefix("lean ").removeprefix("torch ")
+            label = (
+                r["way"].removeprefix("lean ").removeprefix("torch ").removesuffix(" checkpoint")
+            )
             dx, dy, anchor = (-7, 15, "end") if ours else _PLACES.get(r["way"], (8, 4, "start"))
             out.append(
                 f'<text x="{px(r["kept"]) + dx:.1f}" y="{py(r["time"]) + dy:.1f}" fill="{color}" '
