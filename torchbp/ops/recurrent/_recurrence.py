@@ -211,11 +211,8 @@ def dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
 
 
 def cast(tensors: Iterable[Tensor | None], to: Iterable[torch.dtype | None]) -> tuple[Any, ...]:
-    """Return each tensor in its dtype: the one rounding of half precision.
-
-    A ``to`` that does nothing is left out: of an output that is traced twice, dynamo of torch 2.11 loses the gradient.
-    """
+    """Return each tensor in its dtype: the one rounding of half precision."""
     return tuple(
-        t if t is None or dtype in {None, t.dtype} else t.to(dtype)
+        t if t is None or dtype is None else t.to(dtype)
         for t, dtype in zip(tensors, to, strict=True)
     )

@@ -101,7 +101,7 @@ class GRUFunction(Function):
         tensors = wide(x, h0, w_ih, w_hh, b_ih, b_hh)
         y, h_n, gates, q = _states(*tensors, sizes=sizes, reverse=reverse)
         dtype = torch.promote_types(x.dtype, h0.dtype)  # under autocast the state keeps its own
-        return *cast((y, h_n), (dtype, dtype)), gates, q
+        return y.to(dtype), h_n.to(dtype), gates, q
 
     @staticmethod
     def setup_context(

@@ -107,7 +107,7 @@ class LSTMFunction(Function):
         y, h_n, c_n, c, gates = _states(*tensors, sizes=sizes, reverse=reverse)
         dtype = torch.promote_types(x.dtype, c0.dtype)  # under autocast the state c keeps its own
         y_dtype = dtype if w_hr is None else x.dtype
-        return *cast((y, h_n, c_n), (y_dtype, y_dtype, dtype)), c, gates
+        return y.to(y_dtype), h_n.to(y_dtype), c_n.to(dtype), c, gates
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
