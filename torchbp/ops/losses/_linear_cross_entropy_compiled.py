@@ -48,22 +48,8 @@ def opaque(
 
 
 @opaque.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    w: Tensor | None,
-    reduction: str,
-    ignored: int,
-    smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    rows: int,
-    early: Sequence[bool],
-    tokens: bool,
-) -> list[Tensor]:
-    del target, w, reduction, ignored, smoothing, z_loss, softcap, rows
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> list[Tensor]:
+    *_, early, tokens = others
     dtype = wide(x)
     made = [x.new_empty((), dtype=dtype)]
     if tokens:
