@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from torchbp.ops._function import eager
 
-__all__ = ["FAR", "bounded", "known_finite", "may_be_read", "mended", "noted"]
+__all__ = ["FAR", "bounded", "known_finite", "mended", "note", "noted"]
 
 # From here on |x| is so large that s(x) is 0 or 1 and the derivative too, in every dtype.
 FAR = 1000.0
 
 
-def may_be_read(x: Tensor) -> bool:
+def _may_be_read(x: Tensor) -> bool:
     """Whether the values of ``x`` may decide: reading them neither waits for a device nor breaks a trace."""
     return (
         type(x) in (Tensor, nn.Parameter)
@@ -30,11 +30,16 @@ def may_be_read(x: Tensor) -> bool:
 
 def known_finite(x: Tensor) -> bool:
     """Whether ``x`` is known to be finite."""
-    return may_be_read(x) and math.isfinite(_sum(x.detach()).item())
+    return _may_be_read(x) and math.isfinite(_sum(x.detach()).item())
+
+
+def note(x: Tensor) -> list[bool] | None:
+    """Return an empty note for :func:`noted`; ``None`` where ``x`` may not be read."""
+    return [] if _may_be_read(x) else None
 
 
 def noted(x: Tensor, finite: list[bool] | None) -> bool:
-    """Return whether ``x`` is known to be finite, and append it to ``finite``; ``None`` where it may not be read.
+    """Return whether ``x`` is known to be finite, and write it into the note.
 
     Before the kernel, which then finds in the cache what was read here.
     """

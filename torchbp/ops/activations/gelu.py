@@ -31,7 +31,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, may_be_read, mended, noted
+from torchbp.ops.activations._infinities import bounded, mended, note, noted
 
 __all__ = ["GELU", "GELUFunction", "gelu"]
 
@@ -138,7 +138,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if approximate not in _DERIVATIVES:
         rule = "approximate to be 'none' or 'tanh'"
         raise RuntimeError(wrong("gelu", rule, repr(approximate), "pass one of the two"))
-    return _gelu(input, approximate, [] if may_be_read(input) else None)
+    return _gelu(input, approximate, note(input))
 
 
 class GELU(nn.GELU):

@@ -28,7 +28,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, overwrite, publ
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, may_be_read, mended, noted
+from torchbp.ops.activations._infinities import bounded, mended, note, noted
 
 __all__ = ["Hardswish", "HardswishFunction", "hardswish"]
 
@@ -100,8 +100,8 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.0000, 0.6667, 4.0000])
     """
     if inplace:
-        return overwrite(_hardswish, input, [] if may_be_read(input) else None)
-    return _hardswish(input, [] if may_be_read(input) else None)
+        return overwrite(_hardswish, input, note(input))
+    return _hardswish(input, note(input))
 
 
 class Hardswish(nn.Hardswish):

@@ -30,7 +30,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, overwrite, publ
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import FAR, bounded, may_be_read, mended, noted
+from torchbp.ops.activations._infinities import FAR, bounded, mended, note, noted
 
 __all__ = ["Mish", "MishFunction", "mish"]
 
@@ -123,8 +123,8 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.3034,  0.0000,  1.9440])
     """
     if inplace:
-        return overwrite(_mish, input, [] if may_be_read(input) else None)
-    return _mish(input, [] if may_be_read(input) else None)
+        return overwrite(_mish, input, note(input))
+    return _mish(input, note(input))
 
 
 class Mish(nn.Mish):

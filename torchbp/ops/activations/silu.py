@@ -29,7 +29,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, overwrite, publ
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, may_be_read, mended, noted
+from torchbp.ops.activations._infinities import bounded, mended, note, noted
 
 __all__ = ["SiLU", "SiLUFunction", "silu"]
 
@@ -100,8 +100,8 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.2689,  0.0000,  1.7616])
     """
     if inplace:
-        return overwrite(_silu, input, [] if may_be_read(input) else None)
-    return _silu(input, [] if may_be_read(input) else None)
+        return overwrite(_silu, input, note(input))
+    return _silu(input, note(input))
 
 
 class SiLU(nn.SiLU):
