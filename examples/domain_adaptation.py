@@ -45,9 +45,8 @@ def train(
     torch.manual_seed(args.seed)
     model = Network(args.strength)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=1e-3)
-    half = (
-        len(data.x) // 2
-    )  # labelled ones in the source's style, others without labels in the target's
+    # Labelled ones in the source's style, others without labels in the target's.
+    half = len(data.x) // 2
     source, target = data.x[:half], restyled(data.x[half:])
     name = "adapted" if adapt else "source only"
     with torchbp.watch(model, optimizer, log_dir=args.log_dir / name.replace(" ", "-")) as monitor:

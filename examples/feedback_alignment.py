@@ -62,9 +62,8 @@ def train(
     """Return the test accuracy, and the angle over the steps."""
     sizes = data.x[0].numel(), args.width, int(data.y.max()) + 1
     model, plain = network(way, *sizes), network("backpropagation", *sizes)
-    watched = copy.deepcopy(
-        model
-    )  # the angle is measured on a copy, which the monitor does not count
+    # The angle is measured on a copy, which the monitor does not count.
+    watched = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     torch.manual_seed(args.seed)
     angles = []

@@ -92,9 +92,8 @@ class InfoNCELossFunction(Function):
         if log_p is None or not fused(grad, a, b):
             log_p = (unit_a / ctx.temperature) @ unit_b.mT
         excess = _excess(log_p)
-        s = (s / ctx.temperature).unsqueeze(
-            1
-        )  # along the rows: of the narrow matrices, not of N by N
+        # Along the rows: of the narrow matrices, not of N by N.
+        s = (s / ctx.temperature).unsqueeze(1)
         grad_a = grad_b = None
         if need_a:
             grad_a = _of_vector(scale_fresh(excess @ unit_b, s), unit_a, norm_a).to(a.dtype)  # (2)

@@ -50,9 +50,8 @@ def _run(case: Case) -> Iterator[Finding]:
 def _combinations(n: int) -> list[set[int]]:
     """Return which of n inputs require grad, in each of k calls: for n up to 3 one alone."""
     k = next(k for k in count(1) if comb(k, k // 2) >= n)
-    calls = list(combinations(range(k), k // 2 or 1))[
-        :n
-    ]  # of each input: no two are contained in each other
+    # The calls of each input: no two are contained in each other.
+    calls = list(combinations(range(k), k // 2 or 1))[:n]
     return [{i for i, chosen in enumerate(calls) if call in chosen} for call in range(k)]
 
 
