@@ -49,7 +49,7 @@ def test_names_the_network_whose_gradient_explodes(told):
     assert "exploding" in row(told[0], "relu, init x2")
 
 
-@pytest.mark.parametrize("network", ["norm + residual", "relu, He init"])
+@pytest.mark.parametrize("network", ["norm + residual", "relu, He init", "tanh, Xavier"])
 def test_calls_healthy_what_is_healthy(told, network):
     line = row(told[0], network)
     assert "healthy" in line

@@ -1,7 +1,8 @@
 """The demo's networks: deep, and different in one thing each."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from torch import Tensor
 
@@ -13,16 +14,21 @@ __all__ = ["networks"]
 def networks(inputs: int, classes: int, depth: int, width: int) -> Iterator[tuple[str, nn.Module]]:
     """Yield deep networks that differ in one thing each: activation, initialisation, or normalization and residual."""
 
-    def plain(activation: type[nn.Module], gain: float | None = None) -> nn.Module:
+    def plain(
+        activation: type[nn.Module], init: Callable[[Tensor], object] | None = None
+    ) -> nn.Module:
         layers: dict[str, nn.Module] = {}
         for i in range(depth):
             linear = nn.Linear(inputs if i == 0 else width, width)
-            if gain is not None:  # He's standard deviation, times gain
-                nn.init.kaiming_normal_(linear.weight, nonlinearity="relu").data.mul_(gain)
+            if init is not None:
+                init(linear.weight)
                 nn.init.zeros_(linear.bias)
             layers[f"linear{i + 1:02}"] = linear
             layers[f"{activation.__name__.lower()}{i + 1:02}"] = activation()
         return nn.Sequential(OrderedDict(layers, output=nn.Linear(width, classes)))
+
+    def he(weight: Tensor, gain: float = 1.0) -> None:
+        nn.init.kaiming_normal_(weight, nonlinearity="relu").data.mul_(gain)
 
     class Residual(nn.Module):
         def __init__(self) -> None:
@@ -41,7 +47,7 @@ def networks(inputs: int, classes: int, depth: int, width: int) -> Iterator[tupl
         return nn.Sequential(OrderedDict(layers))
 
     yield "sigmoid", plain(nn.Sigmoid)
-    yield "tanh", plain(nn.Tanh)
-    yield "relu, He init", plain(nn.ReLU, gain=1.0)
-    yield "relu, init x2", plain(nn.ReLU, gain=2.0)
+    yield "tanh, Xavier", plain(nn.Tanh, nn.init.xavier_uniform_)
+    yield "relu, He init", plain(nn.ReLU, he)
+    yield "relu, init x2", plain(nn.ReLU, partial(he, gain=2.0))
     yield "norm + residual", residual()

@@ -1,8 +1,11 @@
 """Saturated units: sigmoid or tanh where they are flat, so that little gradient comes through.
 
-An activation behind the last layer is the model's answer and may be as sure as it likes.
+An activation behind the last layer is the model's answer and may be as sure as it likes. And units become sure as
+a network learns: saturation is trouble where it stands in learning's way, not where it came of it. So there is none
+once the output's error signal, e = RMS(∂L/∂z)·B, is half of what it was in the first readings.
 """
 
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,10 +15,14 @@ from torchbp.monitor._diagnosis import Diagnosis, Reading, Suspicion
 __all__ = ["DIAGNOSIS"]
 
 _WARN, _ALERT, _CLEAR = 0.2, 0.5, 0.15
+_FEW = 5  # readings that a level of the error is taken from
+_LEARNT = 0.5
 
 
 def examine(reading: Reading) -> Iterator[Suspicion]:
     """Yield one suspicion a layer."""
+    if _has_learnt(reading):
+        return
     shares = reading.values["saturated_share"]
     for index in np.flatnonzero(reading.present["saturated_share"][:-1] & (shares[:-1] > _CLEAR)):
         share, layer = shares[index], reading.layers.names[index]
@@ -31,11 +38,23 @@ def examine(reading: Reading) -> Iterator[Suspicion]:
         )
 
 
+def _has_learnt(reading: Reading) -> bool:
+    """Whether the output's error signal has fallen to half; the medians of a few readings are compared."""
+    signals = reading.values["error_signal"][reading.present["error_signal"]]
+    first, last = reading.memory.setdefault("errors", ([], deque(maxlen=_FEW)))
+    if len(signals) and np.isfinite(signals[-1]):
+        last.append(signals[-1])
+        if len(first) < _FEW:
+            first.append(signals[-1])
+    return bool(last) and float(np.median(last)) < _LEARNT * float(np.median(first))
+
+
 DIAGNOSIS = Diagnosis(
     name="saturated",
-    reads=("saturated_share",),
+    reads=("saturated_share", "error_signal"),
     examine=examine,
-    threshold="20 % of a layer's activations are saturated (alert: 50 %), in 10 readings",
+    threshold="20 % of a layer's activations are saturated (alert: 50 %), in 10 readings, while the output's error "
+    "signal is above half of what it was at first",
     source="chosen so as to separate healthy networks from ones with too large weights or inputs",
     begins=10,
     ends=5,
