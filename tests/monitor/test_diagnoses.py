@@ -190,3 +190,29 @@ def test_every_diagnosis_says_its_rule(diagnosis):
     assert diagnosis.threshold
     assert diagnosis.source
     assert set(diagnosis.reads) <= set(all_quantities())
+
+
+def test_a_spike_names_a_layer_that_makes_it():
+    """Not the one whose gradient grew by more, from nothing to next to nothing."""
+    layers = Layers(
+        ("a", "b"),
+        ("Linear",) * 2,
+        np.ones(2, bool),
+        ("a.weight", "b.weight"),
+        np.array([0, 1]),
+        np.ones(2),
+        np.ones(2, bool),
+    )
+
+    def at(step, a, b):
+        norm = np.array([np.hypot(a, b)])
+        values = {"global_gradient_norm": norm, "layer_gradient_norm": np.array([a, b])}
+        return Reading(step, values, {}, layers)
+
+    (spike,) = (d for d in all_diagnoses() if d.name == "spike")
+    wobble = 1 + 0.01 * np.sin(np.arange(200))
+    judge = Judge([spike])
+    judge.consider([at(i, w, 1e-20) for i, w in enumerate(wobble)] + [at(200, 50.0, 1e-6)])
+    (verdict,) = judge.verdicts
+    assert (verdict.layer, verdict.step) == ("a", 200)
+    assert "most of all at a, 50" in verdict.evidence

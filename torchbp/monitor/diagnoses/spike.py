@@ -10,6 +10,7 @@ from torchbp.monitor._diagnosis import Diagnosis, Reading, Suspicion
 __all__ = ["DIAGNOSIS"]
 
 _HISTORY, _SIGMAS, _TIMES = 128, 6.0, 4.0
+_PART = 0.1  # of the gradient's norm, which a layer has that is named
 
 
 def screen(readings: Sequence[Reading]) -> NDArray[np.bool_]:
@@ -59,16 +60,17 @@ def examine(reading: Reading) -> Iterator[Suspicion]:
     usual = float(np.exp(np.median(logs)))
     if norm <= _TIMES * usual:
         return
-    before = np.median(layers, axis=0)
+    now, before = reading.values["layer_gradient_norm"], np.median(layers, axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        grown = np.nan_to_num(reading.values["layer_gradient_norm"] / before, posinf=0.0)
+        grown = np.nan_to_num(now / before, posinf=0.0)
+    grown[~(now > _PART * norm)] = 0.0  # from nothing to next to nothing is a large factor, too
     layer = reading.layers.names[int(np.argmax(grown))]
     yield Suspicion(
         "warning",
         layer,
-        f"the gradient norm is {norm:.2g}, {norm / usual:.1f} times its median over the last "
+        f"the gradient norm is {norm:.2g}, {norm / usual:.3g} times its median over the last "
         f"{_HISTORY} steps and {sigmas:.1f}σ above their mean in logarithm; most of all at "
-        f"{layer}, {grown.max():.1f} times",
+        f"{layer}, {grown.max():.3g} times",
         f"clip_grad_norm_ at {2 * usual:.2g}; look at the batch of this step; a longer "
         "warm-up; a smaller β2 in Adam",
     )
