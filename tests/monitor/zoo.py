@@ -469,6 +469,9 @@ HEALTHY = {
     "relu-he-10-wide": Run(lambda: mlp(10, 128, gain=1.0), optimizer=sgd(0.01)),
     "tanh-xavier": Run(lambda: xavier(mlp(6, act=nn.Tanh))),
     "tanh-sure": Run(lambda: xavier(mlp(3, act=nn.Tanh)), optimizer=adam(1e-2), steps=400),
+    "adam-always-clipped-at-1": Run(
+        mlp, loss=lambda m, x, y: 5 * F.cross_entropy(m(x), y), clip=1.0, steps=400
+    ),
     "sigmoid-sure": Run(lambda: xavier(mlp(2, act=nn.Sigmoid)), optimizer=adam(1e-2), steps=600),
     "gelu": Run(lambda: mlp(6, act=nn.GELU)),
     "selu-20": Run(lambda: mlp(20, act=nn.SELU, norm=nn.LayerNorm)),
