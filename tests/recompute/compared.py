@@ -17,8 +17,8 @@ class Count:
         self.kept = self.shared = 0
         monkeypatch.setattr(_lean, "kept_or_share", self)
 
-    def __call__(self, t, plan=None):
-        item = _graph.kept_or_share(t, plan)
+    def __call__(self, t, forward=None):
+        item = _graph.kept_or_share(t, forward)
         if type(item) is Share:
             self.shared += 1
         else:

@@ -32,8 +32,8 @@ class Bytes:
         self.kept = {}
         monkeypatch.setattr(_lean, "kept_or_share", self)
 
-    def __call__(self, t, plan=None):
-        item = _graph.kept_or_share(t, plan)
+    def __call__(self, t, forward=None):
+        item = _graph.kept_or_share(t, forward)
         if type(item) is Kept and not t.is_leaf:
             self.kept[item.storage] = item
         return item
@@ -187,3 +187,15 @@ def test_backward_under_an_autocast_that_the_forward_was_not_under():
             value.backward()
         got.append([p.grad for p in m.parameters()])
     same(*got)
+
+
+def test_hundreds_of_layers():
+    """Each output of a chain is made inside the call of the next, and choosing takes no time that grows with both."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4), nn.GELU()] * 400
+    model, x = nn.Sequential(*layers), torch.randn(2, 4)
+    want = torch.autograd.grad(torchbp.convert(model)(x).sum(), list(model.parameters()))
+    lean = torchbp.lean(model, 0.001)
+    with pytest.warns(UserWarning, match="expected a budget that can be met"):
+        lean(x)
+    same(torch.autograd.grad(lean(x).sum(), list(model.parameters())), want)

@@ -27,9 +27,9 @@ _graph.small = 0
 _recipe._COPIED_SHARE = 1 if kind == "fsdp-layers" else 1 / 64
 shares = 0
 
-def counted(t, plan=None):
+def counted(t, forward=None):
     global shares
-    item = _graph.kept_or_share(t, plan)
+    item = _graph.kept_or_share(t, forward)
     shares += type(item) is Share
     return item
 

@@ -9,10 +9,12 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import torchbp
 import torchbp.functional as F
 from tests.recompute.compared import Count, both, same, step
+from torchbp.ops import _recipe
 from torchbp.recompute import _graph
 from torchbp.recompute._kept import Kept, Made, Recipe, Share
 
@@ -242,6 +244,15 @@ def test_pack_takes_whatever_autograd_saves():
         )
         torch.nn.functional.gelu(nested).to_padded_tensor(0.0).sum().backward()
         F.gelu(w.expand(3, 4, 4)).sin().sum().backward()
+
+
+def test_fake_tensors_leave_nothing_behind(monkeypatch):
+    monkeypatch.setattr(_recipe, "_EMPTY", {})
+    with FakeTensorMode():
+        torchbp.lean(network())(torch.randn(4, 6)).sum().backward()
+    assert not _recipe._EMPTY
+    torchbp.lean(network())(torch.randn(4, 6)).sum().backward()
+    assert {type(empty) for empty in _recipe._EMPTY.values()} == {torch.Tensor}
 
 
 def test_complex_views_are_right(monkeypatch):

@@ -165,7 +165,9 @@ def version_only(t: Tensor) -> Tensor:
     key = (t.device, t.dtype)
     empty = _EMPTY.get(key)
     if empty is None:
-        empty = _EMPTY[key] = torch.empty(0, device=t.device, dtype=t.dtype)
+        empty = torch.empty(0, device=t.device, dtype=t.dtype)
+        if type(empty) is Tensor:  # not a mode's, which makes fake ones
+            _EMPTY[key] = empty
     alias = t.detach()
     alias.data = empty
     return alias

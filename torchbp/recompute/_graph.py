@@ -16,7 +16,7 @@ from torch.autograd.function import BackwardCFunction
 
 from torchbp.ops import _recipe
 from torchbp.ops._recipe import Edge, Note, Saved
-from torchbp.recompute._budget import Plan
+from torchbp.recompute._budget import Forward
 from torchbp.recompute._kept import Kept, Made, Recipe, Share
 from torchbp.recompute._leaves import is_as_read
 from torchbp.recompute._torch import DEAR, OVER, RULES, VIEWS, Operand
@@ -41,27 +41,27 @@ class Reading(NamedTuple):
     storage: int
 
 
-def kept_or_share(t: Tensor, plan: Plan | None = None) -> Kept | Share:
+def kept_or_share(t: Tensor, forward: Forward | None = None) -> Kept | Share:
     """Return what is kept for ``t``, which a node wants to save: a share of what can be made again, or ``t`` itself.
 
     Args:
         t: Whatever autograd saves.
-        plan: Which of the outputs that are dear to make again are let go; ``None`` for none.
+        forward: Says which of the outputs that are dear to make again are let go; ``None`` for none.
     """
     if type(t) not in _DENSE:
         return _as_it_is(t)
     node = t.grad_fn
     if node is None or t.layout is not torch.strided or t.is_nested:
-        kept = Kept(t)
-        if plan is not None and not t.requires_grad and t.layout is torch.strided:
-            plan.keep(kept)  # a mask, say
+        kept = Kept(t, itself=type(t) is nn.Parameter)
+        if forward is not None and not t.requires_grad and t.layout is torch.strided:
+            forward.keep(kept)  # a mask, say
         return kept
     if t.numel() * t.element_size() < small:
         return Kept(t)
     base = t
     if t._is_view():
         node, base = _whole(t)
-    item = _output(node, base, plan)
+    item = _output(node, base, forward)
     if isinstance(item, Kept):
         return item if base is t else Kept(t, item)
     if t.dtype == base.dtype and not t.is_neg() and not t.is_conj():
@@ -89,23 +89,23 @@ def _as_it_is(t: Tensor) -> Kept:
         return Kept(t)
 
 
-def _output(node: Any, base: Tensor, plan: Plan | None) -> Made | Kept:
+def _output(node: Any, base: Tensor, forward: Forward | None) -> Made | Kept:
     """Return how ``base``, the output of ``node``, is made again; itself if it can't be, or isn't worth it."""
     found = _registered(node, base.output_nr)
     if found is not None and found.untouched():
         return found
-    item = None if found is not None else _made(node, base, plan)
+    item = None if found is not None else _made(node, base, forward)
     if item is None:
         item = Kept(base)
-        if plan is not None:
-            plan.keep(item)
+        if forward is not None:
+            forward.keep(item)
     _register(node, item, base.output_nr)
     return item
 
 
-def _made(node: Any, base: Tensor, plan: Plan | None) -> Made | None:
+def _made(node: Any, base: Tensor, forward: Forward | None) -> Made | None:
     if (
-        plan is None
+        forward is None
         and type(node).__name__ not in RULES
         and not isinstance(node, BackwardCFunction)
     ):
@@ -116,20 +116,20 @@ def _made(node: Any, base: Tensor, plan: Plan | None) -> Made | None:
     reading = Reading(base._version, storage._cdata)
     how = _how(node, base.output_nr, reading, base)
     if how is None or how[0].steps > longest:
-        if plan is None:
+        if forward is None:
             return None
-        how = how or _how(node, base.output_nr, reading, base, dear=True)
-        if how is None or not plan.drops(how[0], base):
+        how = how or _how(node, base.output_nr, reading, base, forward)
+        if how is None or not forward.drops(how[0], base):
             return None
         how[0].steps = 0  # chains count from here, as where it is kept
     made = Made(base, *how)
-    if plan is not None:
-        plan.make(made)
+    if forward is not None:
+        forward.make(made)
     return made
 
 
 def _how(
-    node: Any, nr: int, reading: Reading | None, output: Tensor | None, dear: bool = False
+    node: Any, nr: int, reading: Reading | None, output: Tensor | None, dear: Forward | None = None
 ) -> tuple[Recipe, Tensor | None] | None:
     """Return how output ``nr`` of ``node`` is made again, and its witness if there is one.
 
@@ -138,7 +138,7 @@ def _how(
         nr: Which output; ops of several are known by their first.
         reading: The version and storage it had when it was read; ``None`` where nobody noted them.
         output: The tensor itself, where it is at hand.
-        dear: Whether it, and operands that nobody keeps, may be dear to make again.
+        dear: That in which it, and operands that nobody keeps, may be dear to make again; ``None`` where they may not.
     """
     note = _note(node)
     if note is None:
@@ -146,7 +146,7 @@ def _how(
         if nr == 0 and reading is not None:
             found = _of_torch(node, reading, output, dear)
         return None if found is None else (found, None)
-    if nr or note.arguments is None or (note.flops and not dear):
+    if nr or note.arguments is None or (note.flops and dear is None):
         return None
     last = (note.version, note.storage)
     if note.witness._version != note.version if reading is None else reading != last:
@@ -158,11 +158,13 @@ def _how(
     return Recipe(*args), note.witness
 
 
-def _of_torch(node: Any, reading: Reading, output: Tensor | None, dear: bool) -> Recipe | None:
+def _of_torch(
+    node: Any, reading: Reading, output: Tensor | None, dear: Forward | None
+) -> Recipe | None:
     """Return how the output of a node of torch's own is made again."""
     name = type(node).__name__
     rule = RULES.get(name)
-    if rule is None and dear:
+    if rule is None and dear is not None:
         rule = DEAR.get(name)
     if rule is None:
         return None
@@ -192,7 +194,7 @@ def _of_torch(node: Any, reading: Reading, output: Tensor | None, dear: bool) ->
 
 
 def _operand(
-    node: Any, operand: Operand, reading: Reading | None, dear: bool
+    node: Any, operand: Operand, reading: Reading | None, dear: Forward | None
 ) -> Kept | Share | Recipe | None:
     """Return an operand of a node of torch's own, as a part."""
     saved = operand.saved
@@ -200,7 +202,7 @@ def _operand(
     return _along(node, operand.edge, reading, dear) if part is None else part
 
 
-def _arguments(node: Any, arguments: tuple[Any, ...], dear: bool) -> list[Any] | None:
+def _arguments(node: Any, arguments: tuple[Any, ...], dear: Forward | None) -> list[Any] | None:
     """Return the arguments that a note names, ready for a recipe; ``None`` if one is not there."""
     parts: list[Any] = []
     saved = node._raw_saved_tensors
@@ -222,7 +224,7 @@ def _arguments(node: Any, arguments: tuple[Any, ...], dear: bool) -> list[Any] |
 
 
 def _along(
-    node: Any, place: int, reading: Reading | None, dear: bool
+    node: Any, place: int, reading: Reading | None, dear: Forward | None
 ) -> Kept | Share | Recipe | None:
     """Return the operand that came along an edge, as a part."""
     source, nr = node.next_functions[place]
@@ -230,7 +232,10 @@ def _along(
         return None
     if type(source).__name__ == "AccumulateGrad":
         leaf = source.variable
-        same = is_as_read(leaf, dear) if reading is None else leaf._version == reading.version
+        if reading is None:
+            same = is_as_read(leaf, node, dear is not None and dear.measures)
+        else:
+            same = reading == (leaf._version, leaf.untyped_storage()._cdata)
         return Kept(leaf) if same else None
     found = _registered(source, nr)
     if found is None:
@@ -245,9 +250,11 @@ def _along(
 def _part(saved: Any) -> Kept | Share | None:
     """Return what a node keeps for a saved tensor, as a part; ``None`` if it saved it outside, or under other hooks."""
     data = saved.data
-    if type(data) is Share:
+    if type(data) is Kept or type(data) is Share:
         return data.part()
-    return data if type(data) is Kept else None
+    if type(data) is Tensor and not (data.dim() or data._version or data.is_complex()):
+        return Kept(data)  # a number, which autograd shows to no hooks
+    return None
 
 
 def _last(parts: list[Any]) -> bool:

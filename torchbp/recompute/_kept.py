@@ -3,9 +3,11 @@
 Autograd's own check, that nobody wrote to a saved tensor, is off where there are saved-tensor hooks: it is made here.
 """
 
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
-from weakref import WeakSet
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +24,18 @@ class Kept:
     Args:
         tensor: To be kept.
         whole: What is kept for the output of which it is a view.
+        itself: Whether it is a parameter, kept as autograd keeps it: if its data is exchanged before backward, that is
+            what backward gets.
     """
 
-    __slots__ = ("__weakref__", "parameter", "tensor", "version", "whole")
+    __slots__ = ("__weakref__", "data", "itself", "parameter", "tensor", "version", "whole")
 
-    def __init__(self, tensor: Tensor, whole: "Kept | None" = None) -> None:
-        self.whole = whole
-        # Detached: a saved output would hold its own node, which holds this.
-        self.tensor = tensor.detach()
+    def __init__(self, tensor: Tensor, whole: "Kept | None" = None, itself: bool = False) -> None:
+        self.whole, self.itself = whole, itself
+        self.data = tensor.untyped_storage()._cdata if itself else 0
         self.parameter = type(tensor) is nn.Parameter
+        # Detached: a saved output would hold its own node, which holds this.
+        self.tensor = tensor if itself else tensor.detach()
         self.version = None if tensor.is_inference() else tensor._version
 
     @property
@@ -46,6 +51,15 @@ class Kept:
     def untouched(self) -> bool:
         """Whether nobody wrote to it since."""
         return self.version is None or self.tensor._version == self.version
+
+    def part(self) -> "Kept | None":
+        """Return what a recipe takes it for: what it is now, whatever becomes of a parameter's data later.
+
+        ``None`` where it was written to, or has other data already: freed by who shards it, say.
+        """
+        if not self.itself:
+            return self
+        return Kept(self.tensor) if self.untouched() and self.storage == self.data else None
 
     def open(self) -> Tensor:
         """Return the tensor; raise as autograd does if it was changed in place."""
@@ -136,6 +150,7 @@ class Made:
     __slots__ = (
         "__weakref__",
         "made",
+        "made_version",
         "nbytes",
         "recipe",
         "size",
@@ -154,6 +169,7 @@ class Made:
         self.witness = version_only(output) if witness is None else witness
         self.users = 0  # shares alive
         self.made: Tensor | None = None
+        self.made_version = 0
 
     def untouched(self) -> bool:
         """Whether nobody wrote to the output since."""
@@ -169,9 +185,10 @@ class Made:
                     self.size, self.stride, dtype=made.dtype, device=made.device
                 )
                 made = strided.copy_(made)
-            if self.users > 1 and _in_backward():  # this goes when the last of them is done
-                self.made = made
-                _made.add(self)
+            if self.users > 1 and _let_go_later(self):  # this goes when the last of them is done
+                self.made, self.made_version = made, made._version
+        elif made._version != self.made_version:  # by somebody's backward
+            raise _changed(made, made._version, self.made_version)
         return made
 
 
@@ -226,28 +243,33 @@ def _fits(arguments: list[Any]) -> bool:
     return all(a.size() == first.size() and a.dtype in dtypes for a in others)
 
 
-_made: WeakSet[Made] = WeakSet()  # those that hold their output for who needs it next
-_task = -1  # the backward at whose end they let it go
+class _Backward(threading.local):
+    """The backward that runs in this thread, and what holds its output in it for who needs it next."""
+
+    def __init__(self) -> None:
+        self.task = -1
+        self.holding: list[ReferenceType[Made]] = []
 
 
-def _in_backward() -> bool:
-    """Whether a backward runs, at whose end what is made is let go: with retain_graph the shares live on."""
-    global _task  # noqa: PLW0603
+_backward = _Backward()
+
+
+def _let_go_later(made: Made) -> bool:
+    """Whether a backward runs, at whose end ``made`` lets its output go: with retain_graph the shares live on."""
     task = torch._C._current_graph_task_id()
     if task == -1:
         return False
-    if task != _task:
-        Variable._execution_engine.queue_callback(_let_go)
-        _task = task
+    if task != _backward.task:
+        _backward.task, _backward.holding = task, []
+        Variable._execution_engine.queue_callback(partial(_let_go, _backward.holding))
+    _backward.holding.append(ref(made))
     return True
 
 
-def _let_go() -> None:
-    global _task  # noqa: PLW0603
-    _task = -1
-    for made in list(_made):
-        made.made = None
-    _made.clear()
+def _let_go(holding: list[ReferenceType[Made]]) -> None:
+    for found in holding:
+        if (made := found()) is not None:
+            made.made = None
 
 
 def _changed(

@@ -4,11 +4,13 @@ The model's forward runs between two hooks of its own, which put saved-tensor ho
 changes but that and the classes of its layers: it is copied, pickled, sharded and saved as before.
 """
 
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from torchbp import swap
 from torchbp.ops import _recipe
 from torchbp.ops._errors import wrong
 from torchbp.recompute import _graph
-from torchbp.recompute._budget import Plan
+from torchbp.recompute._budget import Forward, Plan
 from torchbp.recompute._graph import kept_or_share
 from torchbp.recompute._kept import Kept, Share
 from torchbp.recompute._leaves import open_scope
@@ -39,8 +41,8 @@ def lean(model: M, budget: float | None = None) -> M:
     an activation, a normalization, a dropout, a gate, a residual sum or another cheap op made it, and is made again in
     backward. Convolutions, Linear, attention and user code need not know.
 
-    It is inert under ``torch.no_grad``, ``torch.compile``, ``torch.func``, and inside others' saved-tensor hooks (a
-    checkpoint, ``save_on_cpu``). :func:`torchbp.revert` undoes it.
+    It is inert under ``torch.no_grad``, ``torch.compile``, ``torch.func``, ``torch.jit.trace``, and inside others'
+    saved-tensor hooks (a checkpoint, ``save_on_cpu``). :func:`torchbp.revert` undoes it.
 
     With a ``budget`` outputs of Linear, convolution and attention are let go too, the cheapest to make again for each
     byte first, until what is kept is within it. The first forward measures; the second is within the budget. Sharded
@@ -146,13 +148,14 @@ def lean_scope() -> Iterator[None]:
 class _Pack:
     """The pack hook of one scope, which counts what it gives, and whether it met outputs that are small, or large."""
 
-    def __init__(self, plan: Plan | None) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan | None, outer: "_Pack | None") -> None:
+        self.plan, self.outer = plan, outer
+        self.forward = None if plan is None else Forward(plan)
         self.kept = self.shared = 0
         self.small = self.large = False
 
     def __call__(self, t: Tensor) -> Kept | Share:
-        item = kept_or_share(t, self.plan)
+        item = kept_or_share(t, self.forward)
         if type(item) is Share:
             self.shared += 1
         else:
@@ -167,40 +170,75 @@ def _unpack(item: Kept | Share) -> Tensor:
     return item.open()
 
 
+class _Running(NamedTuple):
+    """A forward that was entered.
+
+    Attributes:
+        module: Whose, by identity.
+        frame: That runs it.
+        pack: What was put in place for it; ``None`` where nothing was.
+    """
+
+    module: int
+    frame: FrameType
+    pack: _Pack | None
+
+    def is_over(self) -> bool:
+        """Whether it was left without a word, as by Ctrl-C: torch calls no hook then."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is None
+
+
+class _Thread(threading.local):
+    """Of this thread: the forwards that run, outermost first."""
+
+    def __init__(self) -> None:
+        self.running: list[_Running] = []
+
+
+_thread = _Thread()
+_count = threading.Lock()
+
+
 def _open(plan: Plan | None, sharded: bool) -> _Pack | None:
     """Put our hooks on the innermost place; ``None`` where they would be refused, useless, or in somebody's way."""
+    while _thread.running and _thread.running[-1].is_over():
+        if (left := _thread.running.pop().pack) is not None:
+            _close(left)
     if (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or not _autograd._saved_tensors_hooks_is_enabled()
-        or _autograd._top_saved_tensors_default_hooks(False) is not None
     ):
         return None
-    pack = _Pack(plan)
-    if plan is not None:
-        plan.begin()
-    open_scope(plan is not None and plan.dropped is None)
+    outer, _ = _autograd._top_saved_tensors_default_hooks(False) or (None, None)
+    if outer is None:
+        open_scope()
+    elif type(outer) is not _Pack or outer.plan is not None or plan is None:
+        return (
+            None  # others' come first; of ours the outermost, but for a budget inside what has none
+        )
+    pack = _Pack(plan, outer)
     _autograd._push_saved_tensors_default_hooks(pack, _unpack)
-    _recipe.asked += 1
+    with _count:
+        _recipe.asked += 1
     _recipe.sharded = sharded
     return pack
 
 
-def _close(pack: _Pack) -> None:
+def _close(pack: _Pack, whole: bool = False) -> None:
+    """Take our hooks off; ``whole``: what ran under them came to its end."""
     _autograd._pop_saved_tensors_default_hooks()
-    _recipe.asked -= 1
-    if pack.plan is not None and torch.is_grad_enabled():
-        pack.plan.end()
-
-
-class _Opened(threading.local):
-    """Of this thread, whose forwards are under way, and the pack hook of each that has opened them."""
-
-    def __init__(self) -> None:
-        self.stack: list[tuple[int, _Pack | None]] = []
-
-
-_opened = _Opened()
+    with _count:
+        _recipe.asked -= 1
+    if pack.outer is not None:
+        pack.outer.kept += pack.kept
+        pack.outer.shared += pack.shared
+    if whole and pack.forward is not None and torch.is_grad_enabled():
+        pack.forward.end()
 
 
 class _Hooks:
@@ -215,13 +253,18 @@ class _Hooks:
         sharded = False
         if dist.is_available() and dist.is_initialized():
             sharded = any(isinstance(m, FSDPModule) for m in module.modules())
-        _opened.stack.append((id(module), _open(self.plan, sharded)))
+        pack = _open(self.plan, sharded)
+        _thread.running.append(_Running(id(module), sys._getframe(1), pack))
 
-    def leave(self, module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
-        if torch.compiler.is_compiling() or not _opened.stack:
+    def leave(self, module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
+        if torch.compiler.is_compiling() or all(r.module != id(module) for r in _thread.running):
             return
-        if _opened.stack[-1][0] == id(module) and (pack := _opened.stack.pop()[1]) is not None:
-            _close(pack)
+        while True:  # what it ran inside, and was left without a word, is over too
+            its, _, pack = _thread.running.pop()
+            if pack is not None:
+                _close(pack, whole=output is not None)
+            if its == id(module):
+                return
 
 
 def _is_ours(hook: object) -> bool:

@@ -1,55 +1,61 @@
 """Looks after the leaves of the graph that torch's own ops read: was one written to before an output is kept?
 
 An op of torchbp notes the versions of its arguments, torch's do not: a sum reads a table of positions, a convolution
-its bias, and saves neither. So their versions are noted as a scope opens, of all that were met before.
+its bias, and saves neither. So their versions are noted as a scope opens, of all that were met before, and hold for the
+ops that run in it.
 """
 
 import threading
+from typing import Any
 from weakref import ReferenceType, ref
 
 from torch import Tensor
+from torch.autograd import _get_sequence_nr
 
 __all__ = ["is_as_read", "open_scope"]
 
+Noted = tuple[ReferenceType[Tensor], int]  # a leaf and its version
 
-class _Leaves(threading.local):
-    """Of this thread's scope."""
+
+class _Scope(threading.local):
+    """Of this thread: what was noted as it was opened."""
 
     def __init__(self) -> None:
-        self.versions: dict[int, int] = {}
-        self.measures = False
+        self.versions: dict[int, Noted] = {}
+        self.first = 0  # number of the first node made in it
 
 
-_leaves = _Leaves()
-_read: dict[int, ReferenceType[Tensor]] = {}
+_scope = _Scope()
+_met: dict[int, ReferenceType[Tensor]] = {}
 
 
-def open_scope(measures: bool) -> None:
-    """Note the versions of the leaves that torch's own ops were seen to read, before any op of a scope reads them.
-
-    Args:
-        measures: Whether nothing that is dear to make again is let go in this scope.
-    """
-    _leaves.measures = measures
-    _leaves.versions.clear()
-    for key, leaf in list(_read.items()):
+def open_scope() -> None:
+    """Note the versions of the leaves that torch's own ops were seen to read, before any op of a scope reads them."""
+    _scope.first = _get_sequence_nr()
+    _scope.versions.clear()
+    for key, leaf in list(_met.items()):
         t = leaf()
         if t is None:
-            del _read[key]
+            _met.pop(key, None)
         else:
-            _leaves.versions[key] = t._version
+            _scope.versions[key] = (leaf, t._version)
 
 
-def is_as_read(leaf: Tensor, dear: bool) -> bool:
-    """Whether nobody wrote to a leaf (a convolution's bias, say) since an op of torch's own read it and noted nothing.
+def is_as_read(leaf: Tensor, node: Any, measures: bool) -> bool:
+    """Whether nobody wrote to a leaf (a convolution's bias, say) since ``node``, of torch's own, read it.
 
-    It is if it was never written to, or not in this scope. A leaf that is met first is looked after from the next scope
-    on; in this one what was made of it is kept.
+    It is if it was never written to, or not in this scope, where the node is of this scope too. A leaf that is met
+    first is looked after from the next scope on; in this one what was made of it is kept.
+
+    Args:
+        leaf: Of the graph.
+        node: Which noted nothing.
+        measures: Whether nothing is let go for this answer: of a leaf that is met first it is then yes.
     """
     if not leaf._version:
         return True
-    version = _leaves.versions.get(id(leaf))
-    if version is None:
-        _read[id(leaf)] = ref(leaf)
-        return dear and _leaves.measures
-    return version == leaf._version
+    found, version = _scope.versions.get(id(leaf), (None, 0))
+    if found is None or found() is not leaf:
+        _met[id(leaf)] = ref(leaf)
+        return measures
+    return version == leaf._version and node._sequence_nr() >= _scope.first
