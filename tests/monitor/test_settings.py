@@ -413,6 +413,25 @@ def test_functional_activations_are_seen_too(tmp_path):
     np.testing.assert_array_equal(*runs)
 
 
+@pytest.mark.parametrize("activation", [torch.tanh, nn.Tanh()], ids=["function", "module"])
+def test_an_activation_that_two_layers_read_is_told_of_the_layer_before(tmp_path, activation):
+    class Branched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.left, self.right = (nn.Linear(8, 8) for _ in range(3))
+            self.tanh = activation
+
+        def forward(self, x):
+            x = self.tanh(self.stem(x))
+            return self.left(x) * self.right(x)
+
+    model = Branched()
+    with torchbp.watch(model, log_dir=tmp_path):
+        loss_of(model).backward()
+    (shares,) = read(tmp_path).vectors["saturated_share"].values
+    assert np.isfinite(shares).tolist() == [True, False, False]
+
+
 def test_a_backward_through_other_parameters_is_found_too(tmp_path):
     torch.manual_seed(0)
     both = nn.ModuleDict({name: mlp() for name in "ab"})

@@ -4,6 +4,7 @@ Small tensors are kept until the backward ends and measured together: a call a l
 the measuring. Large ones are measured at once, on part of the batch.
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Forward:
         batch: Length of the first tensor that the model, or its first layer, was called with.
         last: The layer that ran last.
         told: Layers whose activation was seen.
+        activations: What was taken for one, by its id: it may go into several layers.
         ran: Layers that ran outside a backward.
         calls: How often each layer ran.
         over: Whether the model has returned.
@@ -45,6 +47,7 @@ class Forward:
     batch: int = 0
     last: int | None = None
     told: set[int] = field(default_factory=set)
+    activations: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
     ran: set[int] = field(default_factory=set)
     calls: dict[int, int] = field(default_factory=dict)
     over: bool = False

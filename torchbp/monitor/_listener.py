@@ -163,6 +163,10 @@ class Listener:
 
     def _note_function(self, output: Tensor, function: str) -> None:
         forward = self._forward
+        known = forward.activations.get(id(output))
+        if known is not None and known() is output:
+            return  # the layer that ran last is another one behind the same activation
+        forward.activations[id(output)] = weakref.ref(output)
         if forward.last is not None and forward.last not in forward.told:
             forward.told.add(forward.last)
             self._heard.function(forward.row, forward.last, function, output)
