@@ -1,5 +1,6 @@
 """The function along lines through its sample, measured, against what its gradient says."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +11,14 @@ from torchbp.verify.cases import Case
 from torchbp.verify.differences import central, settle
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import signed_like
+from torchbp.verify.tensors import real, scale_of, signed_like
 from torchbp.verify.tolerance import compare, largest
 
-__all__ = ["Lines", "check_lines", "like", "like_mask", "real", "scale_of"]
+__all__ = ["Lines", "check_lines", "like", "like_mask"]
+
+ELSEWHERE = 1e-7  # relative tolerance at other samples than the user's, whose rounding is less well known
+SHORTEST = 2.0**-34  # step whose own rounding does not matter yet
+SHORTER = 64.0  # times, where a step is too long
 
 
 def check_lines(case: Case, check: str, when: str = "", number: int = 1) -> Finding | None:
@@ -29,7 +34,7 @@ def check_lines(case: Case, check: str, when: str = "", number: int = 1) -> Find
         raise NotApplicable("the gradient is wrong at the sample itself: see values")
     if not any(g.numel() for g in case.plain.grads):
         return None
-    lines = Lines(case)
+    lines = Lines(case, ELSEWHERE)
     for n in range(number):
         if lines.rises(lines.direction(n)):
             continue
@@ -42,7 +47,7 @@ def check_lines(case: Case, check: str, when: str = "", number: int = 1) -> Find
 class Lines:
     """The function along lines through the sample."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, relative: float = 3e-9) -> None:
         self.case = case
         self.grads = [g.detach().cpu() for g in case.plain.grads]
         self.noise = (
@@ -57,9 +62,13 @@ class Lines:
         self.step = 2.0**-9 if exact else 2.0**-5
         self.near = 2.0**-17 if exact else 2.0**-7  # the cube root of epsilon
         rtol = case.options.get("rtol")
-        fitted = 3e-9 if exact else 2e4 * case.epsilon
+        fitted = relative if exact else 2e4 * case.epsilon
         self.relative: float = fitted if rtol is None else rtol
-        self.scales = [scale_of(leaf.detach().cpu()) for leaf in case.leaves]
+        steps = case.memo.get("steps") or [None] * len(case.leaves)
+        self.scales = [
+            scale_of(leaf.cpu()) if step is None else step
+            for leaf, step in zip(case.leaves, steps, strict=True)
+        ]
         self._ones: list[Tensor] | None = None
 
     def tolerance(self, which: int) -> Tensor:
@@ -111,6 +120,8 @@ class Lines:
         which, d = next((i, d) for i, d in directions.items() if d.any())
         index = int(d.nonzero()[0])
         value, settled = self.along_element(which, index)
+        if not self._in_detail(which, index, value):
+            return None
         g = self.grads[which]
         truth, known = real(g).clone(), torch.zeros(real(g).numel(), dtype=torch.bool)
         truth[index], known[index] = value, settled
@@ -124,6 +135,18 @@ class Lines:
             when=f"{when} (found by halving a random direction; others may be wrong too)",
             leaf=self.case.leaves[which].cpu(),
         )
+
+    def _in_detail(self, which: int, index: int, value: float) -> bool:
+        """Return whether the shortest step that rounding allows says the same: others may miss fast oscillations."""
+        size = float(self.scales[which][index])
+        off = abs(value - float(real(self.grads[which])[index])) * size
+        step = max(40 * self.noise / off, SHORTEST) if off > 0 else math.inf
+        if not step < self.near:  # NaN, or no shorter than what was tried
+            return True
+        direction = torch.zeros_like(real(self.grads[which]))
+        direction[index] = size
+        slope, _ = central(lambda t: self.value({which: direction}, t), step)
+        return not abs(slope - value * size) > 0.25 * off
 
     def direction(self, number: int) -> dict[int, Tensor]:
         """Return a random direction that moves every element, one tensor a leaf."""
@@ -152,8 +175,8 @@ class Lines:
 
         That is the trapezoidal rule: as exact as a central difference, for one forward less. Where it is off by about
         what rounding explains, a longer step is tried. Otherwise kinks may be near, a pole, or the end of the domain:
-        what these explain falls with the step, and a gradient that is wrong is as wrong in a short one. ``False`` says
-        nothing yet.
+        what these explain falls with the step, what rounding explains grows as the step falls, and a gradient that is
+        wrong is as wrong in a short one. ``False`` says nothing yet.
         """
         if self.case.options.get("eps") or not self.case.options.get("check_backward_ad", True):
             return False
@@ -165,14 +188,19 @@ class Lines:
             if off <= 4 * self.noise / self.near:
                 long = 16 * self.near
                 return self._off(directions, long, got) <= allowed + self.noise / long
-            offs = [off]
-            for step in (self.near / 16, self.near / 256, self.near / 4096):
-                offs.append(self._off(directions, step, got))
-                if offs[-1] < off / 32 and offs[-1] <= allowed + self.noise / step:
-                    return True
+            step = self.near / SHORTER
+            short = self._off(directions, step, got)
+            if math.isfinite(short) and off <= 3 * short / SHORTER:  # rounding, more than what the outputs' size tells
+                return True
+            if short < off / 32 and short <= allowed + self.noise / step:
+                return True
+            step /= SHORTER
+            shortest = self._off(directions, step, got)
+            if shortest < off / 32 and shortest <= allowed + self.noise / step:
+                return True
         except BackwardRaised:
             return False
-        return offs[3] < offs[2] / 8 < offs[1] / 64
+        return shortest < short / 32 < off / 1024
 
     def _off(self, directions: dict[int, Tensor], step: float, got: float) -> float:
         """Return how far the rise of a step is from the mean slope of its ends; infinite beyond the domain."""
@@ -242,20 +270,6 @@ def _half(directions: dict[int, Tensor]) -> dict[int, Tensor]:
         if count <= 0:
             break
     return half
-
-
-def scale_of(leaf: Tensor) -> Tensor:
-    """Return the size of a step of 1 for each element: its magnitude, no less than a tenth of the typical one."""
-    x = real(leaf).abs().double()
-    x = torch.where(x.isfinite(), x, 1.0)
-    typical = float(x.median()) if x.numel() else 1.0
-    return x.clamp(min=0.1 * typical if typical > 0 else 1.0)
-
-
-def real(t: Tensor) -> Tensor:
-    """Return the real numbers of ``t``, flat, in float64."""
-    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-    return t.reshape(-1).double()
 
 
 def like(flat: Tensor, t: Tensor) -> Tensor:

@@ -1,32 +1,74 @@
-"""The sample at other sizes: every dimension of one size, in whatever input, made another; and at other scales."""
+"""The sample at other sizes: what of its dimensions may change, together or alone; and at other scales.
+
+Dimensions of one size, in whatever inputs, first change together: rows of two inputs that are added. What then may
+change alone is a size of its own: the keys of an attention whose sample has as many queries. A size that refuses one more
+is made a multiple (channels in groups), or takes along those that are multiples of it (gates in one matrix).
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import ForwardRaised
+from torchbp.verify.tensors import scale_of
 from torchbp.verify.tolerance import largest
 
-__all__ = ["FACTORS", "accepts", "fits", "free_sizes", "one_more", "resized", "scaled"]
+__all__ = ["Size", "accepts", "elementwise", "explodes", "fits", "free_sizes", "one_more", "resized", "scaled", "uneven"]
 
-FACTORS = (2.0**-6, 2.0**3)  # other scales: clamps, other branches
+UNEVEN = (1.0, 2.0**-17, 2.0**3, 2.0**-7, 2.0**6, 2.0**-11)  # of rows: a norm clamped, a branch
+MOST = 3  # sizes of the sample that are looked at
+LATER = 2  # sizes that may change alone, beside them
+ATTEMPTS = 10  # calls to find out
 
 
-def resized(case: Case, sizes: dict[int, int]) -> Case:
-    """Return the case with every dimension of size ``old`` made ``new``, for each ``old: new`` of ``sizes``.
+Places = tuple[tuple[int, int, int], ...]  # position in flat, dimension, how many times the size
+
+
+@dataclass(frozen=True)
+class Size:
+    """Dimensions that change together.
+
+    Attributes:
+        now: The size in the sample.
+        places: Position in ``flat`` and dimension of each, and how many times ``now`` it is.
+        unit: What the size must be a multiple of.
+    """
+
+    now: int
+    places: Places
+    unit: int = 1
+
+    def near(self, size: int) -> int:
+        """Return a size the function may take instead of ``size``: the next multiple of the unit."""
+        return -(-size // self.unit) * self.unit
+
+    @property
+    def more(self) -> int:
+        """The next larger size."""
+        return self.now + self.unit
+
+    def of(self, position: int) -> list[int]:
+        """Return the dimensions of the tensor at ``position`` in ``flat``."""
+        return [d for i, d, _ in self.places if i == position]
+
+
+def resized(case: Case, sizes: Mapping[Size, int]) -> Case:
+    """Return the case with the dimensions of each size made another.
 
     Elements are repeated; those of the leaves a little moved, so that there are no ties.
     """
     generator = case.generator("resize")
+    wanted = {(i, d): times * n for size, n in sizes.items() for i, d, times in size.places}
 
     def change(i: int, t: Tensor) -> Tensor:
         grown = False
         for d, n in enumerate(t.shape):
-            if n in sizes:
-                at = torch.arange(sizes[n], device=t.device) % max(n, 1)
+            if wanted.get((i, d), n) != n:
+                at = torch.arange(wanted[i, d], device=t.device) % max(n, 1)
                 t = t.index_select(d, at)
                 grown = True
         if grown and i in case.where and t.numel():
@@ -43,66 +85,197 @@ def scaled(case: Case, factor: float, chosen: Sequence[int] | None = None) -> Ca
     return case.edited(lambda i, t: t * factor if i in where else t) if factor != 1 else case
 
 
-def free_sizes(case: Case, most: int = 3) -> list[int]:
-    """Return the sizes of the sample's dimensions that the function lets change."""
-    return list(_growth(case, most))
+def uneven(case: Case, size: Size) -> Case:
+    """Return the case with the slices of its leaves along ``size`` of very different magnitude."""
+
+    def along(t: Tensor, dims: list[int]) -> Tensor:
+        for d in dims[:1]:
+            by = torch.tensor(UNEVEN, dtype=torch.float64, device=t.device)
+            by = by[torch.arange(t.shape[d], device=t.device) % len(UNEVEN)]
+            t = t * by.to(t).view(-1, *[1] * (t.dim() - 1 - d))
+        return t
+
+    other = case.edited(lambda i, t: along(t, size.of(i)) if i in case.where else t)
+    # A step is a part of what the slice holds, not of what is typical.
+    other.memo["steps"] = [
+        along(scale_of(leaf.cpu()).view(leaf.shape), size.of(i)).reshape(-1)
+        if not leaf.is_complex()
+        else None
+        for i, leaf in zip(case.where, case.leaves, strict=True)
+    ]
+    return other
+
+
+def elementwise(case: Case) -> list[int]:
+    """Return the leaves whose element k alone output element k depends on: their gradient is a slope times grad_output.
+
+    For two random grad_outputs v and w that is so exactly where the gradients g and h fulfil g w = h v.
+    """
+    if "elementwise" not in case.memo:
+        case.memo["elementwise"] = _elementwise(case)
+    return case.memo["elementwise"]
+
+
+def _elementwise(case: Case) -> list[int]:
+    if len(case.plain.outputs) != 1:
+        return []
+    y, v = case.plain.outputs[0], case.plain.cotangents[0]
+    alike = [
+        i
+        for i, leaf in enumerate(case.leaves)
+        if leaf.shape == y.shape and leaf.numel() > 1 and not leaf.is_complex()
+    ]
+    if not alike:
+        return []
+    (w,) = case.cotangents((y,), "elementwise")
+    (other,) = case.vjps([[w]])
+    return [i for i in alike if _proportional(case.plain.grads[i], v, other[i], w)]
+
+
+def _proportional(g: Tensor, v: Tensor, h: Tensor, w: Tensor) -> bool:
+    one, other = g * w, h * v
+    return bool(torch.allclose(one, other, rtol=1e-4, atol=1e-4 * largest(one), equal_nan=True))
+
+
+def free_sizes(case: Case) -> list[Size]:
+    """Return the sizes that the function lets change, those of the most dimensions first."""
+    return list(_growth(case))
 
 
 def one_more(case: Case) -> list[Case]:
-    """Return the case with one size a time larger by one, for each that may change: odd ones are even there."""
-    free_sizes(case)
+    """Return the case with all free sizes one larger, as odd ones are even there; where it refuses, each alone."""
+    free = free_sizes(case)
+    if len(free) > 1:
+        every = resized(case, {s: s.more for s in free})
+        if accepts(every):
+            return [every]
     return case.memo.get("one more", [])
 
 
-def fits(case: Case, sizes: dict[int, int], most: int) -> bool:
+def fits(case: Case, sizes: Mapping[Size, int], most: int) -> bool:
     """Whether inputs and outputs at these sizes would have at most ``most`` elements.
 
     The outputs' growth is read from what one more row makes of them, before anything large is computed.
     """
-    growth = _growth(case, len(sizes))
+    growth = _growth(case)
     inputs = outputs = 1.0
-    for old, new in sizes.items():
-        inputs_by, outputs_by = growth.get(old, (1.0, 1.0))
-        inputs *= (new / old) ** inputs_by
-        outputs *= (new / old) ** outputs_by
+    for size, new in sizes.items():
+        inputs_by, outputs_by = growth.get(size, (1.0, 1.0))
+        inputs *= (new / size.now) ** inputs_by
+        outputs *= (new / size.now) ** outputs_by
     return max(inputs * _count(_arguments(case)), outputs * _count(case.all_outputs)) <= most
 
 
-def _growth(case: Case, most: int) -> dict[int, tuple[float, float]]:
+def _growth(case: Case) -> dict[Size, tuple[float, float]]:
     """Return, for each size that may change, the powers with which inputs and outputs grow."""
-    known: dict[int, tuple[float, float]] = case.memo.setdefault("growth", {})
-    if not known and not case.memo.get("grown"):
-        case.memo["grown"] = True
+    if "growth" not in case.memo:
+        case.memo["growth"] = {}
         _ = case.differentiable
-        # An integer input of several dimensions indexes single elements, one size of integers alone is that of
-        # offsets or lengths: repeated, they would mean something else.
-        values = [t for t in _arguments(case) if t.is_floating_point() or t.is_complex()]
-        indexes = any(
-            t.dim() > 1
-            for t in _arguments(case)
-            if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+        case.memo["growth"] = _Search(case).growth
+    return case.memo["growth"]
+
+
+class _Search:
+    """Tries which dimensions may change."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.attempts = 0
+        self.growth: dict[Size, tuple[float, float]] = {}
+        places = self._places()
+        # A size of 1 may be a batch, a step or a channel of which the sample has one only.
+        for n in [*[n for n in places if n > 1][:MOST], *([1] if 1 in places else ())]:
+            self._together(n, places)
+        alone = 0
+        for size in list(self.growth):
+            if alone < LATER and size.places == places[size.now]:
+                alone += self._apart(size)
+
+    def _places(self) -> dict[int, Places]:
+        """Return the places of each size, in the order of the floating-point arguments."""
+        arguments = self.case.arguments
+        # An integer input of several dimensions indexes single elements, one size of integers alone is that of offsets
+        # or lengths: repeated, they would mean something else.
+        values = [t for _, t in arguments if t.is_floating_point() or t.is_complex()]
+        tied = {
+            n
+            for _, t in arguments
+            for n in t.shape
+            if t.dim() > 1 and not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+        }
+        return {
+            n: tuple((i, d, 1) for i, t in arguments for d, m in enumerate(t.shape) if m == n)
+            for n in dict.fromkeys(n for t in values for n in t.shape)
+            if n and n not in tied
+        }
+
+    def _together(self, n: int, places: Mapping[int, Places]) -> None:
+        """Find what of the dimensions of size ``n`` may change together: all of them, or the first or last alone."""
+        whole = places[n]
+        multiples = tuple(
+            (i, d, m // n) for m in places if n > 1 and m > n and m % n == 0 for i, d, _ in places[m]
         )
-        candidates = (
-            [] if indexes else list(dict.fromkeys(n for t in values for n in t.shape if n > 1))
+        tries = [Size(n, whole)]
+        if n > 1:
+            tries.append(Size(n, whole, n))
+        if multiples:
+            tries.append(Size(n, whole + multiples))
+        if len(whole) > 1:
+            tries += [Size(n, whole[:1]), Size(n, whole[-1:])]
+        for size in tries:
+            grown = self._grows(size)
+            if grown:
+                self.growth[size] = grown
+                return
+
+    def _apart(self, size: Size) -> bool:
+        """Find a part of ``size`` that may change alone, and make two sizes of it."""
+        whole = size.places
+        if self.elementwise:
+            parts = [tuple(p for p in whole if p[1] == whole[0][1])]  # one dimension, of all inputs
+        else:
+            parts = [(p,) for p in (whole[0], whole[-1], *(whole[1:2] if len(whole) == 3 else ()))]
+        units = (size.unit, size.now) if len(whole) > 2 else (size.unit,)
+        for part in parts[:1] if len(whole) == 2 else parts:
+            rest = tuple(p for p in whole if p not in part)
+            for unit in dict.fromkeys(units) if rest else ():
+                alone = Size(size.now, part, unit)
+                grown = self._grows(alone)
+                if grown:
+                    self.growth = {
+                        (Size(s.now, rest, unit) if s == size else s): g
+                        for s, g in self.growth.items()
+                    }
+                    self.growth[alone] = grown
+                    return True
+        return False
+
+    def _grows(self, size: Size) -> tuple[float, float] | None:
+        """Return how inputs and outputs grow with the size, if forward takes it one larger; keep that case."""
+        if self.attempts >= ATTEMPTS:
+            return None
+        self.attempts += 1
+        case, other = self.case, resized(self.case, {size: size.more})
+        if not accepts(other):
+            return None
+        case.memo.setdefault("one more", []).append(other)
+        base = math.log(size.more / size.now)
+        return (
+            math.log(_count(_arguments(other)) / _count(_arguments(case))) / base,
+            math.log(_count(other.all_outputs) / _count(case.all_outputs)) / base,
         )
-        for n in candidates[:most]:
-            other = resized(case, {n: n + 1})
-            if accepts(other):
-                case.memo.setdefault("one more", []).append(other)
-                base = math.log((n + 1) / n)
-                known[n] = (
-                    math.log(_count(_arguments(other)) / _count(_arguments(case))) / base,
-                    math.log(_count(other.all_outputs) / _count(case.all_outputs)) / base,
-                )
-    return known
+
+    @property
+    def elementwise(self) -> bool:
+        return len(elementwise(self.case)) == len(self.case.leaves)
 
 
 def _arguments(case: Case) -> list[Tensor]:
     return [t for _, t in case.arguments]
 
 
-def _count(tensors: list[Tensor]) -> int:
-    return max(1, *(t.numel() for t in tensors)) if tensors else 1
+def _count(tensors: Iterable[Tensor]) -> int:
+    return max([1, *(t.numel() for t in tensors)])
 
 
 def accepts(case: Case) -> bool:
@@ -111,3 +284,8 @@ def accepts(case: Case) -> bool:
         return bool(case.differentiable) and all(bool(y.isfinite().all()) for y in case.all_outputs)
     except ForwardRaised:
         return False
+
+
+def explodes(case: Case, other: Case, times: float) -> bool:
+    """Whether outputs are so much larger than the sample's that they are out of its domain: a product of hundreds."""
+    return max(map(largest, other.all_outputs)) > times * (1 + max(map(largest, case.all_outputs)))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["double", "flatten", "graph", "name_of", "signed_like", "tensors_in"]
+__all__ = ["double", "flatten", "graph", "name_of", "real", "scale_of", "signed_like", "tensors_in"]
 
 _DOUBLE = {
     torch.float16: torch.float64,
@@ -33,6 +33,20 @@ def signed_like(t: Tensor, generator: torch.Generator) -> Tensor:
 
     value = torch.complex(draw(), draw()) if t.is_complex() else draw()
     return value.to(device=t.device, dtype=t.dtype)
+
+
+def scale_of(leaf: Tensor) -> Tensor:
+    """Return the size of a step of 1 for each element: its magnitude, no less than a tenth of the typical one."""
+    x = real(leaf).abs().double()
+    x = torch.where(x.isfinite(), x, 1.0)
+    typical = float(x.median()) if x.numel() else 1.0
+    return x.clamp(min=0.1 * typical if typical > 0 else 1.0)
+
+
+def real(t: Tensor) -> Tensor:
+    """Return the real numbers of ``t``, flat, in float64."""
+    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    return t.reshape(-1).double()
 
 
 def tensors_in(structure: object) -> list[Tensor]:

@@ -14,8 +14,7 @@ from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts, fits, free_sizes, resized
-from torchbp.verify.tolerance import largest
+from torchbp.verify.resize import accepts, elementwise, fits, free_sizes, resized
 
 NAME = "edges"
 MAGNITUDES = (0.0, 1.0, 1e-8, 0.5, 3.0, 6.0, 30.0, 800.0, 1e4)
@@ -33,7 +32,7 @@ LARGEST = 2**16  # elements
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    chosen = _elementwise(case)
+    chosen = elementwise(case)
     if not chosen:
         raise NotApplicable("no input that is worked on element by element")
     wide = _longer(case, chosen, 2 * len(ASKED) * len(chosen))
@@ -110,8 +109,8 @@ def _longer(case: Case, chosen: list[int], most: int) -> Case | None:
     """Return the case with one dimension of the chosen inputs longer, so that they have ``most`` elements."""
     shape = case.leaves[chosen[0]].shape
     by = -(-most // shape.numel())
-    for n in (n for n in free_sizes(case) if n in shape):
-        sizes = {n: n * by}
+    for size in (s for s in free_sizes(case) if s.of(case.where[chosen[0]])):
+        sizes = {size: size.now * by}
         if fits(case, sizes, LARGEST):
             wide = resized(case, sizes)
             same = {wide.leaves[i].shape for i in chosen}
@@ -238,31 +237,6 @@ def _placed(case: Case, which: int, points: Tensor) -> Case:
         return flat.view(t.shape)
 
     return case.edited(place, parameters=True)
-
-
-def _elementwise(case: Case) -> list[int]:
-    """Return the leaves whose element k alone output element k depends on: their gradient is a slope times grad_output.
-
-    For two random grad_outputs v and w that is so exactly where the gradients g and h fulfil g w = h v.
-    """
-    if len(case.plain.outputs) != 1:
-        return []
-    y, v = case.plain.outputs[0], case.plain.cotangents[0]
-    alike = [
-        i
-        for i, leaf in enumerate(case.leaves)
-        if leaf.shape == y.shape and leaf.numel() > 1 and not leaf.is_complex()
-    ]
-    if not alike:
-        return []
-    (w,) = case.cotangents((y,), NAME)
-    (other,) = case.vjps([[w]])
-    return [i for i in alike if _proportional(case.plain.grads[i], v, other[i], w)]
-
-
-def _proportional(g: Tensor, v: Tensor, h: Tensor, w: Tensor) -> bool:
-    one, other = g * w, h * v
-    return bool(torch.allclose(one, other, rtol=1e-4, atol=1e-4 * largest(one), equal_nan=True))
 
 
 def _inside(leaf: Tensor, points: Tensor) -> Tensor:

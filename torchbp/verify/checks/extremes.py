@@ -9,10 +9,10 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import one_sided
-from torchbp.verify.lines import Lines, real
+from torchbp.verify.lines import Lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
-from torchbp.verify.tensors import signed_like
+from torchbp.verify.tensors import real, signed_like
 
 NAME = "extremes"
 

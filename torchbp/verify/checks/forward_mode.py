@@ -13,10 +13,10 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
-from torchbp.verify.lines import Lines, real
+from torchbp.verify.lines import Lines
 from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import signed_like, tensors_in
+from torchbp.verify.tensors import real, signed_like, tensors_in
 from torchbp.verify.tolerance import compare, largest, rounding
 
 NAME = "forward_mode"

@@ -15,7 +15,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.conditioning import in_dtype, rounded_norm_error, terms
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import fits, free_sizes, resized
+from torchbp.verify.resize import Size, fits, free_sizes, resized
 
 NAME = "long_reductions"
 LENGTH = 2048
@@ -28,13 +28,13 @@ DTYPES = (torch.bfloat16, torch.float16)  # the second where the first is refuse
 def _run(case: Case) -> Iterator[Finding]:
     tested = False
     left = set(range(len(case.leaves)))  # one dimension for each input
-    for n in free_sizes(case):
-        summed = [i for i in left if n not in case.leaves[i].shape]
-        if not summed or not fits(case, {n: LENGTH}, LARGEST):
+    for size in free_sizes(case):
+        summed = [i for i in left if not size.of(case.where[i])]
+        if not summed or not fits(case, {size: size.near(LENGTH)}, LARGEST):
             continue
         for dtype in DTYPES:
             try:
-                found = _compare(case, n, summed, dtype)
+                found = _compare(case, size, summed, dtype)
             except (ForwardRaised, BackwardRaised):
                 continue  # refuses this dtype
             tested = True
@@ -47,13 +47,13 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("no input is summed over a dimension, in low precision")
 
 
-def _compare(case: Case, n: int, summed: list[int], dtype: torch.dtype) -> Finding | None:
+def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> Finding | None:
     positive = case.variant(lambda t: t.abs() if t.is_floating_point() else t, parameters=True)
-    errors = _errors(resized(positive, {n: LENGTH}), dtype)
+    errors = _errors(resized(positive, {size: size.near(LENGTH)}), dtype)
     worst = max(summed, key=errors.__getitem__) if errors else 0
     if not errors or errors[worst] <= OFF:
         return None
-    short = _errors(resized(positive, {n: SHORT}), dtype)
+    short = _errors(resized(positive, {size: size.near(SHORT)}), dtype)
     if not short or errors[worst] < 4 * short[worst]:
         return None  # as bad at a short length: conditioning, no stall
     name = case.names[worst]

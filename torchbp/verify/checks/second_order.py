@@ -12,10 +12,10 @@ from torch import Tensor
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import settle
-from torchbp.verify.lines import like, real, scale_of
+from torchbp.verify.lines import like
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import graph, signed_like
+from torchbp.verify.tensors import graph, real, scale_of, signed_like
 
 NAME = "second_order"
 

@@ -1,75 +1,98 @@
-"""Sizes beyond the sample: block boundaries, where kernels handle the last partial block."""
+"""Sizes beyond the sample: block boundaries, where kernels handle the last partial block; what is equal made unequal."""
 
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import chain
+from dataclasses import dataclass, replace
 
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.lines import check_lines
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import FACTORS, accepts, fits, free_sizes, one_more, resized, scaled
-from torchbp.verify.tolerance import largest
+from torchbp.verify.resize import (
+    Size,
+    accepts,
+    explodes,
+    fits,
+    free_sizes,
+    one_more,
+    resized,
+    scaled,
+    uneven,
+)
 
 NAME = "sizes"
 TRIES = 2
-# Each row is one run: the new size of the first, second and third dimension that can change.
-RUNS = ((1025, 31, 2), (33, 1025, 3), (127, 129, 4), (1, 1, 1), (32, 128, 33), (64, 192, 5))
-# This row is run at another scale at once, which saves calls. The other factor is left to `scales`, at the sample's own
-# sizes: that finds what is kept from call to call by size.
-SCALED = {RUNS[-1]: FACTORS[0]}
+# Each row is one run: the new sizes of the dimensions that can change, in their order.
+RUNS = (
+    (1025, 31, 2, 3, 5),
+    (33, 1025, 3, 2, 4),
+    (127, 129, 4, 5, 2),
+    (1, 1, 1, 1, 1),
+    (32, 128, 33, 3, 2),
+    (64, 192, 5, 2, 3),
+)
+# Two rows are run at other scales at once, which saves calls.
+SCALED = {RUNS[5]: 2.0**-10}
+UNEVEN = RUNS[4]
 LARGEST = 2**16  # elements
-EXPLODES = 1e12  # times
+EXPLODES = 1e14  # times, and the root of that where the size alone is another
+
+
+@dataclass(frozen=True)
+class Run:
+    """A case at other sizes, and perhaps scales; ``plain`` is at the sizes alone, to tell which of them it is."""
+
+    case: Case
+    plain: Case
+    scale: str = ""
 
 
 def _run(case: Case) -> Iterator[Finding]:
     free = free_sizes(case)
     if not free:
         raise NotApplicable("no dimension can change")
-    for other, factor in chain(((c, 1.0) for c in one_more(case)), _runs(case, free)):
+    for run in (*(Run(c, c) for c in one_more(case)), *_runs(case, free)):
+        other = run.case
         when = f" at shapes {', '.join(str(tuple(t.shape)) for _, t in other.arguments)}"
         try:
-            found = check_lines(other, NAME, f"{when}{_times(factor)}")
-            if found and factor != 1:  # is it the size or the scale?
-                same = scaled(other, 1 / factor)
-                found = (accepts(same) and check_lines(same, NAME, when)) or found
+            found = check_lines(other, NAME, when + run.scale)
+            if found and run.scale and accepts(run.plain):
+                found = check_lines(run.plain, NAME, when) or found
         except BackwardRaised as error:
             raise Refused(f"{when[1:]} backward raises {error}") from error
         if found:
-            yield replace(found, severity="note") if _explodes(case, other) else found
+            out = explodes(case, other, EXPLODES if run.scale else EXPLODES**0.5)
+            yield replace(found, severity="note") if out else found
             return
-        case.memo.setdefault("scaled", set()).add(factor)
 
 
-def _explodes(case: Case, other: Case) -> bool:
-    """Whether outputs are so much larger than the sample's that they are out of its domain: a product of hundreds."""
-    size = 1 + max(map(largest, case.all_outputs))
-    return max(map(largest, other.all_outputs)) > EXPLODES * size
-
-
-def _times(factor: float) -> str:
-    return f", for inputs {factor:g} times as large" if factor != 1 else ""
-
-
-def _runs(case: Case, free: list[int]) -> Iterator[tuple[Case, float]]:
+def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
     indexed = any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
     ran = False
     for row in RUNS:
-        sizes = dict(zip(free, row, strict=False))
-        if indexed and any(new < old for old, new in sizes.items()):
+        sizes = {size: size.near(n) for size, n in zip(free, row, strict=False)}
+        if indexed and any(new < size.now for size, new in sizes.items()):
             continue  # an index may point at what is gone
-        factors = (SCALED.get(row, 1.0), 1.0) if ran else (1.0,)
-        for factor in dict.fromkeys(factors):
-            other = _largest_that_runs(case, sizes, factor)
-            if other is not None:
-                ran = True
-                yield other, factor
-                break
+        run = None
+        if ran and row in SCALED:
+            run = _largest_that_runs(case, sizes, SCALED[row])
+            if run:
+                case.memo.setdefault("scaled", set()).add(SCALED[row])
+        elif ran and row == UNEVEN:
+            run = _largest_that_runs(case, sizes, None)
+        run = run or _largest_that_runs(case, sizes)
+        if run:
+            ran = True
+            yield run
 
 
-def _largest_that_runs(case: Case, sizes: dict[int, int], factor: float) -> Case | None:
-    """Return the case at these sizes; where that is too large, or refused, at as many of them as will do."""
+def _largest_that_runs(
+    case: Case, sizes: dict[Size, int], factor: float | None = 1.0
+) -> Run | None:
+    """Return the case at these sizes; where that is too large, or refused, at as many of them as will do.
+
+    Inputs are ``factor`` times as large; ``None`` makes their slices unequal.
+    """
     names = list(sizes)
     choices = [names, names[1:], names[:-1], names[:1]]
     tries = 0
@@ -77,9 +100,14 @@ def _largest_that_runs(case: Case, sizes: dict[int, int], factor: float) -> Case
         part = {n: sizes[n] for n in chosen}
         if tries < TRIES and fits(case, part, LARGEST):
             tries += 1
-            other = scaled(resized(case, part), factor)
-            if accepts(other) and any(y.numel() for y in other.all_outputs):
-                return other
+            plain = resized(case, part)
+            if factor is None:
+                run = Run(uneven(plain, chosen[0]), plain, ", for slices of very unequal magnitude")
+            else:
+                times = f", for inputs {factor:g} times as large" if factor != 1 else ""
+                run = Run(scaled(plain, factor), plain, times)
+            if accepts(run.case) and any(y.numel() for y in run.case.all_outputs):
+                return run
     return None
 
 
