@@ -26,37 +26,37 @@ def normed_conv(x, w, b, scale, shift):
 
 FIVE = (leaf(2, 3, 6), leaf(4, 3, 3, seed=1), leaf(4, seed=2), leaf(4, seed=3), leaf(4, seed=4))
 SAMPLES = {
-    "one input": (torch.tanh, (leaf(3, 4),), 56, 81),
-    "one vector": (torch.tanh, (leaf(5),), 53, 78),
-    "one input, three dimensions": (lambda x: x.logsumexp(-1), (leaf(2, 3, 4),), 56, 79),
-    "two inputs": (torch.mul, (leaf(3, 4), leaf(3, 4, seed=1)), 58, 81),
-    "two matrices": (torch.mm, (leaf(3, 4), leaf(4, 5, seed=1)), 61, 88),
-    "three inputs": (F.linear, (leaf(4, 5), leaf(3, 5, seed=1), leaf(3, seed=2)), 63, 91),
+    "one input": (torch.tanh, (leaf(3, 4),), 58, 81),
+    "one vector": (torch.tanh, (leaf(5),), 54, 77),
+    "one input, three dimensions": (lambda x: x.logsumexp(-1), (leaf(2, 3, 4),), 59, 77),
+    "two inputs": (torch.mul, (leaf(3, 4), leaf(3, 4, seed=1)), 59, 81),
+    "two matrices": (torch.mm, (leaf(3, 4), leaf(4, 5, seed=1)), 66, 87),
+    "three inputs": (F.linear, (leaf(4, 5), leaf(3, 5, seed=1), leaf(3, seed=2)), 69, 90),
     "attention": (
         F.scaled_dot_product_attention,
         tuple(leaf(1, 2, 3, 4, seed=k) for k in range(3)),
-        58,
+        70,
         83,
     ),
-    "five inputs": (lstm, tuple(leaf(3, 4, seed=k) for k in range(5)), 61, 86),
-    "five inputs of other shapes": (normed_conv, FIVE, 63, 88),
-    "loss with targets": (F.cross_entropy, (leaf(4, 3), torch.tensor([0, 2, 1, 1])), 53, 73),
-    "Module": (lambda: nn.Linear(4, 3), (leaf(5, 4),), 64, 88),
-    "Module with buffers": (lambda: nn.BatchNorm1d(4), (leaf(5, 4),), 62, 84),
-    "Module, four parameters": (lambda: nn.GRUCell(3, 4), (leaf(5, 3),), 66, 92),
+    "five inputs": (lstm, tuple(leaf(3, 4, seed=k) for k in range(5)), 62, 85),
+    "five inputs of other shapes": (normed_conv, FIVE, 71, 89),
+    "loss with targets": (F.cross_entropy, (leaf(4, 3), torch.tensor([0, 2, 1, 1])), 63, 80),
+    "Module": (lambda: nn.Linear(4, 3), (leaf(5, 4),), 68, 90),
+    "Module with buffers": (lambda: nn.BatchNorm1d(4), (leaf(5, 4),), 67, 86),
+    "Module, four parameters": (lambda: nn.GRUCell(3, 4), (leaf(5, 3),), 69, 91),
     # Kinks and poles near every sample: shorter steps are tried.
-    "kinks": (F.l1_loss, (leaf(3, 4), leaf(3, 4, seed=1)), 60, 82),
+    "kinks": (F.l1_loss, (leaf(3, 4), leaf(3, 4, seed=1)), 65, 84),
     "hinges": (
         F.triplet_margin_with_distance_loss,
         tuple(leaf(3, 4, seed=k) for k in range(3)),
-        57,
-        78,
+        68,
+        80,
     ),
-    "maxima": (lambda x: F.max_pool1d(x, 2), (leaf(2, 3, 6),), 56, 79),
-    "sorting": (torch.msort, (leaf(3, 4),), 67, 92),
-    "medians": (lambda x: x.median(-1).values, (leaf(3, 5),), 61, 83),
-    "poles": (torch.tan, (leaf(3, 4),), 73, 97),
-    "long sums": (torch.std, (leaf(3, 4),), 73, 78),
+    "maxima": (lambda x: F.max_pool1d(x, 2), (leaf(2, 3, 6),), 62, 78),
+    "sorting": (torch.msort, (leaf(3, 4),), 67, 90),
+    "medians": (lambda x: x.median(-1).values, (leaf(3, 5),), 62, 82),
+    "poles": (torch.tan, (leaf(3, 4),), 71, 93),
+    "long sums": (torch.std, (leaf(3, 4),), 58, 75),
 }
 
 
@@ -113,7 +113,7 @@ class Cosine(Sine):
         return grad_y * ctx.saved_tensors[0].sin()
 
 
-@pytest.mark.parametrize(("level", "forwards", "backwards"), [("quick", 10, 30), ("full", 56, 81)])
+@pytest.mark.parametrize(("level", "forwards", "backwards"), [("quick", 10, 30), ("full", 57, 82)])
 @pytest.mark.parametrize("shape", [(3, 4), (20, 50), (200, 200)])
 def test_number_of_calls_does_not_grow_with_the_size(level, forwards, backwards, shape):
     Sine.forwards = Sine.backwards = 0
@@ -122,7 +122,7 @@ def test_number_of_calls_does_not_grow_with_the_size(level, forwards, backwards,
     assert 10 < Sine.backwards <= backwards
 
 
-@pytest.mark.parametrize(("shape", "forwards"), [((3, 4), 75), ((8, 8), 180), ((20, 50), 55)])
+@pytest.mark.parametrize(("shape", "forwards"), [((3, 4), 80), ((8, 8), 185), ((20, 50), 60)])
 def test_number_of_calls_where_the_gradient_is_wrong(shape, forwards):
     """Up to 64 elements each is moved alone, to say which are wrong."""
     Sine.forwards = 0

@@ -6,22 +6,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchbp.verify._check import NotApplicable
+from torchbp.verify._check import NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import central, settle
-from torchbp.verify.raised import BackwardRaised, ForwardRaised
+from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate, reason
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import real, scale_of, signed_like
 from torchbp.verify.tolerance import compare, largest
 
-__all__ = ["Lines", "check_lines", "like", "like_mask"]
+__all__ = ["Lines", "check_lines", "like", "like_mask", "raised"]
 
-ELSEWHERE = 1e-7  # relative tolerance at other samples than the user's, whose rounding is less well known
+HERE = 3e-9  # relative tolerance
+ELSEWHERE = 2e-8  # at other samples than the user's, whose rounding is less well known
 SHORTEST = 2.0**-34  # step whose own rounding does not matter yet
 SHORTER = 64.0  # times, where a step is too long
+SHORTENED = 3  # times at most
 
 
-def check_lines(case: Case, check: str, when: str = "", number: int = 1) -> Finding | None:
+def check_lines(
+    case: Case, check: str, when: str = "", number: int = 1, *, elsewhere: bool = True
+) -> Finding | None:
     """Compare the gradient at the sample of ``case`` with differences along random lines.
 
     Args:
@@ -29,12 +33,16 @@ def check_lines(case: Case, check: str, when: str = "", number: int = 1) -> Find
         check: Name of the check that asks.
         when: The condition, for the message.
         number: How many lines; one forward and one backward each where all is well.
+        elsewhere: Whether the sample is so far from the user's that rounding is less well known.
     """
     if case.wrong_here:
         raise NotApplicable("the gradient is wrong at the sample itself: see values")
-    if not any(g.numel() for g in case.plain.grads):
-        return None
-    lines = Lines(case, ELSEWHERE)
+    try:
+        if not any(g.numel() for g in case.plain.grads):
+            return None
+    except BackwardRaised as error:
+        return raised(check, when, error)
+    lines = Lines(case, elsewhere=elsewhere)
     for n in range(number):
         if lines.rises(lines.direction(n)):
             continue
@@ -44,11 +52,25 @@ def check_lines(case: Case, check: str, when: str = "", number: int = 1) -> Find
     return None
 
 
+def raised(check: str, when: str, error: BackwardRaised) -> Finding:
+    """Return what is to be said of a backward that fails where forward does not; raise Refused where it was meant."""
+    cause = error.__cause__ or error
+    if is_deliberate(cause):
+        raise Refused(f"{when.strip()}: backward raises {reason(cause)}") from error
+    return Finding(
+        check=check,
+        severity="wrong",
+        message=f"backward raised {reason(cause)}{when}",
+        cause="backward fails where forward does not",
+    )
+
+
 class Lines:
     """The function along lines through the sample."""
 
-    def __init__(self, case: Case, relative: float = 3e-9) -> None:
+    def __init__(self, case: Case, *, elsewhere: bool = False) -> None:
         self.case = case
+        self.elsewhere = elsewhere  # than at the user's sample
         self.grads = [g.detach().cpu() for g in case.plain.grads]
         self.noise = (
             4
@@ -62,7 +84,7 @@ class Lines:
         self.step = 2.0**-9 if exact else 2.0**-5
         self.near = 2.0**-17 if exact else 2.0**-7  # the cube root of epsilon
         rtol = case.options.get("rtol")
-        fitted = relative if exact else 2e4 * case.epsilon
+        fitted = (ELSEWHERE if elsewhere else HERE) if exact else 2e4 * case.epsilon
         self.relative: float = fitted if rtol is None else rtol
         steps = case.memo.get("steps") or [None] * len(case.leaves)
         self.scales = [
@@ -170,7 +192,7 @@ class Lines:
             allowed += float((_each(self.tolerance(i), self.grads[i]) * d).norm())
         return got, allowed
 
-    def rises(self, directions: dict[int, Tensor]) -> bool:
+    def rises(self, directions: dict[int, Tensor]) -> bool:  # noqa: PLR0911  # one return a reason
         """Return whether the function rises by the mean of its slopes at both ends of a short step.
 
         That is the trapezoidal rule: as exact as a central difference, for one forward less. Where it is off by about
@@ -183,24 +205,23 @@ class Lines:
         got, allowed = self._along(self.grads, directions)
         try:
             off = self._off(directions, self.near, got)
-            if off <= allowed:
+            if off <= allowed + (self.noise / self.near if self.elsewhere else 0):
                 return True
             if off <= 4 * self.noise / self.near:
                 long = 16 * self.near
                 return self._off(directions, long, got) <= allowed + self.noise / long
-            step = self.near / SHORTER
-            short = self._off(directions, step, got)
-            if math.isfinite(short) and off <= 3 * short / SHORTER:  # rounding, more than what the outputs' size tells
-                return True
-            if short < off / 32 and short <= allowed + self.noise / step:
-                return True
-            step /= SHORTER
-            shortest = self._off(directions, step, got)
-            if shortest < off / 32 and shortest <= allowed + self.noise / step:
-                return True
+            for power in range(1, SHORTENED + 1):
+                step = self.near / SHORTER**power
+                short = self._off(directions, step, got)
+                if power == 1 and math.isfinite(short) and off <= 3 * short / SHORTER:
+                    return True  # rounding, more than what the outputs' size tells
+                if short < off / 32 and short <= allowed + self.noise / step:
+                    return True
+                if short < min(off, abs(got)) / 1024:
+                    return True
         except BackwardRaised:
             return False
-        return shortest < short / 32 < off / 1024
+        return False
 
     def _off(self, directions: dict[int, Tensor], step: float, got: float) -> float:
         """Return how far the rise of a step is from the mean slope of its ends; infinite beyond the domain."""

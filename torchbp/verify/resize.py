@@ -1,8 +1,8 @@
 """The sample at other sizes: what of its dimensions may change, together or alone; and at other scales.
 
 Dimensions of one size, in whatever inputs, first change together: rows of two inputs that are added. What then may
-change alone is a size of its own: the keys of an attention whose sample has as many queries. A size that refuses one more
-is made a multiple (channels in groups), or takes along those that are multiples of it (gates in one matrix).
+change alone is a size of its own: the keys of an attention whose sample has as many queries. A size that refuses one
+more is made a multiple (channels in groups), or takes along those that are multiples of it (gates in one matrix).
 """
 
 import math
@@ -13,13 +13,24 @@ import torch
 from torch import Tensor
 
 from torchbp.verify.cases import Case
-from torchbp.verify.raised import ForwardRaised
+from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.tensors import scale_of
 from torchbp.verify.tolerance import largest
 
-__all__ = ["Size", "accepts", "elementwise", "explodes", "fits", "free_sizes", "one_more", "resized", "scaled", "uneven"]
+__all__ = [
+    "Size",
+    "accepts",
+    "elementwise",
+    "explodes",
+    "fits",
+    "free_sizes",
+    "one_more",
+    "resized",
+    "scaled",
+    "uneven",
+]
 
-UNEVEN = (1.0, 2.0**-17, 2.0**3, 2.0**-7, 2.0**6, 2.0**-11)  # of rows: a norm clamped, a branch
+UNEVEN = (1.0, 2.0**-18, 2.0**3, 2.0**-7, 2.0**6, 2.0**-11)  # of rows: a norm clamped, a branch
 MOST = 3  # sizes of the sample that are looked at
 LATER = 2  # sizes that may change alone, beside them
 ATTEMPTS = 10  # calls to find out
@@ -80,9 +91,17 @@ def resized(case: Case, sizes: Mapping[Size, int]) -> Case:
 
 
 def scaled(case: Case, factor: float, chosen: Sequence[int] | None = None) -> Case:
-    """Return the case with its leaves, or those chosen, ``factor`` times as large."""
-    where = case.where if chosen is None else [case.where[i] for i in chosen]
-    return case.edited(lambda i, t: t * factor if i in where else t) if factor != 1 else case
+    """Return the case with its leaves, or those chosen, ``factor`` times as large; the same one each time."""
+    everything = [i for i, k in enumerate(case.where) if k < case.size]
+    which = tuple(everything if chosen is None else [i for i in chosen if i in everything])
+    where = [case.where[i] for i in which]
+    if factor == 1:
+        return case
+    if ("scaled", factor, which) not in case.memo:
+        case.memo["scaled", factor, which] = case.edited(
+            lambda i, t: t * factor if i in where else t
+        )
+    return case.memo["scaled", factor, which]
 
 
 def uneven(case: Case, size: Size) -> Case:
@@ -143,12 +162,15 @@ def free_sizes(case: Case) -> list[Size]:
 
 
 def one_more(case: Case) -> list[Case]:
-    """Return the case with all free sizes one larger, as odd ones are even there; where it refuses, each alone."""
+    """Return the case with every other free size one larger, and with the rest so: odd ones are even there.
+
+    Where it refuses those, each alone.
+    """
     free = free_sizes(case)
-    if len(free) > 1:
-        every = resized(case, {s: s.more for s in free})
-        if accepts(every):
-            return [every]
+    if len(free) > 2:
+        halves = [resized(case, {s: s.more for s in free[k::2]}) for k in range(2)]
+        if all(map(accepts, halves)):
+            return halves
     return case.memo.get("one more", [])
 
 
@@ -201,7 +223,8 @@ class _Search:
             n
             for _, t in arguments
             for n in t.shape
-            if t.dim() > 1 and not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+            if t.dim() > 1
+            and not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
         }
         return {
             n: tuple((i, d, 1) for i, t in arguments for d, m in enumerate(t.shape) if m == n)
@@ -213,7 +236,10 @@ class _Search:
         """Find what of the dimensions of size ``n`` may change together: all of them, or the first or last alone."""
         whole = places[n]
         multiples = tuple(
-            (i, d, m // n) for m in places if n > 1 and m > n and m % n == 0 for i, d, _ in places[m]
+            (i, d, m // n)
+            for m in places
+            if n > 1 and m > n and m % n == 0
+            for i, d, _ in places[m]
         )
         tries = [Size(n, whole)]
         if n > 1:
@@ -240,7 +266,7 @@ class _Search:
             rest = tuple(p for p in whole if p not in part)
             for unit in dict.fromkeys(units) if rest else ():
                 alone = Size(size.now, part, unit)
-                grown = self._grows(alone)
+                grown = self._grows(alone, backward=True)
                 if grown:
                     self.growth = {
                         (Size(s.now, rest, unit) if s == size else s): g
@@ -250,14 +276,22 @@ class _Search:
                     return True
         return False
 
-    def _grows(self, size: Size) -> tuple[float, float] | None:
-        """Return how inputs and outputs grow with the size, if forward takes it one larger; keep that case."""
+    def _grows(self, size: Size, *, backward: bool = False) -> tuple[float, float] | None:
+        """Return how inputs and outputs grow with the size, if forward takes it one larger; keep that case.
+
+        A forward that does not look at its inputs takes what was never meant: there ``backward`` has to agree.
+        """
         if self.attempts >= ATTEMPTS:
             return None
         self.attempts += 1
         case, other = self.case, resized(self.case, {size: size.more})
         if not accepts(other):
             return None
+        if backward:
+            try:
+                _ = other.plain
+            except BackwardRaised:
+                return None
         case.memo.setdefault("one more", []).append(other)
         base = math.log(size.more / size.now)
         return (

@@ -24,6 +24,7 @@ class Sample:
         flat: All that the function is called with: its arguments flattened, then a Module's tensors; detached.
         where: Positions of the leaves, the differentiable tensors, in ``flat``.
         names: One name a leaf: ``input 0``, ``input 1['w']``, ``parameter weight``.
+        name_at: One name for each of ``flat``.
         memo: What checks work out about the sample and share.
     """
 
@@ -53,6 +54,7 @@ class Sample:
         self.where = [
             i for i, (_, x) in enumerate(named) if isinstance(x, Tensor) and x.requires_grad
         ]
+        self.name_at = [n for n, _ in named]
         self.names = [named[i][0] for i in self.where]
         if not self.where:
             raise ValueError(
@@ -72,9 +74,20 @@ class Sample:
         return [self.flat[i] for i in self.where]
 
     @property
+    def size(self) -> int:
+        """How many of ``flat`` are arguments."""
+        return self._arguments
+
+    @property
     def arguments(self) -> list[tuple[int, Tensor]]:
         """The tensors among the arguments, with their position in ``flat``."""
         return [(i, x) for i, x in enumerate(self.flat[: self._arguments]) if isinstance(x, Tensor)]
+
+    @property
+    def others(self) -> dict[int, Any]:
+        """The arguments that are no tensors, by their position in ``flat``."""
+        given = enumerate(self.flat[: self._arguments])
+        return {i: x for i, x in given if not isinstance(x, Tensor)}
 
     def variant(self: S, change: Callable[[Tensor], Tensor], *, parameters: bool = False) -> S:
         """Return the same function at another sample.
@@ -96,6 +109,13 @@ class Sample:
             change(i, x) if isinstance(x, Tensor) and i < end else x
             for i, x in enumerate(self.flat)
         ]
+        return other
+
+    def replaced(self: S, change: Mapping[int, Any]) -> S:
+        """Return the same function with other arguments at these positions of ``flat``."""
+        other = self.variant(lambda t: t)
+        for i, x in change.items():
+            other.flat[i] = x
         return other
 
     def in_mode(self: S, training: bool) -> S:

@@ -8,7 +8,6 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.lines import check_lines
-from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 
@@ -31,10 +30,10 @@ def _run(case: Case) -> Iterator[Finding]:
             continue
         tested = True
         shapes = ", ".join(str(tuple(t.shape)) for _, t in other.arguments)
-        try:
-            found = check_lines(other, NAME, f" with a leading dimension more, at shapes {shapes}")
-        except BackwardRaised as error:
-            raise Refused(f"with a leading dimension more backward raises {error}") from error
+        when = f" with a leading dimension more, at shapes {shapes}"
+        found = check_lines(other, NAME, when, elsewhere=False)
+        if found and found.got is None:
+            raise Refused(found.message)
         if found:
             yield found
             return

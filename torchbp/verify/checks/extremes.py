@@ -1,7 +1,6 @@
-"""Extremes: where forward is finite and smooth, so is the gradient: large inputs, all zero, a masked (-inf) element."""
+"""Extremes: where forward is finite and smooth, so is the gradient: large inputs, all zero, one zero."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,27 +8,20 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import one_sided
-from torchbp.verify.lines import Lines
+from torchbp.verify.lines import Lines, check_lines
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts
+from torchbp.verify.resize import accepts, elementwise, scaled
 from torchbp.verify.tensors import real, signed_like
 
 NAME = "extremes"
 
 
-def _first_is(value: float) -> Callable[[Tensor], Tensor]:
-    def change(t: Tensor) -> Tensor:
-        flat = t.clone().reshape(-1)
-        flat[0] = value
-        return flat.view(t.shape)
-
-    return change
-
-
+LARGE = 2.0**10
 SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
-    "1000 times as large": lambda t: t * 1000,
+    f"{LARGE:g} times as large": lambda t: t * LARGE,
     "all zero": torch.zeros_like,
 }
+STEP = 2.0**-14
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -40,7 +32,8 @@ def _run(case: Case) -> Iterator[Finding]:
     ]
     tested = False
     for text, change in SAMPLES.items():
-        every = _changed(case, inputs, change)
+        # All inputs as large: a sample that `scales` has too.
+        every = _changed(case, inputs, change) if "zero" in text else scaled(case, LARGE, inputs)
         if len(inputs) > 1 and accepts(every) and _finite(every):
             tested = True
             continue  # each alone leaves no question
@@ -54,22 +47,57 @@ def _run(case: Case) -> Iterator[Finding]:
             if found:
                 yield found
                 return
-    for which in inputs[:1]:
-        masked = _changed(case, [which], _first_is(-torch.inf))
-        if accepts(masked):
-            tested = True
-            yield from _masked(case, masked, which)
+    several = [i for i in inputs if case.leaves[i].numel() > 1]
+    zero = _with_zeros(case, several)
+    if several and len(elementwise(case)) < len(case.leaves) and accepts(zero):  # else see `edges`
+        tested = True
+        found = _finite_at_zero(zero) or _slope_at_zero(zero, several)
+        if found:
+            yield found
     if not tested:
         raise NotApplicable("forward is finite at no extreme")
 
 
-def _masked(case: Case, masked: Case, which: int) -> Iterator[Finding]:
-    """Note a gradient that is not finite for an element of -inf, and is for one of -1e6."""
-    deep = _changed(case, [which], _first_is(-1e6))
-    if _not_finite(masked, which) and accepts(deep) and not _not_finite(deep, which):
-        when = f" where an element of {case.names[which]} is -inf; it is finite at -1e6"
-        # A note: a composition of right functions does that too.
-        yield replace(_finding(masked, which, when), severity="note")
+def _with_zeros(case: Case, inputs: list[int]) -> Case:
+    """Return the case with a 0 in each input, each in another place: equal elements of two inputs may be a kink."""
+
+    def change(i: int, t: Tensor) -> Tensor:
+        if i not in where:
+            return t
+        flat = t.clone().reshape(-1)
+        flat[_place(where.index(i), t)] = 0.0
+        return flat.view(t.shape)
+
+    where = [case.where[i] for i in inputs]
+    return case.edited(change)
+
+
+def _place(number: int, t: Tensor) -> int:
+    return number % t.numel()
+
+
+def _finite_at_zero(zero: Case) -> Finding | None:
+    return _all_finite(zero, " where one element is 0, where forward is finite and smooth")
+
+
+def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
+    """Compare the gradient of elements that are 0 with a central difference, unless there is a kink."""
+    lines = Lines(zero)
+    directions = {}
+    got = 0.0
+    for number, i in enumerate(inputs):
+        k = _place(number, lines.grads[i])
+        directions[i] = torch.zeros_like(real(lines.grads[i]))
+        directions[i][k] = lines.scales[i][k]
+        got += float(real(lines.grads[i])[k] * lines.scales[i][k])
+    right = lines.value(directions, STEP) / STEP
+    slack = 1e-3 * abs(got) + 16 * STEP + 4 * lines.noise / STEP
+    if not abs(right - got) > slack:  # NaN is out of the domain
+        return None
+    left = -lines.value(directions, -STEP) / STEP
+    if not abs(left - got) > slack or abs(left - right) > 0.25 * abs(left - got):  # a kink
+        return None
+    return check_lines(zero, NAME, " where one element of each input is 0")
 
 
 def _all_finite(case: Case, when: str) -> Finding | None:
@@ -126,7 +154,7 @@ def _finding(case: Case, which: int, when: str) -> Finding:
 
 CHECK = Check(
     name=NAME,
-    tests="the gradient is finite where forward is finite and smooth: large, zero, masked",
+    tests="the gradient is finite where forward is finite and smooth: large, all zero, one zero",
     run=_run,
     order=85,
     needs=("no random numbers", "same values"),

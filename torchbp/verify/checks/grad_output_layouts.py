@@ -38,6 +38,8 @@ def _slice(v: Tensor) -> Tensor:
 
 
 def _reversed_dims(v: Tensor) -> Tensor:
+    if v.dim() == 4:
+        return v.contiguous(memory_format=torch.channels_last)
     dims = tuple(reversed(range(v.dim())))
     return v.permute(dims).contiguous().permute(dims)
 

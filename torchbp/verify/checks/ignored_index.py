@@ -9,7 +9,6 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.lines import check_lines
-from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 
@@ -25,19 +24,19 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("a wild index ends the process on this device")
     tested = False
     for i, ignored in product(labels, IGNORED):
-        other = case.edited(lambda j, t, i=i, to=ignored: _first(t, to) if j == i else t)
-        if not accepts(other):
-            continue
-        tested = True
-        try:
-            found = check_lines(other, NAME, f" where a target is {ignored}")
-        except BackwardRaised as error:
-            raise Refused(
-                f"forward takes a target of {ignored}, backward raises {error}"
-            ) from error
-        if found:
-            yield found
-            return
+        for what, change in (("a target is", _first), ("all targets are", torch.full_like)):
+            other = case.edited(
+                lambda j, t, i=i, to=ignored, change=change: change(t, to) if j == i else t
+            )
+            if not accepts(other):
+                break
+            tested = True
+            found = check_lines(other, NAME, f" where {what} {ignored}")
+            if found and found.got is None:  # backward raised: loud enough
+                raise Refused(f"forward takes a target of {ignored}: {found.message}")
+            if found:
+                yield found
+                return
     if not tested:
         raise NotApplicable("forward takes no -100 or -1")
 

@@ -20,7 +20,9 @@ CAUSE = "an input, or what was saved of it, indexed as if contiguous"
 
 
 def _permuted(t: Tensor) -> Tensor:
-    """Return t with its dimensions in memory in the reverse order: of a matrix, transposed."""
+    """Return t with its dimensions in memory in the reverse order: of images, channels last."""
+    if t.dim() == 4:
+        return t.contiguous(memory_format=torch.channels_last)
     dims = tuple(reversed(range(t.dim())))
     return t.permute(dims).contiguous().permute(dims) if t.dim() >= 2 else t
 
@@ -65,23 +67,39 @@ def _run(case: Case) -> Iterator[Finding]:
 
 
 def _expanded(case: Case) -> list[Finding]:
-    """Compare rows that are one and the same memory, of stride 0, with rows of the same values."""
+    """Compare rows that are one and the same memory, of stride 0, with rows of the same values.
+
+    Inputs of one shape are one and the same tensor at once, as in self-attention: each gets the sum of their gradients.
+    """
     rows = [i for i, t in case.arguments if i in case.where and t.dim() and t.shape[0] > 1]
+    leader = {i: next(j for j in rows if case.flat[j].shape == case.flat[i].shape) for i in rows}
     dense, expanded = (
-        case.edited(lambda i, t, make=make: make(t) if i in rows else t)
+        case.edited(lambda i, t, make=make: make(case.flat[leader.get(i, i)]) if i in rows else t)
         for make in (lambda t: t[:1].repeat_interleave(len(t), 0), lambda t: t[:1].expand_as(t))
     )
     try:
         if not rows or not all(bool(g.isfinite().all()) for g in dense.plain.grads):
             return []  # a matrix of equal rows is singular
-        return _compare(dense, expanded, " for inputs that are expanded, with stride 0")
+        shared = [case.where.index(leader.get(i, i)) for i in case.where]
+        when = " for inputs that are expanded, with stride 0"
+        if len(set(shared)) < len(shared):
+            when += ", one and the same where they have one shape"
+        return _compare(dense, expanded, when, shared)
     except (ForwardRaised, BackwardRaised):
         return []  # refuses equal rows, or writes in its input
 
 
-def _compare(case: Case, other: Case, when: str) -> list[Finding]:
-    """Compare values and gradients of ``other``, the same in another layout, with those of ``case``."""
+def _compare(case: Case, other: Case, when: str, shared: list[int] | None = None) -> list[Finding]:
+    """Compare values and gradients of ``other``, the same in another layout, with those of ``case``.
+
+    ``shared`` says for each leaf which leaf it is the same tensor as.
+    """
     leaves = [_same_strides(leaf).requires_grad_() for leaf in other.leaves]
+    expected = list(case.plain.grads)
+    if shared:
+        leaves = [leaves[k] for k in shared]
+        groups = [[j for j, m in enumerate(shared) if m == k] for k in shared]
+        expected = [torch.stack([expected[j] for j in group]).sum(0) for group in groups]
     outputs = other.forward(leaves)
     found = []
     for i, (y, y0) in enumerate(zip(outputs, case.plain.outputs, strict=True)):
@@ -90,7 +108,7 @@ def _compare(case: Case, other: Case, when: str) -> list[Finding]:
         found += [difference] if difference else []
     if not found:
         got = other.backward(outputs, leaves, case.plain.cotangents)
-        found = compare_all(NAME, case, got, case.plain.grads, when=when, cause=CAUSE)
+        found = compare_all(NAME, case, got, expected, when=when, cause=CAUSE)
     return found
 
 

@@ -6,21 +6,30 @@ whose forward is not finite in it, is not blamed for its gradient there.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.conditioning import in_dtype, rounded_norm_error, spread, terms
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate
 from torchbp.verify.report import Finding, Severity
+from torchbp.verify.resize import accepts, fits, free_sizes, resized
+from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import largest
 
 NAME = "low_precision"
 LARGE = 512.0
 GROSS = 0.25
 SMALL = 1e-4  # float16 has subnormal numbers, of fewer bits, below 6e-5
+FAR = 2.0**10  # times the largest input
+LOST = 1e-2  # what forward may lose to rounding there
+WIDE = (34, 18, 5, 3, 2)  # sizes
+EXPLODES = 1e4  # times
+LARGEST = 2**14  # elements
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,7 +58,54 @@ def _run(case: Case) -> Iterator[Finding]:
         if max(rounded_norm_error(y, e) for y, e in zip(outputs, same, strict=True)) > 0.1:
             continue  # forward itself lost its precision: the domain of this dtype is left
         yield from _compare(low, exact, expected, lost)
+    yield from _far(case)
     yield from _large(case)
+
+
+def _far(case: Case) -> Iterator[Finding]:
+    """Look at float32 at a larger size, where kernels take other paths; of differences, far from the origin too.
+
+    What does not change when all inputs are moved alike (a norm, a distance, a softmax) is made of differences, and
+    should not lose them.
+    """
+    wide, where = _wide(case), ""
+    offset = FAR * max(1e-3, *map(largest, case.leaves))
+    if _same_outputs(case, _moved(case, offset)):
+        wide, where = _moved(wide, offset), f" for inputs {offset:.3g} from the origin"
+    low, exact = in_dtype(wide, torch.float32)
+    try:
+        outputs, same = low.plain.outputs, exact.plain.outputs
+        finite = all(bool(y.isfinite().all()) for y in (*outputs, *same))
+        forward = max(map(rounded_norm_error, outputs, same))
+        if finite and forward < LOST:
+            expected = exact.vjps([[v.double() for v in low.plain.cotangents]])[0]
+            shapes = ", ".join(str(tuple(t.shape)) for _, t in wide.arguments)
+            if max(map(largest, expected)) > EXPLODES * (1 + max(map(largest, case.plain.grads))):
+                return  # a matrix of other size may be near a singular one
+            lost = [64 * forward / torch.finfo(torch.float32).eps] * len(case.leaves)
+            yield from _compare(low, exact, expected, lost, f"{where} at shapes {shapes}")
+    except (ForwardRaised, BackwardRaised):
+        return
+
+
+def _moved(case: Case, offset: float) -> Case:
+    """Return the case with all inputs moved alike."""
+    return case.edited(lambda i, t: t + offset if i in case.where else t)
+
+
+def _same_outputs(case: Case, other: Case) -> bool:
+    if not accepts(other):
+        return False
+    pairs = zip(case.all_outputs, other.all_outputs, strict=False)
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in pairs)
+
+
+def _wide(case: Case) -> Case:
+    """Return the case at a larger size, where it takes one."""
+    sizes = {s: s.near(n) for s, n in zip(free_sizes(case), WIDE, strict=False)}
+    indexed = any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
+    smaller = indexed and any(n < s.now for s, n in sizes.items())
+    return resized(case, sizes) if sizes and not smaller and fits(case, sizes, LARGEST) else case
 
 
 def _large(case: Case) -> Iterator[Finding]:
@@ -75,8 +131,31 @@ def _large(case: Case) -> Iterator[Finding]:
             continue
         if error > GROSS + 64 * max(spread(exact, torch.float16)):
             where = f"float16 for inputs {LARGE:g} times as large"
-            yield _overflow(name, where, error, largest(e), "note")  # not the sample's domain
+            severity = (
+                "wrong" if _widens(low) else "note"
+            )  # one that never does has a smaller domain
+            yield _overflow(name, where, error, largest(e), severity)
             return
+
+
+class _Dtypes(TorchDispatchMode):
+    """Collects the dtypes that operations give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.found.update(t.dtype for t in tensors_in(result))
+        return result
+
+
+def _widens(low: Case) -> bool:
+    """Whether forward computes in a wider dtype than that of its inputs, as for large ones it should."""
+    with _Dtypes() as dtypes:
+        low.call(low.fresh())
+    return torch.float32 in dtypes.found
 
 
 def _plausible(grad: Tensor) -> bool:
@@ -98,7 +177,7 @@ def _overflow(
 
 
 def _compare(
-    low: Case, exact: Case, expected: Sequence[Tensor], lost: list[float]
+    low: Case, exact: Case, expected: Sequence[Tensor], lost: list[float], where: str = ""
 ) -> Iterator[Finding]:
     dtype = low.plain.grads[0].dtype
     eps = torch.finfo(dtype).eps
@@ -110,11 +189,11 @@ def _compare(
             if (
                 float(e.abs().max()) < torch.finfo(dtype).max / 4
             ):  # else about to overflow by itself
-                yield _overflow(name, name_of, float("inf"), float(e.abs().max()))
+                yield _overflow(name, name_of + where, float("inf"), float(e.abs().max()))
             continue
         error = rounded_norm_error(g, e, terms(exact))
         # What float32 loses too is the formula's conditioning, not this dtype's fault.
-        kept = 1000 if dtype is torch.float32 else 8 * ulps
+        kept = 1000 + ulps * bool(where) if dtype is torch.float32 else 8 * ulps
         allowed = eps * (16 * g.numel() ** 0.5 + kept)
         if error <= allowed:
             continue
@@ -124,11 +203,13 @@ def _compare(
                 check=NAME,
                 severity="wrong",
                 input=name,
-                message=f"grad of {name} in {name_of} is off by {error:.2g} of its norm ({error / eps:.0f} ulps); "
-                f"rounding the inputs explains {limit / eps:.2g} ulps",
+                message=f"grad of {name} in {name_of}{where} is off by {error:.2g} of its norm "
+                f"({error / eps:.0f} ulps); rounding the inputs explains {limit / eps:.2g} ulps",
                 got=error,
                 expected=limit,
-                cause=f"computed with fewer bits than {name_of} has"
+                cause="a cancellation: the difference of large numbers, where that of the inputs is to be had"
+                if "origin" in where
+                else f"computed with fewer bits than {name_of} has"
                 if dtype is torch.float32
                 else "intermediates rounded, or summed, in low precision: compute in float32, round once",
             )

@@ -1,7 +1,8 @@
 """Second order: the gradient of the gradient equals differences of the first-order gradient.
 
 A backward that detaches what it saved, or that saves an intermediate of forward, gives a right gradient and a silently
-wrong second one. `once_differentiable`, or a backward that leaves no graph at all, is a refusal.
+wrong second one. So does one that leaves no graph at all, as soon as another term has one: the sum is differentiated
+without it. `once_differentiable` raises there, and is a refusal.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,8 @@ def _gradient(
     first = case.backward(outputs, leaves, v, create_graph=True)
     wanted = [g for g in first if g.requires_grad]
     if not wanted:
-        raise Refused("backward leaves no graph: it can be differentiated once only")
+        points = [*leaves, *v]
+        return first, [torch.zeros_like(t) for t in points], [True] * len(points)
     if any("Error" in node.name() for node in graph(wanted)):
         raise Refused("once_differentiable")
     inner = [a for a, g in zip(w, first, strict=True) if g.requires_grad]
@@ -67,8 +69,6 @@ def _gradient(
         second = torch.autograd.grad(wanted, points, inner, allow_unused=True, retain_graph=True)
     except Exception as error:
         raise Refused(f"double backward raises {reason(error)}") from error
-    if all(s is None for s in second):
-        raise Refused("backward leaves no graph: it can be differentiated once only")
     full = [torch.zeros_like(t) if s is None else s for s, t in zip(second, points, strict=True)]
     return first, full, [s is None for s in second]
 

@@ -1,0 +1,85 @@
+"""Arguments: the gradient is right where a number, flag or word among the arguments is another.
+
+A sample with alpha=1, dim=-1 or reduction="mean" hides a factor that is missing, a dimension that is fixed, a count
+that is due to one reduction only. What changes nothing in forward is left in peace: a flag that detaches, a factor that
+reverses gradients.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import Case
+from torchbp.verify.lines import check_lines
+from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts
+
+NAME = "arguments"
+MOST = 3  # arguments, beside all real numbers at once
+WORDS = (
+    ("mean", "sum", "none"),
+    ("zeros", "border", "reflection"),
+    ("constant", "reflect", "replicate", "circular"),
+    ("nearest", "linear", "bilinear", "trilinear"),
+    ("none", "tanh"),
+)
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    plain = {i: x for i, x in case.others.items() if isinstance(x, (bool, int, float, str))}
+    reals = {i: x for i, x in plain.items() if isinstance(x, float)}
+    # Beside integer inputs a number may be one of theirs: a blank, a class that is ignored.
+    indexed = any(t.dtype == torch.int64 for _, t in case.arguments)
+    discrete = {
+        i: _others(x)
+        for i, x in plain.items()
+        if i not in reals and (isinstance(x, (bool, str)) or not indexed)
+    }
+    tries = [[{i: 0.5 * x + 0.125 for i, x in reals.items()}]] if reals else []
+    tries += [[{i: y} for y in others] for i, others in discrete.items() if others][:MOST]
+    tested = False
+    for changes in tries:
+        for change in changes:
+            other = case.replaced(change)
+            if not accepts(other) or _same(case, other):
+                continue
+            tested = True
+            when = " where " + " and ".join(
+                f"{case.name_at[i]} is {x!r} instead of {plain[i]!r}" for i, x in change.items()
+            )
+            found = check_lines(other, NAME, when)
+            if found:
+                yield found
+                return
+            break
+    if not tested:
+        raise NotApplicable("no number, flag or word among the arguments that may be another")
+
+
+def _others(x: Any) -> list[Any]:
+    """Return what to try instead of ``x``, in this order."""
+    if isinstance(x, bool):
+        return [not x]
+    if isinstance(x, int):
+        return [0, -2] if x == -1 else [x + 1, x - 1]
+    words = next((w for w in WORDS if x in w), ())
+    return [w for w in words if w != x][:1] if isinstance(x, str) else []
+
+
+def _same(case: Case, other: Case) -> bool:
+    """Whether forward gives the same."""
+    pairs = zip(case.all_outputs, other.all_outputs, strict=False)
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+CHECK = Check(
+    name=NAME,
+    tests="the gradient is right with another number, flag or word among the arguments",
+    run=_run,
+    order=83,
+    needs=("same values",),
+    level="full",
+    differences=True,
+)

@@ -1,0 +1,56 @@
+"""Constants: the gradient is right where floating-point inputs that want none have other values: weights, statistics.
+
+Weights that are all 1 hide a square of them, or a count in the place of their sum.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import Case
+from torchbp.verify.lines import check_lines
+from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts
+
+NAME = "constants"
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    constants = [i for i, t in case.arguments if i not in case.where and t.is_floating_point()]
+    generator = case.generator(NAME)
+    change = {i: _varied(case.flat[i], generator) for i in constants}
+    chosen = {i: t for i, t in change.items() if not torch.equal(t, case.flat[i])}
+    if not chosen:
+        raise NotApplicable("no floating-point input without a gradient, but masks")
+    other = case.edited(chosen.get)
+    if not accepts(other):
+        raise NotApplicable("forward takes no others")
+    names = " and ".join(case.name_at[i] for i in chosen)
+    found = check_lines(other, NAME, f" where {names} is another")
+    if found:
+        yield found
+
+
+def _varied(t: Tensor, generator: torch.Generator) -> Tensor:
+    """Return other values of the same signs; what sums to 1 does so still, and a mask of 0 and 1 is left alone."""
+    r = torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t)
+    if t.unique().tolist() in ([0.0, 1.0], [0.0], []):
+        return t
+    other = t * (0.5 + r)
+    for dim in range(t.dim() - 1, -1, -1):
+        if bool((t.sum(dim) - 1).abs().max() < 1e-6) and t.shape[dim] > 1:
+            return other / other.sum(dim, keepdim=True)
+    return other
+
+
+CHECK = Check(
+    name=NAME,
+    tests="the gradient is right with other values of inputs that want none: weights, statistics",
+    run=_run,
+    order=83,
+    needs=("same values",),
+    level="full",
+    differences=True,
+)

@@ -1,0 +1,62 @@
+"""Indices: the gradient is right for other integers than the sample's: in another order, and all alike.
+
+Indices that are all different hide a backward that overwrites where it should add;
+labels in order hide a sort.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import Case
+from torchbp.verify.lines import check_lines
+from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts
+
+NAME = "indices"
+KINDS = (torch.int64, torch.int32)
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    integers = [i for i, t in case.arguments if t.dtype in KINDS and t.numel() > 1]
+    if not integers:
+        raise NotApplicable("no integer input")
+    tested = False
+    for when, change in (
+        ("the integers are in another order", _reversed),
+        ("all integers are equal", _equal),
+    ):
+        other = case.edited(lambda i, t, change=change: change(t) if i in integers else t)
+        if all(torch.equal(case.flat[i], other.flat[i]) for i in integers) or not accepts(other):
+            continue
+        tested = True
+        found = check_lines(other, NAME, f" where {when}")
+        # An element that no output depends on, since a later one was written to its place: indices must differ.
+        if found and not (found.expected == 0 and found.got):
+            yield found
+            return
+    if not tested:
+        raise NotApplicable("forward takes no other integers")
+
+
+def _reversed(t: Tensor) -> Tensor:
+    """Return the integers in reverse, unless they are in order, as offsets must be."""
+    flat = t.reshape(-1)
+    return t if bool((flat[1:] >= flat[:-1]).all()) else flat.flip(0).view(t.shape)
+
+
+def _equal(t: Tensor) -> Tensor:
+    return t.reshape(-1)[:1].expand(t.numel()).clone().view(t.shape)
+
+
+CHECK = Check(
+    name=NAME,
+    tests="the gradient is right for other integers: in another order, all alike",
+    run=_run,
+    order=83,
+    needs=("same values",),
+    level="full",
+    differences=True,
+)
