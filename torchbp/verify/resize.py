@@ -180,16 +180,18 @@ def fits(case: Case, sizes: Mapping[Size, int], most: int) -> bool:
     The outputs' growth is read from what one more row makes of them, before anything large is computed.
     """
     growth = _growth(case)
-    inputs = outputs = 1.0
+    wanted = {(i, d): times * n for size, n in sizes.items() for i, d, times in size.places}
+    inputs = max(
+        math.prod(wanted.get((i, d), n) for d, n in enumerate(t.shape)) for i, t in case.arguments
+    )
+    outputs = float(_count(case.all_outputs))
     for size, new in sizes.items():
-        inputs_by, outputs_by = growth.get(size, (1.0, 1.0))
-        inputs *= (new / size.now) ** inputs_by
-        outputs *= (new / size.now) ** outputs_by
-    return max(inputs * _count(_arguments(case)), outputs * _count(case.all_outputs)) <= most
+        outputs *= (new / size.now) ** growth.get(size, 1.0)
+    return max(inputs, outputs) <= most
 
 
-def _growth(case: Case) -> dict[Size, tuple[float, float]]:
-    """Return, for each size that may change, the powers with which inputs and outputs grow."""
+def _growth(case: Case) -> dict[Size, float]:
+    """Return, for each size that may change, the power with which outputs grow."""
     if "growth" not in case.memo:
         case.memo["growth"] = {}
         _ = case.differentiable
@@ -203,7 +205,7 @@ class _Search:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.attempts = 0
-        self.growth: dict[Size, tuple[float, float]] = {}
+        self.growth: dict[Size, float] = {}
         places = self._places()
         # A size of 1 may be a batch, a step or a channel of which the sample has one only.
         for n in [*[n for n in places if n > 1][:MOST], *([1] if 1 in places else ())]:
@@ -250,7 +252,7 @@ class _Search:
             tries += [Size(n, whole[:1]), Size(n, whole[-1:])]
         for size in tries:
             grown = self._grows(size)
-            if grown:
+            if grown is not None:
                 self.growth[size] = grown
                 return
 
@@ -267,17 +269,17 @@ class _Search:
             for unit in dict.fromkeys(units) if rest else ():
                 alone = Size(size.now, part, unit)
                 grown = self._grows(alone, backward=True)
-                if grown:
+                if grown is not None:
                     self.growth = {
-                        (Size(s.now, rest, unit) if s == size else s): g
+                        (Size(s.now, rest, unit) if s == size else s): g - grown * (s == size)
                         for s, g in self.growth.items()
                     }
                     self.growth[alone] = grown
                     return True
         return False
 
-    def _grows(self, size: Size, *, backward: bool = False) -> tuple[float, float] | None:
-        """Return how inputs and outputs grow with the size, if forward takes it one larger; keep that case.
+    def _grows(self, size: Size, *, backward: bool = False) -> float | None:
+        """Return how outputs grow with the size, if forward takes it one larger; keep that case.
 
         A forward that does not look at its inputs takes what was never meant: there ``backward`` has to agree.
         """
@@ -293,19 +295,12 @@ class _Search:
             except BackwardRaised:
                 return None
         case.memo.setdefault("one more", []).append(other)
-        base = math.log(size.more / size.now)
-        return (
-            math.log(_count(_arguments(other)) / _count(_arguments(case))) / base,
-            math.log(_count(other.all_outputs) / _count(case.all_outputs)) / base,
-        )
+        grown = _count(other.all_outputs) / _count(case.all_outputs)
+        return math.log(grown) / math.log(size.more / size.now)
 
     @property
     def elementwise(self) -> bool:
         return len(elementwise(self.case)) == len(self.case.leaves)
-
-
-def _arguments(case: Case) -> list[Tensor]:
-    return [t for _, t in case.arguments]
 
 
 def _count(tensors: Iterable[Tensor]) -> int:
