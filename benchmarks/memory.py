@@ -147,16 +147,16 @@ def same_bits(name: str, way: str, batch: int, step: Step) -> bool:
 # ---------------------------------------------------------------------------------- in a process of its own
 
 
-def resident(name: str, way: str, batch: int) -> int:
+def resident(name: str, way: str, batch: int, mapped: bool) -> int:
     """Return by how many bytes a step raises what is resident at most, in a process of its own."""
-    return int(_child("resident", name, way, batch))
+    return int(_child(mapped, "resident", name, way, batch))
 
 
-def largest_batch(name: str, way: str, limit: int) -> int:
+def largest_batch(name: str, way: str, limit: int, mapped: bool) -> int:
     """Return the largest batch with which steps run in ``limit`` bytes of address space above the bare model's."""
 
     def fits(batch: int) -> bool:
-        return _child("fits", name, way, batch, limit) == "True"
+        return _child(mapped, "fits", name, way, batch, limit) == "True"
 
     low, high = 0, 16
     while fits(high):
@@ -167,9 +167,11 @@ def largest_batch(name: str, way: str, limit: int) -> int:
     return low
 
 
-def _child(*args: object) -> str:
+def _child(mapped: bool, *args: object) -> str:
     command = [sys.executable, "-W", "ignore", __file__, "--child", *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
+    if mapped:
+        env["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     return run.stdout.strip() or "False"
 
@@ -225,7 +227,8 @@ def stored() -> dict[str, dict[str, Any]]:
 
 def key(row: dict[str, Any]) -> str:
     """Return what a row is of: a model made one way, or its largest batch."""
-    return f"{row['model']}, {row['way']}, {row.get('limit_mib', 'a step')}"
+    mapped = ", mapped" if row.get("mapped") else ""
+    return f"{row['model']}, {row['way']}, {row.get('limit_mib', 'a step')}{mapped}"
 
 
 def store(fresh: list[dict[str, Any]]) -> None:
@@ -253,6 +256,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="for each model")
     parser.add_argument("--resident", action="store_true", help="peak resident memory instead")
     parser.add_argument("--largest", type=int, metavar="MIB", help="largest batch in so much")
+    parser.add_argument(
+        "--mapped",
+        action="store_true",
+        help="with either: the C library gives what is freed back to the system, from 1 MiB on",
+    )
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -264,16 +272,26 @@ def main() -> int:
     for name in args.models or ALL:
         batch = ALL[name].batch // 2  # all ways stand in memory at once
         same: dict[str, Any] = {"model": name, "batch": batch}
+        mapped = {"mapped": True} if args.mapped else {}
         if args.largest:
-            limit = {"model": name, "limit_mib": args.largest}
+            limit = {"model": name, "limit_mib": args.largest, **mapped}
             fresh = [
-                {**limit, "way": w, "largest_batch": largest_batch(name, w, args.largest << 20)}
+                {
+                    **limit,
+                    "way": w,
+                    "largest_batch": largest_batch(name, w, args.largest << 20, args.mapped),
+                }
                 for w in LARGEST
             ]
             print("\n".join(map(str, fresh)), flush=True)
         elif args.resident:
             fresh = [
-                {**same, "way": w, "resident_bytes": resident(name, w, batch)}
+                {
+                    **same,
+                    **mapped,
+                    "way": w,
+                    "resident_bytes": resident(name, w, batch, args.mapped),
+                }
                 for w in ways_of(ALL[name])
             ]
             for row in fresh:

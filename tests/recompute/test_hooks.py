@@ -57,8 +57,9 @@ def times_two():
 
 
 @pytest.mark.parametrize("hooks", [times_two, save_on_cpu], ids=["times_two", "save_on_cpu"])
-def test_others_outside_come_first(hooks, monkeypatch):
-    converted, lean = both(network())
+@pytest.mark.parametrize("budget", [None, 0.6])
+def test_others_outside_come_first(hooks, budget, monkeypatch):
+    converted, lean = torchbp.convert(network()), torchbp.lean(network(), budget)
     want = step(converted, *data(), F.cross_entropy, hooks)
     count = Count(monkeypatch)
     same(step(lean, *data(), F.cross_entropy, hooks), want)
@@ -120,6 +121,24 @@ def test_inert_while_traced():
     assert not asks.found[0]
     assert torch.equal(traced(x), lean(x))
     assert asks.found[-1]
+
+
+def test_inert_under_vmap():
+    lean = torchbp.lean(nn.Sequential(network(), asks := Asks()))
+    torch.vmap(lean)(data()[0])
+    assert asks.found == [False]
+
+
+def test_a_scope_in_a_compiled_function():
+    w = torch.eye(6, requires_grad=True)
+
+    def f(x):
+        with torchbp.lean_scope():
+            return F.linear(F.gelu(F.linear(x, w)), w)
+
+    x, _ = data()
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), f(x))
 
 
 # ---------------------------------------------------------------------------------- one inside the other
@@ -210,6 +229,24 @@ def test_after_ctrl_c_the_next_forward_puts_things_right():
     assert top() is None
 
 
+def test_after_ctrl_c_in_a_part_of_a_part():
+    part = torchbp.lean(nn.Sequential(network(), nn.Identity()), budget=0.6)
+    middle = torchbp.lean(nn.Sequential(nn.Identity(), nn.Sequential(part)))
+    whole = torchbp.lean(nn.Sequential(middle, nn.Identity()))
+
+    def stop(*_args):
+        raise KeyboardInterrupt
+
+    handle = part[1].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        whole(data()[0])
+    handle.remove()
+    assert len(_lean._thread.running) == 3
+    whole(data()[0])
+    assert top() is None
+    assert not _lean._thread.running
+
+
 def test_after_ctrl_c_in_a_part_the_whole_is_closed():
     part = torchbp.lean(network())
 
@@ -258,6 +295,19 @@ def test_a_pre_hook_that_fails_before_ours_leaves_nothing():
     handle.remove()
     assert top() is None
     lean(data()[0]).sum().backward()
+
+
+def test_a_forward_without_gradients_measures_nothing():
+    lean = torchbp.lean(network(), budget=0.5)
+    plan = _lean._hooks_of(lean).plan
+    with torch.no_grad():
+        lean(data()[0])
+    assert plan.choices is None
+    lean(data()[0])
+    choices = plan.choices
+    with torch.no_grad():
+        lean(data()[0])
+    assert plan.choices is choices is not None
 
 
 def test_hooks_put_on_before_and_after_run_inside_and_outside():

@@ -204,12 +204,13 @@ _count = threading.Lock()
 
 def _open(plan: Plan | None, sharded: bool) -> _Pack | None:
     """Put our hooks on the innermost place; ``None`` where they would be refused, useless, or in somebody's way."""
+    if torch.compiler.is_compiling():
+        return None
     while _thread.running and _thread.running[-1].is_over():
         if (left := _thread.running.pop().pack) is not None:
             _close(left)
     if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or not _autograd._saved_tensors_hooks_is_enabled()
     ):
