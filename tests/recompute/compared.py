@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 
 import torchbp
-from torchbp.recompute import _graph, _lean
+from torchbp.recompute import _graph, _scope
 from torchbp.recompute._kept import Kept, Share
 
 
@@ -15,7 +15,7 @@ class Count:
 
     def __init__(self, monkeypatch):
         self.kept = self.shared = 0
-        monkeypatch.setattr(_lean, "kept_or_share", self)
+        monkeypatch.setattr(_scope, "kept_or_share", self)
 
     def __call__(self, t, forward=None):
         item = _graph.kept_or_share(t, forward)

@@ -12,7 +12,7 @@ from torch import nn
 import torchbp
 from benchmarks.models import MODELS, ResNet, loss
 from tests.recompute.compared import same, step
-from torchbp.recompute import _graph, _lean
+from torchbp.recompute import _graph, _lean, _scope
 from torchbp.recompute._kept import Kept
 from torchbp.recompute._live import Live
 
@@ -30,7 +30,7 @@ class Bytes:
 
     def __init__(self, monkeypatch):
         self.kept = {}
-        monkeypatch.setattr(_lean, "kept_or_share", self)
+        monkeypatch.setattr(_scope, "kept_or_share", self)
 
     def __call__(self, t, forward=None):
         item = _graph.kept_or_share(t, forward)

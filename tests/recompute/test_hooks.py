@@ -3,6 +3,7 @@
 import copy
 import threading
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import torchbp
 import torchbp.functional as F
 from tests.recompute.compared import Count, both, same, step
-from torchbp.recompute import _lean
+from torchbp.recompute import _lean, _scope
 
 
 def network():
@@ -33,7 +34,7 @@ def top():
 
 
 def is_ours():
-    return type(top()) is _lean._Pack
+    return type(top()) is _scope.Pack
 
 
 class Asks(nn.Module):
@@ -117,7 +118,7 @@ def test_a_scope_inside_a_checkpoint(reentrant):
 def test_inert_while_traced():
     x, _ = data()
     lean = torchbp.lean(nn.Sequential(network(), asks := Asks()))
-    traced = torch.jit.trace(lean, x)
+    traced: Any = torch.jit.trace(lean, x)
     assert not asks.found[0]
     assert torch.equal(traced(x), lean(x))
     assert asks.found[-1]
@@ -225,7 +226,7 @@ def test_after_ctrl_c_the_next_forward_puts_things_right():
     assert top() is None
     stopped(lean, KeyboardInterrupt)
     with torchbp.lean_scope():
-        assert not _lean._thread.running
+        assert not _scope._thread.running
     assert top() is None
 
 
@@ -241,10 +242,10 @@ def test_after_ctrl_c_in_a_part_of_a_part():
     with pytest.raises(KeyboardInterrupt):
         whole(data()[0])
     handle.remove()
-    assert len(_lean._thread.running) == 3
+    assert len(_scope._thread.running) == 3
     whole(data()[0])
     assert top() is None
-    assert not _lean._thread.running
+    assert not _scope._thread.running
 
 
 def test_after_ctrl_c_in_a_part_the_whole_is_closed():
@@ -263,7 +264,7 @@ def test_after_ctrl_c_in_a_part_the_whole_is_closed():
     whole(data()[0]).sum().backward()
     assert whole.asks.found == [True]
     assert top() is None
-    assert not _lean._thread.running
+    assert not _scope._thread.running
 
 
 def test_a_model_that_calls_itself(monkeypatch):

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 import torchbp
 from torchbp.ops import _recipe
-from torchbp.recompute import _graph, _lean
+from torchbp.recompute import _graph, _scope
 from torchbp.recompute._kept import Share
 from benchmarks.models import MODELS, loss
 
@@ -33,7 +33,7 @@ def counted(t, forward=None):
     shares += type(item) is Share
     return item
 
-_lean.kept_or_share = counted
+_scope.kept_or_share = counted
 torch.manual_seed(0)
 plain = MODELS["GPT"].small()
 x, y = MODELS["GPT"].small_data(4)

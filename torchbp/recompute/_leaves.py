@@ -12,7 +12,7 @@ from weakref import ReferenceType, ref
 from torch import Tensor
 from torch.autograd import _get_sequence_nr
 
-__all__ = ["is_as_read", "open_scope"]
+__all__ = ["is_as_read", "note_versions"]
 
 Noted = tuple[ReferenceType[Tensor], int]  # a leaf and its version
 
@@ -29,7 +29,7 @@ _scope = _Scope()
 _met: dict[int, ReferenceType[Tensor]] = {}
 
 
-def open_scope() -> None:
+def note_versions() -> None:
     """Note the versions of the leaves that torch's own ops were seen to read, before any op of a scope reads them."""
     _scope.first = _get_sequence_nr()
     _scope.versions.clear()
