@@ -47,6 +47,7 @@ class Backwards:
 
     Attributes:
         paused: Whether nothing is called for now.
+        passed: Whether there was a backward while paused.
         early: Norms of gradients that are gone at the end of the backward.
         everywhere: Whether every parameter carries a hook.
     """
@@ -58,7 +59,7 @@ class Backwards:
         before: Callable[[], None] | None,
         ended: Callable[[bool], None],
     ) -> None:
-        self.paused = False
+        self.paused = self.passed = False
         self.early: Pieces = []
         self._catalogue, self._local = catalogue, local
         self._before, self._ended = before, ended
@@ -103,6 +104,7 @@ class Backwards:
 
     def _fire(self, index: int, parameter: Tensor) -> None:
         if self.paused:
+            self.passed = True
             return
         # By the number of the graph task: a flag would stay set after an exception in backward.
         task = graph_task()

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 import warnings
 from collections.abc import Callable
 
@@ -15,9 +16,13 @@ class Desk:
     """Does jobs one after the other in the background.
 
     A job that fails is reported by a warning, once; training goes on.
+
+    Attributes:
+        spent: Seconds of processor time that jobs have taken so far.
     """
 
     def __init__(self) -> None:
+        self.spent = 0.0
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(_LENGTH)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -57,6 +62,7 @@ class Desk:
     def _work(self) -> None:
         while True:
             job = self._jobs.get()
+            start = time.thread_time()
             try:
                 if job is None:
                     return
@@ -64,4 +70,5 @@ class Desk:
             except Exception as error:  # whatever it is, training goes on
                 self._failure = self._failure or error
             finally:
+                self.spent += time.thread_time() - start
                 self._jobs.task_done()

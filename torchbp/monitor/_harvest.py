@@ -54,7 +54,7 @@ def harvest(
         rows: The rows.
         parameters: Number of parameters P.
         layers: Number of layers L.
-        apart: Leave every row by itself, to be summed over ranks.
+        apart: Leave every row of a backward by itself, to be summed over ranks.
     """
     tensors = [value for row in rows for value in _values(row) if isinstance(value, Tensor)]
     devices = dict.fromkeys(tensor.device for tensor in tensors)
@@ -62,7 +62,7 @@ def harvest(
     waits = {device: _send(found) for device, found in sent.items()}
     kinds: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
-        kinds.setdefault(place if apart else row.kind, []).append(place)
+        kinds.setdefault(place if apart and row.backwards else row.kind, []).append(place)
 
     def receive() -> list[Sums]:
         arrived: dict[int, Vector] = {}
@@ -211,15 +211,20 @@ def _send(tensors: list[Tensor]) -> Callable[[], Vector]:
 
 
 def reduced(
-    found: list[Sums], mine: NDArray[np.bool_], layers: int, device: torch.device
-) -> list[Sums]:
-    """Return ``found``, one row each, summed over all ranks by one all_reduce.
+    found: list[Sums],
+    mine: NDArray[np.bool_],
+    layers: int,
+    device: torch.device,
+    votes: Sequence[float],
+) -> Vector:
+    """Sum ``found``, one row each, over all ranks by one all_reduce; return the sums of ``votes``.
 
     Args:
         found: This rank's rows. All ranks call this with equally many.
         mine: bool ``(P,)``: the parameters whose sums this rank adds.
         layers: Number of layers L.
         device: Where the process group works.
+        votes: At most three numbers of this rank.
     """
     of_parameters = [q.name for q in all_quantities().values() if q.axis == "parameter"]
     of_layers = [q.name for q in all_quantities().values() if q.axis == "layer"]
@@ -233,10 +238,13 @@ def reduced(
         for name in of_layers:
             parts += sums.layers.get(name, (zeros[1], zeros[1]))
         table.append(np.concatenate(parts, axis=1))
-    tensor = torch.from_numpy(np.concatenate(table)).to(device)
+    ballot = np.zeros((1, table[0].shape[1] if table else len(votes)))
+    ballot[0, : len(votes)] = votes
+    tensor = torch.from_numpy(np.concatenate([*table, ballot])).to(device)
     torch.distributed.all_reduce(tensor)
     ranks = torch.distributed.get_world_size()
-    for sums, whole in zip(found, tensor.cpu().numpy()[:, None], strict=True):
+    *wholes, ballots = tensor.cpu().numpy()[:, None]
+    for sums, whole in zip(found, wholes, strict=True):
         step = sums.rows[0].step
         agreed = whole[0, 0] == ranks * step and whole[0, 1] == ranks * step**2
         sizes = [len(mine)] * len(of_parameters) + [layers] * (2 * len(of_layers))
@@ -249,4 +257,4 @@ def reduced(
         sums.host["ranks"] = np.array([[float(ranks)]])
         sums.parameters = {n: here[n] for n in sums.parameters if agreed}
         sums.layers = {n: v for n, v in there.items() if agreed and v[1].any()}
-    return found
+    return ballots[0, : len(votes)]

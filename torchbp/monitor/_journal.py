@@ -156,6 +156,10 @@ class Journal:
             self._writer.record("verdicts", step, changes)
             self._writer.text("verdicts", step, _table(verdicts))
 
+    def periods(self, step: int, told: str) -> None:
+        """Write how often is looked from now on."""
+        self._writer.text("periods", step, f"{told[0].upper()}{told[1:]}.")
+
     def close(self) -> None:
         """Close the file."""
         self._writer.close()

@@ -21,16 +21,25 @@ class _Case:
     quiet_since: int = 0
     verdict: int | None = None
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether more readings decide whether a warning or an alert begins or ends."""
+        now = self.seen[-1].severity
+        return now != "info" and (self.verdict is None or self.quiet > 0)
+
 
 class Judge:
     """Holds the verdicts of a run.
 
     Attributes:
         verdicts: In the order in which they were reached.
+        restless: Whether, at the last reading, a trouble was about to become a verdict or to end as one;
+            or one has done so since the readings before.
     """
 
     def __init__(self, diagnoses: Sequence[Diagnosis]) -> None:
         self.verdicts: list[Verdict] = []
+        self.restless = False
         self._diagnoses = diagnoses
         self._cases: dict[str, dict[str, _Case]] = {d.name: {} for d in diagnoses}
         self._served: dict[tuple[str, ...], tuple[int, ...]] = {}
@@ -39,6 +48,7 @@ class Judge:
     def consider(self, readings: Sequence[Reading]) -> None:
         """Take more readings into account, in the order of their steps."""
         served = [self._serve(reading) for reading in readings]
+        before = list(self.verdicts)
         due = [
             self._screened(number, [k for k, them in enumerate(served) if number in them], readings)
             for number in range(len(self._diagnoses))
@@ -51,6 +61,9 @@ class Judge:
                     found = {s.key: s for s in diagnosis.examine(reading)}
                 if found or self._cases[diagnosis.name]:
                     self._follow(diagnosis, reading.step, found)
+        cases = [case for them in self._cases.values() for case in them.values()]
+        pending = any(case.is_pending for case in cases)
+        self.restless = pending or _grave(self.verdicts) != _grave(before)
 
     def _serve(self, reading: Reading) -> tuple[int, ...]:
         """Return the numbers of the diagnoses that the reading serves."""
@@ -124,6 +137,10 @@ class Judge:
                 evidence=now.evidence,
                 advice=now.advice,
             )
+
+
+def _grave(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    return [verdict for verdict in verdicts if verdict.severity != "info"]
 
 
 def _lasts(diagnosis: Diagnosis, seen: list[Suspicion]) -> bool:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._desk import Desk
-from torchbp.monitor._diagnosis import Layers, Verdict
+from torchbp.monitor._diagnosis import Layers, Reading, Verdict
+from torchbp.monitor._governor import DRAIN_EVERY, UNSEEN, Governor, Periods, Vote
 from torchbp.monitor._harvest import Sums, harvest
 from torchbp.monitor._journal import Journal
 from torchbp.monitor._judge import Judge
+from torchbp.monitor._jump import Jump
 from torchbp.monitor._ranks import Shared
 from torchbp.monitor._reader import Reader
 from torchbp.monitor._registry import all_diagnoses
@@ -26,7 +28,6 @@ from torchbp.monitor.capture import Capture
 
 __all__ = ["Monitor"]
 
-_DRAIN_EVERY = 50
 _EARLY_DRAINS = frozenset({2, 5, 10, 20})
 _DEAF = (
     "the model had been compiled and called before it was watched: its layers can't be listened to, "
@@ -46,6 +47,7 @@ class Monitor:
         *,
         every: int,
         sample_every: int,
+        share: float | None,
         layers: Sequence[str] | None,
     ) -> None:
         self._name = type(model).__name__
@@ -57,17 +59,23 @@ class Monitor:
         self._rows: list[Row] = []
         self._logged: dict[str, Any] = {}
         self._layers: tuple[Layers, np.ndarray, np.ndarray] | None = None
-        self._steps = self._backwards = 0
+        self._governor = Governor(share, every, sample_every)
+        self._written = self._governor.periods
+        self._jump, self._jumped, self._late_losses = Jump(), False, False
+        self._latest: Row | None = None
+        self._early: set[str] = set()  # what is logged before the step that it belongs to has ended
+        self._reads = self._backwards = 0
+        self._next = DRAIN_EVERY
         self._closed = False
         self._shared = Shared(model, self._catalogue)
         self._share_from = time.perf_counter(), 0.0
-        self._drain_time = 0.0
+        self._drain_time = self._drains_from = self._own_from = 0.0
         self._capture = Capture(
             model,
             self._catalogue,
             optimizers,
-            every=every,
-            sample_every=sample_every,
+            every=int(every),
+            sample_every=int(sample_every),
             compiled=is_compiled(model),
             deliver=self._take,
         )
@@ -79,8 +87,17 @@ class Monitor:
     # --------------------------------------------------------------------------------- the user
     @property
     def notes(self) -> list[str]:
-        """What can't be seen of this model, and why."""
-        return [_DEAF] if self._capture.deaf else []
+        """What can't be seen of this model, or is seen less often than asked for, and why."""
+        notes = [f"not seen: {_DEAF}"] if self._capture.deaf else []
+        longest = self._governor.longest
+        if longest != self._governor.asked:
+            notes.append(f"seen less often, at times: {self._governor.told(longest)}")
+        return notes
+
+    @property
+    def periods(self) -> Periods:
+        """How often the monitor looks at present, in steps."""
+        return self._governor.periods
 
     @property
     def step(self) -> int:
@@ -138,21 +155,23 @@ class Monitor:
             value = (
                 value.item() if type(value) is Tensor and value.is_cpu else value.detach().clone()
             )
-        last = self._rows[-1] if self._rows else None
-        if last is None or self._capture.row.backwards or name in last.host:
+        step = self._step_of(name)
+        if step == self._capture.awaited:
             self._logged[name] = value
         else:
-            last.host[name] = value
+            self._row_at(step).host[name] = value
+        if name == "loss_train":
+            self._look_at(value)
 
     def summary(self) -> str:
         """Return the verdicts in plain words, or that nothing is wrong."""
         verdicts = sorted(self.verdicts, key=lambda v: v.step)
-        steps = f"{self._steps} step" + ("" if self._steps == 1 else "s")
+        count = self._capture.steps
+        steps = f"{count} step" + ("" if count == 1 else "s")
         head = f"{self._name}, {steps}, {len(self._catalogue)} layers watched"
-        notes = [f"not seen: {note}" for note in self.notes]
         if not verdicts:
-            return "\n".join([f"{head}: nothing is wrong", *notes])
-        return "\n".join([f"{head}:", *map(str, verdicts), *notes])
+            return "\n".join([f"{head}: nothing is wrong", *self.notes])
+        return "\n".join([f"{head}:", *map(str, verdicts), *self.notes])
 
     def close(self, *, local: bool = False) -> None:
         """Write what is left, remove all hooks, close the file. A second call does nothing.
@@ -187,25 +206,82 @@ class Monitor:
     def _take(self, row: Row) -> None:
         row.host.update(self._logged)
         self._logged = {}
+        own, governor = self._capture.own_time, self._governor
+        governor.note(row.sampled, own - self._own_from, 1e-3 * row.host["step_time"])
+        self._own_from = own
         if row.sampled:
             since, spent = self._share_from
-            now, own = time.perf_counter(), self._capture.own_time + self._drain_time
-            row.host["monitor_share"] = (own - spent) / max(now - since, 1e-9)
+            now, own = time.perf_counter(), own + self._drain_time + self._desk.spent
+            row.host["monitor_share"] = UNSEEN * (own - spent) / max(now - since, 1e-9)
             self._share_from = now, own
         self._rows.append(row)
-        self._steps += 1
+        self._latest = row
+        self._reads += 1
+        self._backwards += row.backwards
         # Ranks may skip different steps, so over several of them backward passes are counted.
-        before, self._backwards = self._backwards, self._backwards + row.backwards
-        due = self._steps in _EARLY_DRAINS or self._steps % _DRAIN_EVERY == 0
-        if self._shared.ranks:
-            due = before // _DRAIN_EVERY != self._backwards // _DRAIN_EVERY
-        if due and not self._closed:
+        count = self._backwards if self._shared.ranks else self._reads
+        if self._capture.turns:
+            governor.keep_reading()
+        if self._closed:
+            return
+        if count >= self._next:
+            self._drain(keep=1, votes=True)
+            between = governor.periods.drain_every // governor.periods.every
+            self._next = between * (count // between + 1)
+        elif self._reads in _EARLY_DRAINS and not self._shared.ranks:
             self._drain(keep=1)
 
-    def _drain(self, *, keep: int = 0, local: bool = False) -> None:
+    def _step_of(self, name: str) -> int:
+        """Return which step something that is logged now belongs to: that under way, or the last.
+
+        One that is not read doesn't show whether its backward is over; then it is as at others.
+        """
+        capture, last = self._capture, self._latest
+        step, before = capture.step, max(capture.step - 1, capture.first)
+        if not capture.knows_optimizers:
+            return before
+        known = last is not None and last.step == step - 1 and name in last.host
+        if known or capture.row.backwards:
+            self._early.add(name)
+        elif capture.reading:
+            self._early.discard(name)
+        return step if name in self._early else before
+
+    def _row_at(self, step: int) -> Row:
+        """Return the row of a step; where it was not read, one for what is logged alone."""
+        if not self._rows or self._rows[-1].step != step:
+            self._latest = Row(step, when=time.time())
+            self._rows.append(self._latest)
+        return self._rows[-1]
+
+    def _look_at(self, loss: Tensor | float) -> None:
+        """Look closely where the loss jumps; over several ranks, and on a device, after the next drain."""
+        if isinstance(loss, Tensor):
+            self._late_losses = True
+        elif self._jump.note(loss):
+            self._jumped = True
+            if not self._shared.ranks and self._governor.look(self._capture.steps):
+                self._pace()
+
+    def _jumps(self, readings: Sequence[Reading]) -> bool:
+        losses = [float(r.values["loss_train"][0]) for r in readings if "loss_train" in r.values]
+        return sum(map(self._jump.note, losses)) > 0
+
+    def _pace(self) -> None:
+        periods = self._governor.periods
+        self._capture.pace(periods.every, periods.sample_every)
+
+    def _vote(self) -> Vote:
+        spent = self._drain_time + self._desk.spent
+        drain, self._drains_from = spent - self._drains_from, spent
+        restless, self._jumped = self._judge.restless or self._jumped, False
+        return self._governor.vote(drain, restless=restless)
+
+    def _drain(self, *, keep: int = 0, local: bool = False, votes: bool = False) -> None:
         """Send rows to the host, to be judged and written there.
 
         ``keep``: so many of the last stay behind, for their loss may be logged after the step.
+        ``votes``: decide how often to look from now on.
         """
         rows = self._rows[: len(self._rows) - keep]
         if not rows:
@@ -217,23 +293,34 @@ class Monitor:
         count = len(self._catalogue)
         ranks = self._shared.ranks
         arrive = harvest(rows, len(self._catalogue.parameters), count, apart=ranks)
+        vote = self._vote() if votes else Vote()
         if ranks:
             sums = arrive()
-            sums = self._shared.without_shards(sums) if local else self._shared.add(sums, count)
+            if local:
+                self._shared.without_shards(sums)
+            else:
+                vote = self._shared.add(sums, count, vote)
             arrive = partial(list, sums)
-        self._desk.put(lambda: self._work(arrive()))
+        if votes and self._governor.decide(self._capture.steps, vote, self._shared.count):
+            self._pace()
+        periods = self.periods
+        self._desk.put(lambda: self._work(arrive(), periods))
         del self._rows[: len(rows)]
         self._drain_time += time.perf_counter() - start
 
-    def _work(self, sums: list[Sums]) -> None:
+    def _work(self, sums: list[Sums], periods: Periods) -> None:
         assert self._layers is not None
         journal, failure = self._journal, None
         blocks, readings = self._reader.read(sums, *self._layers)
         self._judge.consider(readings)
+        self._jumped |= self._late_losses and self._jumps(readings)
         if journal is not None and readings:
             try:
                 journal.write(blocks, readings)
                 journal.verdicts(readings[-1].step, self._judge.verdicts)
+                if periods != self._written:
+                    journal.periods(readings[-1].step, self._governor.told(periods))
+                    self._written = periods
             except (OSError, ValueError) as error:  # a full disk ends the files, not verdicts
                 self._journal, failure = None, error
         if failure is not None:

@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from torchbp.monitor._catalogue import Catalogue
+from torchbp.monitor._governor import Vote
 from torchbp.monitor._harvest import Sums, reduced
 
 __all__ = ["Shared"]
@@ -32,9 +33,17 @@ class Shared:
         backend = torch.distributed.get_backend()
         self._device = parameters[0].device if "nccl" in backend else torch.device("cpu")
 
-    def add(self, rows: list[Sums], layers: int) -> list[Sums]:
-        """Sum over the ranks."""
-        return reduced(rows, self._mine, layers, self._device)
+    def add(self, rows: list[Sums], layers: int, vote: Vote) -> Vote:
+        """Sum over the ranks, but for what a rank has logged alone; return the sum of their votes."""
+        read = [sums for sums in rows if sums.rows[0].backwards]
+        if not read:  # on no rank
+            return vote
+        return Vote(*reduced(read, self._mine, layers, self._device, vote))
+
+    @property
+    def count(self) -> int:
+        """How many vote."""
+        return torch.distributed.get_world_size() if self.ranks else 1
 
     def without_shards(self, rows: list[Sums]) -> list[Sums]:
         """Drop what this rank has only a part of."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from torchbp.monitor._about import about
 from torchbp.monitor._catalogue import Catalogue
+from torchbp.monitor._governor import Usual
 from torchbp.monitor._journal import Journal
 from torchbp.monitor._monitor import Monitor
 
@@ -21,8 +22,9 @@ def watch(
     *,
     log_dir: str | Path | None = None,
     writer: Any = None,
-    every: int = 1,
-    sample_every: int = 10,
+    every: int = Usual(1),
+    sample_every: int = Usual(10),
+    share: float | None = 0.01,
     layers: Sequence[str] | None = None,
     rank: int | Literal["auto"] = "auto",
 ) -> Monitor:
@@ -37,8 +39,12 @@ def watch(
         log_dir: Folder for TensorBoard, one a run. With neither this nor ``writer`` there are
             verdicts only.
         writer: A ``torch.utils.tensorboard.SummaryWriter`` to write into instead; stays open.
-        every: Gradient norms are read every so many steps.
-        sample_every: Error signals are read every so many steps, and in the first five.
+        every: Gradient norms are read every so many steps. Left at its default it is at times
+            longer, up to 16 times, see ``share``; given, 1 too, it is kept.
+        sample_every: Error signals are read every so many steps, and in the first five; likewise.
+        share: The monitor keeps its share of the training time below this, where that can be done
+            by looking less often: not in the first 200 steps, and not where trouble is in sight.
+            None to look as often as ``every`` and ``sample_every`` say, whatever it costs.
         layers: Shell patterns of the names of the layers to watch, e.g. ``["encoder.*"]``.
         rank: The rank that writes; ``"auto"`` for 0. Without torch.distributed there is one rank.
 
@@ -48,7 +54,8 @@ def watch(
     Raises:
         TypeError: ``model`` is not a module.
         OSError: ``log_dir`` can't be written; no hook was attached.
-        ValueError: ``log_dir`` and ``writer`` both; a period below 1; no trainable layer.
+        ValueError: ``log_dir`` and ``writer`` both; a period below 1; a share that is not above 0;
+            no trainable layer.
 
     Example:
         >>> import torch, torchbp
@@ -75,6 +82,9 @@ def watch(
         if period < 1:
             message = f"watch: expected {name} >= 1, got {period}; 1 is every step"
             raise ValueError(message)
+    if share is not None and not share > 0:
+        message = f"watch: expected share > 0 or None, got {share}; 0.01 is 1 % of the time"
+        raise ValueError(message)
     if optimizer is None:
         optimizers: list[torch.optim.Optimizer] = []
     elif isinstance(optimizer, torch.optim.Optimizer):
@@ -89,7 +99,13 @@ def watch(
     if _is_writing_rank(rank) and (log_dir is not None or writer is not None):
         journal = Journal(_open(log_dir, writer), about(model, optimizers))
     return Monitor(
-        model, optimizers, journal, every=every, sample_every=sample_every, layers=layers
+        model,
+        optimizers,
+        journal,
+        every=every,
+        sample_every=sample_every,
+        share=share,
+        layers=layers,
     )
 
 

@@ -42,13 +42,16 @@ class Capture:
         model: The model; held weakly, as its parameters are.
         catalogue: Its layers and parameters.
         optimizers: Those whose steps are counted. Without any they are found when they first step.
-        every: Gradients are read every so many steps.
-        sample_every: Layers are listened to every so many steps.
+        every: Gradients are read every so many steps, until :meth:`pace` says otherwise.
+        sample_every: Layers are listened to every so many steps, likewise.
         compiled: Whether the model is compiled.
         deliver: Takes a row.
 
     Attributes:
         step: The step under way, from 0.
+        steps: Number of steps so far.
+        first: The step it began at.
+        turns: Whether optimizers take turns, each with a backward of its own.
         row: Its row.
         own_time: Seconds spent here so far.
     """
@@ -64,7 +67,8 @@ class Capture:
         compiled: bool,
         deliver: Callable[[Row], None],
     ) -> None:
-        self.step = 0
+        self.step = self.steps = self.first = 0
+        self.turns = False
         self.row = Row(0)
         self.own_time = 0.0
         self._last: Row | None = None  # the row before
@@ -72,7 +76,9 @@ class Capture:
         self._reached: set[int] = set()  # the same together
         self._stepped_at = time.perf_counter()
         self._catalogue, self._deliver = catalogue, deliver
-        self._every, self._sample_every = every, sample_every
+        self._every, self._sample_every = self._asked = every, sample_every
+        self._due = True  # whether the step under way is read
+        self._passing = False  # whether the optimizer's step under way is not
         self._optimizers: set[int] = set()
         self._closure = False  # whether a step that runs backward itself is under way
         self._looks = 0  # how many of its backwards have ended
@@ -123,7 +129,29 @@ class Capture:
 
     def seek(self, step: int) -> None:
         """Go on at ``step``, in a run that is resumed."""
+        self.first = step
         self._begin(step)
+
+    def pace(self, every: int, sample_every: int) -> None:
+        """Read and listen every so many steps from the next step on."""
+        self._every, self._sample_every = every, sample_every
+
+    @property
+    def reading(self) -> bool:
+        """Whether the step under way is read."""
+        return self._due
+
+    @property
+    def awaited(self) -> int | None:
+        """The step whose row is the next to be handed over; None where it is not read."""
+        if self._ended is not None:
+            return self._ended.step
+        return self.step if self._due else None
+
+    @property
+    def knows_optimizers(self) -> bool:
+        """Whether steps are an optimizer's; else a backward is one."""
+        return bool(self._optimizers)
 
     # -------------------------------------------------------------------------------- backward
     def _before_reduction(self) -> None:
@@ -141,7 +169,8 @@ class Capture:
         if not self._optimizers and self._ended is not None and not self._probe.accumulates():
             self._hand_over(self._ended)
             self._ended = None
-        if self.step % self._every and self._ended is None:
+        if not self._due and self._ended is None:
+            self._count()
             self._begin(self.step + 1)
             return
         row = self.row if self._ended is None else self._ended
@@ -186,7 +215,7 @@ class Capture:
             self._listener.listen(False)
             self._listening = False
             self.row, self._ended = self._ended, None
-            self.step = self.row.step
+            self.step, self._due = self.row.step, True
         self._attend(optimizer)  # torch calls the hook that is set here in the same step
 
     def _attend(self, optimizer: Optimizer) -> None:
@@ -195,11 +224,15 @@ class Capture:
         self._hooks += [pre, optimizer.register_step_post_hook(self._after_step)]
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
-        if self._backwards.paused or in_backward():
+        if in_backward():
+            return
+        closure = kwargs.get("closure") is not None or any(a is not None for a in args[1:])
+        self._passing = self._backwards.paused and (closure or not self._is_late(optimizer))
+        if self._passing:
             return
         start = time.perf_counter()
         self._scaler.look()
-        self._closure = kwargs.get("closure") is not None or any(a is not None for a in args[1:])
+        self._closure = closure
         self._looks = 0
         found_inf = getattr(optimizer, "found_inf", None)  # fused: it skips inside the step
         if isinstance(found_inf, Tensor):
@@ -231,8 +264,8 @@ class Capture:
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         if in_backward():
             return
-        if self._backwards.paused:
-            self._pass(optimizer)
+        if self._passing:
+            self._pass()
             return
         start = time.perf_counter()
         row = self._row_of_step()
@@ -249,6 +282,7 @@ class Capture:
                 self._meter.measure(row, "update", changed)
         self._before, self._closure = [], False
         if self.row.backwards or (row is not self.row and self._is_missed(optimizer)):
+            self.turns = self.turns or self._counts not in {0, id(optimizer)}
             self._counts = id(optimizer)
             row = self.row
             row.scale = self._scaler.scale()
@@ -260,13 +294,23 @@ class Capture:
         else:
             self.own_time += time.perf_counter() - start
 
-    def _pass(self, optimizer: Optimizer) -> None:
-        """Count a step of which nothing is read. Of several optimizers the one that ended the last counts."""
-        self._counts = self._counts or id(optimizer)
-        if self._counts == id(optimizer):
+    def _is_late(self, optimizer: Optimizer) -> bool:
+        """Whether the step is one more of the last row's, by another optimizer."""
+        last = self._last is not None and self._last.step == self.step - 1
+        return last and not self._backwards.passed and self._counts != id(optimizer)
+
+    def _pass(self) -> None:
+        """Count a step of which nothing is read; the second of two optimizers ends none."""
+        if self._backwards.passed:
+            self._backwards.passed = False
+            self._count()
             self.step = self.row.step = self.step + 1
             if self.step % self._every == 0:
                 self._begin(self.step)
+
+    def _count(self) -> None:
+        self.steps += 1
+        self._stepped_at = time.perf_counter()
 
     def _is_missed(self, optimizer: Optimizer) -> bool:
         """Whether there was a backward that reached no witness; then all are hooked again.
@@ -288,7 +332,7 @@ class Capture:
     # ----------------------------------------------------------------------------------- rows
     def _begin(self, step: int) -> None:
         self.step = step
-        due = step % self._every == 0
+        self._due = due = step % self._every == 0
         sampled = due and (step < _DENSE_START or step % self._sample_every == 0)
         rare = sampled and step % (_RARELY * self._sample_every) == 0
         self.row = Row(step, sampled, rare)
@@ -297,17 +341,17 @@ class Capture:
             self._listening = sampled
         self._backwards.begin_step()
         self._backwards.paused = not due and bool(self._optimizers)
-        if step >= _DENSE_START and due:
-            if step >= self._relearn:
-                self._relearn = step + _RELEARN
-                self._backwards.learn()
-            else:
-                self._backwards.settle()
+        self._backwards.passed = False
+        if due and step >= max(self._relearn, _DENSE_START):
+            self._relearn = step + _RELEARN * (self._every // self._asked[0])
+            self._backwards.learn()
+        elif step >= _DENSE_START:
+            self._backwards.settle()
 
     def _hand_over(self, row: Row) -> None:
-        row.when, now = time.time(), time.perf_counter()
-        row.host["step_time"] = 1e3 * (now - self._stepped_at)
-        self._stepped_at = now
+        row.when, before = time.time(), self._stepped_at
+        self._count()
+        row.host["step_time"] = 1e3 * (self._stepped_at - before)
         row.host["backwards"] = row.backwards
         self._last = row
         self._deliver(row)
