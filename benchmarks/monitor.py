@@ -1,14 +1,15 @@
 """Times what ``torchbp.watch`` adds to a training step, beside what is done in its place.
 
-Plain and watched models train in turns, block by block, in one process on one thread; what is counted is the
-time of the process, so that the writer's thread is in it too.
+Plain and watched steps take turns, block by block, in one process on one thread; what is counted is the
+time of the process, so that the writer's thread is in it too. ``torchbp.watch`` is set aside for the plain
+steps of the same model: two equal models differ by up to 3 %, as their memory lies. The other ways have a
+twin that is not watched.
 ``make bench-monitor`` writes benchmarks/data/monitor-cpu-<date>.json and prints the table. ``wandb`` is
 timed where it is installed.
 """
 
 import argparse
 import datetime
-import functools
 import json
 import os
 import platform
@@ -16,8 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -28,11 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import torchbp
 from benchmarks.run import DATA, processor
-from torchbp.monitor import Monitor
-from torchbp.monitor._backwards import Backwards
-from torchbp.monitor._heard import Heard
-from torchbp.monitor._listener import Listener
-from torchbp.monitor.capture import Capture
+from torchbp.monitor import _governor as governor
 
 F = nn.functional
 
@@ -107,26 +104,29 @@ class Task:
         inputs: Makes inputs and targets.
         turn: Steps before it is the other's turn: few where a step takes long, so that the machine is
             the same for both; many where it is short, so that each finds its own data in the caches.
+        warm: Steps before the first that counts: all as often as asked for, but for the last.
     """
 
     model: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, Tensor]]
     turn: int
+    warm: int
 
 
 TASKS = {
     "MLP, 40 layers of 32": Task(
-        _mlp, lambda: (torch.randn(64, 32), torch.randint(0, 10, (64,))), 50
+        _mlp, lambda: (torch.randn(64, 32), torch.randint(0, 10, (64,))), 50, 1205
     ),
     "ResNet-20, 32×32": Task(
-        _resnet, lambda: (torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))), 1
+        _resnet, lambda: (torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))), 1, 105
     ),
     "GPT, 12 layers of 192": Task(
-        GPT, lambda: (torch.randint(0, 65, (8, 128)), torch.randint(0, 65, (8, 128))), 1
+        GPT, lambda: (torch.randint(0, 65, (8, 128)), torch.randint(0, 65, (8, 128))), 1, 105
     ),
 }
 
-_SAMPLED = 10  # sample_every
+_BLOCK = 10  # steps at least
+_AS_ASKED = 60  # where a step takes long, the governor waits for so many instead of 200
 After = Callable[[int, Tensor], None]
 
 
@@ -136,20 +136,68 @@ def _nothing(
     return lambda _step, _loss: None
 
 
-def _watch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, folder: str, end: ExitStack
-) -> After:
-    monitor = torchbp.watch(model, optimizer, log_dir=folder)
-    end.callback(monitor.close)
-    return lambda _step, loss: monitor.log_loss(train=loss)
+class Watched:
+    """Logs the loss; sets the monitor aside."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        folder: str,
+        end: ExitStack,
+        **options: Any,
+    ) -> None:
+        self.monitor = torchbp.watch(model, optimizer, log_dir=folder, **options)
+        end.callback(self.monitor.close)
+        self._capture = self.monitor._capture  # noqa: SLF001
+        self._model, self._optimizer = model, optimizer
+
+    def __call__(self, _step: int, loss: Tensor) -> None:
+        self.monitor.log_loss(train=loss)
+
+    @property
+    def listens(self) -> bool:
+        """Whether the hook for all modules stands."""
+        return self._capture.row.sampled
+
+    @property
+    def spent(self) -> float:
+        """Seconds the monitor has counted so far."""
+        monitor = self.monitor
+        return self._capture.own_time + monitor._drain_time + monitor._desk.spent  # noqa: SLF001
+
+    def join(self) -> None:
+        """Wait for the writer's thread."""
+        self.monitor._desk.join()  # noqa: SLF001
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take every hook away for a while, and this out of what the monitor takes for a step's time."""
+        optimizer: Any = self._optimizer
+        hooks = [p._post_accumulate_grad_hooks for p in self._model.parameters()]  # noqa: SLF001
+        hooks += [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]  # noqa: SLF001
+        there = [(found, dict(found)) for found in hooks if found]
+        begin = time.perf_counter()
+        for found, _ in there:
+            found.clear()
+        try:
+            yield
+        finally:
+            for found, kept in there:
+                found.update(kept)
+            self._capture._stepped_at += time.perf_counter() - begin  # noqa: SLF001
 
 
-def _rarely(
-    model: nn.Module, optimizer: torch.optim.Optimizer, folder: str, end: ExitStack
-) -> After:
-    monitor = torchbp.watch(model, optimizer, log_dir=folder, every=10, sample_every=50)
-    end.callback(monitor.close)
-    return lambda _step, loss: monitor.log_loss(train=loss)
+def _watch(*about: Any) -> After:
+    return Watched(*about)
+
+
+def _as_asked(*about: Any) -> After:
+    return Watched(*about, share=None)
+
+
+def _rarely(*about: Any) -> After:
+    return Watched(*about, every=10, sample_every=50)
 
 
 def _scalars(
@@ -200,6 +248,7 @@ def _wandb(
 WAYS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, str, ExitStack], After]] = {
     "nothing": _nothing,
     "torchbp.watch": _watch,
+    "watch(share=None)": _as_asked,
     "watch(every=10, sample_every=50)": _rarely,
     "norm().item() and add_scalar": _scalars,
     "add_histogram": _histograms,
@@ -217,103 +266,94 @@ class Training:
         self._inputs = task.inputs()
         self.step = 0
         self._after = WAYS[way](self._model, self._optimizer, folder, end)
+        self.watched = self._after if isinstance(self._after, Watched) else None
 
     def train(self, steps: int) -> float:
         """Train; return the process time in seconds."""
-        x, y = self._inputs
         start = time.process_time()
+        self._steps(steps, self._after)
+        if self.watched is not None:
+            self.watched.join()
+        return time.process_time() - start
+
+    def plain(self, steps: int) -> float:
+        """The same with the monitor set aside."""
+        assert self.watched is not None
+        with self.watched.aside():
+            start = time.process_time()
+            self._steps(steps, lambda _step, _loss: None)
+            return time.process_time() - start
+
+    def _steps(self, steps: int, after: After) -> None:
+        x, y = self._inputs
         for _ in range(steps):
             self._optimizer.zero_grad()
             logits = self._model(x)
             loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
             loss.backward()
             self._optimizer.step()
-            self._after(self.step, loss)
+            after(self.step, loss)
             self.step += 1
-        return time.process_time() - start
 
 
 def measure(name: str, way: str, seconds: float) -> dict[str, Any]:
     """Return one row: the time of a step as it is and as it is watched, and their ratio with its interval."""
     task = TASKS[name]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as end:
-        ours, plain = (Training(task, w, folder, end) for w in (way, "nothing"))
-        for training in (ours, plain):
-            training.train(55)  # beyond the first steps, which are all sampled
+        if task.turn == 1:
+            end.enter_context(mock.patch.object(governor, "_FIRST", _AS_ASKED))
+        ours = Training(task, way, folder, end)
+        watched = ours.watched
+        twin = None if watched else Training(task, "nothing", folder, end)
+        ours.train(task.warm if watched else 55)
+        if twin:
+            twin.train(55)
         pairs: list[tuple[float, float]] = []
+        begin, spent = ours.step, watched.spent if watched else 0.0
         until = time.perf_counter() + seconds
         while time.perf_counter() < until or len(pairs) < 5:
-            pairs.append(block(ours, plain, task.turn))
+            pairs.append(block(ours, twin, task.turn))
+        own = {}
+        if watched:
+            own = {
+                "own_us": 1e6 * (watched.spent - spent) / (ours.step - begin) * 2,
+                "periods": watched.monitor.periods,
+                "first_step": begin,
+            }
     low, high = interval(pairs)
-    watched, bare = map(statistics.fmean, zip(*pairs, strict=True))
+    ratio, bare = map(statistics.fmean, zip(*pairs, strict=True))
     return {
         "model": name,
         "way": way,
-        "ratio": watched / bare,
+        "ratio": ratio / bare,
         "low": low,
         "high": high,
         "blocks": len(pairs),
-        "steps_a_block": max(task.turn, _SAMPLED),
+        "steps_a_block": max(task.turn, _BLOCK),
         "steps_a_turn": task.turn,
         "plain_us": 1e6 * bare,
-        "added_us": 1e6 * (watched - bare),
+        "added_us": 1e6 * (ratio - bare),
         "load_average": os.getloadavg()[0],
-    } | ({"own_us": 1e6 * own(name, 50)} if way == "torchbp.watch" else {})
+        **own,
+    }
 
 
-def block(ours: Training, plain: Training, turn: int) -> tuple[float, float]:
-    """Train each for 10 steps, or one turn if that is more, in turns; return their times of a step.
+def block(ours: Training, twin: Training | None, turn: int) -> tuple[float, float]:
+    """Train 10 steps, or one turn if that is more, in turns with plain ones; return the times of a step.
 
-    Before a sampled step the monitor's hook stands for every module of the process, so the plain model waits
+    Before a sampled step the monitor's hook stands for every module of the process, so plain steps wait
     until it is over.
     """
     watched = bare = 0.0
-    owed, steps = 0, max(turn, _SAMPLED)
+    plain = twin.train if twin else ours.plain
+    owed, done, steps = 0, 0, max(turn, _BLOCK)
     for _ in range(0, steps, turn):
         watched += ours.train(turn)
         owed += turn
-        if ours.step % _SAMPLED:
-            bare += plain.train(owed)
-            owed = 0
-    return watched / steps, bare / steps
-
-
-# Where torchbp.watch is called from outside: by autograd, by modules, by the optimizer, by the loop, and by
-# its own thread. None of them calls another.
-ENTRIES: tuple[tuple[type, tuple[str, ...]], ...] = (
-    (Backwards, ("_fire", "_first_end", "_end")),
-    (Listener, ("_before_forward", "_after_forward")),
-    (Heard, ("delta", "times")),
-    (Capture, ("_before_step", "_after_step")),
-    (Monitor, ("log", "_work")),
-)
-
-
-def own(name: str, steps: int) -> float:
-    """Return the time of a step spent in calls of the monitor's, in seconds: the time of their threads."""
-    spent = 0.0
-
-    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(call)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal spent
-            start = time.thread_time()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                spent += time.thread_time() - start
-
-        return wrapped
-
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as end:
-        for kind, names in ENTRIES:
-            for entry in names:
-                end.enter_context(mock.patch.object(kind, entry, timed(getattr(kind, entry))))
-        watched = Training(TASKS[name], "torchbp.watch", folder, end)
-        watched.train(55)
-        spent = 0.0
-        watched.train(steps)
-        return spent / steps
+        if ours.watched is None or not ours.watched.listens:
+            bare += plain(owed)
+            done, owed = done + owed, 0
+    return watched / steps, bare / max(done, 1)
 
 
 def interval(pairs: list[tuple[float, float]]) -> tuple[float, float]:

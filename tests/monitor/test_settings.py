@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import torchbp
+from torchbp.monitor import capture
 from torchbp.tensorboard import read
 
 
@@ -292,6 +293,20 @@ def test_a_forward_without_grad_between_steps_changes_nothing(tmp_path):
         runs.append(read(tmp_path / name).vectors)
     for quantity in ("error_signal", "activation_mean", "gradient_norm"):
         np.testing.assert_array_equal(*(run[quantity].values for run in runs))
+
+
+def test_a_layer_may_be_frozen_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(capture, "_RELEARN", 8)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchbp.watch(model, optimizer, log_dir=tmp_path):
+        for step in range(20):
+            if step == 10:
+                model[0].requires_grad_(False)
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+    assert (norms(tmp_path) > 0).sum(1).tolist() == [6] * 10 + [4] * 10
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -98,6 +98,8 @@ class Backwards:
             hook.remove()
         self._hooks = []
         for index, parameter in parameters.items():
+            if not parameter.requires_grad:  # frozen since
+                continue
             hook = parameter.register_post_accumulate_grad_hook(partial(self._fire, index))
             self._hooks.append(hook)
             _put_first(parameter._post_accumulate_grad_hooks, hook.id)  # noqa: SLF001

@@ -34,7 +34,8 @@ class Forward:
 
     Attributes:
         row: Its step.
-        batch: Length of the first tensor that the model, or its first layer, was called with.
+        shape: Of the first tensor that the model, or its first layer, was called with.
+        second: Length of the second dimension of what a layer was called with that takes the batch there.
         last: The layer that ran last.
         told: Layers whose activation was seen.
         activations: What was taken for one, by its id: it may go into several layers.
@@ -44,13 +45,22 @@ class Forward:
     """
 
     row: Row
-    batch: int = 0
+    shape: tuple[int, ...] = ()
+    second: int = 0
     last: int | None = None
     told: set[int] = field(default_factory=set)
     activations: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
     ran: set[int] = field(default_factory=set)
     calls: dict[int, int] = field(default_factory=dict)
     over: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Size of the batch; 0 where it is not known."""
+        leading = self.shape[:2]
+        if self.second in leading:
+            return self.second
+        return leading[0] if leading else 0
 
 
 # The gradient of a layer's output: place of the layer, its how manieth call this is, whether it is its

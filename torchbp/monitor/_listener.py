@@ -42,14 +42,12 @@ class Listener:
         row: Gives the row of the step under way.
 
     Attributes:
-        batch: Length of the first tensor that the model was called with last.
         deaf: Never; it is of a compiled model.
     """
 
     deaf = False
 
     def __init__(self, model: nn.Module, catalogue: Catalogue, row: Callable[[], Row]) -> None:
-        self.batch = 1
         self._model = weakref.ref(model)
         self._catalogue = catalogue
         self._row = row
@@ -58,6 +56,14 @@ class Listener:
         self._roles: dict[int, _Role] = {}
         self._heard = Heard()
         self._forward = Forward(row(), over=True)
+
+    @property
+    def batch(self) -> int | None:
+        """Size of the last batch that was listened to: the length of the first tensor the model got.
+
+        Of its second dimension, where a recurrent or an attention layer says that it is that.
+        """
+        return self._forward.batch or None
 
     def listen(self, on: bool) -> None:
         """Set the hooks, or take them away."""
@@ -143,8 +149,9 @@ class Listener:
             function = _function_of(given)
             if function is not None:
                 self._note_function(given, function)
-            if not forward.batch and given.ndim:
-                self.batch = forward.batch = given.shape[0]
+            forward.shape = forward.shape or tuple(given.shape)
+            if given.ndim == 3 and getattr(module, "batch_first", True) is False:
+                forward.second = given.shape[1]
         self._catalogue.note_run(place)
         tensor = _first_tensor(output)
         if tensor is None or not tensor.requires_grad:
@@ -175,8 +182,7 @@ class Listener:
         if self._forward.over:
             return  # no layer of it ran
         tensors = (t for t in args if isinstance(t, Tensor) and t.ndim)
-        size = next((t.shape[0] for t in tensors), self._forward.batch)
-        self.batch = self._forward.batch = size
+        self._forward.shape = next((tuple(t.shape) for t in tensors), self._forward.shape)
         self._forward.over = True
 
 

@@ -224,6 +224,8 @@ class Monitor:
             governor.keep_reading()
         if self._closed:
             return
+        if self._judge.restless or self._jumped:
+            self._look()
         if count >= self._next:
             self._drain(keep=1, votes=True)
             between = governor.periods.drain_every // governor.periods.every
@@ -260,8 +262,11 @@ class Monitor:
             self._late_losses = True
         elif self._jump.note(loss):
             self._jumped = True
-            if not self._shared.ranks and self._governor.look(self._capture.steps):
-                self._pace()
+            self._look()
+
+    def _look(self) -> None:
+        if not self._shared.ranks and self._governor.look(self._capture.steps):
+            self._pace()
 
     def _jumps(self, readings: Sequence[Reading]) -> bool:
         losses = [float(r.values["loss_train"][0]) for r in readings if "loss_train" in r.values]
@@ -313,7 +318,8 @@ class Monitor:
         journal, failure = self._journal, None
         blocks, readings = self._reader.read(sums, *self._layers)
         self._judge.consider(readings)
-        self._jumped |= self._late_losses and self._jumps(readings)
+        if self._late_losses and self._jumps(readings):
+            self._jumped = True
         if journal is not None and readings:
             try:
                 journal.write(blocks, readings)

@@ -126,12 +126,14 @@ class Taps:
     """Fills rows with what is seen of the layers of a compiled model; the face of a Listener.
 
     Attributes:
-        batch: Length of the first tensor that the first layer was called with last; not known here.
+        batch: Length of the first tensor that the first layer was called with last, 0-d; None before, and
+            where a layer of the model takes the batch as its second dimension.
         deaf: Whether a backward has shown that the taps are not in the compiled graph.
     """
 
     def __init__(self, model: nn.Module, catalogue: Catalogue, row: Any) -> None:
-        self.batch = 1
+        self.batch: Tensor | None = None
+        self._first = all(getattr(m, "batch_first", True) for m in model.modules())
         self.deaf = False
         self._row = row
         self._switch = _Switch()
@@ -187,6 +189,7 @@ class Taps:
             places = [layer.place for layer in heard]
             ones = [1.0] * len(heard)
             norms = told[:, 0].sqrt() * batch
+            self.batch = batch if self._first else None
             row.add(self._error.name, (places, norms, ones, told[:, 1].contiguous()))
             self._tell_activations(row)
         self.forget()

@@ -202,7 +202,8 @@ class Capture:
             row.parameters.setdefault("gradient_norm", []).extend(gone)
         else:
             self._backwards.gone(self._reached)
-        row.host["batch"] = self._listener.batch
+        if self._listener.batch is not None:
+            row.host["batch"] = self._listener.batch
 
     # ------------------------------------------------------------------------------ optimizers
     def _discover(self, optimizer: Optimizer, *_: Any) -> None:
@@ -345,7 +346,7 @@ class Capture:
         if due and step >= max(self._relearn, _DENSE_START):
             self._relearn = step + _RELEARN * (self._every // self._asked[0])
             self._backwards.learn()
-        elif step >= _DENSE_START:
+        elif step >= _DENSE_START or (not due and len(self._optimizers) == 1):
             self._backwards.settle()
 
     def _hand_over(self, row: Row) -> None:

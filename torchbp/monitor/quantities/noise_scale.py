@@ -27,7 +27,9 @@ def finish(reading: Reading) -> NDArray[np.float64] | None:
     """Add this step's pair; None before there are 20."""
     values, whole = reading.values, reading.values.get("gradient_norm")
     pairs = reading.memory.setdefault("pairs", deque(maxlen=_HISTORY))
-    if whole is None or not values.keys() & {"local_square", "first_square"}:
+    if whole is None or "batch" not in values:
+        return None
+    if not values.keys() & {"local_square", "first_square"}:
         return None
     square, micro = float(np.square(whole).sum()), float(values["backwards"][0])
     b = float(values["batch"][0])
