@@ -126,7 +126,7 @@ TASKS = {
 }
 
 _BLOCK = 10  # steps at least
-_AS_ASKED = 60  # where a step takes long, the governor waits for so many instead of 200
+_AS_ASKED = 60  # where a step takes long, the governor waits for so many instead of 300
 After = Callable[[int, Tensor], None]
 
 

@@ -97,6 +97,37 @@ os._exit(0)  # while the interpreter is torn down, gloo's threads may abort it (
 """
 
 
+GOVERNED = """
+import json, os, sys, warnings
+warnings.simplefilter("ignore")
+import torch, torch.distributed as dist
+from torch import nn
+import torchbp
+from torchbp.monitor import _governor, _monitor
+
+folder, rank = sys.argv[2], int(os.environ["RANK"])
+_governor._FIRST, _governor.DRAIN_EVERY, _monitor.DRAIN_EVERY = 50, 10, 10
+dist.init_process_group("gloo")
+model = nn.parallel.DistributedDataParallel(nn.Linear(6, 3))
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+seen = []
+with torchbp.watch(model, optimizer, log_dir=folder, share=1e-9) as monitor:
+    for step in range(300):
+        optimizer.zero_grad()
+        loss = model(torch.randn(8, 6)).square().mean()
+        loss.backward()
+        optimizer.step()
+        if rank == 0:
+            monitor.log_loss(train=loss)
+        if rank == 1 and step == 70:
+            monitor.log_loss(train=float("nan"))
+        seen.append(monitor.periods)
+print(json.dumps([rank, 0, seen]))
+dist.barrier()
+os._exit(0)  # while the interpreter is torn down, gloo's threads may abort it (pytorch#179291)
+"""
+
+
 def launch(tmp_path, kind, ranks, fails="fine", program=PROGRAM):
     script = tmp_path / "train.py"
     script.write_text(program)
@@ -161,3 +192,18 @@ def test_the_noise_scale_from_what_ranks_have_alone(tmp_path, micro):
     assert low < 60 / (60 * 0.2**2) < high
     assert high - low < 0.8 * value
     assert got.scalars["run/ranks"].values[-1] == 2
+
+
+def test_ranks_change_their_periods_together(tmp_path):
+    """Rank 0 alone logs every step, rank 1 alone sees a loss jump: after the next drain both look closely."""
+    got, said = launch(tmp_path, "ddp", 2, program=GOVERNED)
+    (_, _, seen), (_, _, others) = said
+    assert seen == others
+    asked, longest = [1, 10, 10], [16, 160, 160]
+    assert seen[:49] == [asked] * 49
+    assert seen[70:200] == [longest] * 130
+    assert asked in seen[200:]
+    steps = got.vectors["gradient_norm"].steps.tolist()
+    assert steps[:50] == list(range(50))
+    assert [s for s in steps if 80 < s < 200] == list(range(96, 200, 16))
+    assert got.scalars["loss/train"].steps.tolist() == list(range(300))

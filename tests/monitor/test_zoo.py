@@ -51,6 +51,23 @@ def test_no_alarm_on_the_healthy(name, seed):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+# A share that no monitor keeps to: after 300 steps all is looked at as seldom as can be.
+SELDOM = 1e-9
+LONG = [name for name, run in (zoo.SICK | zoo.HEALTHY).items() if run.steps > 300]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", LONG)
+def test_seen_seldom(name, seed):
+    """Nothing else is said than is true; what shows in few readings is found all the same."""
+    run = (zoo.SICK | zoo.HEALTHY)[name]
+    _, monitor = zoo.train(run, seed, SELDOM)
+    kinds = set(alarms(monitor))
+    assert kinds <= {run.kind, *run.also}
+    assert run.kind in {*kinds, ""}
+
+
 def signals(run):
     """First and last error signal by plain autograd, without the monitor, before training."""
     torch.manual_seed(0)

@@ -44,13 +44,14 @@ class Run:
     micro: int = 1
 
 
-def train(run: Run, seed: int = 0):
+def train(run: Run, seed: int = 0, share: float | None = None):
+    """Train; watched as often as can be, so that a run is the same every time."""
     torch.manual_seed(seed)
     model = run.model()
     optimizer = run.optimizer([p for p in model.parameters() if p.requires_grad])
     scheduler = run.schedule and torch.optim.lr_scheduler.LambdaLR(optimizer, run.schedule)
     g = torch.Generator().manual_seed(seed)
-    with torchbp.watch(model, optimizer) as monitor:
+    with torchbp.watch(model, optimizer, share=share) as monitor:
         for step in range(run.steps):
             optimizer.zero_grad()
             for _ in range(run.micro):

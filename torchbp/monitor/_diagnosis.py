@@ -7,9 +7,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Diagnosis", "Layers", "Reading", "Severity", "Suspicion", "Verdict"]
+__all__ = ["Diagnosis", "Layers", "Moment", "Reading", "Severity", "Suspicion", "Verdict"]
 
 Severity = Literal["info", "warning", "alert"]
+
+# A step that was not read, its wall time in seconds since 1970, and its training loss.
+Moment = tuple[int, float, float]
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Reading:
         sampled: Whether the layers were listened to at this step.
         rare: Whether what is measured rarely was.
         times: By layer of ``layers``: norms of what came back to it at each time step ``(T,)``.
+        between: Training losses of the steps since the reading before, which were not read.
         memory: Belongs to the quantity or diagnosis that reads; lasts as long as the monitor.
         shared: What several diagnoses make of the reading, made once.
     """
@@ -99,6 +103,7 @@ class Reading:
     sampled: bool = True
     rare: bool = True
     times: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
+    between: Sequence[float] = ()
     memory: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
 

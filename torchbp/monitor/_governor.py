@@ -9,7 +9,7 @@ At every drain the periods become the shortest that keep the share below the goa
 drains. Sampled steps are spread out first, then reading too; each by 16 at most. They become shorter again
 when there is a third to spare. What the user asked for by name is kept as it is.
 
-Trouble is looked at closely, as often as was asked for: the first 200 steps; when the loss jumps; and when
+Trouble is looked at closely, as often as was asked for: the first 300 steps; when the loss jumps; and when
 readings make a verdict likely or are about to end one, so that ten readings in a row are no further apart
 than ever. That is bounded too: a sixteenth of all steps, saved up for 400 at most.
 """
@@ -22,7 +22,7 @@ from typing import NamedTuple
 __all__ = ["DRAIN_EVERY", "UNSEEN", "Governor", "Periods", "Usual", "Vote"]
 
 DRAIN_EVERY = 50
-_FIRST = 200  # steps
+_FIRST = 300  # steps: as many as the diagnosis that looks back furthest needs, 30 samples
 UNSEEN = 2.0
 _OF_DRAINS = 0.25
 _SPARE = 0.7

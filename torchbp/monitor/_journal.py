@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchbp.monitor._diagnosis import Layers, Reading, Verdict
+from torchbp.monitor._diagnosis import Layers, Moment, Reading, Verdict
 from torchbp.monitor._quantity import Quantity
 from torchbp.monitor._reader import Block
 from torchbp.monitor._registry import all_diagnoses, all_quantities
@@ -60,10 +60,18 @@ class Journal:
         self._judged = False
         self._range: tuple[Any, Any, int] | None = None
 
-    def write(self, blocks: Iterable[Block], readings: Sequence[Reading]) -> None:
-        """Write what was measured at some steps, in one go."""
-        with self._writer.together([(r.step, r.when) for r in readings]):
-            self._introduce(readings[0])
+    def write(
+        self, blocks: Iterable[Block], readings: Sequence[Reading], between: Sequence[Moment] = ()
+    ) -> None:
+        """Write what was measured at some steps, and the losses of those between, in one go."""
+        others = [(step, when) for step, when, _ in between]
+        moments = [(r.step, r.when) for r in readings]
+        with self._writer.together(sorted(moments + others) if others else moments):
+            if readings:
+                self._introduce(readings[0])
+            if between:
+                losses = np.array([[loss] for _, _, loss in between])
+                self._scalar("loss_train", others, losses)
             for block in blocks:
                 self._write(block)
             self._extremes(readings)
@@ -97,13 +105,17 @@ class Journal:
     ) -> None:
         quantity = all_quantities().get(name)
         if quantity is None or quantity.axis == "run":
-            tag, shown = _scalar(name, quantity, values[:, 0])
-            about = quantity.title if quantity else ""
-            self._writer.scalars(tag, moments, shown, help=about)
+            self._scalar(name, moments, values)
         else:
             layout = self._layout(quantity, layers, values.shape[1])
             kept = values if present is None else self._with_absent(values, present)
             self._writer.vectors(layout, moments, kept)
+
+    def _scalar(self, name: str, moments: Sequence[tuple[int, float]], values: np.ndarray) -> None:
+        quantity = all_quantities().get(name)
+        tag, shown = _scalar(name, quantity, values[:, 0])
+        about = quantity.title if quantity else ""
+        self._writer.scalars(tag, moments, shown, help=about)
 
     def _introduce(self, reading: Reading) -> None:
         """Write what the run was made with, once, when the batch is known."""

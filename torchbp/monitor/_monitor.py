@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._desk import Desk
-from torchbp.monitor._diagnosis import Layers, Reading, Verdict
+from torchbp.monitor._diagnosis import Layers, Moment, Reading, Verdict
 from torchbp.monitor._governor import DRAIN_EVERY, UNSEEN, Governor, Periods, Vote
 from torchbp.monitor._harvest import Sums, harvest
 from torchbp.monitor._journal import Journal
@@ -63,6 +63,7 @@ class Monitor:
         self._written = self._governor.periods
         self._jump, self._jumped, self._late_losses = Jump(), False, False
         self._latest: Row | None = None
+        self._between: list[Moment] = []
         self._early: set[str] = set()  # what is logged before the step that it belongs to has ended
         self._reads = self._backwards = 0
         self._next = DRAIN_EVERY
@@ -155,13 +156,22 @@ class Monitor:
             value = (
                 value.item() if type(value) is Tensor and value.is_cpu else value.detach().clone()
             )
+        if name == "loss_train":
+            capture, latest = self._capture, self._latest
+            if isinstance(value, Tensor):
+                self._late_losses = True
+            else:
+                if self._jump.note(value):
+                    self._jumped = True
+                    self._look()
+                if not capture.reading and latest is not None and latest.step + 1 < capture.step:
+                    self._between.append((capture.step, time.time(), value))  # no row for so little
+                    return
         step = self._step_of(name)
         if step == self._capture.awaited:
             self._logged[name] = value
         else:
             self._row_at(step).host[name] = value
-        if name == "loss_train":
-            self._look_at(value)
 
     def summary(self) -> str:
         """Return the verdicts in plain words, or that nothing is wrong."""
@@ -256,15 +266,8 @@ class Monitor:
             self._rows.append(self._latest)
         return self._rows[-1]
 
-    def _look_at(self, loss: Tensor | float) -> None:
-        """Look closely where the loss jumps; over several ranks, and on a device, after the next drain."""
-        if isinstance(loss, Tensor):
-            self._late_losses = True
-        elif self._jump.note(loss):
-            self._jumped = True
-            self._look()
-
     def _look(self) -> None:
+        """Look closely now; several ranks do when they meet."""
         if not self._shared.ranks and self._governor.look(self._capture.steps):
             self._pace()
 
@@ -289,8 +292,11 @@ class Monitor:
         ``votes``: decide how often to look from now on.
         """
         rows = self._rows[: len(self._rows) - keep]
-        if not rows:
+        if not rows and not self._between:
             return
+        late = self._capture.knows_optimizers and "loss_train" in self._early
+        between = [(step - (not late), when, loss) for step, when, loss in self._between]
+        self._between = []
         start = time.perf_counter()
         if self._layers is None:
             self._layers = self._catalogue.layers()
@@ -309,23 +315,24 @@ class Monitor:
         if votes and self._governor.decide(self._capture.steps, vote, self._shared.count):
             self._pace()
         periods = self.periods
-        self._desk.put(lambda: self._work(arrive(), periods))
+        self._desk.put(lambda: self._work(arrive(), between, periods))
         del self._rows[: len(rows)]
         self._drain_time += time.perf_counter() - start
 
-    def _work(self, sums: list[Sums], periods: Periods) -> None:
+    def _work(self, sums: list[Sums], between: list[Moment], periods: Periods) -> None:
         assert self._layers is not None
         journal, failure = self._journal, None
-        blocks, readings = self._reader.read(sums, *self._layers)
+        blocks, readings = self._reader.read(sums, *self._layers, between)
         self._judge.consider(readings)
         if self._late_losses and self._jumps(readings):
             self._jumped = True
-        if journal is not None and readings:
+        if journal is not None and (readings or between):
             try:
-                journal.write(blocks, readings)
-                journal.verdicts(readings[-1].step, self._judge.verdicts)
+                journal.write(blocks, readings, between)
+                step = readings[-1].step if readings else between[-1][0]
+                journal.verdicts(step, self._judge.verdicts)
                 if periods != self._written:
-                    journal.periods(readings[-1].step, self._governor.told(periods))
+                    journal.periods(step, self._governor.told(periods))
                     self._written = periods
             except (OSError, ValueError) as error:  # a full disk ends the files, not verdicts
                 self._journal, failure = None, error

@@ -1,13 +1,14 @@
 """From sums on the host to readings: every quantity finished, in the order in which layers run."""
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchbp.monitor._diagnosis import Layers, Reading
+from torchbp.monitor._diagnosis import Layers, Moment, Reading
 from torchbp.monitor._harvest import Sums, Vector
 from torchbp.monitor._registry import all_quantities
 
@@ -37,6 +38,7 @@ class Reader:
         quantities = all_quantities()
         derived = [q for q in quantities.values() if q.at == "derived"]
         self._quantities = quantities
+        self._left: Sequence[Moment] = ()
         self._derived = [q for q in derived if not q.looks_back]
         self._looking_back = [q for q in derived if q.looks_back]
         self._memories: dict[str, dict[str, Any]] = {q.name: {} for q in self._looking_back}
@@ -47,6 +49,7 @@ class Reader:
         layers: Layers,
         order: NDArray[np.int64],
         columns: NDArray[np.int64],
+        between: Sequence[Moment] = (),
     ) -> tuple[list[Block], list[Reading]]:
         """Return what was measured, as blocks and as readings in the order of the steps.
 
@@ -55,6 +58,7 @@ class Reader:
             layers: The layers as they run.
             order: Where each of these layers stands by registration.
             columns: Where each of these parameters does.
+            between: What was logged of steps that were not read, in the order of the steps.
         """
         blocks = [self._block(sums, layers, order, columns) for sums in found]
         placed = [
@@ -63,6 +67,7 @@ class Reader:
             for place, reading in zip(sums.places, block.readings, strict=True)
         ]
         readings = [reading for _, reading in sorted(placed, key=lambda pair: pair[0])]
+        self._give([*self._left, *between], readings)
         for quantity in self._looking_back:
             memory, finish = self._memories[quantity.name], quantity.finish
             assert finish is not None
@@ -72,6 +77,15 @@ class Reader:
                 if derived is not None:
                     reading.values[quantity.name] = derived
         return blocks, readings
+
+    def _give(self, between: Sequence[Moment], readings: Sequence[Reading]) -> None:
+        """Tell every reading what came between; keep the rest for the next."""
+        steps, start = [step for step, _, _ in between], 0
+        for reading in readings if between else ():
+            end = bisect_left(steps, reading.step, start)
+            reading.between = [loss for _, _, loss in between[start:end]]
+            start = end
+        self._left = between[start:]
 
     def _block(
         self,

@@ -43,7 +43,7 @@ def watch(
             longer, up to 16 times, see ``share``; given, 1 too, it is kept.
         sample_every: Error signals are read every so many steps, and in the first five; likewise.
         share: The monitor keeps its share of the training time below this, where that can be done
-            by looking less often: not in the first 200 steps, and not where trouble is in sight.
+            by looking less often: not in the first 300 steps, and not where trouble is in sight.
             None to look as often as ``every`` and ``sample_every`` say, whatever it costs.
         layers: Shell patterns of the names of the layers to watch, e.g. ``["encoder.*"]``.
         rank: The rank that writes; ``"auto"`` for 0. Without torch.distributed there is one rank.

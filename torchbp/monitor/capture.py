@@ -53,6 +53,7 @@ class Capture:
         first: The step it began at.
         turns: Whether optimizers take turns, each with a backward of its own.
         row: Its row.
+        reading: Whether it is read.
         own_time: Seconds spent here so far.
     """
 
@@ -77,7 +78,7 @@ class Capture:
         self._stepped_at = time.perf_counter()
         self._catalogue, self._deliver = catalogue, deliver
         self._every, self._sample_every = self._asked = every, sample_every
-        self._due = True  # whether the step under way is read
+        self.reading = True
         self._passing = False  # whether the optimizer's step under way is not
         self._optimizers: set[int] = set()
         self._closure = False  # whether a step that runs backward itself is under way
@@ -137,16 +138,11 @@ class Capture:
         self._every, self._sample_every = every, sample_every
 
     @property
-    def reading(self) -> bool:
-        """Whether the step under way is read."""
-        return self._due
-
-    @property
     def awaited(self) -> int | None:
         """The step whose row is the next to be handed over; None where it is not read."""
         if self._ended is not None:
             return self._ended.step
-        return self.step if self._due else None
+        return self.step if self.reading else None
 
     @property
     def knows_optimizers(self) -> bool:
@@ -169,7 +165,7 @@ class Capture:
         if not self._optimizers and self._ended is not None and not self._probe.accumulates():
             self._hand_over(self._ended)
             self._ended = None
-        if not self._due and self._ended is None:
+        if not self.reading and self._ended is None:
             self._count()
             self._begin(self.step + 1)
             return
@@ -216,7 +212,7 @@ class Capture:
             self._listener.listen(False)
             self._listening = False
             self.row, self._ended = self._ended, None
-            self.step, self._due = self.row.step, True
+            self.step, self.reading = self.row.step, True
         self._attend(optimizer)  # torch calls the hook that is set here in the same step
 
     def _attend(self, optimizer: Optimizer) -> None:
@@ -333,7 +329,7 @@ class Capture:
     # ----------------------------------------------------------------------------------- rows
     def _begin(self, step: int) -> None:
         self.step = step
-        self._due = due = step % self._every == 0
+        self.reading = due = step % self._every == 0
         sampled = due and (step < _DENSE_START or step % self._sample_every == 0)
         rare = sampled and step % (_RARELY * self._sample_every) == 0
         self.row = Row(step, sampled, rare)

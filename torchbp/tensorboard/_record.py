@@ -41,7 +41,7 @@ def _tables() -> tuple[list[int], NDArray[np.uint32]]:
 _TABLE, _PLACES = _tables()
 _FLAT = _PLACES.ravel()
 _OFFSETS = (np.arange(_CHUNK) * 256).astype(np.intp)
-_SHORT = 64
+_SHORT, _FEW = 64, 8
 
 
 @cache
@@ -68,12 +68,13 @@ def _alike(data: Sequence[bytes]) -> NDArray[np.uint32]:
     size = len(data[0])
     full = -(-size // _CHUNK)
     # Zeros in front change nothing while the register is 0; what it begins with goes into the data.
-    padded = np.zeros((len(data), full * _CHUNK), np.uint8)
-    padded[:, full * _CHUNK - size :] = np.frombuffer(b"".join(data), np.uint8).reshape(-1, size)
-    padded[:, full * _CHUNK - size :][:, :4] ^= np.uint8(255)
-    chunks = padded.reshape(len(data), full, _CHUNK)
+    width = min(size, _CHUNK)
+    padded = np.zeros((len(data), full * width), np.uint8)
+    padded[:, full * width - size :] = np.frombuffer(b"".join(data), np.uint8).reshape(-1, size)
+    padded[:, full * width - size :][:, :4] ^= np.uint8(255)
+    chunks = padded.reshape(len(data), full, width)
     # A chunk's own part is independent of the register so far, which touches 4 bytes only.
-    parts = np.bitwise_xor.reduce(_FLAT[chunks + _OFFSETS], axis=2)
+    parts = np.bitwise_xor.reduce(_FLAT[chunks + _OFFSETS[-width:]], axis=2)
     level = 0
     while parts.shape[1] > 1:  # by halves: each step of a loop over all chunks would take 10 µs
         if parts.shape[1] % 2:
@@ -113,9 +114,11 @@ def pack(*payloads: bytes) -> bytes:
     if crc32c is _crc32c:
         alike: dict[int, list[int]] = {}
         for index, payload in enumerate(payloads):
-            if len(payload) >= _SHORT:
+            if len(payload) >= 4:
                 alike.setdefault(len(payload), []).append(index)
-        for indices in alike.values():
+        for size, indices in alike.items():
+            if size < _SHORT and len(indices) < _FEW:
+                continue
             found = _alike([payloads[i] for i in indices]).tolist()
             sums.update(zip(indices, map(_mask, found), strict=True))
     return b"".join(
