@@ -555,3 +555,70 @@ def test_the_noise_scale_of_a_known_truth(tmp_path):
     value, low, high = read(tmp_path).vectors["noise_scale"].values[-1]
     assert low < 100 / 4.0 < high
     assert high - low < 0.5 * value
+
+
+class Recurrent(nn.Module):
+    """Takes (steps, batch) or (batch, steps) tokens; asks a layer in between for the other order."""
+
+    def __init__(self, inner, *, turns=False):
+        super().__init__()
+        self.tokens, self.inner, self.head = nn.Embedding(9, 8), inner, nn.Linear(8, 1)
+        self.turns = turns
+
+    def forward(self, x):
+        h = self.tokens(x)
+        h = h.transpose(0, 1) if self.turns else h
+        attends = isinstance(self.inner, nn.MultiheadAttention)
+        h, _ = self.inner(h, h, h) if attends else self.inner(h)
+        return self.head(h).mean()
+
+
+@pytest.mark.parametrize(
+    ("inner", "turns", "shape"),
+    [
+        (lambda: nn.GRU(8, 8), False, (7, 3)),
+        (lambda: nn.GRU(8, 8, batch_first=True), False, (3, 7)),
+        (lambda: nn.GRU(8, 8), True, (3, 7)),
+        (lambda: nn.GRU(8, 8, batch_first=True), True, (7, 3)),
+        (lambda: nn.MultiheadAttention(8, 2), False, (7, 3)),
+        (lambda: nn.MultiheadAttention(8, 2, batch_first=True), False, (3, 7)),
+    ],
+)
+def test_the_batch_is_found_where_the_sequence_comes_first(tmp_path, inner, turns, shape):
+    torch.manual_seed(0)
+    model = Recurrent(inner(), turns=turns)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    signals = []
+
+    def keep(grad):
+        signals.append(grad.square().mean().sqrt().item() * 3)
+
+    with torchbp.watch(model, optimizer, log_dir=tmp_path):
+        for _ in range(3):
+            optimizer.zero_grad()
+            hook = model.head.register_forward_hook(lambda *a: a[2].register_hook(keep) and None)
+            model(torch.randint(0, 9, shape)).backward()
+            hook.remove()
+            optimizer.step()
+    run = read(tmp_path)
+    assert set(run.scalars["run/batch"].values) == {3}
+    series = run.vectors["error_signal"]
+    got = series.values[:, series.names.index("head")]
+    np.testing.assert_allclose(got, signals, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_batch_of_a_compiled_model_is_right_or_absent(tmp_path, first):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=first)
+    model = torch.compile(nn.Sequential(nn.Linear(8, 8), encoder), backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchbp.watch(model, optimizer, log_dir=tmp_path):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(3, 5, 8)).square().mean().backward()
+            optimizer.step()
+    scalars = read(tmp_path).scalars
+    assert ("run/batch" in scalars) == first
+    if first:
+        assert set(scalars["run/batch"].values) == {3}

@@ -35,7 +35,7 @@ class Forward:
     Attributes:
         row: Its step.
         shape: Of the first tensor that the model, or its first layer, was called with.
-        second: Length of the second dimension of what a layer was called with that takes the batch there.
+        samples: Size of the batch as a recurrent or an attention layer had it, by its ``batch_first``.
         last: The layer that ran last.
         told: Layers whose activation was seen.
         activations: What was taken for one, by its id: it may go into several layers.
@@ -46,7 +46,7 @@ class Forward:
 
     row: Row
     shape: tuple[int, ...] = ()
-    second: int = 0
+    samples: int = 0
     last: int | None = None
     told: set[int] = field(default_factory=set)
     activations: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
@@ -58,8 +58,8 @@ class Forward:
     def batch(self) -> int:
         """Size of the batch; 0 where it is not known."""
         leading = self.shape[:2]
-        if self.second in leading:
-            return self.second
+        if self.samples in leading:
+            return self.samples
         return leading[0] if leading else 0
 
 

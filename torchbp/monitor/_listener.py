@@ -61,7 +61,7 @@ class Listener:
     def batch(self) -> int | None:
         """Size of the last batch that was listened to: the length of the first tensor the model got.
 
-        Of its second dimension, where a recurrent or an attention layer says that it is that.
+        Or of its second dimension, where a recurrent or an attention layer has a batch of so many.
         """
         return self._forward.batch or None
 
@@ -150,8 +150,9 @@ class Listener:
             if function is not None:
                 self._note_function(given, function)
             forward.shape = forward.shape or tuple(given.shape)
-            if given.ndim == 3 and getattr(module, "batch_first", True) is False:
-                forward.second = given.shape[1]
+            first = getattr(module, "batch_first", None)
+            if given.ndim == 3 and isinstance(first, bool):
+                forward.samples = given.shape[0 if first else 1]
         self._catalogue.note_run(place)
         tensor = _first_tensor(output)
         if tensor is None or not tensor.requires_grad:

@@ -1,7 +1,7 @@
 """Batch size of a backward: the length of the first tensor that the model is called with.
 
-The length of its second dimension, where a layer with ``batch_first=False`` (recurrent, attention) is called
-with a batch of so many. Absent where a compiled model has such a layer.
+The length of its second dimension, where that is the batch of a layer that knows which of its input's is
+(``batch_first``: recurrent, attention). Absent where a compiled model has a layer with the sequence first.
 """
 
 from torchbp.monitor._quantity import Quantity
