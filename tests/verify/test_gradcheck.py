@@ -141,6 +141,27 @@ def test_wrong_parameter_gradient_is_named():
     assert {f.input for f in report.wrong} == {"parameter weight"}
 
 
+class WithStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        mean, count = x.mean(), torch.ones_like(x)
+        ctx.mark_non_differentiable(mean, count)
+        ctx.save_for_backward(x)
+        return x.exp(), mean, count
+
+    @staticmethod
+    def backward(ctx, grad_y, _mean, _count):
+        return grad_y * ctx.saved_tensors[0].exp()
+
+
+def test_an_output_without_gradient_that_depends_on_the_input_is_noted():
+    report = torchbp.gradcheck(WithStatistics.apply, (sample(3),), checks=("outputs",))
+    assert report
+    (note,) = report.findings
+    assert (note.check, note.severity) == ("outputs", "note")
+    assert "output 1 changes with the inputs, and has no gradient" in str(report)
+
+
 def test_nested_inputs_and_outputs():
     def function(pair, *, scale, flag):
         return {"a": pair["x"] * scale if flag else None, "b": [pair["y"].sin()]}
