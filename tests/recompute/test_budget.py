@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import torchbp
+import torchbp.functional as bp
 from benchmarks.models import MODELS, ResNet, loss
 from tests.recompute.compared import same, step
 from torchbp.recompute import _graph, _lean, _scope
-from torchbp.recompute._kept import Kept
+from torchbp.recompute._kept import Kept, Share
 from torchbp.recompute._live import Live
 
 AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -187,6 +188,41 @@ def test_backward_under_an_autocast_that_the_forward_was_not_under():
             value.backward()
         got.append([p.grad for p in m.parameters()])
     same(*got)
+
+
+class Everything:
+    """Lets go whatever can be made again."""
+
+    measures = False
+
+    def drops(self, _recipe, _output):
+        return True
+
+    def keep(self, _kept):
+        pass
+
+    make = keep
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_product_of_three_dimensions_that_are_not_in_order(frozen, monkeypatch):
+    """Torch picks its kernel by whether the weight requires grad, and the two round differently."""
+    packed = []
+
+    def noted(t, _forward):
+        item = _graph.kept_or_share(t, Everything())
+        packed.append((item, t.detach()))
+        return item
+
+    monkeypatch.setattr(_scope, "kept_or_share", noted)
+    torch.manual_seed(0)
+    x = torch.randn(2, 24, 10, requires_grad=True)
+    w = torch.randn(9, 24, requires_grad=not frozen)
+    with torchbp.lean_scope():
+        y = bp.silu(bp.linear(bp.gelu(x.transpose(1, 2)), w))
+    (item, t), *_ = [(i, t) for i, t in packed if type(i) is Share and i.made.recipe.flops]
+    assert torch.equal(item.open(), t)
+    del y
 
 
 def test_hundreds_of_layers():

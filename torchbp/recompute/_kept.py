@@ -28,12 +28,22 @@ class Kept:
             what backward gets.
     """
 
-    __slots__ = ("__weakref__", "data", "itself", "parameter", "tensor", "version", "whole")
+    __slots__ = (
+        "__weakref__",
+        "data",
+        "itself",
+        "parameter",
+        "required",
+        "tensor",
+        "version",
+        "whole",
+    )
 
     def __init__(self, tensor: Tensor, whole: "Kept | None" = None, itself: bool = False) -> None:
         self.whole, self.itself = whole, itself
         self.data = tensor.untyped_storage()._cdata if itself else 0
         self.parameter = type(tensor) is nn.Parameter
+        self.required = tensor.requires_grad
         # Detached: a saved output would hold its own node, which holds this.
         self.tensor = tensor if itself else tensor.detach()
         self.version = None if tensor.is_inference() else tensor._version
@@ -105,6 +115,8 @@ class Recipe:
     def open(self) -> Tensor:
         """Return the output, made again."""
         arguments = [a.open() if type(a) in _OPENED else a for a in self.arguments]
+        if self.flops:
+            arguments = list(map(_requiring, arguments, self.arguments))
         call = self.call
         if (
             self.over is not None
@@ -234,6 +246,13 @@ class Share:
 
 
 _OPENED = (Kept, Share, Recipe)
+
+
+def _requiring(value: Any, part: Any) -> Any:
+    """Return an argument of a product, requiring grad as it did: torch picks the kernel of ``F.linear`` by that."""
+    if type(part) not in _OPENED or (type(part) is Kept and not part.required):
+        return value
+    return value.detach().requires_grad_()
 
 
 def _fits(arguments: list[Any]) -> bool:
