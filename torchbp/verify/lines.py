@@ -14,17 +14,24 @@ from torchbp.verify.report import Finding
 from torchbp.verify.tensors import real, scale_of, signed_like
 from torchbp.verify.tolerance import compare, largest
 
-__all__ = ["Lines", "check_lines", "like", "like_mask", "raised"]
+__all__ = ["Lines", "check_beside", "check_lines", "like", "like_mask", "raised"]
 
 HERE = 3e-9  # relative tolerance
 ELSEWHERE = 2e-8  # at other samples than the user's, whose rounding is less well known
+BESIDE = 2.0**-4  # of the inputs
 SHORTEST = 2.0**-34  # step whose own rounding does not matter yet
 SHORTER = 64.0  # times, where a step is too long
 SHORTENED = 3  # times at most
 
 
 def check_lines(
-    case: Case, check: str, when: str = "", number: int = 1, *, elsewhere: bool = True
+    case: Case,
+    check: str,
+    when: str = "",
+    number: int = 1,
+    *,
+    elsewhere: bool = True,
+    beside: bool = True,
 ) -> Finding | None:
     """Compare the gradient at the sample of ``case`` with differences along random lines.
 
@@ -33,6 +40,7 @@ def check_lines(
         check: Name of the check that asks.
         when: The condition, for the message.
         number: How many lines; one forward and one backward each where all is well.
+        beside: Whether to look beside the sample too where the gradient there seems to be wrong and is right in it.
         elsewhere: Whether the sample is so far from the user's that rounding is less well known.
     """
     if case.wrong_here:
@@ -44,12 +52,33 @@ def check_lines(
         return raised(check, when, error)
     lines = Lines(case, elsewhere=elsewhere)
     for n in range(number):
-        if lines.rises(lines.direction(n)):
+        direction = lines.direction(n)
+        rises = lines.rises(direction)
+        if rises and not lines.hidden:
             continue
-        found = lines.along_all(n, check, when)
+        agrees = rises or lines.agrees(direction)
+        if agrees is False:
+            found = lines.along_all(n, check, when)
+        elif agrees and beside:
+            found = check_beside(case, lines, direction, check, when)
+        else:
+            found = None
         if found:
             return found
     return None
+
+
+def check_beside(
+    case: Case, lines: "Lines", direction: dict[int, Tensor], check: str, when: str = ""
+) -> Finding | None:
+    """Compare the gradient a step away from the sample, in which weights of 1 or a bias of 0 may hide a fault."""
+    there = dict(zip(case.where, lines.moved(direction, BESIDE), strict=True))
+    other = case.edited(lambda i, t: there[i].detach() if i in there else t, parameters=True)
+    try:
+        finite = all(bool(y.isfinite().all()) for y in other.all_outputs)
+    except ForwardRaised:
+        return None
+    return check_lines(other, check, f"{when} beside the sample", beside=False) if finite else None
 
 
 def raised(check: str, when: str, error: BackwardRaised) -> Finding:
@@ -70,6 +99,7 @@ class Lines:
 
     def __init__(self, case: Case, *, elsewhere: bool = False) -> None:
         self.case = case
+        self.hidden = False  # whether the gradient seems to be right at the sample and wrong beside it
         self.elsewhere = elsewhere  # than at the user's sample
         self.grads = [g.detach().cpu() for g in case.plain.grads]
         self.noise = (
@@ -128,8 +158,6 @@ class Lines:
     def along_all(self, number: int, check: str, when: str = "") -> Finding | None:
         """Move every element at once; on a mismatch halve the set until one element is left."""
         directions = self.direction(number)
-        if self.agrees(directions) is not False:
-            return None
         while sum(int((d != 0).sum()) for d in directions.values()) > 1:
             half = _half(directions)
             rest = {i: d - half[i] if i in half else d for i, d in directions.items()}
@@ -198,7 +226,8 @@ class Lines:
         That is the trapezoidal rule: as exact as a central difference, for one forward less. Where it is off by about
         what rounding explains, a longer step is tried. Otherwise kinks may be near, a pole, or the end of the domain:
         what these explain falls with the step, what rounding explains grows as the step falls, and a gradient that is
-        wrong is as wrong in a short one. ``False`` says nothing yet.
+        wrong is as wrong in a short one. ``False`` says nothing yet. What falls as the step and not as its square is
+        ``hidden``: a gradient that is wrong everywhere but in the sample, where weights are 1 or biases 0.
         """
         if self.case.options.get("eps") or not self.case.options.get("check_backward_ad", True):
             return False
@@ -215,6 +244,7 @@ class Lines:
                 short = self._off(directions, step, got)
                 if power == 1 and math.isfinite(short) and off <= 3 * short / SHORTER:
                     return True  # rounding, more than what the outputs' size tells
+                self.hidden = power == 1 and off / 80 < short < off / 50
                 if short < off / 32 and short <= allowed + self.noise / step:
                     return True
                 if short < min(off, abs(got)) / 1024:
@@ -225,7 +255,7 @@ class Lines:
 
     def _off(self, directions: dict[int, Tensor], step: float, got: float) -> float:
         """Return how far the rise of a step is from the mean slope of its ends; infinite beyond the domain."""
-        leaves = self._moved(directions, step)
+        leaves = self.moved(directions, step)
         try:
             outputs = self.case.forward(leaves)
         except ForwardRaised:
@@ -251,11 +281,11 @@ class Lines:
     def value(self, directions: dict[int, Tensor], t: float) -> float:
         """Return ⟨v, f(x + t·directions) - f(x)⟩; NaN outside of the domain."""
         try:
-            return self._rise(self.case.forward(self._moved(directions, t)))
+            return self._rise(self.case.forward(self.moved(directions, t)))
         except ForwardRaised:  # outside of the domain
             return float("nan")
 
-    def _moved(self, directions: dict[int, Tensor], t: float) -> list[Tensor]:
+    def moved(self, directions: dict[int, Tensor], t: float) -> list[Tensor]:
         """Return new leaves at x + t·directions."""
         leaves = []
         for i, leaf in enumerate(self.case.leaves):

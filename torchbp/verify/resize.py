@@ -91,7 +91,10 @@ def resized(case: Case, sizes: Mapping[Size, int]) -> Case:
 
 
 def scaled(case: Case, factor: float, chosen: Sequence[int] | None = None) -> Case:
-    """Return the case with its leaves, or those chosen, ``factor`` times as large; the same one each time."""
+    """Return the case with its leaves, or those chosen, ``factor`` times as large; the same one each time.
+
+    A negative factor changes the sign of those that have both signs.
+    """
     everything = [i for i, k in enumerate(case.where) if k < case.size]
     which = tuple(everything if chosen is None else [i for i in chosen if i in everything])
     where = [case.where[i] for i in which]
@@ -99,9 +102,14 @@ def scaled(case: Case, factor: float, chosen: Sequence[int] | None = None) -> Ca
         return case
     if ("scaled", factor, which) not in case.memo:
         case.memo["scaled", factor, which] = case.edited(
-            lambda i, t: t * factor if i in where else t
+            lambda i, t: _times(t, factor) if i in where else t
         )
     return case.memo["scaled", factor, which]
+
+
+def _times(t: Tensor, factor: float) -> Tensor:
+    both = t.is_complex() or bool((t < 0).any() and (t > 0).any())
+    return t * (factor if both else abs(factor))
 
 
 def uneven(case: Case, size: Size) -> Case:
@@ -168,7 +176,14 @@ def one_more(case: Case) -> list[Case]:
     """
     free = free_sizes(case)
     if len(free) > 2:
-        halves = [resized(case, {s: s.more for s in free[k::2]}) for k in range(2)]
+        # What may change alone goes with the half that its like is not in.
+        order = {n: k for k, n in enumerate(dict.fromkeys(s.now for s in free))}
+        seen: set[int] = set()
+        sides: list[dict[Size, int]] = [{}, {}]
+        for s in free:
+            sides[(order[s.now] + (s.now in seen)) % 2][s] = s.more
+            seen.add(s.now)
+        halves = [resized(case, side) for side in sides if side]
         if all(map(accepts, halves)):
             return halves
     return case.memo.get("one more", [])

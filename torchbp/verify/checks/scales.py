@@ -13,7 +13,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, explodes, scaled
 
 NAME = "scales"
-FACTORS = (2.0**-10, 2.0**3, 2.0**10)
+FACTORS = (2.0**-10, 2.0**3, -(2.0**10))
 EXPLODES = 1e14  # times as large outputs: out of the sample's domain
 APART = 2.0**3  # of several inputs every other one
 

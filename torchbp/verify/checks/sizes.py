@@ -32,7 +32,7 @@ RUNS = (
 )
 ONES = RUNS[3]
 # Rows that are run at other scales at once, which saves calls; at 0 slices are of very unequal magnitude.
-SCALED = {RUNS[2]: 2.0**10, RUNS[4]: 2.0**-10, RUNS[5]: 0.0}
+SCALED = {RUNS[2]: -(2.0**10), RUNS[4]: 2.0**-10, RUNS[5]: 0.0}
 # Rows in which what is equal in the sample stays so.
 TOGETHER = (RUNS[0], RUNS[2], RUNS[5])
 LARGEST = 2**16  # elements

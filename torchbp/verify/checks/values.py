@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.lines import Lines, like, like_mask
+from torchbp.verify.lines import Lines, check_beside, like, like_mask
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import real
 from torchbp.verify.tolerance import compare
@@ -29,9 +29,14 @@ MOST = 150  # calls for that; once one element is known to be wrong, the others 
 def _run(case: Case) -> Iterator[Finding]:
     lines = Lines(case)
     size = sum(g.numel() * (1 + g.is_complex()) for g in lines.grads)
-    agrees = lines.rises(lines.direction(0)) or lines.agrees(lines.direction(0))
+    direction = lines.direction(0)
+    rises = lines.rises(direction)
+    agrees = rises or lines.agrees(direction)
     exact = case.epsilon < 1e-12  # else the tolerance of a direction would hide a single element
     if agrees and (exact or size > EACH):
+        found = None if rises and not lines.hidden else check_beside(case, lines, direction, NAME)
+        if found:
+            yield found
         return
     known = [torch.zeros(g.numel() * (1 + g.is_complex()), dtype=torch.bool) for g in lines.grads]
     truth = [real(g).clone() for g in lines.grads]
