@@ -40,7 +40,7 @@ SAMPLES = {
     ),
     "five inputs": (lstm, tuple(leaf(3, 4, seed=k) for k in range(5)), 62, 85),
     "five inputs of other shapes": (normed_conv, FIVE, 71, 89),
-    "loss with targets": (F.cross_entropy, (leaf(4, 3), torch.tensor([0, 2, 1, 1])), 63, 80),
+    "loss with targets": (F.cross_entropy, (leaf(4, 3), torch.tensor([0, 2, 1, 1])), 66, 83),
     "Module": (lambda: nn.Linear(4, 3), (leaf(5, 4),), 68, 90),
     "Module with buffers": (lambda: nn.BatchNorm1d(4), (leaf(5, 4),), 67, 86),
     "Module, four parameters": (lambda: nn.GRUCell(3, 4), (leaf(5, 3),), 69, 91),

@@ -19,7 +19,7 @@ __all__ = ["Lines", "check_beside", "check_lines", "like", "like_mask", "raised"
 HERE = 3e-9  # relative tolerance
 ELSEWHERE = 2e-8  # at other samples than the user's, whose rounding is less well known
 BESIDE = 2.0**-4  # of the inputs
-SHORTEST = 2.0**-34  # step whose own rounding does not matter yet
+SHORTEST = 2.0**-40  # step whose own rounding does not matter yet
 SHORTER = 64.0  # times, where a step is too long
 SHORTENED = 3  # times at most
 
@@ -99,7 +99,9 @@ class Lines:
 
     def __init__(self, case: Case, *, elsewhere: bool = False) -> None:
         self.case = case
-        self.hidden = False  # whether the gradient seems to be right at the sample and wrong beside it
+        self.hidden = (
+            False  # whether the gradient seems to be right at the sample and wrong beside it
+        )
         self.elsewhere = elsewhere  # than at the user's sample
         self.grads = [g.detach().cpu() for g in case.plain.grads]
         self.noise = (
@@ -172,6 +174,8 @@ class Lines:
         value, settled = self.along_element(which, index)
         if not self._in_detail(which, index, value):
             return None
+        if self.elsewhere and not self._stands(which, index, value):
+            return None
         g = self.grads[which]
         truth, known = real(g).clone(), torch.zeros(real(g).numel(), dtype=torch.bool)
         truth[index], known[index] = value, settled
@@ -191,12 +195,35 @@ class Lines:
         size = float(self.scales[which][index])
         off = abs(value - float(real(self.grads[which])[index])) * size
         step = max(40 * self.noise / off, SHORTEST) if off > 0 else math.inf
+        own = abs(float(real(self.case.leaves[which])[index])) / size
+        if (
+            2.0**-10 * own > self.noise / off > 0
+        ):  # near 0, perhaps a pole, a step is long that is not elsewhere
+            step = min(step, 2.0**-10 * own)
         if not step < self.near:  # NaN, or no shorter than what was tried
             return True
         direction = torch.zeros_like(real(self.grads[which]))
         direction[index] = size
         slope, _ = central(lambda t: self.value({which: direction}, t), step)
         return not abs(slope - value * size) > 0.25 * off
+
+    def _stands(self, which: int, index: int, value: float) -> bool:
+        """Return whether what is wrong is more than what rounding of the inputs makes of the gradient.
+
+        A matrix may be singular at another size, a pole near at another scale.
+        """
+        generator = self.case.generator("stands")
+        moved = []
+        for leaf in self.case.leaves:
+            r = signed_like(leaf.real, generator)
+            moved.append((leaf * (1 + 16 * torch.finfo(leaf.dtype).eps * r)).requires_grad_())
+        try:
+            grads = self.case.backward(self.case.forward(moved), moved, self.case.plain.cotangents)
+        except (ForwardRaised, BackwardRaised):
+            return False
+        got = float(real(self.grads[which])[index])
+        again = float(real(grads[which].detach().cpu())[index])
+        return abs(again - got) <= 0.05 * abs(value - got) or not math.isfinite(got)
 
     def direction(self, number: int) -> dict[int, Tensor]:
         """Return a random direction that moves every element, one tensor a leaf."""
@@ -239,6 +266,7 @@ class Lines:
             if off <= 4 * self.noise / self.near:
                 long = 16 * self.near
                 return self._off(directions, long, got) <= allowed + self.noise / long
+            offs, step = [off], self.near
             for power in range(1, SHORTENED + 1):
                 step = self.near / SHORTER**power
                 short = self._off(directions, step, got)
@@ -249,6 +277,12 @@ class Lines:
                     return True
                 if short < min(off, abs(got)) / 1024:
                     return True
+                offs.append(short)
+            if max(offs) - min(offs) < 0.02 * off and self.noise / step < 0.01 * off:
+                self.step /= (
+                    SHORTER**2
+                )  # the same in all steps: short ones, then, that meet no kinks
+                self.near /= SHORTER
         except BackwardRaised:
             return False
         return False

@@ -20,6 +20,7 @@ from torchbp.verify.tolerance import largest
 __all__ = [
     "Size",
     "accepts",
+    "broadcast",
     "elementwise",
     "explodes",
     "fits",
@@ -72,8 +73,14 @@ def resized(case: Case, sizes: Mapping[Size, int]) -> Case:
 
     Elements are repeated; those of the leaves a little moved, so that there are no ties.
     """
+    return _grown(
+        case, {(i, d): times * n for size, n in sizes.items() for i, d, times in size.places}
+    )
+
+
+def _grown(case: Case, wanted: Mapping[tuple[int, int], int]) -> Case:
+    """Return the case with other sizes, by position in ``flat`` and dimension."""
     generator = case.generator("resize")
-    wanted = {(i, d): times * n for size, n in sizes.items() for i, d, times in size.places}
 
     def change(i: int, t: Tensor) -> Tensor:
         grown = False
@@ -189,6 +196,25 @@ def one_more(case: Case) -> list[Case]:
     return case.memo.get("one more", [])
 
 
+def broadcast(case: Case) -> list[Case]:
+    """Return the case with leaves that are broadcast along a dimension as large as what they are broadcast to."""
+    others = [t.shape for _, t in case.arguments if t.dim()]
+    wanted: dict[tuple[int, int], int] = {}
+    for i in case.where:
+        shape = case.flat[i].shape if i < case.size else ()
+        for d, n in enumerate(shape):
+            like = [s[d - len(shape)] for s in others if len(s) >= len(shape) - d]
+            if n == 1 and max(like) > 1:
+                wanted[i, d] = max(like)
+    if not wanted:
+        return []
+    other = _grown(case, wanted)
+    same = accepts(other) and all(
+        a.shape == b.shape for a, b in zip(case.all_outputs, other.all_outputs, strict=False)
+    )
+    return [other] if same else []
+
+
 def fits(case: Case, sizes: Mapping[Size, int], most: int) -> bool:
     """Whether inputs and outputs at these sizes would have at most ``most`` elements.
 
@@ -243,6 +269,12 @@ class _Search:
             if t.dim() > 1
             and not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
         }
+        tied.update(  # one index twice would mean something else
+            1
+            for _, t in arguments
+            if 1 in t.shape
+            and not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+        )
         return {
             n: tuple((i, d, 1) for i, t in arguments for d, m in enumerate(t.shape) if m == n)
             for n in dict.fromkeys(n for t in values for n in t.shape)

@@ -10,6 +10,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.resize import (
     Size,
     accepts,
+    broadcast,
     explodes,
     fits,
     free_sizes,
@@ -55,7 +56,8 @@ def _run(case: Case) -> Iterator[Finding]:
     if not free:
         raise NotApplicable("no dimension can change")
     refused = ""
-    for run in (*(Run(c, c, near=True) for c in one_more(case)), *_runs(case, free)):
+    nearby = [*broadcast(case), *one_more(case)]
+    for run in (*(Run(c, c, near=True) for c in nearby), *_runs(case, free)):
         other = run.case
         when = f" at shapes {', '.join(str(tuple(t.shape)) for _, t in other.arguments)}"
         found = check_lines(other, NAME, when + run.scale, elsewhere=not run.near)

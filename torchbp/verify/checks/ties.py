@@ -140,14 +140,19 @@ def _at_tie(case: Case, tie: Tie, cases: list[Case]) -> Finding | None:
         bends = (a + b - y - up).detach().abs().reshape(-1)
         if not bends.numel() or not bool(bends.max() > 0):
             continue
-        v = [torch.zeros_like(t) for t in one.kept[1]]
-        v[number].view(-1)[int(bends.argmax())] = 1.0
+        v = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in one.kept[1]]
+        v[number].reshape(-1)[int(bends.argmax())] = 1.0
         grads = [c.vjps([v])[0] for c in (one, other, tied)]
         left, right, got = map(_flat, grads)
         apart = right - left
         length = float(apart.norm())
-        if not length > SLACK * largest(left) or not bool(got.isfinite().all()):
-            continue  # smooth, or infinitely steep
+        if not bool(got.isfinite().all()):
+            continue  # infinitely steep
+        if not length > SLACK * largest(left):
+            beside = float((got - left).norm())
+            if beside > 100 * SLACK * largest(left):
+                return _smooth(case, tie, got, left)
+            continue
         share = float(((got - left) * apart).sum()) / length**2
         beside = float((got - left - share * apart).norm()) / length
         if -10 * SLACK <= share <= 1 + 10 * SLACK and beside <= 10 * SLACK:
@@ -165,6 +170,25 @@ def _at_tie(case: Case, tie: Tie, cases: list[Case]) -> Finding | None:
             cause="each of several equal elements gets the whole gradient: share it, or give it to one",
         )
     return None
+
+
+def _smooth(case: Case, tie: Tie, got: Tensor, expected: Tensor) -> Finding:
+    """Return what is wrong where the function is smooth at the tie."""
+    at = int((got - expected).abs().argmax())
+    starts = _starts(case)
+    which = max((i for i, start in starts.items() if start <= at), key=starts.__getitem__)
+    places = _named(case, tie)
+    g, e = float(got[at]), float(expected[at])
+    return Finding(
+        check=NAME,
+        severity="wrong",
+        input=case.names[which],
+        got=g,
+        expected=e,
+        message=f"grad of {case.names[which]} is {g:.4g} where {places[0]} and {places[1]} are equal, "
+        f"expected {e:.4g} as beside it: forward is smooth there",
+        cause="another branch for equal elements",
+    )
 
 
 def _not_a_number(case: Case, tie: Tie, side: Plain, tied: Plain) -> Finding | None:
