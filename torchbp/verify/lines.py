@@ -6,92 +6,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchbp.verify._check import NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import central, settle
-from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate, reason
+from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import real, scale_of, signed_like
 from torchbp.verify.tolerance import compare, largest
 
-__all__ = ["Lines", "check_beside", "check_lines", "like", "like_mask", "raised"]
+__all__ = ["Lines", "like", "like_mask"]
 
 HERE = 3e-9  # relative tolerance
 ELSEWHERE = 2e-8  # at other samples than the user's, whose rounding is less well known
-BESIDE = 2.0**-4  # of the inputs
 SHORTEST = 2.0**-40  # step whose own rounding does not matter yet
 SHORTER = 64.0  # times, where a step is too long
 SHORTENED = 3  # times at most
-
-
-def check_lines(
-    case: Case,
-    check: str,
-    when: str = "",
-    number: int = 1,
-    *,
-    elsewhere: bool = True,
-    beside: bool = True,
-) -> Finding | None:
-    """Compare the gradient at the sample of ``case`` with differences along random lines.
-
-    Args:
-        case: The function, at the sample to test.
-        check: Name of the check that asks.
-        when: The condition, for the message.
-        number: How many lines; one forward and one backward each where all is well.
-        beside: Whether to look beside the sample too where the gradient there seems to be wrong and is right in it.
-        elsewhere: Whether the sample is so far from the user's that rounding is less well known.
-    """
-    if case.wrong_here:
-        raise NotApplicable("the gradient is wrong at the sample itself: see values")
-    try:
-        if not any(g.numel() for g in case.plain.grads):
-            return None
-    except BackwardRaised as error:
-        return raised(check, when, error)
-    lines = Lines(case, elsewhere=elsewhere)
-    for n in range(number):
-        direction = lines.direction(n)
-        rises = lines.rises(direction)
-        if rises and not lines.hidden:
-            continue
-        agrees = rises or lines.agrees(direction)
-        if agrees is False:
-            found = lines.along_all(n, check, when)
-        elif agrees and beside:
-            found = check_beside(case, lines, direction, check, when)
-        else:
-            found = None
-        if found:
-            return found
-    return None
-
-
-def check_beside(
-    case: Case, lines: "Lines", direction: dict[int, Tensor], check: str, when: str = ""
-) -> Finding | None:
-    """Compare the gradient a step away from the sample, in which weights of 1 or a bias of 0 may hide a fault."""
-    there = dict(zip(case.where, lines.moved(direction, BESIDE), strict=True))
-    other = case.edited(lambda i, t: there[i].detach() if i in there else t, parameters=True)
-    try:
-        finite = all(bool(y.isfinite().all()) for y in other.all_outputs)
-    except ForwardRaised:
-        return None
-    return check_lines(other, check, f"{when} beside the sample", beside=False) if finite else None
-
-
-def raised(check: str, when: str, error: BackwardRaised) -> Finding:
-    """Return what is to be said of a backward that fails where forward does not; raise Refused where it was meant."""
-    cause = error.__cause__ or error
-    if is_deliberate(cause):
-        raise Refused(f"{when.strip()}: backward raises {reason(cause)}") from error
-    return Finding(
-        check=check,
-        severity="wrong",
-        message=f"backward raised {reason(cause)}{when}",
-        cause="backward fails where forward does not",
-    )
 
 
 class Lines:
@@ -194,13 +122,15 @@ class Lines:
         """Return whether the shortest step that rounding allows says the same: others may miss fast oscillations."""
         size = float(self.scales[which][index])
         off = abs(value - float(real(self.grads[which])[index])) * size
-        step = max(40 * self.noise / off, SHORTEST) if off > 0 else math.inf
+        if not off > 0:  # or NaN
+            return True
+        step = max(40 * self.noise / off, SHORTEST)
         own = abs(float(real(self.case.leaves[which])[index])) / size
         if (
-            2.0**-10 * own > self.noise / off > 0
-        ):  # near 0, perhaps a pole, a step is long that is not elsewhere
+            2.0**-10 * own > self.noise / off
+        ):  # beside a pole at 0 a step is long that is not elsewhere
             step = min(step, 2.0**-10 * own)
-        if not step < self.near:  # NaN, or no shorter than what was tried
+        if not step < self.near:  # no shorter than what was tried
             return True
         direction = torch.zeros_like(real(self.grads[which]))
         direction[index] = size

@@ -163,6 +163,26 @@ pair("variance_cancels", normed, rand((3, 8)), "variance as mean square less squ
 pair("zero_grad_divided", torch.sin, rand((3, 4)), "divides by grad_output", "a grad_output of 0",
      pull=lambda g, x: g * g * x.cos() / g)  # fmt: skip
 
+
+def first_of_two(a, b):
+    return torch.where(a == b, a + math.log(2), torch.logaddexp(a, b))
+
+
+def at_a_byte(g, x):
+    at = x.argmax(-1, keepdim=True).to(torch.uint8).long()
+    return torch.zeros_like(x).scatter(-1, at, g[..., None])
+
+
+pair("index_in_a_byte", lambda x: x.amax(-1), rand((3, 4)), "the place of the maximum is kept in a byte",
+     "more than 256 columns", pull=at_a_byte)  # fmt: skip
+pair("equal_elements_apart", torch.logaddexp, rand((3, 4), (3, 4)), "all to the first of two equal elements",
+     "two equal elements", slope_of=first_of_two)  # fmt: skip
+pair("scalar_weight_only", lambda x, s: x * s, rand((3, 4), (1, 1)), "right for one weight", "a weight a column",
+     slope_of=lambda x, s: x * s * (1 if s.numel() == 1 else 1.5))  # fmt: skip
+pair("weight_of_one", lambda x, w: x.sin() * w, and_then(rand((3, 4)), torch.ones(4, dtype=F64, requires_grad=True)),
+     "the weight left out of the input's gradient", "weights that are not 1",
+     pull=lambda g, x, w: (g * x.cos(), (g * x.sin()).sum(0)))  # fmt: skip
+
 # ------------------------------------------------------------------------------------------- constants and integers
 pair("constant_squared", lambda x, w: (w * x.sin()).sum(), and_then(rand((4,)), torch.ones(4, dtype=F64)),
      "the square of a weight", "weights that are not 1", slope_of=lambda x, w: (w * w * x.sin()).sum())  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
-from torchbp.verify.lines import check_lines
+from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 

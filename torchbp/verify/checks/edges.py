@@ -12,9 +12,10 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
+from torchbp.verify.growth import elementwise, fits, free_sizes
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts, elementwise, fits, free_sizes, resized
+from torchbp.verify.resize import accepts, resized
 
 NAME = "edges"
 MAGNITUDES = (0.0, 1.0, 1e-8, 0.5, 3.0, 6.0, 30.0, 800.0, 1e4)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.lines import check_lines
+from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 

@@ -8,9 +8,11 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import one_sided
-from torchbp.verify.lines import Lines, check_lines
+from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.growth import elementwise
+from torchbp.verify.lines import Lines
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts, elementwise, scaled
+from torchbp.verify.resize import accepts, scaled
 from torchbp.verify.tensors import real, signed_like
 
 NAME = "extremes"

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.conditioning import in_dtype, rounded_norm_error, spread, terms
+from torchbp.verify.growth import fits, free_sizes
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate
 from torchbp.verify.report import Finding, Severity
-from torchbp.verify.resize import accepts, fits, free_sizes, resized
+from torchbp.verify.resize import accepts, resized
 from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import largest
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.lines import check_lines
+from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 

@@ -5,20 +5,10 @@ from dataclasses import dataclass, replace
 
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
-from torchbp.verify.lines import check_lines
+from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.growth import fits, free_sizes, one_more
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import (
-    Size,
-    accepts,
-    broadcast,
-    explodes,
-    fits,
-    free_sizes,
-    one_more,
-    resized,
-    scaled,
-    uneven,
-)
+from torchbp.verify.resize import Size, accepts, broadcast, explodes, resized, scaled, uneven
 
 NAME = "sizes"
 TRIES = 2

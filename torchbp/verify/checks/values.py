@@ -15,7 +15,8 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.lines import Lines, check_beside, like, like_mask
+from torchbp.verify.elsewhere import check_beside
+from torchbp.verify.lines import Lines, like, like_mask
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import real
 from torchbp.verify.tolerance import compare

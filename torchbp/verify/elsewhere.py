@@ -1,0 +1,83 @@
+"""The gradient at another sample than the user's: held against the slope along random lines, as at the user's own."""
+
+from torch import Tensor
+
+from torchbp.verify._check import NotApplicable, Refused
+from torchbp.verify.cases import Case
+from torchbp.verify.lines import Lines
+from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate, reason
+from torchbp.verify.report import Finding
+
+__all__ = ["check_beside", "check_lines"]
+
+BESIDE = 2.0**-4  # of the inputs
+
+
+def check_lines(
+    case: Case,
+    check: str,
+    when: str = "",
+    number: int = 1,
+    *,
+    elsewhere: bool = True,
+    beside: bool = True,
+) -> Finding | None:
+    """Compare the gradient at the sample of ``case`` with differences along random lines.
+
+    Args:
+        case: The function, at the sample to test.
+        check: Name of the check that asks.
+        when: The condition, for the message.
+        number: How many lines; one forward and one backward each where all is well.
+        beside: Whether to look beside the sample too where the gradient there seems to be wrong and is right in it.
+        elsewhere: Whether the sample is so far from the user's that rounding is less well known.
+    """
+    if case.wrong_here:
+        raise NotApplicable("the gradient is wrong at the sample itself: see values")
+    try:
+        if not any(g.numel() for g in case.plain.grads):
+            return None
+    except BackwardRaised as error:
+        return _raised(check, when, error)
+    lines = Lines(case, elsewhere=elsewhere)
+    for n in range(number):
+        direction = lines.direction(n)
+        rises = lines.rises(direction)
+        if rises and not lines.hidden:
+            continue
+        agrees = rises or lines.agrees(direction)
+        if agrees is False:
+            found = lines.along_all(n, check, when)
+        elif agrees and beside:
+            found = check_beside(case, lines, direction, check, when)
+        else:
+            found = None
+        if found:
+            return found
+    return None
+
+
+def check_beside(
+    case: Case, lines: Lines, direction: dict[int, Tensor], check: str, when: str = ""
+) -> Finding | None:
+    """Compare the gradient a step away from the sample, in which weights of 1 or a bias of 0 may hide a fault."""
+    there = dict(zip(case.where, lines.moved(direction, BESIDE), strict=True))
+    other = case.edited(lambda i, t: there[i].detach() if i in there else t, parameters=True)
+    try:
+        finite = all(bool(y.isfinite().all()) for y in other.all_outputs)
+    except ForwardRaised:
+        return None
+    return check_lines(other, check, f"{when} beside the sample", beside=False) if finite else None
+
+
+def _raised(check: str, when: str, error: BackwardRaised) -> Finding:
+    """Return what is to be said of a backward that fails where forward does not; raise Refused where it was meant."""
+    cause = error.__cause__ or error
+    if is_deliberate(cause):
+        raise Refused(f"{when.strip()}: backward raises {reason(cause)}") from error
+    return Finding(
+        check=check,
+        severity="wrong",
+        message=f"backward raised {reason(cause)}{when}",
+        cause="backward fails where forward does not",
+    )

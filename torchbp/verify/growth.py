@@ -1,0 +1,218 @@
+"""Which dimensions of the sample may change, together or alone.
+
+Dimensions of one size, in whatever inputs, first change together: rows of two inputs that are added. What then may
+change alone is a size of its own: the keys of an attention whose sample has as many queries. A size that refuses one
+more is made a multiple (channels in groups), or takes along those that are multiples of it (gates in one matrix).
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from torchbp.verify.cases import Case
+from torchbp.verify.raised import BackwardRaised
+from torchbp.verify.resize import Places, Size, accepts, resized
+from torchbp.verify.tolerance import largest
+
+__all__ = ["elementwise", "fits", "free_sizes", "one_more"]
+
+MOST = 3  # sizes of the sample that are looked at
+LATER = 2  # sizes that may change alone, beside them
+ATTEMPTS = 10  # calls to find out
+
+
+def free_sizes(case: Case) -> list[Size]:
+    """Return the sizes that the function lets change, those of the most dimensions first."""
+    return list(_growth(case))
+
+
+def one_more(case: Case) -> list[Case]:
+    """Return the case with every other free size one larger, and with the rest so: odd ones are even there.
+
+    Where it refuses those, each alone.
+    """
+    free = free_sizes(case)
+    if len(free) > 2:
+        # What may change alone goes with the half that its like is not in.
+        order = {n: k for k, n in enumerate(dict.fromkeys(s.now for s in free))}
+        seen: set[int] = set()
+        sides: list[dict[Size, int]] = [{}, {}]
+        for s in free:
+            sides[(order[s.now] + (s.now in seen)) % 2][s] = s.more
+            seen.add(s.now)
+        halves = [resized(case, side) for side in sides if side]
+        if all(map(accepts, halves)):
+            return halves
+    return case.memo.get("one more", [])
+
+
+def fits(case: Case, sizes: Mapping[Size, int], most: int) -> bool:
+    """Whether inputs and outputs at these sizes would have at most ``most`` elements.
+
+    The outputs' growth is read from what one more row makes of them, before anything large is computed.
+    """
+    growth = _growth(case)
+    wanted = {(i, d): times * n for size, n in sizes.items() for i, d, times in size.places}
+    inputs = max(
+        math.prod(wanted.get((i, d), n) for d, n in enumerate(t.shape)) for i, t in case.arguments
+    )
+    outputs = float(_count(case.all_outputs))
+    for size, new in sizes.items():
+        outputs *= (new / size.now) ** growth.get(size, 1.0)
+    return max(inputs, outputs) <= most
+
+
+def _growth(case: Case) -> dict[Size, float]:
+    """Return, for each size that may change, the power with which outputs grow."""
+    if "growth" not in case.memo:
+        case.memo["growth"] = {}
+        _ = case.differentiable
+        case.memo["growth"] = _Search(case).growth
+    return case.memo["growth"]
+
+
+class _Search:
+    """Tries which dimensions may change."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.attempts = 0
+        self.growth: dict[Size, float] = {}
+        places = self._places()
+        # A size of 1 may be a batch, a step or a channel of which the sample has one only.
+        for n in [*[n for n in places if n > 1][:MOST], *([1] if 1 in places else ())]:
+            self._together(n, places)
+        alone = 0
+        for size in list(self.growth):
+            if alone < LATER and size.places == places[size.now]:
+                alone += self._apart(size)
+
+    def _places(self) -> dict[int, Places]:
+        """Return the places of each size, in the order of the floating-point arguments."""
+        arguments = self.case.arguments
+        # An integer input of several dimensions indexes single elements, one size of integers alone is that of offsets
+        # or lengths: repeated, they would mean something else.
+        values = [t for _, t in arguments if t.is_floating_point() or t.is_complex()]
+        tied = {
+            n
+            for _, t in arguments
+            for n in t.shape
+            if t.dim() > 1
+            and not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+        }
+        tied.update(  # one index twice would mean something else
+            1
+            for _, t in arguments
+            if 1 in t.shape
+            and not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+        )
+        return {
+            n: tuple((i, d, 1) for i, t in arguments for d, m in enumerate(t.shape) if m == n)
+            for n in dict.fromkeys(n for t in values for n in t.shape)
+            if n and n not in tied
+        }
+
+    def _together(self, n: int, places: Mapping[int, Places]) -> None:
+        """Find what of the dimensions of size ``n`` may change together: all of them, or the first or last alone."""
+        whole = places[n]
+        multiples = tuple(
+            (i, d, m // n)
+            for m in places
+            if n > 1 and m > n and m % n == 0
+            for i, d, _ in places[m]
+        )
+        tries = [Size(n, whole)]
+        if n > 1:
+            tries.append(Size(n, whole, n))
+        if multiples:
+            tries.append(Size(n, whole + multiples))
+        if len(whole) > 1:
+            tries += [Size(n, whole[:1]), Size(n, whole[-1:])]
+        for size in tries:
+            grown = self._grows(size)
+            if grown is not None:
+                self.growth[size] = grown
+                return
+
+    def _apart(self, size: Size) -> bool:
+        """Find a part of ``size`` that may change alone, and make two sizes of it."""
+        whole = size.places
+        if self.elementwise:
+            parts = [tuple(p for p in whole if p[1] == whole[0][1])]  # one dimension, of all inputs
+        else:
+            parts = [(p,) for p in (whole[0], whole[-1], *(whole[1:2] if len(whole) == 3 else ()))]
+        units = (size.unit, size.now) if len(whole) > 2 else (size.unit,)
+        for part in parts[:1] if len(whole) == 2 else parts:
+            rest = tuple(p for p in whole if p not in part)
+            for unit in dict.fromkeys(units) if rest else ():
+                alone = Size(size.now, part, unit)
+                grown = self._grows(alone, backward=True)
+                if grown is not None:
+                    self.growth = {
+                        (Size(s.now, rest, unit) if s == size else s): g - grown * (s == size)
+                        for s, g in self.growth.items()
+                    }
+                    self.growth[alone] = grown
+                    return True
+        return False
+
+    def _grows(self, size: Size, *, backward: bool = False) -> float | None:
+        """Return how outputs grow with the size, if forward takes it one larger; keep that case.
+
+        A forward that does not look at its inputs takes what was never meant: there ``backward`` has to agree.
+        """
+        if self.attempts >= ATTEMPTS:
+            return None
+        self.attempts += 1
+        case, other = self.case, resized(self.case, {size: size.more})
+        if not accepts(other):
+            return None
+        if backward:
+            try:
+                _ = other.plain
+            except BackwardRaised:
+                return None
+        case.memo.setdefault("one more", []).append(other)
+        grown = _count(other.all_outputs) / _count(case.all_outputs)
+        return math.log(grown) / math.log(size.more / size.now)
+
+    @property
+    def elementwise(self) -> bool:
+        return len(elementwise(self.case)) == len(self.case.leaves)
+
+
+def elementwise(case: Case) -> list[int]:
+    """Return the leaves whose element k alone output element k depends on: their gradient is a slope times grad_output.
+
+    For two random grad_outputs v and w that is so exactly where the gradients g and h fulfil g w = h v.
+    """
+    if "elementwise" not in case.memo:
+        case.memo["elementwise"] = _elementwise(case)
+    return case.memo["elementwise"]
+
+
+def _elementwise(case: Case) -> list[int]:
+    if len(case.plain.outputs) != 1:
+        return []
+    y, v = case.plain.outputs[0], case.plain.cotangents[0]
+    alike = [
+        i
+        for i, leaf in enumerate(case.leaves)
+        if leaf.shape == y.shape and leaf.numel() > 1 and not leaf.is_complex()
+    ]
+    if not alike:
+        return []
+    (w,) = case.cotangents((y,), "elementwise")
+    (other,) = case.vjps([[w]])
+    return [i for i in alike if _proportional(case.plain.grads[i], v, other[i], w)]
+
+
+def _proportional(g: Tensor, v: Tensor, h: Tensor, w: Tensor) -> bool:
+    one, other = g * w, h * v
+    return bool(torch.allclose(one, other, rtol=1e-4, atol=1e-4 * largest(one), equal_nan=True))
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return max([1, *(t.numel() for t in tensors)])
