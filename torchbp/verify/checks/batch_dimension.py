@@ -53,7 +53,7 @@ def _rolled(t: Tensor) -> Tensor:
 def _means_a_batch(both: Case, one: Case, other: Case) -> bool:
     """Whether forward makes of a batch what it makes of its samples: their stack, sum or mean."""
     for y, a, b in zip(both.all_outputs, one.all_outputs, other.all_outputs, strict=True):
-        wanted = [torch.stack([a, b]), a + b, (a + b) / 2]
+        wanted = [torch.stack([a, b]), a + b, 0.5 * (a + b)]
         if not any(
             y.shape == w.shape and torch.allclose(y, w.to(y), rtol=1e-6, atol=1e-9) for w in wanted
         ):

@@ -21,6 +21,7 @@ from torchbp.verify.tolerance import largest
 
 NAME = "ties"
 NUDGE = 2.0**-20
+FLAT = 1e-9  # a bend that is no kink, which would be about a nudge
 SLACK = 1e-4  # of the distance between the two gradients; what smooth functions change by a nudge is below it
 
 Place = tuple[int, int]  # which leaf, flat position in it
@@ -150,7 +151,8 @@ def _at_tie(case: Case, tie: Tie, cases: list[Case]) -> Finding | None:
             continue  # infinitely steep
         if not length > SLACK * largest(left):
             beside = float((got - left).norm())
-            if beside > 100 * SLACK * largest(left):
+            flat = float(bends.max()) <= FLAT * (1 + largest(y))  # and no jump there
+            if flat and beside > 100 * SLACK * largest(left):
                 return _smooth(case, tie, got, left)
             continue
         share = float(((got - left) * apart).sum()) / length**2
