@@ -177,6 +177,16 @@ def stored_rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
+def configuration(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a row from others: a file has one of each."""
+    return row["op"], row["dtype"], row["threads"], row["n"]
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the old rows, those measured again in the place of what they were, and the others of the new behind."""
+    return list({configuration(r): r for r in [*old, *new]}.values())
+
+
 def main() -> int:
     """Run the benchmark and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -209,8 +219,9 @@ def main() -> int:
     ops = [all_ops()[name] for name in args.ops or all_ops()]
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     path = DATA / f"{args.name}-{args.device}-{date}.json"
-    rows = stored_rows(path) if args.resume else []
-    known = {tuple(r[k] for k in ("op", "dtype", "threads", "n")) for r in rows}
+    stored = stored_rows(path)
+    rows: list[dict[str, Any]] = []
+    known = {configuration(r) for r in stored} if args.resume else set()
     rest = [
         (op, dtype, count, n)
         for op in ops
@@ -233,7 +244,7 @@ def main() -> int:
         progress = f"\r{op.name} {dtype} {n} on {count}: {row['ratio']:.2f}\033[K"
         print(progress, end="", file=sys.stderr)
     print("\r\033[K", end="", file=sys.stderr)
-    print(table(rows))
+    print(table(merged(stored, rows) if args.resume else rows))
     if not args.no_write:
         DATA.mkdir(exist_ok=True)
         name = torch.cuda.get_device_name() if args.device == "cuda" else processor()
@@ -243,7 +254,7 @@ def main() -> int:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        text = ",\n".join(json.dumps(r) for r in rows)
+        text = ",\n".join(json.dumps(r) for r in merged(stored, rows))
         path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
         print(f"wrote {path}")
     return 0

@@ -10,7 +10,7 @@ from tests.ops.conftest import HALF
 from tests.ops.test_values import ENGINES
 from torchbp.ops._function import formula_only
 from torchbp.ops._op import all_ops
-from torchbp.ops.activations._infinities import known_finite
+from torchbp.ops.activations._infinities import free_of_nan
 
 INF = torch.inf
 GATES = ["silu", "gelu", "mish", "hardswish", "quick_gelu"]
@@ -47,17 +47,29 @@ def test_gated_limits_at_infinity(name):
     assert x.grad[3:5].tolist() == [0.0, INF]
 
 
-def test_known_finite_is_never_wrong_about_infinity():
-    for bad in (INF, -INF, torch.nan):
-        x = torch.zeros(100)
-        x[37] = bad
-        assert not known_finite(x)
-        assert not known_finite(x.view(10, 10).T)
-        assert not known_finite(x.bfloat16())
-    both = torch.tensor([INF, -INF])
-    assert not known_finite(both)
-    assert known_finite(torch.randn(3, 4))
-    assert known_finite(torch.empty(0))
+@pytest.mark.parametrize("n", [100, 5000])
+def test_free_of_nan_is_never_wrong_about_one(n):
+    x = torch.zeros(n)
+    x[37] = torch.nan
+    for dtype in (torch.float32, *HALF):
+        assert not free_of_nan(x.to(dtype))
+        assert not free_of_nan(x.to(dtype).view(10, -1).T)
+        assert free_of_nan(torch.randn(n).to(dtype))
+    assert free_of_nan(torch.empty(0))
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("n", [8, 5000])
+def test_limits_among_few_and_many(name, n):
+    """What is looked at is what the kernels gave: a whole tensor, by one call or another."""
+    x = torch.ones(n)
+    x[:3] = torch.tensor([INF, -INF, torch.nan])
+    x.requires_grad_()
+    y = getattr(F, name)(x)
+    assert y[:2].tolist() == [INF, 0.0]
+    (slopes,) = torch.autograd.grad(y.sum(), x)
+    assert slopes[:2].tolist() == [1.0, 0.0]
+    assert slopes[3:].isfinite().all()
 
 
 IN_PLACE = {

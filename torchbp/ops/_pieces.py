@@ -68,10 +68,11 @@ def in_row_pieces(formula: Callable[..., Tensor], dim: int, *tensors: Tensor) ->
         tensors: Floating point, alike but for the length of their rows; the value has the dtype of the first.
     """
     first = tensors[0]
+    if not is_half(first):
+        return formula(*tensors)
     last = first.dim() > 1 and dim in (-1, first.dim() - 1)
     if not (
-        is_half(first)
-        and last
+        last
         and first.numel() >= _LARGE_HALF
         and first.is_cpu
         and fused(*tensors, half=True)

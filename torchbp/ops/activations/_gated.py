@@ -17,14 +17,18 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, fused
+from torchbp.ops._function import Context, entry, fused, kernel
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops.activations import gelu, silu
-from torchbp.ops.activations._infinities import bounded, known_finite, mended
+from torchbp.ops.activations._infinities import bounded, free_of_nan, mended
 
 __all__ = ["gated", "halves"]
 
-aten = torch.ops.aten
+_silu_into = kernel("silu", "out")
+_silu_backward_into = kernel("silu_backward", "grad_input")
+_gelu_into = kernel("gelu", "out")
+_gelu_backward_into = kernel("gelu_backward", "grad_input")
+_threshold_backward_into = kernel("threshold_backward", "grad_input")
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,8 @@ def _gelu_gate(approximate: str, times_derivative: Callable[[Tensor, Tensor], Te
     return Gate(
         lambda a: F.gelu(a, approximate=approximate),
         times_derivative,
-        lambda a, out: aten.gelu.out(a, approximate=approximate, out=out),
-        lambda v, a, out: aten.gelu_backward.grad_input(
-            v, a, approximate=approximate, grad_input=out
-        ),
+        lambda a, out: _gelu_into(a, approximate=approximate, out=out),
+        lambda v, a, out: _gelu_backward_into(v, a, approximate=approximate, grad_input=out),
     )
 
 
@@ -54,8 +56,8 @@ _GATES = {
             a * torch.sigmoid(a) if a.is_complex() else F.silu(a)
         ),  # torch's has no complex gradient
         silu._times_derivative,
-        lambda a, out: aten.silu.out(a, out=out),
-        lambda v, a, out: aten.silu_backward.grad_input(v, a, grad_input=out),
+        lambda a, out: _silu_into(a, out=out),
+        lambda v, a, out: _silu_backward_into(v, a, grad_input=out),
     ),
     "none": _gelu_gate("none", gelu._of_erf),
     "tanh": _gelu_gate("tanh", gelu._of_tanh),
@@ -63,7 +65,7 @@ _GATES = {
         torch.relu,
         lambda v, a: v.masked_fill(a <= 0, 0),
         lambda a, out: torch.clamp_min(a, 0, out=out),
-        lambda v, a, out: aten.threshold_backward.grad_input(v, a, 0, grad_input=out),
+        lambda v, a, out: _threshold_backward_into(v, a, 0, grad_input=out),
     ),
 }
 
@@ -74,38 +76,39 @@ class GatedFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, dim: int, gate: str, finite: bool) -> Tensor:  # (*, 2D, *) -> (*, D, *)
+    def forward(x: Tensor, dim: int, gate: str) -> Tensor:  # (*, 2D, *) -> (*, D, *)
         def formula(x: Tensor) -> Tensor:
             a, b = x.chunk(2, dim)
             g = _GATES[gate].value(a)
-            g = g if finite else mended(g, a)
+            g = g if free_of_nan(g) else mended(g, a)
             return g.mul_(b) if fused(g, b) else g * b
 
         return in_row_pieces(formula, dim, x)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, int, str, bool], output: Tensor) -> None:
-        x, ctx.dim, ctx.gate, ctx.finite = inputs
+    def setup_context(ctx: Context, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
+        x, ctx.dim, ctx.gate = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         gate = _GATES[ctx.gate]
 
         def formula(v: Tensor, x: Tensor) -> Tensor:
             a, b = x.chunk(2, ctx.dim)
-            if ctx.finite and fused(v, x):
+            if fused(v, x):
                 grad_x = torch.empty_like(x)
                 grad_a, grad_b = grad_x.chunk(2, ctx.dim)
                 gate.times_derivative_into(torch.mul(v, b, out=grad_a), a, grad_a)  # (1)
                 gate.value_into(a, grad_b).mul_(v)  # (2)
-                return grad_x
+                if free_of_nan(grad_x):
+                    return grad_x
             grad_a = gate.times_derivative(v * b.conj(), bounded(a))  # (1)
             return torch.cat([grad_a, v * mended(gate.value(a), a).conj()], ctx.dim)  # (2)
 
-        return in_row_pieces(formula, ctx.dim, grad_y, x), None, None, None
+        return in_row_pieces(formula, ctx.dim, grad_y, x), None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
@@ -125,14 +128,19 @@ _gated = entry(GatedFunction, again=GatedFunction.forward)
 
 def gated(op: str, x: Tensor, dim: int, gate: str) -> Tensor:
     """Return g(a) · b for the public function ``op``."""
-    halves(op, x, dim)
-    return _gated(x, dim, gate, known_finite(x))
+    check_halves(op, x, dim)
+    return _gated(x, dim, gate)
 
 
-def halves(op: str, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the two halves of ``x`` along ``dim``; an odd size raises, as in ``torch.nn.functional.glu``."""
+def check_halves(op: str, x: Tensor, dim: int) -> None:
+    """Check that ``x`` has two halves along ``dim``, as ``torch.nn.functional.glu`` does."""
     if x.dim() == 0 or x.shape[dim] % 2:
         rule = f"an even size of dimension {dim}"
         raise RuntimeError(wrong(op, rule, shape(x), "it holds the gate, then the values"))
+
+
+def halves(op: str, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the two halves of ``x`` along ``dim``; an odd size raises."""
+    check_halves(op, x, dim)
     a, b = x.chunk(2, dim)
     return a, b

@@ -28,7 +28,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, overwrite, publ
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, mended, note, noted
+from torchbp.ops.activations._infinities import bounded, free_of_nan, mended
 
 __all__ = ["Hardswish", "HardswishFunction", "hardswish"]
 
@@ -41,33 +41,26 @@ class HardswishFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, finite: list[bool] | None) -> Tensor:  # x, y: (*)
-        known = noted(x, finite)
+    def forward(x: Tensor) -> Tensor:  # x, y: (*)
         y = F.hardswish(x)
-        return y if known else mended(y, x)
+        return y if free_of_nan(y) else mended(y, x)
 
     @staticmethod
-    def setup_context(
-        ctx: Context, inputs: tuple[Tensor, list[bool] | None], output: Tensor
-    ) -> None:
-        x, finite = inputs
-        ctx.finite = bool(finite and finite[0])
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
+    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        x = x if ctx.finite else bounded(x)
         if fused(grad_y, x, half=True):
-            return _hardswish_backward(grad_y, x), None
-        return in_pieces(_times_derivative, grad_y, x), None  # (2)
+            return _hardswish_backward(grad_y, x)  # right at ±∞, too
+        return in_pieces(_times_derivative, grad_y, bounded(x))  # (2)
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        x = x if ctx.finite else bounded(x)
-        return in_pieces(_times_derivative, tangent_x, x)
+        return in_pieces(_times_derivative, tangent_x, bounded(x))
 
 
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
@@ -100,8 +93,8 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.0000, 0.6667, 4.0000])
     """
     if inplace:
-        return overwrite(_hardswish, input, note(input))
-    return _hardswish(input, note(input))
+        return overwrite(_hardswish, input)
+    return _hardswish(input)
 
 
 class Hardswish(nn.Hardswish):

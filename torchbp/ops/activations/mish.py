@@ -30,7 +30,13 @@ from torchbp.ops._function import Context, entry, fused, kernel, overwrite, publ
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import FAR, bounded, mended, note, noted
+from torchbp.ops.activations._infinities import (
+    FAR,
+    bounded,
+    free_of_nan,
+    mended,
+    with_limits,
+)
 
 __all__ = ["Mish", "MishFunction", "mish"]
 
@@ -45,32 +51,27 @@ class MishFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, finite: list[bool] | None) -> Tensor:  # x, y: (*)
+    def forward(x: Tensor) -> Tensor:  # x, y: (*)
         if isinstance(x, Tensor) and x.numel() > _FEW:  # what is no tensor F.mish refuses
             return in_pieces(lambda x: mended(F.mish(x), x), x, into=_value_into, spare=1)
-        known = noted(x, finite)
         y = F.mish(x)
-        return y if known else mended(y, x)
+        return y if free_of_nan(y) else mended(y, x)
 
     @staticmethod
-    def setup_context(
-        ctx: Context, inputs: tuple[Tensor, list[bool] | None], output: Tensor
-    ) -> None:
-        x, finite = inputs
-        ctx.kernel = bool(finite and finite[0])
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
+    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if ctx.kernel and fused(grad_y, x, half=True):
-            return _mish_backward(grad_y, x), None
+        if x.numel() <= _FEW and fused(grad_y, x, half=True):
+            return with_limits(_mish_backward, grad_y, x)
         into = _times_derivative_into
-        return in_pieces(_times_derivative, grad_y, x, into=into, spare=2), None  # (2)
+        return in_pieces(_times_derivative, grad_y, x, into=into, spare=2)  # (2)
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return in_pieces(_times_derivative, tangent_x, x)
 
@@ -123,8 +124,8 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.3034,  0.0000,  1.9440])
     """
     if inplace:
-        return overwrite(_mish, input, note(input))
-    return _mish(input, note(input))
+        return overwrite(_mish, input)
+    return _mish(input)
 
 
 class Mish(nn.Mish):

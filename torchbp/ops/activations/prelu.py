@@ -23,11 +23,17 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["PReLU", "PReLUFunction", "prelu"]
+
+
+_prelu_kernel_backward = kernel("_prelu_kernel_backward")
+_FEW = (
+    1 << 12
+)  # elements; up to these torch's kernel, slow by the element, is faster than six calls
 
 
 class PReLUFunction(Function):
@@ -48,6 +54,9 @@ class PReLUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad
+        if x.numel() <= _FEW and weight.numel() == 1 and fused(grad_y, x):
+            grad_x, products = _prelu_kernel_backward(grad_y, x, weight)
+            return grad_x, products.sum().view(weight.shape)  # (1), (2)
         w = _along_channels(weight, x)
         grad_x = grad_w = None
         if need_x and fused(grad_y, x, w):

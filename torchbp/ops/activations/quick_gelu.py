@@ -27,7 +27,12 @@ from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, known_finite, mended
+from torchbp.ops.activations._infinities import (
+    bounded,
+    free_of_nan,
+    mended,
+    with_limits,
+)
 
 __all__ = ["QuickGELU", "QuickGELUFunction", "quick_gelu"]
 
@@ -42,34 +47,39 @@ class QuickGELUFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, finite: bool) -> Tensor:  # x, y: (*)
-        y = _value(x)
-        return y if finite else mended(y, x)
+    def forward(x: Tensor) -> Tensor:  # x, y: (*)
+        y = in_pieces(_value, x, into=_value_into)
+        return y if free_of_nan(y) else mended(y, x)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
-        x, ctx.finite = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
+    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        x = x if ctx.finite else bounded(x)
         if fused(grad_y, x) and not x.is_complex():
-            z = x * _A
-            return _silu_backward_into(grad_y, z, grad_input=z), None
-        return in_pieces(_times_derivative, grad_y, x), None  # (2)
+            return with_limits(_backward, grad_y, x)
+        return in_pieces(_times_derivative, grad_y, bounded(x))  # (2)
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        x = x if ctx.finite else bounded(x)
-        return in_pieces(_times_derivative, tangent_x, x.conj())
+        return in_pieces(_times_derivative, tangent_x, bounded(x).conj())
 
 
-def _value(input: Tensor) -> Tensor:
-    return in_pieces(lambda x: x * torch.sigmoid(_A * x), input)
+def _value(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(_A * x)
+
+
+def _value_into(y: Tensor, x: Tensor) -> None:
+    torch.mul(x, _A, out=y).sigmoid_().mul_(x)
+
+
+def _backward(grad_y: Tensor, x: Tensor) -> Tensor:
+    z = x * _A
+    return _silu_backward_into(grad_y, z, grad_input=z)
 
 
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
@@ -100,7 +110,7 @@ def quick_gelu(input: Tensor) -> Tensor:
         >>> quick_gelu(torch.tensor([-1.0, 0.0, 2.0]))
         tensor([-0.1542,  0.0000,  1.9357])
     """
-    return _quick_gelu(input, known_finite(input))
+    return _quick_gelu(input)
 
 
 class QuickGELU(nn.Module):

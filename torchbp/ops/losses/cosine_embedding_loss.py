@@ -60,8 +60,8 @@ class CosineEmbeddingLossFunction(Function):
     ) -> tuple[Tensor, Tensor | None]:  # (N, D), (N, D), (N,) -> () or (N,); sums: (3, N)
         sums = None
         if in_place(a, b):
-            sums = torch.stack(_sums(a, b))
-            return reduce(_values(sums, target, margin).to(a.dtype), reduction), sums
+            wide = torch.stack(_sums(a, b))
+            return reduce(_values(wide, target, margin).to(a.dtype), reduction), wide.to(a.dtype)
         formula = lambda a, b: _values(_sums(a, b), target, margin)  # noqa: E731
         return reduce(in_float32(formula, a, b), reduction), sums
 
@@ -89,7 +89,8 @@ class CosineEmbeddingLossFunction(Function):
         need_a, need_b, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, target.numel())
         wide_a, wide_b, s = (v.float() if is_half(v) else v for v in (a, b, s))
-        sums = _sums(wide_a, wide_b) if sums is None or not fused(grad, a, b) else sums
+        again = sums is None or not fused(grad, a, b)
+        sums = _sums(wide_a, wide_b) if again else sums.double()
         across, of_a, of_b = _coefficients(sums, s, target, ctx.margin, wide_a.dtype)
         grad_a = _combined(wide_b, across, wide_a, of_a).to(a.dtype) if need_a else None  # (1)
         grad_b = _combined(wide_a, across, wide_b, of_b).to(b.dtype) if need_b else None  # (2)
