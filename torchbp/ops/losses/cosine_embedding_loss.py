@@ -248,7 +248,7 @@ def _benchmark(make: Make, n: int) -> Sample:
 
 def _saved_bytes(a: Tensor, *others: object, **_: object) -> int:
     rows = a.shape[:-1].numel()
-    return stored(a, *others) + (0 if is_half(a) else 3 * 8 * rows)
+    return stored(a, *others) + (0 if is_half(a) else 3 * rows * a.element_size())
 
 
 OP = Op(

@@ -36,6 +36,11 @@ from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops.normalization import _batch_norm_samples
 from torchbp.ops.normalization._batch_norm_arguments import check
+from torchbp.ops.normalization._half_norms import (
+    batch_norm_backward,
+    half_batch_norm,
+    half_batch_norm_backward,
+)
 from torchbp.ops.normalization._standardize import (
     along_channels,
     channel_sum,
@@ -68,18 +73,7 @@ class BatchNormFunction(Function):
         rule = (training, momentum, eps)
         if not is_half(x):
             return torch.native_batch_norm(x, weight, bias, running_mean, running_var, *rule)
-        # With parameters of half precision the kernel would round mean and deviation to it before they are used
-        ones = torch.ones(x.shape[1], device=x.device)
-        weight = ones if weight is None else weight.float()
-        bias = torch.zeros_like(ones) if bias is None else bias.float()
-        if running_mean is None or running_var is None:
-            return torch.native_batch_norm(x, weight, bias, None, None, *rule)
-        mean, var = running_mean.float(), running_var.float()
-        output = torch.native_batch_norm(x, weight, bias, mean, var, *rule)
-        if training and mean is not running_mean:
-            running_mean.copy_(mean)
-            running_var.copy_(var)
-        return output
+        return half_batch_norm(x, weight, bias, running_mean, running_var, *rule)
 
     @staticmethod
     def again_in_training(
@@ -139,12 +133,20 @@ class BatchNormFunction(Function):
             statistics = (None, None, a, b) if ctx.training else (a, b, None, None)
             # contiguous: with two dimensions the CPU kernel (torch 2.13) reads them as if they were
             dense = [None if t is None else t.contiguous() for t in (weight, *statistics)]
-            grads[:3] = torch.ops.aten.native_batch_norm_backward(
+            grads[:3] = batch_norm_backward(
                 grad_y, x, *dense, ctx.training, ctx.eps, [need_x, need_weight, need_bias]
             )
             return tuple(grads)
 
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        if x is not None and x.numel() and x.is_cpu and is_half(x) and fused(grad_y, half=True):
+            needs = [need_x, need_weight, need_bias]
+            found = half_batch_norm_backward(grad_y, x, weight, a, b, ctx.training, ctx.eps, needs)
+            grads[:3] = (
+                g.to(dtype) if needed else None
+                for g, dtype, needed in zip(found, ctx.dtypes, needs, strict=True)
+            )
+            return tuple(grads)
         g = widened(grad_y)
         if need_x and not ctx.training:
             r = _running_rstd(g, b, ctx.eps)

@@ -36,6 +36,13 @@ from torchbp.ops.normalization._group_rows import (
     rows_backward,
     rows_forward,
 )
+from torchbp.ops.normalization._half_norms import (
+    as_kernels_take_it,
+    group_norm_backward,
+    half_group_norm,
+    half_group_norm_backward,
+    sizes,
+)
 from torchbp.ops.normalization._standardize import (
     along_channels,
     channel_sum,
@@ -58,12 +65,11 @@ class GroupNormFunction(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if x.dim() == 2 and not is_half(x):
             return rows_forward(x, groups, weight, bias, eps)
-        if is_half(x):  # else the kernel would round mean and deviation before they are used
-            weight = torch.ones(x.shape[1], device=x.device) if weight is None else weight.float()
-            bias = torch.zeros_like(weight) if bias is None else bias.float()
+        if is_half(x):
+            return half_group_norm(x, groups, weight, bias, eps)
         # contiguous: the CPU kernels (torch 2.13) read parameters as if they were
         weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-        return torch.native_group_norm(_dense(x), weight, bias, *_sizes(x), groups, eps)
+        return torch.native_group_norm(as_kernels_take_it(x), weight, bias, *sizes(x), groups, eps)
 
     @staticmethod
     def setup_context(
@@ -95,15 +101,22 @@ class GroupNormFunction(Function):
             needs = (need_x, need_weight, need_bias)
             grad_x, grad_weight, grad_bias = rows_backward(grad_y, x, weight, mean, rstd, needs)
             return grad_x, None, grad_weight, grad_bias, None
+        if x is not None and x.numel() and x.is_cpu and is_half(x) and fused(grad_y, half=True):
+            needs = [need_x, need_weight, need_bias]
+            grads = half_group_norm_backward(grad_y, x, ctx.groups, weight, ctx.eps, needs)
+            grad_x, grad_weight, grad_bias = (
+                g.to(dtype) if needed else None
+                for g, dtype, needed in zip(grads, (x.dtype, *ctx.dtypes), needs, strict=True)
+            )
+            return grad_x, None, grad_weight, grad_bias, None
         if x is not None and x.numel() and fused(grad_y, x) and not (need_bias and weight is None):
             if ctx.groups == x.shape[1]:
                 grads = channels_backward(grad_y, x, weight, mean, rstd)
             else:
-                dense = (_dense(grad_y), _dense(x), mean, rstd)
+                dense = (as_kernels_take_it(grad_y), as_kernels_take_it(x), mean, rstd)
                 w = None if weight is None else weight.contiguous()
                 needs = [need_x, need_weight, need_bias]
-                kernel = torch.ops.aten.native_group_norm_backward
-                grads = kernel(*dense, w, *_sizes(x), ctx.groups, needs)
+                grads = group_norm_backward(*dense, w, *sizes(x), ctx.groups, needs)
             grad_x, grad_weight, grad_bias = (
                 g if needed else None
                 for g, needed in zip(grads, (need_x, need_weight, need_bias), strict=True)
@@ -149,18 +162,6 @@ class GroupNormFunction(Function):
         return tangent_y.to(x.dtype), None, None
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int]:
-    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Return ``x`` as the kernels take it: contiguous, channels last where it is so."""
-    if torch._C._are_functorch_transforms_active():  # vmap cannot tell the latter
-        return x.contiguous()
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x if last else x.contiguous()
-
-
 _group_norm = entry(GroupNormFunction, again=GroupNormFunction.forward)
 
 
@@ -199,7 +200,7 @@ def group_norm(
     if input.dim() < 2:
         rule = "input of shape (N, C, *)"
         raise RuntimeError(wrong("group_norm", rule, shape(input), "the second dimension is C"))
-    n, channels, positions = _sizes(input)
+    n, channels, positions = sizes(input)
     if n * channels // num_groups * positions == 1:
         rule = "more than 1 value per group"
         raise ValueError(wrong("group_norm", rule, shape(input), "the variance of one value is 0"))

@@ -1,0 +1,113 @@
+"""Batch and group normalization of half precision by torch's kernels, as precise as in float32, and as fast as torch's.
+
+Given statistics and parameters in float32 beside an x of half precision, the kernels compute and sum in float32, and
+round once. Statistics are not kept: a second forward makes them again, which takes as long as the backward's kernel.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from torchbp.ops._function import kernel
+
+__all__ = [
+    "as_kernels_take_it",
+    "batch_norm_backward",
+    "group_norm_backward",
+    "half_batch_norm",
+    "half_batch_norm_backward",
+    "half_group_norm",
+    "half_group_norm_backward",
+    "ones",
+    "sizes",
+]
+
+batch_norm_backward = kernel("native_batch_norm_backward")
+group_norm_backward = kernel("native_group_norm_backward")
+
+
+def sizes(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def as_kernels_take_it(x: Tensor) -> Tensor:
+    """Return ``x`` as the kernels take it: contiguous, channels last where it is so."""
+    if torch._C._are_functorch_transforms_active():  # vmap cannot tell the latter
+        return x.contiguous()
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if last else x.contiguous()
+
+
+def ones(x: Tensor) -> Tensor:  # (N, C, *) -> (C,) float32
+    return torch.ones(x.shape[1], device=x.device)
+
+
+def half_group_norm(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, and μ and r in float32, by parameters in float32: else the kernel would round both before their use."""
+    w = ones(x) if weight is None else weight.float()
+    b = torch.zeros_like(w) if bias is None else bias.float()
+    x, w, b = as_kernels_take_it(x), w.contiguous(), b.contiguous()
+    return torch.native_group_norm(x, w, b, *sizes(x), groups, eps)
+
+
+def half_group_norm_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    eps: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients, those of the parameters in float32."""
+    _, mean, rstd = half_group_norm(x, groups, None, None, eps)
+    w = ones(x) if weight is None else weight.float().contiguous()
+    grad_y, x = as_kernels_take_it(grad_y), as_kernels_take_it(x)
+    return group_norm_backward(grad_y, x, mean, rstd, w, *sizes(x), groups, needs)
+
+
+def half_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, and μ and r in float32, by parameters in float32: else the kernel would round both before their use."""
+    weight = ones(x) if weight is None else weight.float()
+    bias = torch.zeros_like(weight) if bias is None else bias.float()
+    rule = (training, momentum, eps)
+    if running_mean is None or running_var is None:
+        return torch.native_batch_norm(x, weight, bias, None, None, *rule)
+    mean, var = running_mean.float(), running_var.float()
+    output = torch.native_batch_norm(x, weight, bias, mean, var, *rule)
+    if training and mean is not running_mean:
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+    return output
+
+
+def half_batch_norm_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients, those of the parameters in float32."""
+    w = ones(x) if weight is None else weight.float().contiguous()
+    if training:
+        _, mean, rstd = half_batch_norm(x, None, None, None, None, True, 0.0, eps)
+        statistics = (None, None, mean, rstd)
+    else:
+        running = (running_mean, running_var)
+        statistics = (*(t if t is None else t.float().contiguous() for t in running), None, None)
+    return batch_norm_backward(grad_y, x, w, *statistics, training, eps, needs)
