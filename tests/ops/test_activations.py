@@ -10,7 +10,7 @@ from tests.ops.conftest import HALF
 from tests.ops.test_values import ENGINES
 from torchbp.ops._function import formula_only
 from torchbp.ops._op import all_ops
-from torchbp.ops.activations._infinities import free_of_nan
+from torchbp.ops.activations._infinities import free_of_nan, known_finite
 
 INF = torch.inf
 GATES = ["silu", "gelu", "mish", "hardswish", "quick_gelu"]
@@ -47,14 +47,18 @@ def test_gated_limits_at_infinity(name):
     assert x.grad[3:5].tolist() == [0.0, INF]
 
 
-@pytest.mark.parametrize("n", [100, 5000])
-def test_free_of_nan_is_never_wrong_about_one(n):
-    x = torch.zeros(n)
-    x[37] = torch.nan
-    for dtype in (torch.float32, *HALF):
-        assert not free_of_nan(x.to(dtype))
-        assert not free_of_nan(x.to(dtype).view(10, -1).T)
-        assert free_of_nan(torch.randn(n).to(dtype))
+def test_what_is_looked_at_is_never_taken_for_finite():
+    for bad in (INF, -INF, torch.nan):
+        for dtype in (torch.float32, *HALF):
+            many, few = torch.zeros(5000, dtype=dtype), torch.zeros(100, dtype=dtype)
+            many[37] = few[37] = bad
+            assert not known_finite(many)
+            assert not known_finite(many.view(10, -1).T)
+            assert free_of_nan(few) == (bad == bad)
+            assert free_of_nan(few.view(10, -1).T) == (bad == bad)
+            assert known_finite(torch.randn(5000).to(dtype))
+    many[38] = -many[37]
+    assert not known_finite(many)
     assert free_of_nan(torch.empty(0))
 
 

@@ -258,19 +258,29 @@ def eager() -> bool:
     return not (is_compiling() or transforms_active())
 
 
-def fused(*tensors: Tensor, half: bool = False) -> bool:
+def fused(first: Tensor, *others: Tensor, half: bool = False) -> bool:
     """Whether a backward may run a fused kernel, or write into a tensor it has just made.
 
     Under double backward, ``torch.func``, ``torch.compile`` and batched gradients (``is_grads_batched``) only the
     formula is differentiable, traceable and batched; in half precision it alone computes in float32.
 
     Args:
-        tensors: What the kernel would read.
+        first: What the kernel would read: of what comes from the gradient, and else of half precision, all. Saved
+            tensors are never batched.
+        others: As ``first``.
         half: Whether the kernel rounds no more than once in half precision.
     """
-    if _formula_only or is_grad_enabled() or is_compiling() or transforms_active():
-        return False  # in backward, grad mode is on exactly when create_graph was asked for
-    for t in tensors:  # noqa: SIM110  # a generator costs as much as the rest
+    if (
+        _formula_only
+        or is_grad_enabled()  # in backward it is on exactly when create_graph was asked for
+        or is_compiling()
+        or transforms_active()
+        or is_legacy_batchedtensor(first)
+    ):
+        return False
+    if not half and first.dtype in _HALF:
+        return False
+    for t in others:  # noqa: SIM110  # a generator costs as much as the rest
         if is_legacy_batchedtensor(t) or (not half and t.dtype in _HALF):
             return False
     return True

@@ -20,7 +20,13 @@ from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, fused, kernel
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops.activations import gelu, silu
-from torchbp.ops.activations._infinities import bounded, free_of_nan, mended
+from torchbp.ops.activations._infinities import (
+    FEW,
+    bounded,
+    free_of_nan,
+    known_finite,
+    mended,
+)
 
 __all__ = ["gated", "halves"]
 
@@ -76,39 +82,39 @@ class GatedFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, dim: int, gate: str) -> Tensor:  # (*, 2D, *) -> (*, D, *)
+    def forward(x: Tensor, dim: int, gate: str, finite: bool) -> Tensor:  # (*, 2D, *) -> (*, D, *)
         def formula(x: Tensor) -> Tensor:
             a, b = x.chunk(2, dim)
             g = _GATES[gate].value(a)
-            g = g if free_of_nan(g) else mended(g, a)
+            g = g if finite or free_of_nan(g) else mended(g, a)
             return g.mul_(b) if fused(g, b) else g * b
 
         return in_row_pieces(formula, dim, x)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
-        x, ctx.dim, ctx.gate = inputs
+    def setup_context(ctx: Context, inputs: tuple[Tensor, int, str, bool], output: Tensor) -> None:
+        x, ctx.dim, ctx.gate, ctx.finite = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         gate = _GATES[ctx.gate]
 
         def formula(v: Tensor, x: Tensor) -> Tensor:
             a, b = x.chunk(2, ctx.dim)
-            if fused(v, x):
+            if (ctx.finite or x.numel() <= FEW) and fused(v, x):
                 grad_x = torch.empty_like(x)
                 grad_a, grad_b = grad_x.chunk(2, ctx.dim)
                 gate.times_derivative_into(torch.mul(v, b, out=grad_a), a, grad_a)  # (1)
                 gate.value_into(a, grad_b).mul_(v)  # (2)
-                if free_of_nan(grad_x):
+                if ctx.finite or free_of_nan(grad_x):
                     return grad_x
             grad_a = gate.times_derivative(v * b.conj(), bounded(a))  # (1)
             return torch.cat([grad_a, v * mended(gate.value(a), a).conj()], ctx.dim)  # (2)
 
-        return in_row_pieces(formula, ctx.dim, grad_y, x), None, None
+        return in_row_pieces(formula, ctx.dim, grad_y, x), None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
@@ -129,7 +135,7 @@ _gated = entry(GatedFunction, again=GatedFunction.forward)
 def gated(op: str, x: Tensor, dim: int, gate: str) -> Tensor:
     """Return g(a) · b for the public function ``op``."""
     check_halves(op, x, dim)
-    return _gated(x, dim, gate)
+    return _gated(x, dim, gate, known_finite(x))
 
 
 def check_halves(op: str, x: Tensor, dim: int) -> None:

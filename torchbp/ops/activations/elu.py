@@ -65,7 +65,7 @@ class ELUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
         (kept,) = ctx.saved_tensors
-        if fused(grad_y, kept, half=True):
+        if fused(grad_y, half=True):
             grad_x = _elu_backward(grad_y, ctx.alpha, ctx.s, ctx.beta, ctx.inplace, kept)
         else:
             grad_x = _times_derivative(grad_y, kept, ctx.alpha, ctx.s, ctx.beta, ctx.inplace)  # (3)

@@ -19,6 +19,7 @@ Sources:
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
     bounded,
     free_of_nan,
+    known_finite,
     mended,
     with_limits,
 )
@@ -58,29 +60,31 @@ class GELUFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, approximate: str) -> Tensor:  # x, y: (*)
+    def forward(x: Tensor, approximate: str, finite: bool) -> Tensor:  # x, y: (*)
         few = approximate == "none" and _is_few(x)
         y = F.gelu(x.double()).float() if few else F.gelu(x, approximate=approximate)
-        return y if free_of_nan(y) else mended(y, x)
+        return y if finite or free_of_nan(y) else mended(y, x)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, str], output: Tensor) -> None:
-        x, ctx.approximate = inputs
+    def setup_context(ctx: Context, inputs: tuple[Tensor, str, bool], output: Tensor) -> None:
+        x, ctx.approximate, ctx.finite = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         if fused(grad_y, x):
             if ctx.approximate == "none" and _is_few(x):
-                return with_limits(_backward_of_few, grad_y, x), None
-            return with_limits(_gelu_backward, grad_y, x, approximate=ctx.approximate), None
+                return with_limits(_backward_of_few, grad_y, x), None, None
+            backward = partial(_gelu_backward, approximate=ctx.approximate)
+            grad_x = backward(grad_y, x) if ctx.finite else with_limits(backward, grad_y, x)
+            return grad_x, None, None
         derivative, into = _DERIVATIVES[ctx.approximate]
-        return in_pieces(derivative, grad_y, bounded(x), into=into, spare=1), None  # (2)
+        return in_pieces(derivative, grad_y, bounded(x), into=into, spare=1), None, None  # (2)
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
         (x,) = ctx.saved_tensors
         return in_pieces(_DERIVATIVES[ctx.approximate][0], tangent_x, bounded(x))
 
@@ -151,7 +155,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if approximate not in _DERIVATIVES:
         rule = "approximate to be 'none' or 'tanh'"
         raise RuntimeError(wrong("gelu", rule, repr(approximate), "pass one of the two"))
-    return _gelu(input, approximate)
+    return _gelu(input, approximate, known_finite(input))
 
 
 class GELU(nn.GELU):

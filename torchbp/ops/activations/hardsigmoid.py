@@ -53,7 +53,7 @@ class HardsigmoidFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if fused(grad_y, x, half=True) and x.dtype != torch.float64:
+        if fused(grad_y, half=True) and x.dtype != torch.float64:
             return _hardsigmoid_backward(grad_y, x)
         return _times_derivative(grad_y, x)  # (2)
 

@@ -28,7 +28,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, overwrite, publ
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, free_of_nan, mended
+from torchbp.ops.activations._infinities import bounded, free_of_nan, known_finite, mended
 
 __all__ = ["Hardswish", "HardswishFunction", "hardswish"]
 
@@ -41,24 +41,25 @@ class HardswishFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:  # x, y: (*)
+    def forward(x: Tensor, finite: bool) -> Tensor:  # x, y: (*)
         y = F.hardswish(x)
-        return y if free_of_nan(y) else mended(y, x)
+        return y if finite or free_of_nan(y) else mended(y, x)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        x, _ = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> Tensor:
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if fused(grad_y, x, half=True):
-            return _hardswish_backward(grad_y, x)  # right at ±∞, too
-        return in_pieces(_times_derivative, grad_y, bounded(x))  # (2)
+        if fused(grad_y, half=True):
+            return _hardswish_backward(grad_y, x), None  # right at ±∞, too
+        return in_pieces(_times_derivative, grad_y, bounded(x)), None  # (2)
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
+    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
         return in_pieces(_times_derivative, tangent_x, bounded(x))
 
@@ -93,8 +94,8 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.0000, 0.6667, 4.0000])
     """
     if inplace:
-        return overwrite(_hardswish, input)
-    return _hardswish(input)
+        return overwrite(_hardswish, input, known_finite(input))
+    return _hardswish(input, known_finite(input))
 
 
 class Hardswish(nn.Hardswish):

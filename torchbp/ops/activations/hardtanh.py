@@ -55,7 +55,7 @@ class HardtanhFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (kept,) = ctx.saved_tensors
-        if fused(grad_y, kept, half=True):
+        if fused(grad_y, half=True):
             return _hardtanh_backward(grad_y, kept, ctx.lo, ctx.hi), None, None, None
         return _where_between(grad_y, kept, ctx.lo, ctx.hi), None, None, None  # (2)
 

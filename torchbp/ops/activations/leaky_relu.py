@@ -56,7 +56,7 @@ class LeakyReLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (kept,) = ctx.saved_tensors
-        if fused(grad_y, kept, half=True):
+        if fused(grad_y, half=True):
             grad_x = _leaky_relu_backward(grad_y, kept, ctx.slope, False)
             return grad_x, None, None
         return _times_slope(grad_y, kept, ctx.slope), None, None  # (2)

@@ -50,7 +50,7 @@ class LogSigmoidFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if fused(grad_y, x, half=True):
+        if fused(grad_y, half=True):
             # log σ(x) = -softplus(-x): that kernel needs no buffer beside x; at 40 σ is 1 in every dtype
             return _softplus_backward(grad_y, x, -1, 40)
         return in_pieces(_times_derivative, grad_y, x)  # (2)

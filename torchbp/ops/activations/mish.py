@@ -65,7 +65,7 @@ class MishFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if x.numel() <= _FEW and fused(grad_y, x, half=True):
+        if x.numel() <= _FEW and fused(grad_y, half=True):
             return with_limits(_mish_backward, grad_y, x)
         into = _times_derivative_into
         return in_pieces(_times_derivative, grad_y, x, into=into, spare=2)  # (2)

@@ -30,6 +30,7 @@ from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
     bounded,
     free_of_nan,
+    known_finite,
     mended,
     with_limits,
 )
@@ -47,24 +48,26 @@ class QuickGELUFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:  # x, y: (*)
+    def forward(x: Tensor, finite: bool) -> Tensor:  # x, y: (*)
         y = in_pieces(_value, x, into=_value_into)
-        return y if free_of_nan(y) else mended(y, x)
+        return y if finite or free_of_nan(y) else mended(y, x)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        x, ctx.finite = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> Tensor:
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         if fused(grad_y, x) and not x.is_complex():
-            return with_limits(_backward, grad_y, x)
-        return in_pieces(_times_derivative, grad_y, bounded(x))  # (2)
+            backward = _backward
+            return backward(grad_y, x) if ctx.finite else with_limits(backward, grad_y, x), None
+        return in_pieces(_times_derivative, grad_y, bounded(x)), None  # (2)
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
+    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
         return in_pieces(_times_derivative, tangent_x, bounded(x).conj())
 
@@ -110,7 +113,7 @@ def quick_gelu(input: Tensor) -> Tensor:
         >>> quick_gelu(torch.tensor([-1.0, 0.0, 2.0]))
         tensor([-0.1542,  0.0000,  1.9357])
     """
-    return _quick_gelu(input)
+    return _quick_gelu(input, known_finite(input))
 
 
 class QuickGELU(nn.Module):

@@ -51,7 +51,7 @@ class ReLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        if fused(grad_y, y, half=True):
+        if fused(grad_y, half=True):
             return _threshold_backward(grad_y, y, 0), None
         return _where_positive(grad_y, y), None  # (2)
 

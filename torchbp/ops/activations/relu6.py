@@ -50,7 +50,7 @@ class ReLU6Function(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        if fused(grad_y, y, half=True):
+        if fused(grad_y, half=True):
             return _hardtanh_backward(grad_y, y, 0, 6), None
         return _where_between(grad_y, y), None  # (2)
 

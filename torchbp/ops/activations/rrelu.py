@@ -73,11 +73,9 @@ class RReLUFunction(Function):
 def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
     """Return the slopes m of ``x``."""
     x = x.detach()
-    if x.numel() <= _FEW and cheap(x) and not is_half(x):
+    if _is_few(x):
         slopes = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _rrelu_with_noise(
-            x, slopes, lower, upper, True
-        )  # writes 1, or what it drew, beside the value
+        _rrelu_with_noise(x, slopes, lower, upper, True)  # it writes m beside the value
         return slopes
     drawn = _uniform(x).mul_(upper - lower).add_(lower)
     if not cheap(x):
@@ -85,6 +83,11 @@ def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
     # A mask and torch.where take ten times as long as these kernels: 1 where x > 0, else -1; then 1 or drawn.
     sign = F.threshold(x, 0, -1).sign_()
     return torch._prelu_kernel(sign, drawn.neg_())
+
+
+def _is_few(x: Tensor) -> bool:
+    """Whether torch's own kernel draws: slow by the element, but one call and not twelve."""
+    return x.numel() <= _FEW and cheap(x) and not is_half(x)
 
 
 def _uniform(x: Tensor) -> Tensor:
@@ -159,8 +162,8 @@ def _reference(
     input: Tensor, lower: float = 1.0 / 8, upper: float = 1.0 / 3, training: bool = False
 ) -> Tensor:
     """The definition; the slopes are drawn before, as the op draws them."""
-    if not training:
-        return F.rrelu(input, lower, upper)
+    if not training or _is_few(input):
+        return F.rrelu(input, lower, upper, training)
     drawn = lower + (upper - lower) * _uniform(input)
     return torch.where(input > 0, input, drawn * input)
 

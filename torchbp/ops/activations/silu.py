@@ -32,6 +32,7 @@ from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
     bounded,
     free_of_nan,
+    known_finite,
     mended,
     with_limits,
 )
@@ -47,24 +48,26 @@ class SiLUFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:  # x, y: (*)
+    def forward(x: Tensor, finite: bool) -> Tensor:  # x, y: (*)
         y = F.silu(x)
-        return y if free_of_nan(y) else mended(y, x)
+        return y if finite or free_of_nan(y) else mended(y, x)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        x, ctx.finite = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> Tensor:
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if fused(grad_y, x, half=True) and not x.is_complex():
-            return with_limits(_silu_backward, grad_y, x)
-        return in_pieces(_times_derivative, grad_y, bounded(x))  # (2)
+        if fused(grad_y, half=True) and not x.is_complex():
+            backward = _silu_backward
+            return backward(grad_y, x) if ctx.finite else with_limits(backward, grad_y, x), None
+        return in_pieces(_times_derivative, grad_y, bounded(x)), None  # (2)
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
+    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
         return in_pieces(_times_derivative, tangent_x, bounded(x).conj())
 
@@ -98,8 +101,8 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.2689,  0.0000,  1.7616])
     """
     if inplace:
-        return overwrite(_silu, input)
-    return _silu(input)
+        return overwrite(_silu, input, known_finite(input))
+    return _silu(input, known_finite(input))
 
 
 class SiLU(nn.SiLU):

@@ -53,7 +53,7 @@ class SoftmaxFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        if fused(grad_y, y, half=True):
+        if fused(grad_y, half=True):
             return _softmax_backward_data(grad_y, y, ctx.dim, y.dtype), None
         return _project(grad_y, y, ctx.dim), None
 

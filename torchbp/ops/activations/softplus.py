@@ -50,7 +50,7 @@ class SoftplusFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        if fused(grad_y, x, half=True):
+        if fused(grad_y, half=True):
             return _softplus_backward(grad_y, x, ctx.beta, ctx.threshold), None, None
         return _times_derivative(grad_y, x, ctx.beta, ctx.threshold), None, None  # (2)
 

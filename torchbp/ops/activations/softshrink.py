@@ -48,7 +48,7 @@ class SoftshrinkFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        if fused(grad_y, y, half=True):
+        if fused(grad_y, half=True):
             return _softshrink_backward(grad_y, y, 0), None
         return _where_not_zero(grad_y, y), None  # (2)
 

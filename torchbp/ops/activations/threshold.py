@@ -56,7 +56,7 @@ class ThresholdFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (kept,) = ctx.saved_tensors
-        if fused(grad_y, kept, half=True):
+        if fused(grad_y, half=True):
             return _threshold_backward(grad_y, kept, ctx.t), None, None, None
         return _where_above(grad_y, kept, ctx.t), None, None, None  # (2)
 
