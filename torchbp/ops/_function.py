@@ -250,7 +250,10 @@ def in_autocast_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     def cast(t: Tensor) -> Tensor:
         return t.float() if is_half(t) and torch.is_autocast_enabled(t.device.type) else t
 
-    return tuple(cast(t) for t in tensors)
+    for t in tensors:
+        if t.dtype in _HALF:
+            return tuple(cast(t) for t in tensors)
+    return tensors
 
 
 def eager() -> bool:

@@ -11,7 +11,11 @@ from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import is_half
 from torchbp.ops._pieces import in_pieces, pieces, separable, writable, written
 
-__all__ = ["matched", "named", "reduce", "reduced", "spread"]
+__all__ = ["FEW", "REDUCTIONS", "matched", "named", "reduce", "reduced", "spread"]
+
+
+FEW = 1 << 14  # elements, that need no pieces: torch's own reduction is one call
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's kernels count them
 
 
 def named(op: str, reduction: str, size_average: bool | None, reduce: bool | None) -> str:

@@ -32,15 +32,20 @@ from torchbp.ops._function import (
     entry,
     fused,
     in_autocast_float32,
+    is_half,
+    kernel,
     public,
     scale_fresh,
 )
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import matched, named, reduce, reduced, spread
+from torchbp.ops._reduction import FEW, REDUCTIONS, matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["HuberLoss", "HuberLossFunction", "huber_loss"]
+
+
+_huber_loss_backward_into = kernel("huber_loss_backward", "out")
 
 
 class HuberLossFunction(Function):
@@ -50,6 +55,9 @@ class HuberLossFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, target: Tensor, delta: float, reduction: str) -> Tensor:
+        if x.numel() <= FEW and not is_half(x):
+            return F.huber_loss(x, target, reduction, delta)
+
         def values(x: Tensor, t: Tensor) -> Tensor:  # (*), (*) -> (*)
             return F.huber_loss(x, t, "none", delta)
 
@@ -67,12 +75,12 @@ class HuberLossFunction(Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, target = ctx.saved_tensors
         need_x, need_target, *_ = ctx.needs_input_grad
-        s = spread(grad, ctx.reduction, x.numel())
-        if fused(s, x, target):
+        if fused(grad, x, target):
             fresh = torch.empty_like(x)  # else the kernel fills it with zeros first
-            kernel = torch.ops.aten.huber_loss_backward.out
-            gradient = kernel(s, x, target, 0, ctx.delta, grad_input=fresh)
+            how = REDUCTIONS[ctx.reduction], ctx.delta
+            gradient = _huber_loss_backward_into(grad, x, target, *how, grad_input=fresh)  # (1)
         else:
+            s = spread(grad, ctx.reduction, x.numel())
             gradient = in_pieces(lambda x, t, s: _gradient(x - t, s, ctx.delta), x, target, s)
         return gradient if need_x else None, -gradient if need_target else None, None, None  # (2)
 

@@ -29,13 +29,14 @@ from torchbp.ops._function import (
     Context,
     directional,
     entry,
+    fused,
     in_autocast_float32,
     public,
     scale_fresh,
 )
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import alike, length_written
-from torchbp.ops._reduction import matched, named, reduce, reduced, spread
+from torchbp.ops._reduction import FEW, matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["L1Loss", "L1LossFunction", "l1_loss"]
@@ -50,10 +51,11 @@ class L1LossFunction(Function):
     def forward(  # (*), (*) -> () or (*), (*) int8
         x: Tensor, target: Tensor, reduction: str
     ) -> tuple[Tensor, Tensor]:
-        if reduction != "none" and alike(x, target):
+        if reduction != "none" and x.numel() > FEW and alike(x, target):
             return _by_pieces(x, target, reduction)
         d = x - target
-        return reduce(d.abs(), reduction), d.sign().to(torch.int8)
+        sign = d.sign().to(torch.int8)
+        return reduce(d.abs_() if fused(d) else d.abs(), reduction), sign
 
     @staticmethod
     def setup_context(
@@ -73,7 +75,7 @@ class L1LossFunction(Function):
         (sign,) = ctx.saved_tensors
         need_x, need_target, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, sign.numel())
-        gradient = scale_fresh(sign.to(s.dtype), s)  # (1)
+        gradient = sign * s if s.dim() == 0 else scale_fresh(sign.to(s.dtype), s)  # (1)
         grad_x, grad_target = (
             (gradient if k == 0 else -gradient).to(dtype) if needed else None
             for k, (dtype, needed) in enumerate(zip(ctx.dtypes, (need_x, need_target), strict=True))

@@ -30,15 +30,20 @@ from torchbp.ops._function import (
     entry,
     fused,
     in_autocast_float32,
+    is_half,
+    kernel,
     public,
     scale_fresh,
 )
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import matched, named, reduce, reduced, spread
+from torchbp.ops._reduction import FEW, REDUCTIONS, matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square
 
 __all__ = ["MSELoss", "MSELossFunction", "mse_loss"]
+
+
+_mse_loss_backward_into = kernel("mse_loss_backward", "grad_input")
 
 
 class MSELossFunction(Function):
@@ -49,9 +54,10 @@ class MSELossFunction(Function):
     @staticmethod
     def forward(x: Tensor, target: Tensor, w: Tensor | None, reduction: str) -> Tensor:
         if w is None:
-            if not (
-                x.is_floating_point() and x.dtype == target.dtype
-            ):  # torch's rules and refusals
+            like = (
+                x.dtype == target.dtype and x.is_floating_point()
+            )  # else torch's rules and refusals
+            if not like or (x.numel() <= FEW and not is_half(x)):
                 return F.mse_loss(x, target, reduction=reduction)
             return reduced(_values, reduction, x, target)  # (*), (*) -> () or (*)
         return reduce((x - target).square() * w, reduction)
@@ -70,19 +76,20 @@ class MSELossFunction(Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, target, w = ctx.saved_tensors
         need_x, need_target, need_w, _ = ctx.needs_input_grad
-        s = spread(grad, ctx.reduction, x.numel())
         grad_x = grad_target = grad_w = None
         if need_x or need_target:
-            s_w = s if w is None else s * w
-            if fused(x, target, s_w) and x.dtype == target.dtype == s_w.dtype:
+            v, how = grad, ctx.reduction
+            if w is not None:
+                v, how = spread(grad, how, x.numel()) * w, "none"
+            if fused(v, x, target) and v.dtype == x.dtype == target.dtype:
                 fresh = torch.empty_like(x)  # else the kernel fills it with zeros first
-                kernel = torch.ops.aten.mse_loss_backward.grad_input
-                gradient = kernel(s_w, x, target, 0, grad_input=fresh)
+                gradient = _mse_loss_backward_into(v, x, target, REDUCTIONS[how], grad_input=fresh)
             else:
-                gradient = in_pieces(_gradient, x, target, s_w)
+                gradient = in_pieces(_gradient, x, target, spread(v, how, x.numel()))
             grad_x = gradient.to(x.dtype) if need_x else None
             grad_target = (-gradient).to(target.dtype) if need_target else None  # (2)
         if need_w:
+            s = spread(grad, ctx.reduction, x.numel())
             grad_w = (s * (x - target).square()).to(w.dtype)  # (3)
         return grad_x, grad_target, grad_w, None
 

@@ -26,7 +26,7 @@ from torch.autograd.function import Function
 from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
 from torchbp.ops._op import Op
-from torchbp.ops._reduction import named, spread
+from torchbp.ops._reduction import REDUCTIONS, named, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.losses._classes import class_dim, counted
 
@@ -34,9 +34,6 @@ __all__ = ["NLLLoss", "NLLLossFunction", "nll_loss"]
 
 _nll_loss_forward = kernel("nll_loss_forward")
 _nll_loss_backward = kernel("nll_loss_backward")
-
-
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's kernels count them
 
 
 class NLLLossFunction(Function):
@@ -50,7 +47,7 @@ class NLLLossFunction(Function):
     ) -> tuple[Tensor, Tensor | None]:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *); Σ w_t
         fits = x.dim() == 2 and target.shape == x.shape[:1]
         if fits and target.dtype == torch.int64 and fused(x) and _one_dtype(x, w):
-            return _nll_loss_forward(x, target, w, _REDUCTIONS[reduction], ignored)
+            return _nll_loss_forward(x, target, w, REDUCTIONS[reduction], ignored)
         if target.dtype == torch.uint8:  # torch has no batching rule for it
             target = target.long()
         return F.nll_loss(x, target, w, ignore_index=ignored, reduction=reduction), None
@@ -122,7 +119,7 @@ def _by_kernel(
         total = counted(grad, target, w, ctx.ignored)[2]
     # of x the kernel asks for the shape alone
     like_x = (grad.unsqueeze(1) if grad.dim() else grad).expand(ctx.shape)
-    how = _REDUCTIONS[reduction], ctx.ignored, total
+    how = REDUCTIONS[reduction], ctx.ignored, total
     target = target if target.dtype == torch.int64 else target.long()
     return _nll_loss_backward(grad, like_x, target, w, *how)
 
