@@ -27,19 +27,13 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, is_half, kernel, public
+from torchbp.ops._function import Context, entry, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._random import cheap, int32_like
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations.leaky_relu import leaky_relu
 
 __all__ = ["RReLU", "RReLUFunction", "rrelu", "rrelu_"]
-
-
-_rrelu_with_noise = kernel("rrelu_with_noise")
-_FEW = (
-    1 << 10
-)  # elements; up to these torch's kernel, slow by the element, is faster than twelve calls
 
 
 class RReLUFunction(Function):
@@ -73,21 +67,12 @@ class RReLUFunction(Function):
 def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
     """Return the slopes m of ``x``."""
     x = x.detach()
-    if _is_few(x):
-        slopes = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _rrelu_with_noise(x, slopes, lower, upper, True)  # it writes m beside the value
-        return slopes
     drawn = _uniform(x).mul_(upper - lower).add_(lower)
     if not cheap(x):
         return torch.where(x <= 0, drawn, 1)
     # A mask and torch.where take ten times as long as these kernels: 1 where x > 0, else -1; then 1 or drawn.
     sign = F.threshold(x, 0, -1).sign_()
     return torch._prelu_kernel(sign, drawn.neg_())
-
-
-def _is_few(x: Tensor) -> bool:
-    """Whether torch's own kernel draws: slow by the element, but one call and not twelve."""
-    return x.numel() <= _FEW and cheap(x) and not is_half(x)
 
 
 def _uniform(x: Tensor) -> Tensor:
@@ -162,8 +147,8 @@ def _reference(
     input: Tensor, lower: float = 1.0 / 8, upper: float = 1.0 / 3, training: bool = False
 ) -> Tensor:
     """The definition; the slopes are drawn before, as the op draws them."""
-    if not training or _is_few(input):
-        return F.rrelu(input, lower, upper, training)
+    if not training:
+        return F.rrelu(input, lower, upper)
     drawn = lower + (upper - lower) * _uniform(input)
     return torch.where(input > 0, input, drawn * input)
 
