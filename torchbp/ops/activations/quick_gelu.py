@@ -49,7 +49,7 @@ class QuickGELUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool) -> Tensor:  # x, y: (*)
-        y = in_pieces(_value, x, into=_value_into)
+        y = _value(x)
         return y if finite or free_of_nan(y) else mended(y, x)
 
     @staticmethod
@@ -72,12 +72,8 @@ class QuickGELUFunction(Function):
         return in_pieces(_times_derivative, tangent_x, bounded(x).conj())
 
 
-def _value(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(_A * x)
-
-
-def _value_into(y: Tensor, x: Tensor) -> None:
-    torch.mul(x, _A, out=y).sigmoid_().mul_(x)
+def _value(input: Tensor) -> Tensor:
+    return in_pieces(lambda x: x * torch.sigmoid(_A * x), input)
 
 
 def _backward(grad_y: Tensor, x: Tensor) -> Tensor:
