@@ -150,6 +150,9 @@ def test_edge_values(op, dtype, engine):
         torchs[here], wide.grad[here] = value, derivative
     limits = torch.finfo(dtype)
     rtol = 4 * limits.eps if op.own_value else 0.0
+    if op.own_value:  # nearer the truth than torch's, in a tail where that cancels
+        right = torch.isclose(y.detach().double(), exact.detach(), rtol=limits.eps, atol=0)
+        torchs[right] = y.detach()[right]
     torch.testing.assert_close(y.detach(), torchs, equal_nan=True, rtol=rtol, atol=0)
     normal = (wide.grad.abs() >= limits.smallest_normal) | wide.grad.isnan()
     # float32 and wider may see the derivative from the output, to an absolute error; half precision rounds once.
