@@ -225,6 +225,18 @@ def test_what_is_read_and_logged_carries_its_step(tmp_path, log):
     np.testing.assert_allclose(logged.values, losses, rtol=1e-6)
 
 
+def test_the_gap_is_to_the_mean_loss_of_all_steps(tmp_path):
+    def validate(step, monitor):
+        if step % 20 == 19:
+            monitor.log_loss(val=step)
+
+    _, losses, _ = train(640, tmp_path, share=TINY, at=validate)
+    gap = read(tmp_path).scalars["run/generalisation_gap"]
+    assert gap.steps.tolist() == list(range(19, 640, 20))
+    means = losses.reshape(-1, 20).mean(1)
+    np.testing.assert_allclose(gap.values, (gap.steps - means) / means, rtol=1e-5)
+
+
 def test_largest_and_smallest_are_of_what_was_read(tmp_path):
     _, _, norms = train(1000, tmp_path, share=TINY)
     run = read(tmp_path)

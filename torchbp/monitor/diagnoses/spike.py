@@ -1,4 +1,4 @@
-"""Spikes: a gradient norm far outside of what the last 128 steps had."""
+"""Spikes: a gradient norm far outside of what the last 128 readings had."""
 
 from collections.abc import Iterator, Sequence
 
@@ -69,7 +69,7 @@ def examine(reading: Reading) -> Iterator[Suspicion]:
         "warning",
         layer,
         f"the gradient norm is {norm:.2g}, {norm / usual:.3g} times its median over the last "
-        f"{_HISTORY} steps and {sigmas:.1f}σ above their mean in logarithm; most of all at "
+        f"{_HISTORY} readings and {sigmas:.1f}σ above their mean in logarithm; most of all at "
         f"{layer}, {grown.max():.3g} times",
         f"clip_grad_norm_ at {2 * usual:.2g}; look at the batch of this step; a longer "
         "warm-up; a smaller β2 in Adam",
@@ -81,7 +81,7 @@ DIAGNOSIS = Diagnosis(
     reads=("global_gradient_norm", "layer_gradient_norm"),
     examine=examine,
     screen=screen,
-    threshold="the logarithm of the gradient norm is 6σ above its mean over 128 steps, and the norm "
+    threshold="the logarithm of the gradient norm is 6σ above its mean over 128 readings, and the norm "
     "4 times its median",
     source="OLMo-core: 6σ over 128 steps; the factor is added",
 )

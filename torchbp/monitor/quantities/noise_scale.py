@@ -3,7 +3,7 @@
 From the first of K micro-batches of b samples and the whole step of B = K·b, or under DDP from the
 batches of K ranks before the reduction and after it, by their mean gradients:
 |G|² = (B |g_B|² − b |g_b|²) / (B − b) and S = (|g_b|² − |g_B|²) / (1/b − 1/B) have the right
-expectations; each is averaged over up to 256 steps, and then divided. The interval is that of a ratio of
+expectations; each is averaged over up to 256 readings, and then divided. The interval is that of a ratio of
 means, by the delta method; high is inf where |G|² can't be told from 0.
 
 Sources: McCandlish, Kaplan, Amodei, "An Empirical Model of Large-Batch Training", 2018,
