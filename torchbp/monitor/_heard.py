@@ -4,6 +4,7 @@ Small tensors are kept until the backward ends and measured together: a call a l
 the measuring. Large ones are measured at once, on part of the batch.
 """
 
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -69,9 +70,14 @@ _Delta = tuple[Forward, int, int, bool, Tensor]
 
 
 class Heard:
-    """Measures what is heard, into the row it belongs to."""
+    """Measures what is heard, into the row it belongs to.
+
+    Attributes:
+        own_time: Seconds spent while training went on, in hooks.
+    """
 
     def __init__(self) -> None:
+        self.own_time = 0.0
         quantities = all_quantities().values()
         self._error = next(q for q in quantities if q.at == "error")
         self._of_outputs = [q for q in quantities if q.at == "output"]
@@ -148,11 +154,13 @@ class Heard:
     # ---------------------------------------------------------------------------- error signals
     def delta(self, forward: Forward, place: int, call: int, first: bool, value: Tensor) -> None:
         """Take the gradient of a layer's output."""
+        start = time.perf_counter()
         if self._keeps(value):
             self._deltas.append((forward, place, call, first, value))
         elif first:
             with torch.no_grad():
                 self._measure_deltas([(forward, place, call, first, _thinned(value))])
+        self.own_time += time.perf_counter() - start
 
     def times(self, row: Row, place: int, value: Tensor, dim: int) -> None:
         """Take the gradient of a sequence that a recurrent layer was called with."""

@@ -4,6 +4,7 @@ All of it hangs on a module hook for every module of the process, which is there
 The model itself carries no module hook: it can be copied, pickled and saved at any time.
 """
 
+import time
 import weakref
 from collections.abc import Callable
 from functools import cache, partial
@@ -65,6 +66,11 @@ class Listener:
         """
         return self._forward.batch or None
 
+    @property
+    def own_time(self) -> float:
+        """Seconds spent in hooks so far."""
+        return self._heard.own_time
+
     def listen(self, on: bool) -> None:
         """Set the hooks, or take them away."""
         self._heard.forget()
@@ -115,6 +121,11 @@ class Listener:
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if _is_compiling():
             return
+        start = time.perf_counter()
+        self._hear(module, args, output)
+        self._heard.own_time += time.perf_counter() - start
+
+    def _hear(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         reference, place, function, whole = self._roles.get(id(module)) or _NONE
         if reference() is not module:
             place, function, whole = self._learn(module)

@@ -128,12 +128,14 @@ class Taps:
     Attributes:
         batch: Length of the first tensor that the first layer was called with last, 0-d; None before, and
             where a layer of the model takes the batch as its second dimension.
+        own_time: Nothing: what is done in the graph is not told apart.
         deaf: Whether a backward has shown that the taps are not in the compiled graph.
     """
 
     def __init__(self, model: nn.Module, catalogue: Catalogue, row: Any) -> None:
         self.batch: Tensor | None = None
         self._first = all(getattr(m, "batch_first", True) for m in model.modules())
+        self.own_time = 0.0
         self.deaf = False
         self._row = row
         self._switch = _Switch()

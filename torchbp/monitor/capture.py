@@ -54,7 +54,6 @@ class Capture:
         turns: Whether optimizers take turns, each with a backward of its own.
         row: Its row.
         reading: Whether it is read.
-        own_time: Seconds spent here so far.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Capture:
         self.step = self.steps = self.first = 0
         self.turns = False
         self.row = Row(0)
-        self.own_time = 0.0
+        self._own_time = 0.0
         self._last: Row | None = None  # the row before
         self._found: list[tuple[int, ...]] = []  # parameters whose gradients that row has, by group
         self._reached: set[int] = set()  # the same together
@@ -122,6 +121,11 @@ class Capture:
         if self.row.backwards:
             self._hand_over(self.row)
             self.row = Row(self.step + 1)
+
+    @property
+    def own_time(self) -> float:
+        """Seconds spent here and in the layers' hooks so far."""
+        return self._own_time + self._listener.own_time
 
     @property
     def deaf(self) -> bool:
@@ -178,7 +182,7 @@ class Capture:
             if self.row is row:
                 self._begin(self.step + 1)
             self._probe.set()
-        self.own_time += time.perf_counter() - start
+        self._own_time += time.perf_counter() - start
 
     def _read(self, row: Row, another: bool) -> None:
         """Put the gradients into ``row``, in place of those of an earlier backward."""
@@ -242,7 +246,7 @@ class Capture:
                 now = self._meter.parameters(self._meter.members(optimizer), room=2)
                 self._meter.measure(row, "weight", now)
                 self._before = self._meter.kept(now)
-        self.own_time += time.perf_counter() - start
+        self._own_time += time.perf_counter() - start
 
     def _measure_stepped(self, row: Row, optimizer: Optimizer) -> None:
         name = "stepped_gradient_norm"
@@ -285,11 +289,11 @@ class Capture:
             row.scale = self._scaler.scale()
             row.host["learning_rate"] = [_rate(g["lr"]) for g in optimizer.param_groups]
             self._begin(self.step + 1)
-            self.own_time += time.perf_counter() - start
+            self._own_time += time.perf_counter() - start
             if row.backwards:
                 self._hand_over(row)
         else:
-            self.own_time += time.perf_counter() - start
+            self._own_time += time.perf_counter() - start
 
     def _is_late(self, optimizer: Optimizer) -> bool:
         """Whether the step is one more of the last row's, by another optimizer."""
