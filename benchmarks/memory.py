@@ -171,7 +171,7 @@ def _child(mapped: bool, *args: object) -> str:
     command = [sys.executable, "-W", "ignore", __file__, "--child", *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     if mapped:
-        env["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
+        env["MALLOC_MMAP_THRESHOLD_"] = str(256 << 10)
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     return run.stdout.strip() or "False"
 
@@ -259,7 +259,7 @@ def main() -> int:
     parser.add_argument(
         "--mapped",
         action="store_true",
-        help="with either: the C library gives what is freed back to the system, from 1 MiB on",
+        help="with either: the C library gives what is freed back to the system, from 256 KiB on",
     )
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import torchbp
 import torchbp.functional as F
 from tests.recompute.compared import Count, both, same, step
+from torchbp.ops import _recipe
 from torchbp.recompute import _lean, _scope
 
 
@@ -171,6 +172,16 @@ def test_a_budget_is_kept_inside_a_scope_that_has_none():
     outer(data()[0])
     assert plan.choices is None
     assert _lean._hooks_of(outer).plan.choices is not None
+
+
+def test_whether_parameters_may_be_freed_is_the_outermost_s_to_say(single_process_group):
+    found = []
+    lean = torchbp.lean(nn.Sequential(network(), Asks(lambda: found.append(_recipe.sharded))), 0.5)
+    lean(data()[0])
+    with torchbp.lean_scope():  # what it is for may be sharded, who knows
+        lean(data()[0])
+        found.append(_recipe.sharded)
+    assert found == [False, True, True]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -57,6 +57,7 @@ def gradients(f, scope, units=None):
             live.peak = live.now
             del tensor
             tensor = saved.open()
+            assert not tensor.requires_grad
             units.append(live.peak / tensor.untyped_storage().nbytes())
     return torch.autograd.grad(z.sum(), w)
 

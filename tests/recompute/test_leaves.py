@@ -1,5 +1,6 @@
 """Leaves that torch's own ops read, and note nothing of: written to, or their data exchanged, at the wrong moment."""
 
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -51,6 +52,20 @@ def made_in_the_scope_around(w, leaf, scope):
             return F.linear(y, w)
 
 
+def made_while_another_thread_opens_one(w, leaf, scope):
+    def other():
+        with torchbp.lean_scope():
+            pass
+
+    with scope():
+        y = F.gelu(F.linear(torch.ones(3, 8), w)) + leaf
+        write(leaf)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return F.linear(y, w)
+
+
 def number_of_before_the_scope(w, leaf, scope):
     number = torch.tensor(2.0)
     y = torch.ones(3, 8, requires_grad=True) * number
@@ -65,6 +80,7 @@ def number_of_before_the_scope(w, leaf, scope):
         made_before_the_scope,
         made_in_the_scope_before,
         made_in_the_scope_around,
+        made_while_another_thread_opens_one,
         number_of_before_the_scope,
     ],
     ids=lambda f: f.__name__,
@@ -112,6 +128,21 @@ def test_another_leaf_with_the_same_identity(monkeypatch):
         noted = _leaves._scope.versions
         noted[id(leaf)] = noted[id(other)]
         assert not _leaves.is_as_read(leaf, node, measures=False)
+
+
+def test_leaves_that_are_gone_are_forgotten():
+    def met():
+        leaf = torch.randn(8, requires_grad=True)
+        write(leaf)
+        with torchbp.lean_scope():
+            assert not _leaves.is_as_read(leaf, (leaf + 0).grad_fn, measures=False)
+        assert id(leaf) in _leaves._met
+        return id(leaf)
+
+    key = met()
+    with torchbp.lean_scope():
+        assert key not in _leaves._met
+        assert key not in _leaves._scope.versions
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
