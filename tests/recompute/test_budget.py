@@ -221,7 +221,9 @@ def test_a_product_of_three_dimensions_that_are_not_in_order(frozen, monkeypatch
     with torchbp.lean_scope():
         y = bp.silu(bp.linear(bp.gelu(x.transpose(1, 2)), w))
     (item, t), *_ = [(i, t) for i, t in packed if type(i) is Share and i.made.recipe.flops]
-    assert torch.equal(item.open(), t)
+    made = item.open()
+    assert torch.equal(made, t)
+    assert not made.requires_grad
     del y
 
 

@@ -145,11 +145,22 @@ def test_leaves_that_are_gone_are_forgotten():
         assert key not in _leaves._scope.versions
 
 
+class Shifted(nn.Module):
+    """A norm whose parameter no backward reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return F.layer_norm(x, (8,), None, self.bias)
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("when", ["before backward", "while its layer does not run"])
 def test_data_exchanged(when):
     """As by who moves parameters, or shards them: backward gets the data that there are then, as without lean."""
-    layers = [nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8), nn.SiLU()]
+    layers = [nn.Linear(8, 8), nn.LayerNorm(8, bias=False), nn.GELU(), nn.Linear(8, 8), Shifted()]
     results = []
     for model in both(nn.Sequential(*layers, nn.Linear(8, 8))):
         whole = {p: p.data.clone() for p in model.parameters()}
