@@ -259,8 +259,9 @@ def test_after_ctrl_c_in_a_part_of_a_part():
     assert not _scope._thread.running
 
 
-def test_after_ctrl_c_in_a_part_the_whole_is_closed():
-    part = torchbp.lean(network())
+@pytest.mark.parametrize("again", [True, False])
+def test_after_ctrl_c_in_a_part_the_whole_is_closed(again):
+    part = torchbp.lean(network(), budget=0.6)
 
     class Whole(nn.Module):
         def __init__(self):
@@ -269,7 +270,7 @@ def test_after_ctrl_c_in_a_part_the_whole_is_closed():
 
         def forward(self, x):
             stopped(self.part, KeyboardInterrupt)
-            return self.asks(self.part(x))
+            return self.asks(self.part(x) if again else self.part[0](x))
 
     whole = torchbp.lean(Whole())
     whole(data()[0]).sum().backward()

@@ -249,7 +249,7 @@ def test_pack_takes_whatever_autograd_saves():
 def test_fake_tensors_leave_nothing_behind(monkeypatch):
     monkeypatch.setattr(_recipe, "_EMPTY", {})
     with FakeTensorMode():
-        torchbp.lean(network())(torch.randn(4, 6)).sum().backward()
+        torchbp.lean(network().eval())(torch.randn(4, 6)).sum().backward()
     assert not _recipe._EMPTY
     torchbp.lean(network())(torch.randn(4, 6)).sum().backward()
     assert {type(empty) for empty in _recipe._EMPTY.values()} == {torch.Tensor}
