@@ -159,7 +159,6 @@ pair(
     MeanSquareHalf.apply,
     X,
     "float16: the square overflows beyond 256",
-    missed="a note: inputs of 512 are not the sample's",
 )
 
 

@@ -188,7 +188,6 @@ class PixelShuffle(Rule):
     PixelShuffle,
     "order of the channels, right for one of them",
     lambda: (real(1, 4, 2, 3),),
-    missed="the next number of channels that the forward takes, 8, is not tried",
 )
 def pixel_shuffle(g, x):
     n, c, h, w = x.shape
