@@ -90,7 +90,7 @@ class Reading:
         sampled: Whether the layers were listened to at this step.
         rare: Whether what is measured rarely was.
         times: By layer of ``layers``: norms of what came back to it at each time step ``(T,)``.
-        between: Training losses of the steps since the reading before, which were not read.
+        between: Training losses of steps that were not read: since the reading before, up to its own.
         memory: Belongs to the quantity or diagnosis that reads; lasts as long as the monitor.
         shared: What several diagnoses make of the reading, made once.
     """

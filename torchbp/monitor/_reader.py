@@ -1,6 +1,6 @@
 """From sums on the host to readings: every quantity finished, in the order in which layers run."""
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,10 +79,10 @@ class Reader:
         return blocks, readings
 
     def _give(self, between: Sequence[Moment], readings: Sequence[Reading]) -> None:
-        """Tell every reading what came between; keep the rest for the next."""
+        """Tell every reading what came between, its own step included; keep the rest for the next."""
         steps, start = [step for step, _, _ in between], 0
         for reading in readings if between else ():
-            end = bisect_left(steps, reading.step, start)
+            end = bisect_right(steps, reading.step, start)
             reading.between = [loss for _, _, loss in between[start:end]]
             start = end
         self._left = between[start:]
