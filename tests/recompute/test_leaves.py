@@ -137,6 +137,8 @@ def test_leaves_that_are_gone_are_forgotten():
         with torchbp.lean_scope():
             assert not _leaves.is_as_read(leaf, (leaf + 0).grad_fn, measures=False)
         assert id(leaf) in _leaves._met
+        with torchbp.lean_scope():
+            assert id(leaf) in _leaves._scope.versions
         return id(leaf)
 
     key = met()
