@@ -79,6 +79,20 @@ def test_it_is_met(name, monkeypatch):
         assert count.of(lean, x) > 0.3 * share * whole, "no more than needed is let go"
 
 
+def test_biases_that_were_written_to_before_are_known_from_the_first():
+    """By their initialization: convolutions note nothing of what they read."""
+    layers = [nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3)]
+    assert layers[0].bias is not None
+    assert layers[0].bias._version
+    lean, x = torchbp.lean(nn.Sequential(*layers), 0.45), torch.randn(2, 3, 9, 9)
+    plan = _lean._hooks_of(lean).plan
+    lean(x)
+    choices = plan.choices
+    assert any(choice.dropped for choice in choices)
+    lean(x)
+    assert plan.choices is choices
+
+
 def test_bytes_are_counted_anew_for_another_batch(monkeypatch):
     model, x, _ = made("GPT")
     count = Bytes(monkeypatch)
