@@ -1,6 +1,7 @@
 """What the function under test is called with, and its neighbours: the same function at other samples."""
 
 import copy
+import inspect
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -129,6 +130,11 @@ class Sample:
     def _filled(self, leaves: Sequence[Tensor], others: Mapping[int, Tensor]) -> list[Any]:
         given = {**others, **dict(zip(self.where, leaves, strict=True))}
         return [given.get(i, x) for i, x in enumerate(self.flat)]
+
+    def bound(self, signature: inspect.Signature) -> inspect.BoundArguments:
+        """Return the arguments by the names that ``signature`` has for them; raise TypeError where they don't fit."""
+        args, kwargs = pytree.tree_unflatten(self.flat[: self._arguments], self._spec)
+        return signature.bind(*args, **kwargs)
 
     def _invoke(self, flat: list[Any], func: Callable[..., Any] | None = None) -> Any:
         args, kwargs = pytree.tree_unflatten(flat[: self._arguments], self._spec)

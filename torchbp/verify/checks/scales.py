@@ -1,6 +1,8 @@
 """Scales: the gradient is right for inputs much smaller and larger than the sample: clamps, other branches.
 
-All change together; at one scale only every other one of several, which changes what they are to each other.
+All change together; at one scale only every other one of several, which changes what they are to each other. An input
+that is nowhere negative, or nowhere positive, is also taken with the other sign, alone, where forward takes it so: a
+slope, a coordinate, what came out of a ReLU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,7 @@ NAME = "scales"
 FACTORS = (2.0**-10, 2.0**3, -(2.0**10))
 EXPLODES = 1e14  # times as large outputs: out of the sample's domain
 APART = 2.0**3  # of several inputs every other one
+NEGATED = 2  # inputs at most
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -33,8 +36,31 @@ def _run(case: Case) -> Iterator[Finding]:
         if found:
             yield replace(found, severity="note") if explodes(case, other, EXPLODES) else found
             return
+    for which in _one_sided(case)[:NEGATED]:
+        other = _negated(case, case.where[which])
+        if not accepts(other):
+            continue
+        tested = True
+        found = check_lines(other, NAME, f" where {case.names[which]} is negated")
+        if found:
+            yield found
+            return
     if not tested:
         raise NotApplicable("forward takes no inputs of another size")
+
+
+def _one_sided(case: Case) -> list[int]:
+    """Return the leaves whose elements have one sign."""
+    inputs = ((i, leaf) for i, leaf in enumerate(case.leaves) if case.where[i] < case.size)
+    return [
+        i
+        for i, leaf in inputs
+        if not leaf.is_complex() and bool((leaf > 0).any()) != bool((leaf < 0).any())
+    ]
+
+
+def _negated(case: Case, position: int) -> Case:
+    return case.edited(lambda i, t: -t if i == position else t)
 
 
 def _when(case: Case, chosen: Sequence[int], factor: float) -> str:
@@ -47,7 +73,7 @@ def _when(case: Case, chosen: Sequence[int], factor: float) -> str:
 
 CHECK = Check(
     name=NAME,
-    tests="the gradient is right for inputs a thousand times smaller, 8 and a thousand times larger",
+    tests="the gradient is right for inputs a thousand times smaller, 8 and a thousand times larger, and negated",
     run=_run,
     order=82,
     needs=("same values",),
