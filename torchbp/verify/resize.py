@@ -42,6 +42,11 @@ class Size:
         """The next larger size."""
         return self.now + self.unit
 
+    def within(self, case: Case) -> int:
+        """Return what the size is in another case."""
+        position, dim, times = self.places[0]
+        return case.flat[position].shape[dim] // times
+
     def of(self, position: int) -> list[int]:
         """Return the dimensions of the tensor at ``position`` in ``flat``."""
         return [d for i, d, _ in self.places if i == position]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.growth import elementwise
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 
@@ -29,17 +30,26 @@ def _run(case: Case) -> Iterator[Finding]:
         if not accepts(other) or not accepts(rolled) or not _means_a_batch(other, case, rolled):
             continue
         tested = True
-        shapes = ", ".join(str(tuple(t.shape)) for _, t in other.arguments)
-        when = f" with a leading dimension more, at shapes {shapes}"
-        found = check_lines(other, NAME, when, elsewhere=False)
-        if found and found.got is None:
-            raise Refused(found.message)
-        if found:
-            yield found
-            return
+        for batch in (other, *_of_one_row(case, other, chosen)):
+            shapes = ", ".join(str(tuple(t.shape)) for _, t in batch.arguments)
+            when = f" with a leading dimension more, at shapes {shapes}"
+            found = check_lines(batch, NAME, when, elsewhere=False)
+            if found and found.got is None:
+                raise Refused(found.message)
+            if found:
+                yield found
+                return
         break
     if not tested:
         raise NotApplicable("forward takes no further dimension, or not as a batch")
+
+
+def _of_one_row(case: Case, other: Case, chosen: tuple[int, ...]) -> list[Case]:
+    """Return the batch with one row only: a dimension of 1 may be squeezed away."""
+    if elementwise(case) or all(case.flat[i].shape[:1] == (1,) for i in chosen):
+        return []
+    single = other.edited(lambda i, t: t[:, :1] if i in chosen and t.dim() > 1 else t)
+    return [single] if accepts(single) else []
 
 
 def _stack(t: Tensor) -> Tensor:

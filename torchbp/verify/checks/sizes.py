@@ -26,6 +26,7 @@ ONES = RUNS[3]
 SCALED = {RUNS[2]: -(2.0**10), RUNS[4]: 2.0**-10, RUNS[5]: 0.0}
 # Rows in which what is equal in the sample stays so.
 TOGETHER = (RUNS[0], RUNS[2], RUNS[5])
+BLOCK = 33  # which every size reaches at least, where that can be
 LARGEST = 2**16  # elements
 EXPLODES = 1e14  # times, and the root of that where the size alone is another
 
@@ -69,6 +70,7 @@ def _run(case: Case) -> Iterator[Finding]:
 def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
     indexed = any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
     ran = False
+    reached = dict.fromkeys(free, 0)
     for row in RUNS:
         sizes = {size: size.near(n) for size, n in zip(free, row, strict=False)}
         if row in TOGETHER:
@@ -82,7 +84,14 @@ def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
         run = run or _largest_that_runs(case, sizes)
         if run:
             ran = True
+            for size in free:
+                reached[size] = max(reached[size], size.within(run.plain))
             yield replace(run, ones=row == ONES)
+    for size in free:  # one that came along small, or not at all, where others are large
+        if reached[size] < BLOCK:
+            run = _largest_that_runs(case, {size: size.near(BLOCK)})
+            if run:
+                yield run
 
 
 def _largest_that_runs(case: Case, sizes: dict[Size, int], factor: float = 1.0) -> Run | None:

@@ -4,6 +4,9 @@ Two neighbours are made equal, at the largest or smallest place of a line, or tw
 at 0, where |x| has gradients of both signs. A little more of the one or of the other breaks the tie: that gives the two
 gradients to either side. At the tie the gradient of an output element must lie on the segment between them.
 `grad_output * (x == x.max())` gives their sum instead.
+
+Where many gradients are 0, as a selection's are, all elements are made equal, too: as they move together no tie is
+broken, and their gradients must add up to the slope.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +18,12 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.calls import Plain
 from torchbp.verify.cases import Case
+from torchbp.verify.differences import central
+from torchbp.verify.growth import elementwise
+from torchbp.verify.lines import Lines
 from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts
 from torchbp.verify.tolerance import largest
 
 NAME = "ties"
@@ -46,8 +53,46 @@ def _run(case: Case) -> Iterator[Finding]:
         tested = True
         yield from _where_apart(case, ties, side, tied)
         break
+    yield from _coincident(case, inputs)
+    for i in inputs:
+        if _selects(case, i):
+            tested = True
+            yield from _all_equal(case, i)
     if not tested:
         raise NotApplicable("no two elements that can be made equal")
+
+
+def _selects(case: Case, which: int) -> bool:
+    """Whether the gradient at the sample looks like a selection's: 0 for a part of the elements."""
+    g = case.plain.grads[which]
+    zeros = int((g == 0).sum())
+    return g.numel() / 4 <= zeros < g.numel() and which not in elementwise(case)
+
+
+def _all_equal(case: Case, which: int) -> Iterator[Finding]:
+    leaf = case.leaves[which]
+    value = float(leaf.detach().flatten()[0])
+    other = case.edited(lambda i, t: torch.full_like(t, value) if i == case.where[which] else t)
+    if not value or not accepts(other):
+        return
+    lines = Lines(other, elsewhere=True)
+    along = {which: torch.full((leaf.numel(),), abs(value), dtype=torch.float64)}
+    got = float(lines.grads[which].double().sum())
+    rise, bend = central(lambda t: lines.value(along, t), lines.near)
+    expected = rise / abs(value)
+    off = abs(expected - got)
+    if not (off > SLACK * (abs(expected) + abs(got)) and bend / abs(value) < 0.02 * off):
+        return
+    yield Finding(
+        check=NAME,
+        severity="wrong",
+        input=case.names[which],
+        got=got,
+        expected=expected,
+        message=f"grads of {case.names[which]}, where all its elements are {value:.4g}, add up to {got:.4g}; "
+        f"expected {expected:.4g}, the slope as all move together",
+        cause="each of several equal elements gets the whole gradient: share it, or give it to one",
+    )
 
 
 def _where_apart(case: Case, ties: list[Tie], side: Plain, tied: Plain) -> Iterator[Finding]:
@@ -101,6 +146,27 @@ def _across(case: Case, inputs: list[int]) -> list[Tie]:
             if i < j and case.leaves[i].shape == case.leaves[j].shape and case.leaves[i].numel():
                 return [((i, 0), (j, 0))]
     return []
+
+
+def _coincident(case: Case, inputs: list[int]) -> Iterator[Finding]:
+    """Make the first rows of the first two inputs with equally long rows one point: a distance of 0."""
+    rows = [
+        (i, case.leaves[i].shape[-1])
+        for i in inputs
+        if case.leaves[i].dim() > 1 and case.leaves[i].numel()
+    ]
+    pair = next(((i, j, n) for i, n in rows for j, m in rows if i < j and m == n), None)
+    if pair is None:
+        return
+    i, j, n = pair
+    ties = [((i, k), (j, k)) for k in range(n)]
+    try:
+        tied = _nudged(case, ties, ()).plain
+        if any(bool(g.isnan().any()) for g in tied.grads):
+            found = _not_a_number(case, ties[0], _nudged(case, ties, (0,)).plain, tied)
+            yield from [found] if found else []
+    except ForwardRaised:
+        return  # they have to differ
 
 
 def _nudged(case: Case, ties: list[Tie], sides: tuple[int, ...]) -> Case:
