@@ -12,7 +12,6 @@ __all__ = ["draw", "is_identity", "masked", "one_of_each"]
 _FEW = 1 << 12
 _INT32_MIN = -(2**31)
 _WIDE = (torch.float32, torch.float64)
-_ZERO = torch.zeros(())
 
 
 def is_identity(op: str, x: Tensor, p: float, training: bool) -> bool:
@@ -46,7 +45,8 @@ def masked(v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Return v · mask · scale, the mask expanded."""
     wide = v.dtype in _WIDE
     if wide and v.is_cpu and mask.numel() == v.numel() and fused(v, mask):
-        return torch.addcmul(_ZERO, v, mask, value=scale)  # 0.7 of the time of two products
+        nothing = v.new_full((), -0.0)  # which added to -0 leaves it so
+        return torch.addcmul(nothing, v, mask, value=scale)  # 0.7 of the time of two products
     if not wide or mask.numel() == v.numel():
         return v * mask * scale
     return v * (mask.to(v.dtype) * scale)  # one pass over v; in half precision it would round twice
