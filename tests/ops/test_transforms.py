@@ -1,12 +1,14 @@
 """torch.func, torch.compile, torch.export, torch.fx and autocast take every op as they take torch's."""
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.ops.conftest import Case, changed, tensors_of, twin, with_args
 from tests.ops.test_values import widened
@@ -254,3 +256,27 @@ def test_export(constructed, strict):
         tensors_of(exported.module()(*copy.deepcopy(args))),
         tensors_of(module(*copy.deepcopy(args))),
     )
+
+
+def forms(case, function, mode=None):
+    """Shapes and dtypes of the outputs and gradients of a call; in a mode, on fake tensors, which have no values."""
+    sample = case.sample()
+
+    def given(t):
+        own = t.detach() if mode is None else mode.from_tensor(t.detach())
+        return own.requires_grad_(t.requires_grad)
+
+    args, kwargs = tree_map_only(Tensor, given, (sample.args, sample.kwargs))
+    with mode or nullcontext():
+        outputs = tensors_of(function(*args, **kwargs))
+        torch.autograd.backward([y.abs().sum() for y in outputs if y.requires_grad])
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    return [(t.shape, t.dtype) for t in (*outputs, *(t.grad for t in inputs))]
+
+
+def test_fake_tensors(case):
+    try:
+        forms(case, case.reference, FakeTensorMode())
+    except Exception:  # values that it looks at, targets in bytes
+        pytest.skip("torch's own refuses")
+    assert forms(case, case.op.function, FakeTensorMode()) == forms(case, case.op.function)

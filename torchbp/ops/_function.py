@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.function import Function
@@ -39,6 +40,7 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_FAKE = _TorchDispatchModeKey.FAKE
 _HALF = (torch.bfloat16, torch.float16)
 _formula_only = False
 
@@ -257,8 +259,8 @@ def in_autocast_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def eager() -> bool:
-    """Whether values may be looked at here: neither traced by ``torch.compile`` nor transformed by ``torch.func``."""
-    return not (is_compiling() or transforms_active())
+    """Whether values may be looked at here: not traced by ``torch.compile``, transformed by ``torch.func``, or fake."""
+    return not (is_compiling() or transforms_active() or _get_dispatch_mode(_FAKE) is not None)
 
 
 def fused(first: Tensor, *others: Tensor, half: bool = False) -> bool:
@@ -278,6 +280,7 @@ def fused(first: Tensor, *others: Tensor, half: bool = False) -> bool:
         or is_grad_enabled()  # in backward it is on exactly when create_graph was asked for
         or is_compiling()
         or transforms_active()
+        or _get_dispatch_mode(_FAKE) is not None  # fake tensors: a kernel may be chosen by values
         or is_legacy_batchedtensor(first)
     ):
         return False

@@ -177,7 +177,7 @@ def _scaled(made: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``made`` times ``grad``; written into it where this is its last use, as it may be as large as W."""
     if _keep_graph():  # another backward may follow
         return (made * grad).to(dtype)
-    if not (grad.is_cpu and grad.item() == 1):
+    if not (eager() and grad.is_cpu and grad.item() == 1):
         made.mul_(grad)
     return made.to(dtype)
 

@@ -81,7 +81,8 @@ def _all_equal(case: Case, which: int) -> Iterator[Finding]:
     rise, bend = central(lambda t: lines.value(along, t), lines.near)
     expected = rise / abs(value)
     off = abs(expected - got)
-    if not (off > SLACK * (abs(expected) + abs(got)) and bend / abs(value) < 0.02 * off):
+    sizes = float(lines.grads[which].abs().sum())
+    if not (off > SLACK * sizes and bend / abs(value) < 0.02 * off):
         return
     yield Finding(
         check=NAME,
