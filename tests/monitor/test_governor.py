@@ -323,26 +323,67 @@ def test_two_optimizers_are_measured_where_one_step_in_many_is(tmp_path):
             for part in self.parts:
                 part.step()
 
-    monitor, *_ = train(600, tmp_path, share=TINY, optimizer=Both)
+    updates, before, both = [], [], []
+
+    def make(model):
+        both.append(model)
+        before.extend(p.detach().clone() for p in model.parameters())
+        return Both(model)
+
+    def measure(*_):
+        now = [p.detach().clone() for p in both[0].parameters()]
+        updates.append([(n - b).norm().item() for n, b in zip(now, before, strict=True)])
+        before[:] = now
+
+    monitor, *_ = train(600, tmp_path, share=TINY, optimizer=make, at=measure)
     assert monitor.step == 600
-    updates = read(tmp_path).vectors["update_norm"]
-    assert (updates.values > 0).all()
-    assert updates.steps[-1] >= 480
+    assert monitor.periods == LONGEST
+    found = read(tmp_path).vectors["update_norm"]
+    assert found.steps[-2:].tolist() == [320, 480]
+    np.testing.assert_allclose(found.values, np.array(updates)[found.steps], rtol=1e-3)
 
 
 def test_optimizers_that_take_turns_are_both_read(tmp_path):
     model = mlp()
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model[0], model[2])]
     with torchbp.watch(model, optimizers, log_dir=tmp_path, share=TINY) as monitor:
-        for step in range(401):
+        for step in range(801):
             model.zero_grad()
             model[2 * (step % 2)](torch.randn(16, 8)).square().mean().backward()
             optimizers[step % 2].step()
-    assert monitor.step == 401
-    assert monitor.periods.every == 1
+    assert monitor.step == 801
+    assert monitor.periods == (1, *LONGEST[1:])
     norms = read(tmp_path).vectors["gradient_norm"]
-    assert norms.steps.tolist() == list(range(401))
-    assert (norms.values[:, 0] > 0).tolist() == [step % 2 == 0 for step in range(401)]
+    assert norms.steps.tolist() == list(range(801))
+    assert (norms.values[:, 0] > 0).tolist() == [step % 2 == 0 for step in range(801)]
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_turns_of_which_every_other_is_read_are_counted(tmp_path, closes):
+    """What is not read reaches other parameters; a closure's backward begins after its step has."""
+    model, norms = mlp(), []
+    optimizers = [torch.optim.LBFGS(m.parameters(), max_iter=1) for m in (model[0], model[2])]
+    if not closes:
+        optimizers = [torch.optim.SGD(m.parameters(), lr=1e-4) for m in (model[0], model[2])]
+    with torchbp.watch(model, optimizers, log_dir=tmp_path, every=2) as monitor:
+        for step in range(40):
+
+            def closure(part=model[2 * (step % 2)]):
+                model.zero_grad()
+                loss = part(torch.ones(4, 8)).square().mean()
+                loss.backward()
+                norms.append([p.grad.norm().item() for p in part.parameters()])
+                return loss
+
+            if closes:
+                optimizers[step % 2].step(closure)
+            else:
+                closure()
+                optimizers[step % 2].step()
+    assert monitor.step == 40
+    found = read(tmp_path).vectors["gradient_norm"]
+    assert found.steps.tolist() == list(range(0, 40, 2))
+    np.testing.assert_allclose(found.values[:, :2], norms[::2], rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["closure", "no optimizer", "accumulated"])
@@ -383,16 +424,22 @@ def test_steps_are_counted_and_read_right(tmp_path, kind):
 
 def test_the_time_of_a_step_is_that_of_one(tmp_path, monkeypatch):
     now = [0.0]
-    clock = types.SimpleNamespace(perf_counter=lambda: now[0], time=time.time)
+
+    def perf_counter():  # what is measured takes some time
+        now[0] += 1e-6
+        return now[0]
+
+    clock = types.SimpleNamespace(perf_counter=perf_counter, time=time.time)
     monkeypatch.setattr(capture, "time", clock)
 
     def tick(step, _):
         now[0] = step + 1.0
 
-    train(490, tmp_path, share=TINY, at=tick)
+    monitor, *_ = train(490, tmp_path, share=TINY, at=tick)
+    assert monitor.periods == LONGEST
     times = read(tmp_path).scalars["run/step_time"]
-    assert times.steps[-1] == 480
-    np.testing.assert_allclose(times.values[1:], 1000)
+    assert times.steps[-2:].tolist() == [320, 480]
+    np.testing.assert_allclose(times.values[1:], 1000, rtol=1e-2)
 
 
 def test_a_share_of_nothing_is_refused():

@@ -66,6 +66,7 @@ class Backwards:
         self._hooks: list[RemovableHandle] = []
         self._task = -1
         self._fired: dict[int, None] = {}  # in the graph task under way, in order
+        self._skipped: dict[int, None] = {}  # while paused, in the step under way
         self._reached: set[int] = set()  # in the backward under way
         self._seen: list[tuple[int, ...]] = []
         self.everywhere = self._learned = False
@@ -89,6 +90,11 @@ class Backwards:
         """Forget what the last step's backward reached."""
         self._reached = set()
 
+    def skip(self) -> None:
+        """End a step that was paused: one whose backward reaches others has to be met again."""
+        self._see(tuple(self._skipped))
+        self.passed, self._skipped = False, {}
+
     def close(self) -> None:
         """Take every hook away."""
         self._attach({})
@@ -107,6 +113,8 @@ class Backwards:
     def _fire(self, index: int, parameter: Tensor) -> None:
         if self.paused:
             self.passed = True
+            if self.everywhere:
+                self._skipped[index] = None
             return
         # By the number of the graph task: a flag would stay set after an exception in backward.
         task = graph_task()
@@ -131,14 +139,14 @@ class Backwards:
         self._learned = True
         another = not self._reached or bool(fired & self._reached)
         self._reached = fired if another else self._reached | fired
-        if (
-            self.everywhere
-            and fired
-            and len(self._seen) < _KEPT
-            and fired not in map(set, self._seen)
-        ):
-            self._seen.append(order)
+        self._see(order)
         self._ended(another)
+
+    def _see(self, order: tuple[int, ...]) -> None:
+        """Remember what a backward reaches."""
+        new = self.everywhere and order and set(order) not in map(set, self._seen)
+        if new and len(self._seen) < _KEPT:
+            self._seen.append(order)
 
     def gone(self, present: set[int]) -> Pieces:
         """Return the norms of the gradients that were there in backward and are not ``present`` now."""

@@ -297,13 +297,13 @@ class Capture:
 
     def _is_late(self, optimizer: Optimizer) -> bool:
         """Whether the step is one more of the last row's, by another optimizer."""
-        last = self._last is not None and self._last.step == self.step - 1
-        return last and not self._backwards.passed and self._counts != id(optimizer)
+        another = not self._backwards.passed and self._counts != id(optimizer)
+        return another and self._row_before() is not None
 
     def _pass(self) -> None:
         """Count a step of which nothing is read; the second of two optimizers ends none."""
         if self._backwards.passed:
-            self._backwards.passed = False
+            self._backwards.skip()
             self._count()
             self.step = self.row.step = self.step + 1
             if self.step % self._every == 0:
@@ -327,8 +327,13 @@ class Capture:
         return True
 
     def _row_of_step(self) -> Row | None:
-        """Return the row of the step under way, or the last one where a second optimizer steps."""
-        return self.row if self.row.backwards or self._closure else self._last
+        """Return the row of the step under way, or the one before where a second optimizer steps."""
+        return self.row if self.row.backwards or self._closure else self._row_before()
+
+    def _row_before(self) -> Row | None:
+        """Return the row of the step before, where that was read."""
+        last = self._last
+        return last if last is not None and last.step == self.step - 1 else None
 
     # ----------------------------------------------------------------------------------- rows
     def _begin(self, step: int) -> None:
