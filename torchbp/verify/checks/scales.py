@@ -1,8 +1,8 @@
 """Scales: the gradient is right for inputs much smaller and larger than the sample: clamps, other branches.
 
 All change together; at one scale only every other one of several, which changes what they are to each other. An input
-that is nowhere negative, or nowhere positive, is also taken with the other sign, alone, where forward takes it so: a
-slope, a coordinate, what came out of a ReLU.
+that is nowhere negative, or nowhere positive, is also taken with the other sign, alone, where forward takes it so:
+coordinates, what came out of a ReLU. Not so a single number, which may be a limit or a temperature.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,12 +50,14 @@ def _run(case: Case) -> Iterator[Finding]:
 
 
 def _one_sided(case: Case) -> list[int]:
-    """Return the leaves whose elements have one sign."""
+    """Return the leaves of several elements that have one sign."""
     inputs = ((i, leaf) for i, leaf in enumerate(case.leaves) if case.where[i] < case.size)
     return [
         i
         for i, leaf in inputs
-        if not leaf.is_complex() and bool((leaf > 0).any()) != bool((leaf < 0).any())
+        if leaf.numel() > 1
+        and not leaf.is_complex()
+        and bool((leaf > 0).any()) != bool((leaf < 0).any())
     ]
 
 
