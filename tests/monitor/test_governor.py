@@ -282,6 +282,30 @@ def test_a_jump_of_the_loss_brings_the_asked_periods_back(tmp_path):
     assert set(range(452, 500)) <= set(steps.tolist())
 
 
+class Late(torch.Tensor):
+    """As on a GPU: its value is not asked for before a drain."""
+
+
+def test_so_does_one_that_is_seen_at_a_drain():
+    def jump(step, monitor):
+        monitor.log_loss(train=torch.tensor(100.0 if step == 450 else 1.0).as_subclass(Late))
+        if step == 452:
+            assert monitor.periods == LONGEST
+            assert monitor.verdicts == []  # drains
+        if step == 470:  # one reading later
+            assert monitor.periods == ASKED
+
+    train(471, share=TINY, log=None, at=jump)
+
+
+@pytest.mark.parametrize("what", ["restless", "jumped"])
+def test_a_rank_that_sees_trouble_votes_for_a_look(what):
+    monitor, *_ = train(20, share=TINY)
+    assert monitor._vote().looks == 0
+    setattr(*((monitor._judge, "restless") if what == "restless" else (monitor, "_jumped")), True)
+    assert monitor._vote().looks == 1
+
+
 class Cut(nn.Module):
     def forward(self, x):
         return x.relu().detach()
@@ -305,6 +329,25 @@ def test_a_trouble_that_begins_late_is_judged_by_readings_as_close_as_ever(tmp_p
     near = np.convolve(np.diff(steps) == 1, np.ones(20), "valid") == 20
     assert (steps[:-20][near] >= 400).any()  # 20 steps in a row
     assert monitor.periods == LONGEST  # no longer than that
+
+
+def test_what_may_become_a_verdict_brings_the_asked_periods_back():
+    models = []
+
+    def optimizer(model):
+        models.append(model)
+        return torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def cut(step, monitor):
+        if step == 470:
+            models[0][1] = Cut()
+        if step == 488:  # after one reading of it, sampled
+            assert monitor.periods == LONGEST
+            assert monitor.verdicts == []  # drains
+        if step == 500:  # one reading later
+            assert monitor.periods == ASKED
+
+    train(501, share=TINY, at=cut, optimizer=optimizer)
 
 
 def test_two_optimizers_are_measured_where_one_step_in_many_is(tmp_path):
