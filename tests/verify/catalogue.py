@@ -32,6 +32,7 @@ DEFECTS = {
     "nn.functional.poisson_nll_loss": "full=True: the gradient of target is NaN at 0",
     "nn.functional.softshrink": "lambd=0: the gradient at 0 is 0, of the identity",
     "pca_lowrank": "of zeros, the gradient is NaN",
+    "polar": "of a negative absolute value, which forward takes, the gradient has the wrong sign",
     "scatter_reduce": "'prod' without include_self: forward mode is 0",
     "svd_lowrank": "of zeros, the gradient is NaN",
     "to_sparse": "an element that is 0 is not there, and gets no gradient",
