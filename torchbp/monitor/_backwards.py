@@ -69,19 +69,25 @@ class Backwards:
         self._skipped: dict[int, None] = {}  # while paused, in the step under way
         self._reached: set[int] = set()  # in the backward under way
         self._seen: list[tuple[int, ...]] = []
-        self.everywhere = self._learned = False
+        self.everywhere = self._learned = self._missing = False
         self._stepped: set[int] | None = None  # inside backward; not known before the first
         self.learn()
 
     def learn(self) -> None:
         """Put a hook on every parameter, until :meth:`settle`."""
+        self._missing = False
         if not self.everywhere:
             self.everywhere, self._learned = True, False
             self._attach(dict(self._catalogue.alive()))
 
+    def miss(self) -> None:
+        """There was a backward that reached no witness: learn until one that is new has been seen."""
+        self.learn()
+        self._missing = True
+
     def settle(self) -> None:
         """Leave hooks on the witnesses only."""
-        if self.everywhere and self._learned and not self._stepped:
+        if self.everywhere and self._learned and not (self._stepped or self._missing):
             self.everywhere = False
             alive = dict(self._catalogue.alive())
             self._attach({i: alive[i] for i in _witnesses(self._seen) if i in alive})
@@ -147,6 +153,7 @@ class Backwards:
         new = self.everywhere and order and set(order) not in map(set, self._seen)
         if new and len(self._seen) < _KEPT:
             self._seen.append(order)
+            self._missing = False
 
     def gone(self, present: set[int]) -> Pieces:
         """Return the norms of the gradients that were there in backward and are not ``present`` now."""

@@ -19,6 +19,7 @@ __all__ = ["Group", "Meter", "local"]
 
 # Indices of parameters on one device, and what is measured of them.
 Group = tuple[tuple[int, ...], Bundle]
+_References = Sequence[tuple[int, weakref.ref[Tensor]]]
 
 _PLANS = 64
 _KEPT_BYTES = 1 << 26
@@ -43,7 +44,8 @@ class Meter:
             for at in ("gradient", "stepped", "weight", "update")
         }
         self._plans: dict[tuple[str, tuple[int, ...]], _Plan] = {}
-        self._latest: dict[tuple[str, tuple[int, ...]], _Plan] = {}  # by what might have been there
+        # By what might have been there: the plan in use, and those that were not there.
+        self._latest: dict[tuple[str, tuple[int, ...]], tuple[_Plan, _References]] = {}
         self._all = tuple(range(len(catalogue.parameters)))
         self._buffers: dict[tuple[int, ...], list[Tensor]] = {}
         self._members: dict[int, tuple[object, tuple[int, ...]]] = {}
@@ -68,13 +70,14 @@ class Meter:
         return self._gathered("parameter", members, room)
 
     def _gathered(self, what: str, members: tuple[int, ...], room: int = 1) -> list[Group]:
-        plan = self._latest.get((what, members))
+        references = self._catalogue.parameters
+        plan, others = self._latest.get((what, members), (None, ()))
         tensors = None if plan is None else plan.tensors()
-        if plan is not None and tensors is not None:
+        if plan is not None and tensors is not None and not (others and _there(what, others)):
             groups = plan.groups(tensors, room)
             if groups is not None:
                 return groups
-        found = _there(what, [(i, self._catalogue.parameters[i]) for i in members])
+        found = _there(what, [(i, references[i]) for i in members])
         if not found:
             return []
         key = what, tuple(found)
@@ -86,10 +89,10 @@ class Meter:
                 self._plans.clear()
                 self._latest.clear()
                 self._buffers.clear()
-            plan = self._plans[key] = _Plan(self._catalogue, what, members, found)
+            plan = self._plans[key] = _Plan(self._catalogue, what, found)
             groups = plan.groups([found[i] for i in plan.order], room)
             assert groups is not None
-        self._latest[what, members] = plan
+        self._latest[what, members] = plan, [(i, references[i]) for i in members if i not in found]
         return groups
 
     def kept(self, groups: list[Group]) -> list[Group]:
@@ -134,7 +137,6 @@ class _Plan:
     Args:
         catalogue: All parameters.
         what: ``"parameter"``, or ``"gradient"`` for their gradients.
-        members: Those that might have been there.
         found: By index, a tensor.
 
     Attributes:
@@ -146,7 +148,6 @@ class _Plan:
         self,
         catalogue: Catalogue,
         what: str,
-        members: Sequence[int],
         found: dict[int, Tensor],
     ) -> None:
         parts = {i: local(t) for i, t in found.items()}
@@ -169,10 +170,9 @@ class _Plan:
         self._what = what
         references = catalogue.parameters
         self._references = [references[i] for i in self.order]
-        self._others = [(i, references[i]) for i in members if i not in found]
 
     def tensors(self) -> list[Tensor] | None:
-        """Return the tensors; None where they are not the same as when this was found."""
+        """Return the tensors; None where one that was there is not."""
         if self._what == "gradient":
             there = [
                 grad
@@ -181,9 +181,7 @@ class _Plan:
             ]
         else:
             there = [p for ref in self._references if (p := ref()) is not None]
-        if len(there) < len(self.order) or (self._others and _there(self._what, self._others)):
-            return None
-        return there
+        return there if len(there) == len(self.order) else None
 
     def groups(self, tensors: list[Tensor], room: int = 1) -> list[Group] | None:
         """Return ``tensors`` as bundles; None where they are not as they were when this was found."""
@@ -203,7 +201,7 @@ class _Plan:
         return groups
 
 
-def _there(what: str, references: Sequence[tuple[int, weakref.ref[Tensor]]]) -> dict[int, Tensor]:
+def _there(what: str, references: _References) -> dict[int, Tensor]:
     alive = [(i, p) for i, ref in references if (p := ref()) is not None]
     if what == "parameter":
         return dict(alive)

@@ -7,6 +7,7 @@ when it does; a loop that has none at all steps once a backward.
 """
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from torchbp.monitor._meter import Group, Meter, local
 from torchbp.monitor._probe import Probe
 from torchbp.monitor._row import Row
 from torchbp.monitor._scaler import Scaler
+from torchbp.monitor._stepped import Stepped
 from torchbp.monitor._taps import Taps
 
 __all__ = ["Capture"]
@@ -79,7 +81,7 @@ class Capture:
         self._every, self._sample_every = self._asked = every, sample_every
         self.reading = True
         self._passing = False  # whether the optimizer's step under way is not
-        self._optimizers: set[int] = set()
+        self._optimizers: dict[int, weakref.ref[Optimizer]] = {}
         self._closure = False  # whether a step that runs backward itself is under way
         self._looks = 0  # how many of its backwards have ended
         self._before: list[Group] = []  # parameters before the step
@@ -87,6 +89,7 @@ class Capture:
         self._meter = Meter(catalogue)
         self._scaler = Scaler()
         self._probe = Probe(catalogue)
+        self._stepped = Stepped(catalogue)
         listener = Taps if compiled else Listener
         self._listener = listener(model, catalogue, lambda: self.row)
         self._hooks: list[RemovableHandle] = []
@@ -220,7 +223,7 @@ class Capture:
         self._attend(optimizer)  # torch calls the hook that is set here in the same step
 
     def _attend(self, optimizer: Optimizer) -> None:
-        self._optimizers.add(id(optimizer))
+        self._optimizers[id(optimizer)] = weakref.ref(optimizer)
         pre = optimizer.register_step_pre_hook(self._before_step)
         self._hooks += [pre, optimizer.register_step_post_hook(self._after_step)]
 
@@ -266,7 +269,7 @@ class Capture:
         if in_backward():
             return
         if self._passing:
-            self._pass()
+            self._pass(optimizer)
             return
         start = time.perf_counter()
         row = self._row_of_step()
@@ -288,6 +291,7 @@ class Capture:
             row = self.row
             row.scale = self._scaler.scale()
             row.host["learning_rate"] = [_rate(g["lr"]) for g in optimizer.param_groups]
+            self._note_stepped()
             self._begin(self.step + 1)
             self._own_time += time.perf_counter() - start
             if row.backwards:
@@ -300,14 +304,19 @@ class Capture:
         another = not self._backwards.passed and self._counts != id(optimizer)
         return another and self._row_before() is not None
 
-    def _pass(self) -> None:
+    def _pass(self, optimizer: Optimizer) -> None:
         """Count a step of which nothing is read; the second of two optimizers ends none."""
-        if self._backwards.passed:
+        if self._backwards.passed or self._is_missed(optimizer):
             self._backwards.skip()
             self._count()
+            self._note_stepped()
             self.step = self.row.step = self.step + 1
             if self.step % self._every == 0:
                 self._begin(self.step)
+
+    def _note_stepped(self) -> None:
+        optimizers = ((key, o) for key, ref in self._optimizers.items() if (o := ref()) is not None)
+        self._stepped.note((key, self._meter.members(optimizer)) for key, optimizer in optimizers)
 
     def _count(self) -> None:
         self.steps += 1
@@ -319,11 +328,9 @@ class Capture:
         Its gradient is left out, for what is there by now may have been clipped.
         """
         members = self._meter.members(optimizer)
-        if self._backwards.everywhere or not self._reached.isdisjoint(members):
+        if self._backwards.everywhere or not self._stepped.has_new(id(optimizer), members):
             return False
-        if not self._meter.gradients(members):
-            return False
-        self._backwards.learn()
+        self._backwards.miss()
         return True
 
     def _row_of_step(self) -> Row | None:
