@@ -127,6 +127,50 @@ def test_steps_that_a_scaler_skips_are_no_alarm(tmp_path, fused):
     assert read(tmp_path).scalars["run/skipped"].values.sum() >= 1
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    "order", [(0, 2), (2, 0)], ids=["the whole one first", "the lost one first"]
+)
+def test_one_of_two_optimizers_is_skipped(tmp_path, fused, order):
+    """At step 7 the gradient of the last layer overflows: the step stays out, the next one is as any other."""
+    model = mlp()[:3]
+    optimizers = [torch.optim.AdamW(model[k].parameters(), fused=fused) for k in order]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with torchbp.watch(model, optimizers, log_dir=tmp_path, sample_every=7) as monitor:
+        for step in range(20):
+            model.zero_grad()
+            x, y = data()
+            last = model[2](model[1](model[0](x)).detach())
+            loss = model[0](x).square().mean() + last.square().mean() * (1e38 if step == 7 else 1.0)
+            scaler.scale(loss).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+    assert monitor.step == 20
+    assert monitor.verdicts == []
+    run = read(tmp_path)
+    assert run.vectors["gradient_norm"].steps.tolist() == [*range(7), *range(8, 20)]
+    assert np.isfinite(run.vectors["gradient_norm"].values).all()
+    skipped = run.scalars["run/skipped"]
+    assert dict(zip(skipped.steps.tolist(), skipped.values.tolist(), strict=True))[7] == 1
+    assert skipped.values.sum() == 1
+
+
+@pytest.mark.parametrize("lost", [1, 30], ids=["once", "for good"])
+def test_a_scaler_that_skips_the_last_steps(tmp_path, lost):
+    """One step is how a scale is found; where the scale falls below 1 something is wrong."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    with torchbp.watch(model, optimizer, log_dir=tmp_path) as monitor:
+        for step in range(10 + lost):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model) * (float("inf") if step >= 10 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert [v.kind for v in monitor.verdicts] == ["nonfinite"] * (lost > 1)
+
+
 def test_bfloat16_autocast(tmp_path):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

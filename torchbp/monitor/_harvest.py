@@ -18,7 +18,7 @@ from torchbp.monitor._quantity import precise
 from torchbp.monitor._registry import all_quantities
 from torchbp.monitor._row import Pieces, Row
 
-__all__ = ["Sums", "harvest", "reduced"]
+__all__ = ["Sums", "harvest", "reduced", "without_skipped"]
 
 Vector = NDArray[np.float64]
 Table = NDArray[np.float64]
@@ -35,6 +35,7 @@ class Sums:
         layers: By quantity, sums and numbers of elements ``(R, L)``.
         times: For each row, by layer, norms of what came back to it at each time step ``(T,)``.
         host: The host's numbers ``(R, n)``.
+        scale: What the loss was multiplied by, ``(R,)``; 0 without a GradScaler.
     """
 
     rows: list[Row]
@@ -43,6 +44,20 @@ class Sums:
     layers: dict[str, tuple[Table, Table]] = field(default_factory=dict)
     times: list[list[tuple[int, Vector]]] = field(default_factory=list)
     host: dict[str, Table] = field(default_factory=dict)
+    scale: Vector = field(default_factory=lambda: np.zeros(0))
+
+    def part(self, chosen: NDArray[np.bool_]) -> "Sums":
+        """Return some of the rows."""
+        which = np.flatnonzero(chosen)
+        return Sums(
+            [self.rows[k] for k in which],
+            [self.places[k] for k in which],
+            {name: table[which] for name, table in self.parameters.items()},
+            {name: (total[which], count[which]) for name, (total, count) in self.layers.items()},
+            [self.times[k] for k in which],
+            {name: table[which] for name, table in self.host.items()},
+            self.scale[which],
+        )
 
 
 def harvest(
@@ -123,7 +138,9 @@ def _filled(
         else:
             numbers = [[_number(take(row.host[name]))] for row in rows]
         sums.host[name] = np.array(numbers)
-    scale = np.array([1.0 if row.scale is None else _number(take(row.scale)) for row in rows])
+    scales = [0.0 if row.scale is None else _number(take(row.scale)) for row in rows]
+    sums.scale = np.array(scales)
+    scale = np.where(sums.scale, sums.scale, 1.0)
     _unscale(sums, scale[:, None])
     _look_back(sums, take, parameters)
     if first.unreduced:
@@ -183,13 +200,29 @@ def _look_back(sums: Sums, take: Callable[[Any], Any], parameters: int) -> None:
         skipped = sum(not np.isfinite(vector).all() for vector in norms)
         if not skipped:
             sums.host["first_square"] = np.square(norms[:1]).sum(1, keepdims=True)
-    found_inf = sums.host.pop("found_inf", None)
-    if found_inf is not None and found_inf[0, 0]:
-        skipped += 1
-        sums.parameters.clear()
-        sums.layers.clear()
-        sums.times = [[] for _ in sums.rows]
     sums.host["skipped"] = np.full((len(sums.rows), 1), float(skipped))
+
+
+def without_skipped(found: Sequence[Sums]) -> list[Sums]:
+    """Return ``found``, what the skipped steps would have been made with left out.
+
+    A GradScaler skips the optimizers whose gradients are not finite: a fused one inside its step, one of
+    several while others step. That is how it finds a scale, and no trouble. Below 1 it is: "something is
+    likely wrong" (torch.amp.GradScaler.update).
+    """
+    parts: list[Sums] = []
+    for sums in found:
+        norms = sums.parameters.get("gradient_norm", np.zeros((len(sums.rows), 1)))
+        skipped = (sums.scale >= 1) & ~np.isfinite(norms).all(1)
+        if not skipped.any():
+            parts.append(sums)
+            continue
+        parts.append(sums.part(~skipped))
+        gone = sums.part(skipped)
+        gone.parameters, gone.layers, gone.times = {}, {}, [[] for _ in gone.rows]
+        gone.host["skipped"] += 1
+        parts.append(gone)
+    return [sums for sums in parts if sums.rows]
 
 
 def _send(tensors: list[Tensor]) -> Callable[[], Vector]:

@@ -14,7 +14,7 @@ from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._desk import Desk
 from torchbp.monitor._diagnosis import Layers, Moment, Reading, Verdict
 from torchbp.monitor._governor import DRAIN_EVERY, UNSEEN, Governor, Periods, Vote
-from torchbp.monitor._harvest import Sums, harvest
+from torchbp.monitor._harvest import Sums, harvest, without_skipped
 from torchbp.monitor._journal import Journal
 from torchbp.monitor._judge import Judge
 from torchbp.monitor._jump import Jump
@@ -322,7 +322,7 @@ class Monitor:
     def _work(self, sums: list[Sums], between: list[Moment], periods: Periods) -> None:
         assert self._layers is not None
         journal, failure = self._journal, None
-        blocks, readings = self._reader.read(sums, *self._layers, between)
+        blocks, readings = self._reader.read(without_skipped(sums), *self._layers, between)
         self._judge.consider(readings)
         if self._late_losses and self._jumps(readings):
             self._jumped = True

@@ -54,7 +54,7 @@ class Row:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What rows have in common that make one table. One of several backwards stands apart."""
-        apart = self.earlier or self.unreduced or "found_inf" in self.host
+        apart = self.earlier or self.unreduced
         parameters = tuple(
             (name, tuple([id(indices) for indices, _ in pieces]))
             for name, pieces in self.parameters.items()

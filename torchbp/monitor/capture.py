@@ -122,6 +122,7 @@ class Capture:
             ended, self._ended = self._ended, None
             self._hand_over(ended)
         if self.row.backwards:
+            self.row.scale = self._scaler.scale()
             self._hand_over(self.row)
             self.row = Row(self.step + 1)
 
@@ -238,9 +239,6 @@ class Capture:
         self._scaler.look()
         self._closure = closure
         self._looks = 0
-        found_inf = getattr(optimizer, "found_inf", None)  # fused: it skips inside the step
-        if isinstance(found_inf, Tensor):
-            self.row.host["found_inf"] = found_inf.clone()
         row = self._row_of_step()
         if row is not None and row.sampled:
             with torch.no_grad():
