@@ -139,7 +139,7 @@ def test_one_of_two_optimizers_is_skipped(tmp_path, fused, order):
     with torchbp.watch(model, optimizers, log_dir=tmp_path, sample_every=7) as monitor:
         for step in range(20):
             model.zero_grad()
-            x, y = data()
+            x, _ = data()
             last = model[2](model[1](model[0](x)).detach())
             loss = model[0](x).square().mean() + last.square().mean() * (1e38 if step == 7 else 1.0)
             scaler.scale(loss).backward()
@@ -351,6 +351,63 @@ def test_a_layer_may_be_frozen_on_the_way(tmp_path, monkeypatch):
             loss_of(model).backward()
             optimizer.step()
     assert (norms(tmp_path) > 0).sum(1).tolist() == [6] * 10 + [4] * 10
+
+
+class Frozen(nn.Module):
+    """Layers that can be cut off, each by itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.cut = None
+
+    def forward(self, x):
+        for k, layer in enumerate(self.layers):
+            x = layer(x).tanh()
+            x = x.detach() if k == self.cut else x
+        return x
+
+
+@pytest.mark.parametrize("to_none", [True, False], ids=["None", "zeros"])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("cut", [False, True], ids=["frozen", "cut off"])
+def test_what_is_frozen_on_the_way_is_not_disconnected(cut, every, to_none):
+    """Layer by layer from step 12 on, and back; a layer that is cut off all the same is."""
+    model = Frozen()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with torchbp.watch(model, optimizer, every=every, sample_every=30) as monitor:
+        for step in range(80 * every):
+            phase = min(step // 12, 3) if step < 50 * every else 1
+            for k in range(4):
+                model.layers[k].requires_grad_(k >= phase)
+            if cut and step >= 50 * every:
+                model.cut = 1
+            optimizer.zero_grad(set_to_none=to_none)
+            loss_of(model).backward()
+            optimizer.step()
+    found = [(v.kind, v.layer) for v in monitor.verdicts]
+    assert found == ([("disconnected", "layers.1")] if cut else [])
+    assert "not seen" not in str(monitor)
+
+
+def test_what_was_frozen_at_first_is_said_to_be_unseen(tmp_path):
+    model = Frozen()
+    model.layers[:2].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for start in (0, 5):
+        with torchbp.watch(model, optimizer, log_dir=tmp_path) as monitor:
+            monitor.step = start
+            for _ in range(5):
+                optimizer.zero_grad()
+                loss_of(model).backward()
+                optimizer.step()
+            assert "not seen" not in str(monitor)
+            model.layers[1].requires_grad_(True)
+            assert ("not seen: layers.1, frozen when" in str(monitor)) == (start == 0)
+    assert read(tmp_path).scalars["run/global_gradient_norm_log10"].steps.tolist() == list(
+        range(10)
+    )
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

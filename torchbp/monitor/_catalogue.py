@@ -1,7 +1,7 @@
 """Which layers and parameters are watched. Holds nothing alive."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -38,13 +38,9 @@ class Catalogue:
         self._sizes: list[int] = []
         self._matrices: list[bool] = []
         self._ran: dict[int, None] = {}
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        self._patterns = patterns
         seen: set[int] = set()
-        for path, module in model.named_modules():
-            own = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
-            name = _plain(path, wrapped) or type(module).__name__
-            if not own or not _matches(name, patterns):
-                continue
+        for path, name, module, own in _learning(model, patterns):
             place = len(self._names)
             self._names.append(name)
             self._kinds.append(type(module).__name__)
@@ -57,7 +53,7 @@ class Catalogue:
                     self._owner.append(place)
                     self._sizes.append(parameter.numel())
                     self._matrices.append(parameter.ndim >= 2)
-                    self._parameter_names.append(f"{_plain(path, wrapped)}.{key}".lstrip("."))
+                    self._parameter_names.append(f"{path}.{key}".lstrip("."))
                     self.parameters.append(weakref.ref(parameter))
         if not self._names:
             said = "none" if patterns is None else f"none that matches {list(patterns)}"
@@ -83,6 +79,17 @@ class Catalogue:
         """Remember that the layer runs now."""
         self._ran.setdefault(place)
 
+    def frozen(self) -> frozenset[int]:
+        """Return the layers, by registration, that learn no more: none of their parameters requires grad."""
+        learning = {self._owner[i] for i, parameter in self.alive() if parameter.requires_grad}
+        return frozenset(self._owner) - learning
+
+    def missing(self, model: nn.Module) -> list[str]:
+        """Return the names of layers that have parameters that require grad since."""
+        known = {id(parameter) for _, parameter in self.alive()}
+        layers = _learning(model, self._patterns)
+        return [name for _, name, _, own in layers if any(id(p) not in known for p in own.values())]
+
     def layers(self) -> tuple[Layers, np.ndarray, np.ndarray]:
         """Return the layers as they ran, and the orders of layers and of parameters.
 
@@ -105,6 +112,19 @@ class Catalogue:
             matrices=np.array(self._matrices)[columns],
         )
         return layers, np.array(order), columns
+
+
+def _learning(
+    model: nn.Module, patterns: Sequence[str] | None
+) -> Iterator[tuple[str, str, nn.Module, dict[str, Tensor]]]:
+    """Yield the layers to watch: path without wrappers, name, module, and the parameters that require grad."""
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    for path, module in model.named_modules():
+        own = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
+        plain = _plain(path, wrapped)
+        name = plain or type(module).__name__
+        if own and _matches(name, patterns):
+            yield plain, name, module, own
 
 
 def _plain(path: str, wrapped: bool) -> str:

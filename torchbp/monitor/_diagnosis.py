@@ -90,6 +90,7 @@ class Reading:
         sampled: Whether the layers were listened to at this step.
         rare: Whether what is measured rarely was.
         times: By layer of ``layers``: norms of what came back to it at each time step ``(T,)``.
+        frozen: Layers of ``layers`` none of whose parameters requires grad any more.
         between: Training losses of steps that were not read: since the reading before, up to its own.
         memory: Belongs to the quantity or diagnosis that reads; lasts as long as the monitor.
         shared: What several diagnoses make of the reading, made once.
@@ -103,6 +104,7 @@ class Reading:
     sampled: bool = True
     rare: bool = True
     times: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
+    frozen: frozenset[int] = frozenset()
     between: Sequence[float] = ()
     memory: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)

@@ -34,6 +34,7 @@ _DEAF = (
     "so error signals and activations are not seen, nor is vanishing or exploding; watch it before "
     "its first call"
 )
+_THAWED = "to see what has begun to learn since, close the monitor and watch the model again"
 
 
 class Monitor:
@@ -51,6 +52,7 @@ class Monitor:
         layers: Sequence[str] | None,
     ) -> None:
         self._name = type(model).__name__
+        self._model = weakref.ref(model)
         self._catalogue = Catalogue(model, layers)
         self._journal = journal
         self._judge = Judge(all_diagnoses())
@@ -90,6 +92,11 @@ class Monitor:
     def notes(self) -> list[str]:
         """What can't be seen of this model, or is seen less often than asked for, and why."""
         notes = [f"not seen: {_DEAF}"] if self._capture.deaf else []
+        model = self._model()
+        late = self._catalogue.missing(model) if model is not None else []
+        if late:
+            names = ", ".join(late[:3]) + ", ..." * (len(late) > 3)
+            notes.append(f"not seen: {names}, frozen when the model was watched; {_THAWED}")
         longest = self._governor.longest
         if longest != self._governor.asked:
             notes.append(f"seen less often, at times: {self._governor.told(longest)}")

@@ -124,6 +124,7 @@ class Reader:
                 row.sampled,
                 row.rare,
                 _times(times, order) if times else {},
+                _places(row.frozen, order) if row.frozen else row.frozen,
             )
             for row, times, parts, there in zip(
                 sums.rows,
@@ -134,6 +135,11 @@ class Reader:
             )
         ]
         return Block(readings, values, present)
+
+
+def _places(layers: frozenset[int], order: NDArray[np.int64]) -> frozenset[int]:
+    """Return layers by where they run."""
+    return frozenset(k for k, place in enumerate(order.tolist()) if place in layers)
 
 
 def _times(times: list[tuple[int, Vector]], order: NDArray[np.int64]) -> dict[int, Vector]:

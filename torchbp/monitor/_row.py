@@ -34,6 +34,7 @@ class Row:
         times: By layer, what came back to it at each time step ``(T,)``; one a backward.
         earlier: Gradients that a later backward of the same step replaced.
         unreduced: Of this rank alone, norms of the gradients before DDP reduces them.
+        frozen: The layers that learn no more.
         scale: What the loss was multiplied by (GradScaler).
         host: Numbers known to the host, or 0-d tensors.
     """
@@ -48,6 +49,7 @@ class Row:
     times: list[tuple[int, "Tensor | NDArray[np.floating[Any]]"]] = field(default_factory=list)
     earlier: list[Pieces] = field(default_factory=list)
     unreduced: Pieces = field(default_factory=list)
+    frozen: frozenset[int] = frozenset()
     scale: Tensor | None = None
     host: dict[str, Any] = field(default_factory=dict)
 

@@ -32,6 +32,7 @@ __all__ = ["Capture"]
 _DENSE_START = 5  # so many first steps are all sampled: trouble may be there from the beginning
 _KEPT_EARLIER = 64
 _RARELY = 5
+_THAW = 8  # readings after which it is looked again what is frozen: fewer than make a layer disconnected
 _RELEARN = 200  # steps after which it is looked again which parameters a backward reaches
 
 Optimizer = torch.optim.Optimizer
@@ -76,6 +77,7 @@ class Capture:
         self._last: Row | None = None  # the row before
         self._found: list[tuple[int, ...]] = []  # parameters whose gradients that row has, by group
         self._reached: set[int] = set()  # the same together
+        self._frozen, self._thaw = frozenset[int](), 0
         self._stepped_at = time.perf_counter()
         self._catalogue, self._deliver = catalogue, deliver
         self._every, self._sample_every = self._asked = every, sample_every
@@ -199,8 +201,11 @@ class Capture:
             groups = self._meter.gradients()
             self._meter.measure(row, "gradient", groups)
         found = [indices for indices, _ in groups]
-        if found != self._found:
+        self._thaw += 1
+        if found != self._found or self._thaw >= _THAW:
             self._found, self._reached = found, {index for indices in found for index in indices}
+            self._thaw, self._frozen = 0, self._catalogue.frozen()
+        row.frozen = self._frozen
         if self._backwards.early:
             gone = self._backwards.gone(self._reached)
             row.parameters.setdefault("gradient_norm", []).extend(gone)

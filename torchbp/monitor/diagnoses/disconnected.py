@@ -28,6 +28,8 @@ def examine(reading: Reading) -> Iterator[Suspicion]:
     owners = np.unique(reading.layers.owner)
     # A signal that arrives but is lost in the squares of a norm has vanished: not this trouble.
     for index in owners[(norms[owners] == 0) & (known[owners] == 0)]:
+        if index in reading.frozen:
+            continue
         layer = reading.layers.names[index]
         yield Suspicion(
             "warning",
