@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._C import _len_torch_dispatch_stack as modes_active
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.function import Function
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from torchbp.ops import _recipe
@@ -99,7 +100,7 @@ def entry(
     places = _places_of_tensors(function.forward)
 
     def apply(*args: object) -> Tensor:
-        if is_compiling():
+        if is_dynamo_compiling():
             return traced.apply(*args)
         if transforms_active():
             return function.apply(*args)
@@ -260,7 +261,12 @@ def in_autocast_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def eager() -> bool:
     """Whether values may be looked at here: not traced by ``torch.compile``, transformed by ``torch.func``, or fake."""
-    return not (is_compiling() or transforms_active() or _get_dispatch_mode(_FAKE) is not None)
+    return not (is_dynamo_compiling() or transforms_active() or (modes_active() and _is_fake()))
+
+
+def _is_fake() -> bool:
+    """Whether the mode that is active has fake tensors, or a compiler follows: a kernel may be chosen by values."""
+    return is_compiling() or _get_dispatch_mode(_FAKE) is not None
 
 
 def fused(first: Tensor, *others: Tensor, half: bool = False) -> bool:
@@ -278,9 +284,9 @@ def fused(first: Tensor, *others: Tensor, half: bool = False) -> bool:
     if (
         _formula_only
         or is_grad_enabled()  # in backward it is on exactly when create_graph was asked for
-        or is_compiling()
+        or is_dynamo_compiling()
         or transforms_active()
-        or _get_dispatch_mode(_FAKE) is not None  # fake tensors: a kernel may be chosen by values
+        or (modes_active() and _is_fake())
         or is_legacy_batchedtensor(first)
     ):
         return False
