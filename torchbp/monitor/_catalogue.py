@@ -1,7 +1,7 @@
 """Which layers and parameters are watched. Holds nothing alive."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -116,7 +116,7 @@ class Catalogue:
 
 def _learning(
     model: nn.Module, patterns: Sequence[str] | None
-) -> Iterator[tuple[str, str, nn.Module, dict[str, Tensor]]]:
+) -> Iterator[tuple[str, str, nn.Module, Mapping[str, Tensor]]]:
     """Yield the layers to watch: path without wrappers, name, module, and the parameters that require grad."""
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
     for path, module in model.named_modules():
