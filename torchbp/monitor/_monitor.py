@@ -4,7 +4,6 @@ import time
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torchbp.monitor._harvest import Sums, harvest, without_skipped
 from torchbp.monitor._journal import Journal
 from torchbp.monitor._judge import Judge
 from torchbp.monitor._jump import Jump
+from torchbp.monitor._ledger import Ledger, number
 from torchbp.monitor._ranks import Shared
 from torchbp.monitor._reader import Reader
 from torchbp.monitor._registry import all_diagnoses
@@ -58,15 +58,10 @@ class Monitor:
         self._judge = Judge(all_diagnoses())
         self._reader = Reader()
         self._desk = Desk()
-        self._rows: list[Row] = []
-        self._logged: dict[str, Any] = {}
         self._layers: tuple[Layers, np.ndarray, np.ndarray] | None = None
         self._governor = Governor(share, every, sample_every)
         self._written = self._governor.periods
         self._jump, self._jumped, self._late_losses = Jump(), False, False
-        self._latest: Row | None = None
-        self._between: list[Moment] = []
-        self._early: set[str] = set()  # what is logged before the step that it belongs to has ended
         self._reads = self._backwards = 0
         self._next = DRAIN_EVERY
         self._closed = False
@@ -82,6 +77,7 @@ class Monitor:
             compiled=is_compiled(model),
             deliver=self._take,
         )
+        self._ledger = Ledger(self._capture)
         # When the model goes, and when the process ends, nothing that was measured is lost.
         self._finalizer = weakref.finalize(model, self.close, local=True)
         if journal is not None:
@@ -153,32 +149,14 @@ class Monitor:
         Raises:
             ValueError: ``value`` is a tensor of more than one element.
         """
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                message = (
-                    f"log: expected one number for {name!r}, got shape {tuple(value.shape)}; "
-                    "reduce it, e.g. by .mean()"
-                )
-                raise ValueError(message)
-            value = (
-                value.item() if type(value) is Tensor and value.is_cpu else value.detach().clone()
-            )
+        value = number(name, value)
         if name == "loss_train":
-            capture, latest = self._capture, self._latest
             if isinstance(value, Tensor):
                 self._late_losses = True
-            else:
-                if self._jump.note(value):
-                    self._jumped = True
-                    self._look()
-                if not capture.reading and latest is not None and latest.step + 1 < capture.step:
-                    self._between.append((capture.step, time.time(), value))  # no row for so little
-                    return
-        step = self._step_of(name)
-        if step == self._capture.awaited:
-            self._logged[name] = value
-        else:
-            self._row_at(step).host[name] = value
+            elif self._jump.note(value):
+                self._jumped = True
+                self._look()
+        self._ledger.log(name, value)
 
     def summary(self) -> str:
         """Return the verdicts in plain words, or that nothing is wrong."""
@@ -221,8 +199,6 @@ class Monitor:
 
     # ---------------------------------------------------------------------------------- the work
     def _take(self, row: Row) -> None:
-        row.host.update(self._logged)
-        self._logged = {}
         own, governor = self._capture.own_time, self._governor
         governor.note(row.sampled, own - self._own_from, 1e-3 * row.host["step_time"])
         self._own_from = own
@@ -231,8 +207,7 @@ class Monitor:
             now, own = time.perf_counter(), own + self._drain_time + self._desk.spent
             row.host["monitor_share"] = UNSEEN * (own - spent) / max(now - since, 1e-9)
             self._share_from = now, own
-        self._rows.append(row)
-        self._latest = row
+        self._ledger.add(row)
         self._reads += 1
         self._backwards += row.backwards
         # Ranks may skip different steps, so over several of them backward passes are counted.
@@ -249,29 +224,6 @@ class Monitor:
             self._next = between * (count // between + 1)
         elif self._reads in _EARLY_DRAINS and not self._shared.ranks:
             self._drain(keep=1)
-
-    def _step_of(self, name: str) -> int:
-        """Return which step something that is logged now belongs to: that under way, or the last.
-
-        One that is not read doesn't show whether its backward is over; then it is as at others.
-        """
-        capture, last = self._capture, self._latest
-        step, before = capture.step, max(capture.step - 1, capture.first)
-        if not capture.knows_optimizers:
-            return before
-        known = last is not None and last.step == step - 1 and name in last.host
-        if known or capture.row.backwards:
-            self._early.add(name)
-        elif capture.reading:
-            self._early.discard(name)
-        return step if name in self._early else before
-
-    def _row_at(self, step: int) -> Row:
-        """Return the row of a step; where it was not read, one for what is logged alone."""
-        if not self._rows or self._rows[-1].step != step:
-            self._latest = Row(step, when=time.time())
-            self._rows.append(self._latest)
-        return self._rows[-1]
 
     def _look(self) -> None:
         """Look closely now; several ranks do when they meet."""
@@ -298,12 +250,9 @@ class Monitor:
         ``keep``: so many of the last stay behind, for their loss may be logged after the step.
         ``votes``: decide how often to look from now on.
         """
-        rows = self._rows[: len(self._rows) - keep]
-        if not rows and not self._between:
+        rows, between = self._ledger.take_out(keep)
+        if not rows and not between:
             return
-        late = self._capture.knows_optimizers and "loss_train" in self._early
-        between = [(step - (not late), when, loss) for step, when, loss in self._between]
-        self._between = []
         start = time.perf_counter()
         if self._layers is None:
             self._layers = self._catalogue.layers()
@@ -323,7 +272,6 @@ class Monitor:
             self._pace()
         periods = self.periods
         self._desk.put(lambda: self._work(arrive(), between, periods))
-        del self._rows[: len(rows)]
         self._drain_time += time.perf_counter() - start
 
     def _work(self, sums: list[Sums], between: list[Moment], periods: Periods) -> None:
