@@ -10,10 +10,10 @@ from torchbp.verify.cases import Case
 from torchbp.verify.differences import central, settle
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import real, scale_of, signed_like
+from torchbp.verify.tensors import like, like_mask, real, scale_of, signed_like
 from torchbp.verify.tolerance import compare, largest
 
-__all__ = ["Lines", "like", "like_mask"]
+__all__ = ["Lines"]
 
 HERE = 3e-9  # relative tolerance
 ELSEWHERE = 2e-8  # at other samples than the user's, whose rounding is less well known
@@ -169,12 +169,17 @@ class Lines:
         value, settled = self.measure(directions, got, allowed)
         return abs(value - got) <= allowed if settled else None
 
+    def along(self, directions: dict[int, Tensor]) -> float:
+        """Return the slope that the gradient gives along ``directions``."""
+        return self._along(self.grads, directions)[0]
+
     def _along(self, grads: list[Tensor], directions: dict[int, Tensor]) -> tuple[float, float]:
         """Return the slope that ``grads`` give along ``directions``, and how far that may be off."""
         got = allowed = 0.0
         for i, d in directions.items():
-            got += float((real(grads[i]) * d).sum())
-            allowed += float((_each(self.tolerance(i), self.grads[i]) * d).norm())
+            moved = d != 0  # what stays may have a gradient that is NaN
+            got += float((real(grads[i]) * d)[moved].sum())
+            allowed += float((_each(self.tolerance(i), self.grads[i]) * d)[moved].norm())
         return got, allowed
 
     def rises(self, directions: dict[int, Tensor]) -> bool:  # noqa: PLR0911  # one return a reason
@@ -285,18 +290,6 @@ def _half(directions: dict[int, Tensor]) -> dict[int, Tensor]:
         if count <= 0:
             break
     return half
-
-
-def like(flat: Tensor, t: Tensor) -> Tensor:
-    """Undo :func:`real`: give flat real numbers the shape of ``t``, complex where it is."""
-    if t.is_complex():
-        return torch.view_as_complex(flat.view(*t.shape, 2).contiguous())
-    return flat.view(t.shape)
-
-
-def like_mask(flat: Tensor, t: Tensor) -> Tensor:
-    """Give a flat mask of real numbers the shape of ``t``."""
-    return flat.view(*t.shape, 2).any(-1) if t.is_complex() else flat.view(t.shape)
 
 
 def _each(t: Tensor, g: Tensor) -> Tensor:

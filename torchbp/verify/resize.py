@@ -11,7 +11,17 @@ from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.tensors import scale_of
 from torchbp.verify.tolerance import largest
 
-__all__ = ["Size", "accepts", "broadcast", "explodes", "resized", "scaled", "uneven"]
+__all__ = [
+    "Size",
+    "accepts",
+    "broadcast",
+    "explodes",
+    "resized",
+    "same_outputs",
+    "scaled",
+    "uneven",
+    "with_zeros",
+]
 
 UNEVEN = (1.0, 2.0**-18, 2.0**3, 2.0**-7, 2.0**6, 2.0**-11)  # of rows: a norm clamped, a branch
 
@@ -124,6 +134,29 @@ def uneven(case: Case, size: Size) -> Case:
     return other
 
 
+def with_zeros(case: Case) -> Case:
+    """Return the case with a 0 in each real input of several elements; the same one each time.
+
+    Each is in another place: equal elements of two inputs may be a kink.
+    """
+    if "zeros" not in case.memo:
+        where = [
+            i
+            for i, t in zip(case.where, case.leaves, strict=True)
+            if i < case.size and not t.is_complex() and t.numel() > 1
+        ]
+
+        def change(i: int, t: Tensor) -> Tensor:
+            if i not in where:
+                return t
+            flat = t.clone().reshape(-1)
+            flat[where.index(i) % t.numel()] = 0.0
+            return flat.view(t.shape)
+
+        case.memo["zeros"] = case.edited(change)
+    return case.memo["zeros"]
+
+
 def broadcast(case: Case) -> list[Case]:
     """Return the case with leaves that are broadcast along a dimension as large as what they are broadcast to."""
     others = [t.shape for _, t in case.arguments if t.dim()]
@@ -149,6 +182,12 @@ def accepts(case: Case) -> bool:
         return bool(case.differentiable) and all(bool(y.isfinite().all()) for y in case.all_outputs)
     except ForwardRaised:
         return False
+
+
+def same_outputs(case: Case, other: Case) -> bool:
+    """Whether forward gives the same for both."""
+    pairs = zip(case.all_outputs, other.all_outputs, strict=False)
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
 
 def explodes(case: Case, other: Case, times: float) -> bool:

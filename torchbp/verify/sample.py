@@ -119,12 +119,41 @@ class Sample:
             other.flat[i] = x
         return other
 
+    def asking(self: S, positions: Sequence[int]) -> S:
+        """Return the same function with the tensors at these positions of ``flat`` among its leaves."""
+        other = self.variant(lambda t: t)
+        other.where = sorted({*self.where, *positions})
+        other.names = [self.name_at[i] for i in other.where]
+        return other
+
+    def with_argument(self: S, name: str, value: Any) -> S:
+        """Return the same function with one keyword argument more, which follows the others in ``flat``."""
+        other = self.variant(lambda t: t)
+        n = self._arguments
+        args, kwargs = pytree.tree_unflatten(self.flat[:n], self._spec)
+        _, other._spec = flatten(args, {**kwargs, name: value})  # noqa: SLF001  # another of this class
+        other._arguments = n + 1  # noqa: SLF001
+        other.flat = [*self.flat[:n], value, *self.flat[n:]]
+        other.name_at = [*self.name_at[:n], f"argument {name}", *self.name_at[n:]]
+        other.where = [i + (i >= n) for i in self.where]
+        return other
+
     def in_mode(self: S, training: bool) -> S:
         """Return the case of the same Module in train or eval mode."""
         other = self.variant(lambda t: t)
         other._module = copy.deepcopy(self._module)  # noqa: SLF001  # another of this class
         if other._module is not None:  # noqa: SLF001
             other._module.train(training)  # noqa: SLF001
+        return other
+
+    def with_attributes(self: S, change: Mapping[str, Any]) -> S:
+        """Return the case of the same Module with other values of its attributes, or its submodules' (``norm.eps``)."""
+        other = self.variant(lambda t: t)
+        other._module = copy.deepcopy(self._module)  # noqa: SLF001  # another of this class
+        if other._module is not None:  # noqa: SLF001
+            for path, value in change.items():
+                prefix, _, name = path.rpartition(".")
+                setattr(other._module.get_submodule(prefix), name, value)  # noqa: SLF001
         return other
 
     def _filled(self, leaves: Sequence[Tensor], others: Mapping[int, Tensor]) -> list[Any]:

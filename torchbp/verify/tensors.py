@@ -7,7 +7,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["double", "flatten", "graph", "name_of", "real", "scale_of", "signed_like", "tensors_in"]
+__all__ = [
+    "double",
+    "flatten",
+    "graph",
+    "like",
+    "like_mask",
+    "name_of",
+    "real",
+    "scale_of",
+    "signed_like",
+    "tensors_in",
+]
 
 _DOUBLE = {
     torch.float16: torch.float64,
@@ -47,6 +58,18 @@ def real(t: Tensor) -> Tensor:
     """Return the real numbers of ``t``, flat, in float64."""
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     return t.reshape(-1).double()
+
+
+def like(flat: Tensor, t: Tensor) -> Tensor:
+    """Undo :func:`real`: give flat real numbers the shape of ``t``, complex where it is."""
+    if t.is_complex():
+        return torch.view_as_complex(flat.view(*t.shape, 2).contiguous())
+    return flat.view(t.shape)
+
+
+def like_mask(flat: Tensor, t: Tensor) -> Tensor:
+    """Give a flat mask of real numbers the shape of ``t``."""
+    return flat.view(*t.shape, 2).any(-1) if t.is_complex() else flat.view(t.shape)
 
 
 def tensors_in(structure: object) -> list[Tensor]:

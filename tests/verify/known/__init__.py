@@ -93,6 +93,7 @@ def every():
         kinks,
         linear,
         losses,
+        omitted,
         relatives_state,
         reported,
     )

@@ -16,14 +16,14 @@ def function(value):
     class Rule(Function):
         @staticmethod
         def forward(ctx, *inputs):
-            ctx.others = [None if torch.is_tensor(x) else x for x in inputs]
+            ctx.others = [torch.Tensor if torch.is_tensor(x) else x for x in inputs]
             ctx.save_for_backward(*[x for x in inputs if torch.is_tensor(x)])
             return value(*inputs)
 
         @staticmethod
         def backward(ctx, g):
             saved = iter(ctx.saved_tensors)
-            return Rule.pull(g, *[next(saved) if x is None else x for x in ctx.others])
+            return Rule.pull(g, *[next(saved) if x is torch.Tensor else x for x in ctx.others])
 
         @staticmethod
         def pull(g, *inputs, by=value):

@@ -23,7 +23,6 @@ AUTOCAST = {
 }
 MISSED = {
     "flow_logdet_nondiff": "an output that is marked as not differentiable is a note: it may be meant so",
-    "prod_second_order": "the second derivative is looked at in the sample, where no element is 0",
 }
 
 F32F64 = (torch.float32, torch.float64)

@@ -1,4 +1,4 @@
-"""One more leading dimension: sequences of tokens instead of rows, where forward takes them."""
+"""One leading dimension more, or less: sequences of tokens instead of rows, one row, where forward takes them."""
 
 from collections.abc import Iterator
 
@@ -24,6 +24,13 @@ def _run(case: Case) -> Iterator[Finding]:
     rows = [i for i, t in arguments if t.dim() and t.shape[0] == sizes[0]]
     first = every[:1]
     tested = False
+    single = case.edited(lambda i, t: t[0] if i in rows and len(t) else t)
+    if case.leaves[0].dim() > 1 and accepts(single) and _is_first(case, single):
+        tested = True
+        found = check_lines(single, NAME, " with a dimension less", elsewhere=False)
+        if found and found.got is not None:
+            yield found
+            return
     for chosen in dict.fromkeys(map(tuple, (rows, every, first))):
         other = case.edited(lambda i, t, chosen=chosen: _stack(t) if i in chosen else t)
         rolled = case.edited(lambda i, t, chosen=chosen: _rolled(t) if i in chosen else t)
@@ -42,6 +49,18 @@ def _run(case: Case) -> Iterator[Finding]:
         break
     if not tested:
         raise NotApplicable("forward takes no further dimension, or not as a batch")
+
+
+def _is_first(case: Case, single: Case) -> bool:
+    """Whether forward makes of the first row what stands first in what it makes of all."""
+    pairs = list(zip(case.all_outputs, single.all_outputs, strict=False))
+    return bool(pairs) and all(
+        y.shape[1:] == one.shape
+        and y.dim() > one.dim()
+        and len(y) > 0
+        and torch.allclose(y[0], one, rtol=1e-6, atol=1e-9)
+        for y, one in pairs
+    )
 
 
 def _of_one_row(case: Case, other: Case, chosen: tuple[int, ...]) -> list[Case]:
@@ -73,7 +92,7 @@ def _means_a_batch(both: Case, one: Case, other: Case) -> bool:
 
 CHECK = Check(
     name=NAME,
-    tests="the gradient is right with a leading dimension more",
+    tests="the gradient is right with a leading dimension more, or less",
     run=_run,
     order=81,
     needs=("same values",),

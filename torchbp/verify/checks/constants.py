@@ -20,29 +20,56 @@ NAME = "constants"
 def _run(case: Case) -> Iterator[Finding]:
     constants = [i for i, t in case.arguments if i not in case.where and t.is_floating_point()]
     generator = case.generator(NAME)
-    change = {i: _varied(case.flat[i], generator) for i in constants}
-    chosen = {i: t for i, t in change.items() if not torch.equal(t, case.flat[i])}
-    if not chosen:
-        raise NotApplicable("no floating-point input without a gradient, but masks")
-    other = case.edited(chosen.get)
-    if not accepts(other):
-        raise NotApplicable("forward takes no others")
-    names = " and ".join(case.name_at[i] for i in chosen)
-    found = check_lines(other, NAME, f" where {names} is another")
-    if found:
-        yield found
+    tested = False
+    for what, change in (
+        ("is another", lambda t: _varied(t, generator)),
+        ("holds zeros", _with_zeros),
+        ("is negated", _negated),
+    ):
+        new = {i: change(case.flat[i]) for i in constants}
+        chosen = {i: t for i, t in new.items() if not torch.equal(t, case.flat[i])}
+        other = case.edited(chosen.get)
+        if not chosen or not accepts(other):
+            continue
+        tested = True
+        names = " and ".join(case.name_at[i] for i in chosen)
+        found = check_lines(other, NAME, f" where {names} {what}")
+        if found:
+            yield found
+            return
+    if not tested:
+        raise NotApplicable(
+            "no floating-point input without a gradient, but masks, that may be another"
+        )
 
 
 def _varied(t: Tensor, generator: torch.Generator) -> Tensor:
     """Return other values of the same signs; what sums to 1 does so still, and a mask of 0 and 1 is left alone."""
     r = torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t)
-    if t.unique().tolist() in ([0.0, 1.0], [0.0], []):
+    values = t.unique().tolist()
+    if values == [0.0]:
+        return r - 0.5
+    if values in ([0.0, 1.0], []):
         return t
     other = t * (0.5 + r)
     for dim in range(t.dim() - 1, -1, -1):
         if bool((t.sum(dim) - 1).abs().max() < 1e-6) and t.shape[dim] > 1:
             return other / other.sum(dim, keepdim=True)
     return other
+
+
+def _with_zeros(t: Tensor) -> Tensor:
+    """Return t with every other element 0."""
+    if t.numel() < 2:
+        return t
+    flat = t.clone().reshape(-1)
+    flat[1::2] = 0
+    return flat.view(t.shape)
+
+
+def _negated(t: Tensor) -> Tensor:
+    """Return -t where t has one sign."""
+    return -t if t.numel() > 1 and bool((t > 0).any()) != bool((t < 0).any()) else t
 
 
 CHECK = Check(

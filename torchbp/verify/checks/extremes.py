@@ -7,13 +7,13 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.differences import one_sided
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.growth import elementwise
 from torchbp.verify.lines import Lines
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts, scaled
-from torchbp.verify.tensors import real, signed_like
+from torchbp.verify.resize import accepts, scaled, with_zeros
+from torchbp.verify.smooth import not_finite, not_finite_at
+from torchbp.verify.tensors import real
 
 NAME = "extremes"
 
@@ -45,12 +45,12 @@ def _run(case: Case) -> Iterator[Finding]:
                 continue
             tested = True
             when = f" where {case.names[which]} is {text}, where forward is finite and smooth"
-            found = _all_finite(other, when)
+            found = not_finite(other, NAME, when)
             if found:
                 yield found
                 return
     several = [i for i in inputs if case.leaves[i].numel() > 1]
-    zero = _with_zeros(case, several)
+    zero = with_zeros(case)
     if several and len(elementwise(case)) < len(case.leaves) and accepts(zero):  # else see `edges`
         tested = True
         found = _finite_at_zero(zero) or _slope_at_zero(zero, several)
@@ -60,26 +60,8 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("forward is finite at no extreme")
 
 
-def _with_zeros(case: Case, inputs: list[int]) -> Case:
-    """Return the case with a 0 in each input, each in another place: equal elements of two inputs may be a kink."""
-
-    def change(i: int, t: Tensor) -> Tensor:
-        if i not in where:
-            return t
-        flat = t.clone().reshape(-1)
-        flat[_place(where.index(i), t)] = 0.0
-        return flat.view(t.shape)
-
-    where = [case.where[i] for i in inputs]
-    return case.edited(change)
-
-
-def _place(number: int, t: Tensor) -> int:
-    return number % t.numel()
-
-
 def _finite_at_zero(zero: Case) -> Finding | None:
-    return _all_finite(zero, " where one element is 0, where forward is finite and smooth")
+    return not_finite(zero, NAME, " where one element is 0, where forward is finite and smooth")
 
 
 def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
@@ -88,7 +70,7 @@ def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
     directions = {}
     got = 0.0
     for number, i in enumerate(inputs):
-        k = _place(number, lines.grads[i])
+        k = number % lines.grads[i].numel()
         directions[i] = torch.zeros_like(real(lines.grads[i]))
         directions[i][k] = lines.scales[i][k]
         got += float(real(lines.grads[i])[k] * lines.scales[i][k])
@@ -102,56 +84,13 @@ def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
     return check_lines(zero, NAME, " where one element of each input is 0")
 
 
-def _all_finite(case: Case, when: str) -> Finding | None:
-    """Return the first gradient that is not finite, of whichever input, though forward is smooth along it."""
-    for which in range(len(case.leaves)):
-        if _not_finite(case, which) and _smooth(case, which):
-            return _finding(case, which, when)
-    return None
-
-
 def _changed(case: Case, chosen: list[int], change: Callable[[Tensor], Tensor]) -> Case:
     where = [case.where[i] for i in chosen]
     return case.edited(lambda i, t: change(t) if i in where else t)
 
 
 def _finite(case: Case) -> bool:
-    return not any(_not_finite(case, i) for i in range(len(case.leaves)))
-
-
-def _not_finite(case: Case, which: int) -> bool:
-    return not bool(case.plain.grads[which].isfinite().all())
-
-
-def _smooth(case: Case, which: int) -> bool:
-    """Whether forward has one finite slope along a random line of this leaf."""
-    lines = Lines(case)
-    d = real(signed_like(case.leaves[which], case.generator(NAME))).cpu() * lines.scales[which]
-
-    def phi(t: float) -> float:
-        return lines.value({which: d}, t)
-
-    (left, left_bound), (right, right_bound) = one_sided(phi, 2.0**-12, lines.noise)
-    slack = 0.01 * max(abs(left), abs(right)) + 1e-6 + 2 * (left_bound + right_bound)
-    steep = max(left_bound, right_bound) > 0.05 * max(abs(left), abs(right)) + 1e-3
-    return not steep and abs(left - right) <= slack
-
-
-def _finding(case: Case, which: int, when: str) -> Finding:
-    g = case.plain.grads[which]
-    at = tuple((~g.isfinite()).nonzero()[0].tolist())
-    count = int((~g.isfinite()).sum())
-    name = case.names[which]
-    return Finding(
-        check=NAME,
-        severity="wrong",
-        input=name,
-        index=at,
-        got=float(g[at]),
-        message=f"grad of {name} is not finite in {count}/{g.numel()} elements, "
-        f"first {float(g[at])} at {list(at)}{when}",
-        cause="NaN or infinity made in backward: an overflow, 0 · inf, or a division by 0",
-    )
+    return not any(not_finite_at(case, i) for i in range(len(case.leaves)))
 
 
 CHECK = Check(

@@ -1,4 +1,4 @@
-"""Indices: the gradient is right for other integers than the sample's: in another order, and all alike.
+"""Indices: the gradient is right for other integers than the sample's: in another order, all alike, and extreme.
 
 Indices that are all different hide a backward that overwrites where it should add;
 labels in order hide a sort.
@@ -27,6 +27,7 @@ def _run(case: Case) -> Iterator[Finding]:
     for when, change in (
         ("the integers are in another order", _reversed),
         ("all integers are equal", _equal),
+        ("some integers are the smallest, others the largest", _extreme),
     ):
         other = case.edited(lambda i, t, change=change: change(t) if i in integers else t)
         if all(torch.equal(case.flat[i], other.flat[i]) for i in integers) or not accepts(other):
@@ -51,9 +52,18 @@ def _equal(t: Tensor) -> Tensor:
     return t.reshape(-1)[:1].expand(t.numel()).clone().view(t.shape)
 
 
+def _extreme(t: Tensor) -> Tensor:
+    """Return the integers, unless they are in order, with every third the smallest and every third the largest."""
+    flat = t.reshape(-1).clone()
+    if bool((flat[1:] >= flat[:-1]).all()):
+        return t
+    flat[::3], flat[1::3] = flat.min(), flat.max()
+    return flat.view(t.shape)
+
+
 CHECK = Check(
     name=NAME,
-    tests="the gradient is right for other integers: in another order, all alike",
+    tests="the gradient is right for other integers: in another order, all alike, the smallest or largest",
     run=_run,
     order=83,
     needs=("same values",),

@@ -23,10 +23,11 @@ def _run(case: Case) -> Iterator[Finding]:
     v = case.plain.cotangents
     g = case.plain.grads
     large = 2.0**24 if case.epsilon < 1e-12 else 2.0**10
+    small = 2.0**-70 if case.epsilon < 1e-12 else 2.0**-30
     scales = {
         -1.0: "|·| of grad_output, or one of its signs dropped",
         large: "grad_output clamped, or rounded",  # powers of 2: exact
-        2.0**-30: "something added to grad_output, or a small one dropped",
+        small: "something added to grad_output, or a small one dropped",
     }
     w = [_half_zero(t) for t in case.cotangents(case.plain.outputs, NAME)]
     both = [a + b for a, b in zip(v, w, strict=True)]
@@ -55,8 +56,10 @@ def _run(case: Case) -> Iterator[Finding]:
 
 
 def _half_zero(t: Tensor) -> Tensor:
-    """Return ``t`` with zeros in every other place: what is divided by grad_output shows."""
+    """Return ``t`` with zeros in every other place and in the first row: what is divided by grad_output shows."""
     keep = torch.arange(t.numel(), device=t.device).view(t.shape) % 2 == 1
+    if t.dim() > 1:
+        keep[..., 0, :] = False
     return t * keep if t.numel() > 1 else t
 
 

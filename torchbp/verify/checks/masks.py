@@ -1,9 +1,10 @@
 """Masks: the gradient is right where a boolean input keeps other elements than in the sample.
 
-A sample whose mask keeps everything hides a count of all elements where that of the kept ones is due.
+A sample whose mask keeps everything hides a count of all elements where that of the kept ones is due. What a mask takes
+out may be anything: where forward is the same, the gradient must be finite.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,27 +13,32 @@ from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts
+from torchbp.verify.resize import accepts, same_outputs
+from torchbp.verify.smooth import not_finite
 
 NAME = "masks"
+FAR = 1e4
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    masks = [i for i, t in case.arguments if t.dtype == torch.bool and t.numel() > 1]
+    masks = [i for i, t in case.arguments if i not in case.where and _is_mask(t)]
     if not masks:
-        raise NotApplicable("no boolean input")
+        raise NotApplicable("no mask")
     generator = case.generator(NAME)
-    others = {
-        "half of the mask is flipped": lambda t: _half_flipped(t, generator),
-        "the mask keeps nothing": torch.zeros_like,
+    flipped = case.edited(lambda i, t: _half_flipped(t, generator) if i in masks else t)
+    tries = {
+        "half of the mask is flipped": flipped,
+        "rows of the mask keep nothing, or all": _changed(flipped, masks, _rows_alike),
+        "the mask keeps nothing": _changed(case, masks, torch.zeros_like),
+        "what the mask takes out is 0 or 10000": _hidden(case, flipped, masks),
     }
     tested = False
-    for when, change in others.items():
-        other = case.edited(lambda i, t, change=change: change(t) if i in masks else t)
-        if not accepts(other):
+    for when, other in tries.items():
+        if other is None or not accepts(other):
             continue
         tested = True
-        found = check_lines(other, NAME, f" where {when}")
+        found = not_finite(other, NAME, f" where {when}")
+        found = found or check_lines(other, NAME, f" where {when}")
         if found:
             yield found
             return
@@ -40,10 +46,57 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("forward takes no other mask")
 
 
+def _is_mask(t: Tensor) -> bool:
+    """Whether t holds truth values, perhaps as numbers: a mask of floating-point zeros and ones."""
+    if t.dtype == torch.bool or t.numel() < 2:
+        return t.numel() > 1
+    kind = t.is_floating_point() or t.dtype == torch.uint8
+    return kind and bool(((t == 0) | (t == 1)).all()) and bool((t == 1).any())
+
+
+def _changed(case: Case, masks: list[int], change: Callable[[Tensor], Tensor]) -> Case:
+    return case.edited(lambda i, t: change(t) if i in masks else t)
+
+
+def _hidden(case: Case, flipped: Case, masks: list[int]) -> Case | None:
+    """Return the case with other values where forward does not look at them, behind a mask of the input's shape."""
+    for base in (case, flipped):
+        for i in masks:
+            mask = base.flat[i] != 0
+            for k in (
+                k for k, t in zip(base.where, base.leaves, strict=True) if t.shape == mask.shape
+            ):
+                for hidden in (~mask, mask):
+                    other = _behind(base, k, hidden)
+                    if (
+                        hidden.any()
+                        and not hidden.all()
+                        and accepts(other)
+                        and same_outputs(base, other)
+                    ):
+                        return other
+    return None
+
+
+def _behind(case: Case, which: int, hidden: Tensor) -> Case:
+    count = hidden.reshape(-1).cumsum(0).view(hidden.shape)
+    far = torch.where(count % 2 == 0, FAR, 0.0)
+    return case.edited(lambda i, t: torch.where(hidden, far.to(t), t) if i == which else t)
+
+
+def _rows_alike(mask: Tensor) -> Tensor:
+    if mask.dim() < 2:
+        return mask
+    mask = mask.clone()
+    mask[0], mask[-1] = 0, 1
+    return mask
+
+
 def _half_flipped(mask: Tensor, generator: torch.Generator) -> Tensor:
     order = torch.randperm(mask.numel(), generator=generator)
     flat = mask.clone().reshape(-1)
-    flat[order[: mask.numel() // 2]] ^= True
+    chosen = order[: mask.numel() // 2]
+    flat[chosen] = (flat[chosen] == 0).to(flat.dtype)
     return flat.view(mask.shape)
 
 

@@ -2,7 +2,7 @@
 
 All change together; at one scale only every other one of several, which changes what they are to each other. An input
 that is nowhere negative, or nowhere positive, is also taken with the other sign, alone, where forward takes it so:
-coordinates, what came out of a ReLU. Not so a single number, which may be a limit or a temperature.
+coordinates, what came out of a ReLU, a slope. A single number may be a limit, though, within which nothing is then.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ def _run(case: Case) -> Iterator[Finding]:
             return
     for which in _one_sided(case)[:NEGATED]:
         other = _negated(case, case.where[which])
-        if not accepts(other):
+        if not accepts(other) or _closed(case, other, which):
             continue
         tested = True
         found = check_lines(other, NAME, f" where {case.names[which]} is negated")
@@ -50,12 +50,12 @@ def _run(case: Case) -> Iterator[Finding]:
 
 
 def _one_sided(case: Case) -> list[int]:
-    """Return the leaves of several elements that have one sign."""
+    """Return the leaves that have one sign."""
     inputs = ((i, leaf) for i, leaf in enumerate(case.leaves) if case.where[i] < case.size)
     return [
         i
         for i, leaf in inputs
-        if leaf.numel() > 1
+        if leaf.numel()
         and not leaf.is_complex()
         and bool((leaf > 0).any()) != bool((leaf < 0).any())
     ]
@@ -63,6 +63,14 @@ def _one_sided(case: Case) -> list[int]:
 
 def _negated(case: Case, position: int) -> Case:
     return case.edited(lambda i, t: -t if i == position else t)
+
+
+def _closed(case: Case, other: Case, which: int) -> bool:
+    """Whether another input has no influence any more: the number that is negated is a limit, then."""
+    return case.leaves[which].numel() == 1 and any(
+        k != which and bool(g.any()) and not bool(there.any())
+        for k, (g, there) in enumerate(zip(case.plain.grads, other.plain.grads, strict=True))
+    )
 
 
 def _when(case: Case, chosen: Sequence[int], factor: float) -> str:

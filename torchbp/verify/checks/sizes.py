@@ -8,7 +8,15 @@ from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.growth import fits, free_sizes, one_more
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import Size, accepts, broadcast, explodes, resized, scaled, uneven
+from torchbp.verify.resize import (
+    Size,
+    accepts,
+    broadcast,
+    explodes,
+    resized,
+    scaled,
+    uneven,
+)
 
 NAME = "sizes"
 TRIES = 2

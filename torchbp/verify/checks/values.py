@@ -16,9 +16,9 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_beside
-from torchbp.verify.lines import Lines, like, like_mask
+from torchbp.verify.lines import Lines
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import real
+from torchbp.verify.tensors import like, like_mask, real
 from torchbp.verify.tolerance import compare
 
 NAME = "values"

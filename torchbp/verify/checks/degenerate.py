@@ -1,0 +1,86 @@
+"""Degenerate samples: the gradient is right where rows are equal or zero, a matrix a multiple of the identity.
+
+Random samples have none of these: a norm of 0, a variance of 0, a distance of 0, a singular matrix, equal eigenvalues,
+for all of which backward may have a branch of its own. Nothing is said where forward has a kink.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import Case
+from torchbp.verify.growth import elementwise
+from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts
+from torchbp.verify.smooth import check_smooth
+from torchbp.verify.tolerance import largest
+
+NAME = "degenerate"
+
+
+def _equal_rows(t: Tensor) -> Tensor:
+    """Return t with its second row the first; where there is a third, that has equal elements."""
+    t = t.clone()
+    if t.dim() > 1 and t.shape[-2] > 1:
+        t[..., 1, :] = t[..., 0, :]
+    if t.dim() > 1 and t.shape[-2] > 2:
+        t[..., 2, :] = t[..., 2, :1]
+    return t
+
+
+def _zero_row(t: Tensor) -> Tensor:
+    """Return t with its last row 0; of a vector, every other element."""
+    t = t.clone()
+    if t.dim() > 1 and t.shape[-2] > 1:
+        t[..., -1, :] = 0
+    elif t.dim() == 1 and len(t) > 1:
+        t[1::2] = 0
+    return t
+
+
+def _identity(t: Tensor) -> Tensor:
+    """Return square matrices as multiples of the identity."""
+    n = t.shape[-1] if t.dim() else 0
+    if t.dim() < 2 or n < 2 or t.shape[-2] != n:
+        return t
+    size = t.diagonal(dim1=-2, dim2=-1).abs().mean((-1,), keepdim=True)[..., None]
+    return (size + 0.5) * torch.eye(n, dtype=t.dtype, device=t.device).expand_as(t)
+
+
+SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows are equal": _equal_rows,
+    "a row is zero": _zero_row,
+    "square matrices are multiples of the identity": _identity,
+}
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    inputs = [case.where[i] for i in range(len(case.leaves)) if case.where[i] < case.size]
+    if len(elementwise(case)) == len(case.leaves):
+        raise NotApplicable("works element by element: see edges and ties")
+    most = max(map(largest, case.plain.grads))
+    tested = False
+    for what, change in SAMPLES.items():
+        other = case.edited(lambda i, t, change=change: change(t) if i in inputs else t)
+        if all(torch.equal(case.flat[i], other.flat[i]) for i in inputs) or not accepts(other):
+            continue
+        tested = True
+        found = check_smooth(other, NAME, f" where {what}", most)
+        if found:
+            yield found
+            return
+    if not tested:
+        raise NotApplicable("forward takes no such rows or matrices")
+
+
+CHECK = Check(
+    name=NAME,
+    tests="the gradient is right where rows are equal or zero, a matrix a multiple of the identity",
+    run=_run,
+    order=84,
+    needs=("no random numbers", "same values"),
+    level="full",
+    differences=True,
+)

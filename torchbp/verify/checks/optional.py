@@ -1,0 +1,111 @@
+"""Optional arguments: the gradient is right where what is None, by default or in the sample, is given.
+
+Class weights, a bias, a mask, a scale: each is tried as what fits the first input, until forward takes one and its
+output is another. Where that has a gradient of its own, it is tested too.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import Case
+from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.raised import BackwardRaised, ForwardRaised
+from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts, same_outputs
+
+NAME = "optional"
+MOST = 3  # arguments
+NEVER = {"device", "dtype", "generator", "layout", "memory_format", "name", "out", "requires_grad"}
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    tested = False
+    for slot in _slots(case)[:MOST]:
+        name = slot if isinstance(slot, str) else case.name_at[slot]
+        for value in _values(case, name):
+            if isinstance(slot, str):
+                other, at = case.with_argument(slot, value), case.size
+            else:
+                other, at = case.replaced({slot: value}), slot
+            if not accepts(other) or same_outputs(case, other) or _written(other):
+                continue
+            tested = True
+            shape = f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else value
+            found = check_lines(_asked(other, at, value), NAME, f" where {name} is {shape}")
+            if found and found.got is not None:  # what backward refuses was not meant
+                yield found
+                return
+            break
+    if not tested:
+        raise NotApplicable("no argument that is None and may be something else")
+
+
+def _slots(case: Case) -> list[str | int]:
+    """Return the arguments that are None: positions in ``flat``, and names of those not given."""
+    given: list[str | int] = [i for i, x in case.others.items() if x is None]
+    func = case.func.forward if isinstance(case.func, nn.Module) else case.func
+    try:
+        signature = inspect.signature(func)
+        bound = case.bound(signature)
+    except (TypeError, ValueError):
+        return given
+    return given + [
+        name
+        for name, parameter in signature.parameters.items()
+        if name not in bound.arguments
+        and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
+        and parameter.default is None
+        and name not in NEVER
+    ]
+
+
+def _values(case: Case, name: str) -> Iterator[Any]:
+    """Yield what the argument may be: weights, masks, numbers."""
+    first = case.leaves[0]
+    generator = case.generator(NAME)
+
+    def weights(*shape: int) -> torch.Tensor:
+        r = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+        return r.to(device=first.device, dtype=first.real.dtype)
+
+    shapes = [(n,) for n in (first.shape[-1:] + first.shape[1:2] + first.shape[:1])]
+    shapes += [tuple(first.shape), tuple(first.shape[:-1]), ()]
+    square = [tuple(first.shape[-2:-1] * 2)] if first.dim() > 1 else []
+    if "mask" in name:
+        for shape in dict.fromkeys([*shapes[-3:-1], *square]):
+            yield weights(*shape) < 1
+    yield from (weights(*shape) for shape in dict.fromkeys(shapes))
+    yield from (0.75, 2, 0)
+
+
+def _asked(other: Case, at: int, value: Any) -> Case:
+    """Return the case that asks for the argument's own gradient too, where it has one."""
+    if not torch.is_tensor(value) or not value.is_floating_point():
+        return other
+    asking = other.asking([at])
+    try:
+        given = bool(asking.plain.grads[asking.where.index(at)].any())
+    except (ForwardRaised, BackwardRaised):
+        return other
+    return asking if given else other
+
+
+def _written(case: Case) -> bool:
+    """Whether forward writes to its inputs, as to rows that are longer than `max_norm`."""
+    return any(not torch.equal(a, b) for a, b in zip(case.first[0], case.leaves, strict=True))
+
+
+CHECK = Check(
+    name=NAME,
+    tests="the gradient is right where an argument that is None is given: weights, a mask, a number",
+    run=_run,
+    order=83,
+    needs=("same values",),
+    level="full",
+    differences=True,
+)

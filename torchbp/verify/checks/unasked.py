@@ -1,0 +1,82 @@
+"""Inputs that the sample asks no gradient of: asking changes nothing for the others, and what comes is right.
+
+Targets, weights and states are floating-point numbers, too. A function may refuse them a gradient, loudly; a gradient
+that is not the slope is wrong. One that is missing, though the output depends on the input, is noted: it may be meant.
+"""
+
+from collections.abc import Iterator
+
+from torchbp.verify._check import Check, NotApplicable, Refused
+from torchbp.verify.cases import Case
+from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.lines import Lines
+from torchbp.verify.raised import BackwardRaised, ForwardRaised
+from torchbp.verify.report import Finding
+from torchbp.verify.tolerance import compare_all
+
+NAME = "unasked"
+MOVED = 2.0**-4  # of the input
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    unasked = [
+        i
+        for i, t in case.arguments
+        if i not in case.where and (t.is_floating_point() or t.is_complex()) and t.numel()
+    ]
+    if not unasked:
+        raise NotApplicable("every floating-point input requires grad")
+    other = case.asking(unasked)
+    try:
+        same = other.differentiable == case.differentiable
+        grads = dict(zip(other.where, other.plain.grads, strict=True))
+    except (ForwardRaised, BackwardRaised) as error:
+        raise Refused(str(error)) from error
+    if same:
+        names = " and ".join(case.name_at[i] for i in unasked)
+        found = compare_all(
+            NAME,
+            case,
+            [grads[i] for i in case.where],
+            case.plain.grads,
+            when=f" where {names} requires grad too",
+            cause="the gradient of one input depends on whether another is wanted (needs_input_grad)",
+        )
+        yield from found
+        if found:
+            return
+    missing = [i for i in unasked if not bool((grads[i] != 0).any())]
+    for i in missing:
+        if _matters(other, i):
+            yield Finding(
+                check=NAME,
+                severity="note",
+                input=case.name_at[i],
+                message=f"the output depends on {case.name_at[i]}, whose gradient is none, or 0",
+                cause="backward returns None for it: is that meant? forward might refuse one that requires grad",
+            )
+    given = [i for i in unasked if i not in missing]
+    if given:
+        asked = case.asking(given) if missing else other
+        wrong = check_lines(asked, NAME, " (it requires no grad in the sample)", elsewhere=False)
+        if wrong:
+            yield wrong
+
+
+def _matters(case: Case, position: int) -> bool:
+    """Whether the output changes with this input."""
+    lines = Lines(case)
+    which = case.where.index(position)
+    rise = lines.value({which: lines.direction(1)[which]}, MOVED)
+    return abs(rise) > 1e3 * lines.noise
+
+
+CHECK = Check(
+    name=NAME,
+    tests="an input that requires no grad in the sample gets a right one where it does, or is refused",
+    run=_run,
+    order=36,
+    needs=("same values",),
+    level="full",
+    differences=True,
+)

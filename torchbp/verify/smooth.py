@@ -1,0 +1,121 @@
+"""The gradient at samples where forward may have a kink or a pole: nothing is said of one that has."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from torchbp.verify.cases import Case
+from torchbp.verify.differences import central, one_sided
+from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.lines import Lines
+from torchbp.verify.raised import BackwardRaised
+from torchbp.verify.report import Finding
+from torchbp.verify.tensors import real, signed_like
+from torchbp.verify.tolerance import largest
+
+__all__ = ["check_smooth", "not_finite", "not_finite_at"]
+
+STEP = 2.0**-12
+STEEP = 1e6  # times as large gradients: rounding decides
+
+
+def check_smooth(case: Case, check: str, when: str, most: float) -> Finding | None:
+    """Compare the gradient with the slope of forward along a random line, unless forward is not smooth along it.
+
+    Args:
+        case: The function, at the sample to test.
+        check: Name of the check that asks.
+        when: The condition, for the message.
+        most: The largest gradient in the user's sample.
+    """
+    try:
+        grads = case.plain.grads
+    except BackwardRaised:
+        return None  # loud, where much may be undefined
+    if not all(bool(g.isfinite().all()) for g in grads):
+        return not_finite(case, check, f"{when}, where forward is finite and smooth")
+    if max(map(largest, grads)) > STEEP * (1 + most):
+        return None  # about singular
+    lines = Lines(case, elsewhere=True)
+    direction = lines.direction(0)
+    if lines.rises(direction) or not _is_linear(lines, direction):
+        return None
+    return check_lines(case, check, when, beside=False, elsewhere=False)
+
+
+def _is_linear(lines: Lines, direction: dict[int, Tensor]) -> bool:
+    """Whether forward has one slope along ``direction``, that is not the gradient's, and its parts' add up to it.
+
+    Those of a median of equal elements do not.
+    """
+
+    def slope(d: dict[int, Tensor]) -> tuple[float, float]:
+        return central(lambda t: lines.value(d, t), STEP)
+
+    whole, bend = slope(direction)
+    off = abs(whole - lines.along(direction))
+    slack = 0.02 * off - 2 * lines.noise / STEP
+    if not bend < slack:
+        return False
+    for period in (2, 3):
+        total = 0.0
+        for k in (0, 1):
+            part, bend = slope(
+                {i: d * ((torch.arange(len(d)) % period == 0) == k) for i, d in direction.items()}
+            )
+            total += part
+            if not bend < slack:
+                return False
+        if not abs(whole - total) < slack:
+            return False
+    return True
+
+
+def _is_smooth(lines: Lines, direction: dict[int, Tensor]) -> bool:
+    """Whether forward has one finite slope along ``direction``, one tensor a leaf."""
+    (left, left_bound), (right, right_bound) = one_sided(
+        lambda t: lines.value(direction, t), STEP, lines.noise
+    )
+    size = max(abs(left), abs(right))
+    slack = 0.01 * size + 1e-6 + 2 * (left_bound + right_bound)
+    steep = max(left_bound, right_bound) > 0.05 * size + 1e-3
+    return math.isfinite(size) and not steep and abs(left - right) <= slack
+
+
+def not_finite(case: Case, check: str, when: str) -> Finding | None:
+    """Return the first gradient that is not finite, of whichever input, though forward is smooth along it."""
+    lines = Lines(case)
+    for which, leaf in enumerate(case.leaves):
+        if not_finite_at(case, which):
+            d = real(signed_like(leaf, case.generator(check))).cpu() * lines.scales[which]
+            d[real(case.plain.grads[which]).cpu().isfinite()] = 0
+            if _is_smooth(lines, {which: d}):
+                return _finding(case, which, check, when)
+    return None
+
+
+def not_finite_at(case: Case, which: int) -> bool:
+    """Whether the gradient of this leaf is not finite everywhere."""
+    return not bool(case.plain.grads[which].isfinite().all())
+
+
+def _finding(case: Case, which: int, check: str, when: str) -> Finding:
+    g = (
+        torch.view_as_real(case.plain.grads[which])
+        if case.plain.grads[which].is_complex()
+        else case.plain.grads[which]
+    )
+    at = tuple((~g.isfinite()).nonzero()[0].tolist())
+    count = int((~g.isfinite()).sum())
+    name = case.names[which]
+    return Finding(
+        check=check,
+        severity="wrong",
+        input=name,
+        index=at,
+        got=float(g[at]),
+        message=f"grad of {name} is not finite in {count}/{g.numel()} elements, "
+        f"first {float(g[at])} at {list(at)}{when}",
+        cause="NaN or infinity made in backward: an overflow, 0 · inf, or a division by 0",
+    )
