@@ -29,6 +29,7 @@ from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.activations._tanh import tanh
 
 __all__ = ["Softcap", "SoftcapFunction", "softcap"]
 
@@ -61,7 +62,11 @@ class SoftcapFunction(Function):
 
 
 def _value(input: Tensor, cap: float) -> Tensor:
-    return in_pieces(lambda x: torch.tanh(x / cap) * cap, input)
+    def formula(x: Tensor) -> Tensor:
+        y = tanh(x / cap)
+        return y.mul_(cap) if fused(y) else y * cap
+
+    return in_pieces(formula, input)
 
 
 def _times_derivative(v: Tensor, kept: Tensor, cap: float) -> Tensor:
@@ -135,10 +140,14 @@ def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sampl
     yield Softcap, Sample((2.0,)), Sample((make.normal(3, 4),))
 
 
+def _reference(input: Tensor, cap: float) -> Tensor:
+    return in_pieces(lambda x: torch.tanh(x / cap) * cap, input)
+
+
 OP = Op(
     function=softcap,
     modules=(Softcap,),
-    reference=_value,
+    reference=_reference,
     samples=_all_samples,
     module_samples=_module_samples,
     saved_bytes=lambda x, *_, **__: x.numel() * x.element_size(),

@@ -29,6 +29,7 @@ from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.activations._tanh import tanh as _tanh_of
 
 __all__ = ["Tanh", "TanhFunction", "tanh"]
 
@@ -43,7 +44,7 @@ class TanhFunction(Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:  # x, y: (*)
-        return torch.tanh(x)
+        return _tanh_of(x)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -28,6 +28,7 @@ from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.activations._tanh import tanh
 
 __all__ = ["Tanhshrink", "TanhshrinkFunction", "tanhshrink"]
 
@@ -39,7 +40,7 @@ class TanhshrinkFunction(Function):
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:  # x, y, t: (*)
-        t = x.tanh()
+        t = tanh(x) if isinstance(x, Tensor) else x.tanh()  # torch's error
         return x - t, None if is_half(x) else t
 
     @staticmethod

@@ -32,6 +32,7 @@ from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops.activations._tanh import tanh
 
 __all__ = ["LogCoshLoss", "LogCoshLossFunction", "log_cosh_loss"]
 
@@ -55,7 +56,7 @@ class LogCoshLossFunction(Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
         (d,) = ctx.saved_tensors
         s = spread(grad, ctx.reduction, d.numel())
-        return in_pieces(lambda d, s: scale_fresh(d.tanh(), s), d, s), None  # (2)
+        return in_pieces(lambda d, s: scale_fresh(tanh(d), s), d, s), None  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_d: Tensor, _: None) -> Tensor:

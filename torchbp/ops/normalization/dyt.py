@@ -30,6 +30,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import row_pieces
 from torchbp.ops._samples import Make, Sample, square
+from torchbp.ops.activations._tanh import tanh
 from torchbp.ops.normalization._standardize import widened
 
 __all__ = ["DyT", "DyTFunction", "dyt"]
@@ -46,7 +47,7 @@ class DyTFunction(Function):
     def forward(  # (*, D), (), (D,), (D,) -> (*, D)
         x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        y = (widened(x) * alpha).tanh_()
+        y = tanh(widened(x) * alpha)
         y = y if weight is None else y.mul_(weight)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
