@@ -133,7 +133,7 @@ def row_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def length_written(first: Tensor) -> int:
     """Return the length of all but the last piece of what :func:`written` makes of ``first`` and its like."""
-    return PIECE * max(2, torch.get_num_threads()) if first.is_cpu else first.numel()
+    return PIECE * max(4, torch.get_num_threads()) if first.is_cpu else first.numel()
 
 
 def written(

@@ -39,8 +39,8 @@ from torchbp.ops._function import (
     scale_fresh,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import named, reduce, reduced, spread
+from torchbp.ops._pieces import alike, in_pieces, length_written
+from torchbp.ops._reduction import FEW, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["PoissonNLLLoss", "PoissonNLLLossFunction", "poisson_nll_loss"]
@@ -61,6 +61,8 @@ class PoissonNLLLossFunction(Function):
             return reduced(
                 lambda x, t: _values(x, t, log_input, full, eps), reduction, x, target
             ), None
+        if reduction != "none" and not full and x.numel() > FEW and alike(x, target):
+            return _by_pieces(x, target, reduction)
         rate = x.exp()
         loss = reduced(
             lambda rate, x, t: _values_of_rate(rate, x, t, full),
@@ -132,6 +134,18 @@ def _values_of_rate(rate: Tensor, x: Tensor, t: Tensor, full: bool) -> Tensor:
 
 def _values_of_rate_into(values: Tensor, rate: Tensor, x: Tensor, t: Tensor) -> None:
     torch.addcmul(rate, t, x, value=-1, out=values)
+
+
+def _by_pieces(x: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """Return the reduced loss and the rate, each piece of which is used while it is in the cache."""
+    rate = torch.empty_like(x)
+    rates = iter(rate.view(-1).split(length_written(x)))
+
+    def into(values: Tensor, x: Tensor, t: Tensor) -> None:
+        part = torch.exp(x, out=next(rates).view(x.shape))
+        _values_of_rate_into(values, part, x, t)
+
+    return reduced(torch.mul, reduction, x, target, into=into), rate
 
 
 def _gradient_of_rate(rate: Tensor, t: Tensor, s: Tensor) -> Tensor:
