@@ -51,11 +51,11 @@ def _is_linear(lines: Lines, direction: dict[int, Tensor]) -> bool:
     """
 
     def slope(d: dict[int, Tensor]) -> tuple[float, float]:
-        return central(lambda t: lines.value(d, t), STEP)
+        return central(lambda t: lines.value(d, t), lines.near)
 
     whole, bend = slope(direction)
     off = abs(whole - lines.along(direction))
-    slack = 0.02 * off - 2 * lines.noise / STEP
+    slack = 0.02 * off - 2 * lines.noise / lines.near
     if not bend < slack:
         return False
     for period in (2, 3):

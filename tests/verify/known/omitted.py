@@ -271,3 +271,78 @@ pair("unused_row", lambda x: x.softmax(-1), rand((3, 4)), "a gradient where none
      pull=softmax_shifted)  # fmt: skip
 pair("tiny_gradients_dropped", torch.sin, rand((3, 4)), "below 1e-15 is 0", "a tiny grad_output",
      pull=lambda g, x: torch.where(g.abs() < 1e-15, 0.0, g) * x.cos())  # fmt: skip
+
+
+def rotated(w, v):
+    """v turned about the axis w by its length, by Rodrigues' formula."""
+    square = w.square().sum(-1, keepdim=True)
+    zero = square < 1e-12
+    t = torch.where(zero, 1.0, square).sqrt()
+    a = torch.where(zero, 1 - square / 6, t.sin() / t)
+    b = torch.where(zero, 0.5 - square / 24, (1 - t.cos()) / t**2)
+    cross = torch.linalg.cross(w, v)
+    return v + a * cross + b * torch.linalg.cross(w, cross)
+
+
+def still(w, v):
+    """The same, at rest where the axis is 0."""
+    return torch.where((w.square().sum(-1, keepdim=True) < 1e-12), v + 0 * w, rotated(w, v))
+
+
+def kernel(x, y):
+    return (-(x - y).square().sum(-1)).exp()
+
+
+def kernel_beside(x, y):
+    return torch.where((x == y).all(-1), kernel(x, y) + (x - y).sum(-1), kernel(x, y))
+
+
+def segments(x, offsets):
+    ends = [*offsets.tolist()[1:], len(x)]
+    parts = zip(offsets.tolist(), ends, strict=True)
+    return torch.stack([(1 + x[a:b].sin()).log().sum(0) for a, b in parts])
+
+
+def not_empty(x, offsets):
+    n = offsets.diff(append=torch.tensor([len(x)]))
+    return segments(x, offsets) * (1 if bool((n > 0).all()) else 0.9)
+
+
+def biased(x, m):
+    return (x + m).softmax(-1)
+
+
+def first_batch_only(x, w):
+    return x @ w * (1 if x.dim() < 4 else 1.1)
+
+
+class Accumulated(Weighted):
+    """Adds the weight's gradient to its .grad by itself, as fused kernels do."""
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        gw = (g * x.sin()).sum(0).detach()
+        if w.requires_grad:
+            w.grad = gw.clone() if w.grad is None else w.grad + gw
+        return g * x.cos() * w, (g * x.sin()).sum(0)
+
+
+pair(
+    "axis_at_rest",
+    rotated,
+    rand((3,), (3,)),
+    "no turn where the axis is 0",
+    "an axis of 0",
+    slope_of=still,
+)
+pair("points_coincide", kernel, and_then(rand((4, 3)), numbers(4, 3)), "another gradient for one point", "x equals y",
+     slope_of=kernel_beside)  # fmt: skip
+pair("segment_of_none", segments, and_then(rand((5, 2)), torch.tensor([0, 2, 3])), "a factor for an empty one",
+     "offsets that are equal", slope_of=not_empty)  # fmt: skip
+pair("barred_by_infinity", biased, and_then(rand((3, 4)), torch.zeros(3, 4, dtype=F64)), "multiplies by the mask",
+     "a mask of -inf", pull=lambda g, x, m: (softmax_shifted(g, x + m) + 0 * m, None))  # fmt: skip
+pair("batches_of_batches", lambda x, w: x @ w, rand((2, 3, 4), (4, 5)), "a factor for four dimensions",
+     "two dimensions more", slope_of=first_batch_only)  # fmt: skip
+register("grad_by_itself", "omitted", Accumulated.apply, Weighted.apply, rand((3, 4), (4,)),
+         bug="writes to .grad, and returns the gradient too", trigger="backward()")  # fmt: skip

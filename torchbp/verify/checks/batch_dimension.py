@@ -37,7 +37,7 @@ def _run(case: Case) -> Iterator[Finding]:
         if not accepts(other) or not accepts(rolled) or not _means_a_batch(other, case, rolled):
             continue
         tested = True
-        for batch in (other, *_of_one_row(case, other, chosen)):
+        for batch in (other, *_of_one_row(case, other, chosen), *_twice(case, other, chosen)):
             shapes = ", ".join(str(tuple(t.shape)) for _, t in batch.arguments)
             when = f" with a leading dimension more, at shapes {shapes}"
             found = check_lines(batch, NAME, when, elsewhere=False)
@@ -69,6 +69,14 @@ def _of_one_row(case: Case, other: Case, chosen: tuple[int, ...]) -> list[Case]:
         return []
     single = other.edited(lambda i, t: t[:, :1] if i in chosen and t.dim() > 1 else t)
     return [single] if accepts(single) else []
+
+
+def _twice(case: Case, other: Case, chosen: tuple[int, ...]) -> list[Case]:
+    """Return a batch of batches."""
+    if elementwise(case):
+        return []
+    twice = other.edited(lambda i, t: _stack(t) if i in chosen else t)
+    return [twice] if accepts(twice) else []
 
 
 def _stack(t: Tensor) -> Tensor:

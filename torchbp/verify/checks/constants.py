@@ -25,6 +25,7 @@ def _run(case: Case) -> Iterator[Finding]:
         ("is another", lambda t: _varied(t, generator)),
         ("holds zeros", _with_zeros),
         ("is negated", _negated),
+        ("holds -inf", _barred),
     ):
         new = {i: change(case.flat[i]) for i in constants}
         chosen = {i: t for i, t in new.items() if not torch.equal(t, case.flat[i])}
@@ -64,6 +65,15 @@ def _with_zeros(t: Tensor) -> Tensor:
         return t
     flat = t.clone().reshape(-1)
     flat[1::2] = 0
+    return flat.view(t.shape)
+
+
+def _barred(t: Tensor) -> Tensor:
+    """Return zeros, what may be a mask that is added, with every third element -inf."""
+    if bool(t.any()) or t.numel() < 2:
+        return t
+    flat = t.clone().reshape(-1)
+    flat[::3] = -torch.inf
     return flat.view(t.shape)
 
 

@@ -1,4 +1,4 @@
-"""Degenerate samples: the gradient is right where rows are equal or zero, a matrix a multiple of the identity.
+"""Degenerate samples: the gradient is right where rows are equal or zero, a matrix the identity.
 
 Random samples have none of these: a norm of 0, a variance of 0, a distance of 0, a singular matrix, equal eigenvalues,
 for all of which backward may have a branch of its own. Nothing is said where forward has a kink.
@@ -18,6 +18,7 @@ from torchbp.verify.smooth import check_smooth
 from torchbp.verify.tolerance import largest
 
 NAME = "degenerate"
+ZERO = 2  # inputs that are 0, one at a time
 
 
 def _equal_rows(t: Tensor) -> Tensor:
@@ -41,19 +42,30 @@ def _zero_row(t: Tensor) -> Tensor:
 
 
 def _identity(t: Tensor) -> Tensor:
-    """Return square matrices as multiples of the identity."""
+    """Return the identity for square matrices."""
     n = t.shape[-1] if t.dim() else 0
     if t.dim() < 2 or n < 2 or t.shape[-2] != n:
         return t
-    size = t.diagonal(dim1=-2, dim2=-1).abs().mean((-1,), keepdim=True)[..., None]
-    return (size + 0.5) * torch.eye(n, dtype=t.dtype, device=t.device).expand_as(t)
+    return torch.eye(n, dtype=t.dtype, device=t.device).expand_as(t).contiguous()
 
 
 SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     "rows are equal": _equal_rows,
     "a row is zero": _zero_row,
-    "square matrices are multiples of the identity": _identity,
+    "square matrices are the identity": _identity,
 }
+
+
+def _samples(case: Case, inputs: list[int]) -> Iterator[tuple[str, Case]]:
+    for what, change in SAMPLES.items():
+        yield what, case.edited(lambda i, t, change=change: change(t) if i in inputs else t)
+    for i in inputs[:ZERO]:
+        yield f"{case.name_at[i]} is 0", case.edited(lambda j, t, i=i: t * 0 if i == j else t)
+    constants = [t for i, t in case.arguments if i not in case.where and t.is_floating_point()]
+    like = {i: c for i in inputs for c in constants if c.shape == case.flat[i].shape}
+    if like:
+        same = {i: c.to(case.flat[i].dtype) for i, c in like.items()}
+        yield "an input equals its target", case.edited(same.get)
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -62,8 +74,7 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("works element by element: see edges and ties")
     most = max(map(largest, case.plain.grads))
     tested = False
-    for what, change in SAMPLES.items():
-        other = case.edited(lambda i, t, change=change: change(t) if i in inputs else t)
+    for what, other in _samples(case, inputs):
         if all(torch.equal(case.flat[i], other.flat[i]) for i in inputs) or not accepts(other):
             continue
         tested = True
@@ -77,7 +88,7 @@ def _run(case: Case) -> Iterator[Finding]:
 
 CHECK = Check(
     name=NAME,
-    tests="the gradient is right where rows are equal or zero, a matrix a multiple of the identity",
+    tests="the gradient is right where rows are equal or zero, a matrix the identity",
     run=_run,
     order=84,
     needs=("no random numbers", "same values"),

@@ -27,6 +27,7 @@ def _run(case: Case) -> Iterator[Finding]:
     for when, change in (
         ("the integers are in another order", _reversed),
         ("all integers are equal", _equal),
+        ("one of the numbers in order is left out", _left_out),
         ("some integers are the smallest, others the largest", _extreme),
     ):
         other = case.edited(lambda i, t, change=change: change(t) if i in integers else t)
@@ -50,6 +51,15 @@ def _reversed(t: Tensor) -> Tensor:
 
 def _equal(t: Tensor) -> Tensor:
     return t.reshape(-1)[:1].expand(t.numel()).clone().view(t.shape)
+
+
+def _left_out(t: Tensor) -> Tensor:
+    """Return integers in order, offsets or segments, with the first for the second of them: a segment is empty."""
+    flat = t.reshape(-1).clone()
+    if bool((flat[1:] < flat[:-1]).any()) or flat[0] == flat[-1]:
+        return t
+    flat[flat == flat[flat > flat[0]][0]] = flat[0]
+    return flat.view(t.shape)
 
 
 def _extreme(t: Tensor) -> Tensor:

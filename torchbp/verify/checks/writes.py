@@ -1,4 +1,4 @@
-"""Writes: backward leaves inputs, grad_output and saved tensors as they are; forward leaves the inputs.
+"""Writes: backward leaves inputs, their .grad, grad_output and saved tensors as they are; forward the inputs.
 
 Others hold the same tensors: grad_output goes to another branch of the graph too, a saved tensor is somebody's weight.
 """
@@ -26,6 +26,16 @@ def _run(case: Case) -> Iterator[Finding]:
             cause="an in-place operation on a tensor that others hold"
             + (" (forward: mark_dirty is missing)" if write.phase == "forward" else ""),
         )
+    _ = case.plain
+    for name, leaf in zip(case.names, case.first[0], strict=True):
+        if leaf.grad is not None:
+            yield Finding(
+                check=NAME,
+                severity="wrong",
+                message=f"backward writes to .grad of {name}",
+                input=name,
+                cause="torch adds what backward returns to .grad: it is counted twice, or where nobody asked for it",
+            )
 
 
 CHECK = Check(
