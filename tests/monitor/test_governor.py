@@ -141,6 +141,15 @@ def test_trouble_is_looked_at_closely_for_a_while():
     assert tuple(bench.governor.periods) == before
 
 
+def test_unrest_in_the_first_steps_uses_nothing_up():
+    """They are looked at closely anyhow: all 400 steps that are saved up come after them."""
+    bench = Bench(read=1.0, sample=2.0, drain=3.0)
+    bench.run(300, restless=True)
+    found, _ = bench.run(1000, restless=True)
+    assert max(step for step, periods in found if periods == ASKED) in range(600, 701)
+    assert found[-1][1] == LONGEST
+
+
 def test_even_lasting_unrest_costs_little():
     costs = {"read": 1e-3, "sample": 0.3, "drain": 0.02}
     calm, restless = Bench(**costs), Bench(**costs)
