@@ -75,6 +75,7 @@ def test_the_monitors_share_is_twice_its_clocks(tmp_path, monkeypatch):
             optimizer.zero_grad()
             model(torch.randn(3, 8)).square().mean().backward()
             optimizer.step()
+            monitor._desk.join()
             own.append(monitor._capture.own_time + monitor._drain_time)
     shares = read(tmp_path).scalars["run/monitor_share"]
     assert shares.steps.tolist() == list(range(30))
