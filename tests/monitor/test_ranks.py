@@ -8,7 +8,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
+from torchbp.monitor._harvest import Sums, reduced
+from torchbp.monitor._row import Row
 from torchbp.tensorboard import read
 
 PROGRAM = """
@@ -192,6 +195,26 @@ def test_the_noise_scale_from_what_ranks_have_alone(tmp_path, micro):
     assert low < 60 / (60 * 0.2**2) < high
     assert high - low < 0.8 * value
     assert got.scalars["run/ranks"].values[-1] == 2
+
+
+@pytest.mark.parametrize("other", [7, 8])
+def test_a_row_that_ranks_do_not_agree_on_is_dropped(monkeypatch, other):
+    """Two ranks of which the other one's row may be of another step: sums would be of two steps."""
+
+    def all_reduce(tensor):
+        theirs = tensor.clone()
+        theirs[0, :2] = torch.tensor([other, other**2])
+        tensor += theirs
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    sums = Sums([Row(7)], [0], {"gradient_norm": np.array([[4.0, 9.0]])})
+    votes = reduced([sums], np.array([True, True]), 1, torch.device("cpu"), (1.0, 2.0, 0.0))
+    assert votes.tolist() == [2.0, 4.0, 0.0]
+    if other == 7:
+        assert sums.parameters["gradient_norm"].tolist() == [[8.0, 18.0]]
+    else:
+        assert sums.parameters == {}
 
 
 def test_ranks_change_their_periods_together(tmp_path):

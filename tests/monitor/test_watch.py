@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import torchbp
+from torchbp.monitor import Monitor
 from torchbp.monitor import _desk as desk
 from torchbp.tensorboard import read
 
@@ -299,6 +300,38 @@ def test_a_writer_that_is_stuck_holds_up_training_for_so_long_only(monkeypatch):
     assert desk._LENGTH - 1 <= len(done) <= desk._LENGTH + 1  # the rest is lost, and said to be
 
 
+class Sequence(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.head = nn.GRU(8, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.recurrent(x[:, None].expand(-1, 6, -1))[0][:, -1])
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("model", [mlp, lambda: mlp(activation=nn.Tanh), Sequence])
+def test_no_value_is_waited_for_outside_a_drain(monkeypatch, model, micro):
+    """Tensors on "meta" have none: whoever asks for one gets an error, as a GPU would make him wait."""
+    drain = Monitor._drain
+    monkeypatch.setattr(Monitor, "_drain", lambda *_, **__: None)
+    model = model().to("meta")
+    optimizer = torch.optim.AdamW(model.parameters())
+    x, y = (t.to("meta") for t in data())
+    with torchbp.watch(model, optimizer, sample_every=2) as monitor:
+        for _ in range(12):
+            optimizer.zero_grad()
+            for _micro in range(micro):
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            monitor.log_loss(train=loss)
+        with pytest.raises(NotImplementedError, match="meta"):
+            drain(monitor)
+    assert monitor.step == 12
+
+
 def test_an_exception_in_backward_and_a_retry(tmp_path):
     class Fails(torch.autograd.Function):
         armed = True
@@ -385,6 +418,16 @@ def test_stock_tabs_get_few_tags(tmp_path):
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match=r"watch: expected a torch\.nn\.Module, got type; "):
         torchbp.watch(nn.Linear)
+
+
+@pytest.mark.parametrize(("rank", "writes"), [("auto", False), (0, False), (1, True)])
+def test_one_rank_writes(tmp_path, monkeypatch, rank, writes):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    model = mlp()
+    with torchbp.watch(model, log_dir=tmp_path / "run", rank=rank):
+        train(model, steps=3)
+    assert (tmp_path / "run").exists() == writes
 
 
 @pytest.mark.parametrize("begin", [0, 7])
