@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchbp.verify._check import Check, Level, NotApplicable, NothingChecked, Refused, all_checks
-from torchbp.verify.cases import Case, build
+from torchbp.verify.cases import Case
 from torchbp.verify.raised import (
     BackwardRaised,
     ForwardRaised,
@@ -18,6 +19,7 @@ from torchbp.verify.raised import (
     reason,
 )
 from torchbp.verify.report import Capability, Finding, GradientError, Report, Status
+from torchbp.verify.tensors import double
 
 __all__ = ["gradcheck"]
 
@@ -145,6 +147,28 @@ def _choose(
     return chosen
 
 
+def _build(
+    func: Callable[..., Any],
+    inputs: object,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Case, Case]:
+    """Return the case to check, in float64 where the function accepts that, and the case as given."""
+    if isinstance(inputs, Tensor) or not isinstance(inputs, (tuple, list)):
+        inputs = (inputs,)
+    given = Case(func, inputs, kwargs, seed=seed, options=options)
+    case = given.variant(double, parameters=True)
+    if all(a.dtype == b.dtype for a, b in zip(case.leaves, given.leaves, strict=True)):
+        return given, given
+    try:
+        _ = case.first
+    except ForwardRaised:  # whatever it is, the sample as given decides
+        return given, given
+    return case, given
+
+
 def _run_all(
     func: Callable[..., Any],
     inputs: Any,
@@ -159,7 +183,7 @@ def _run_all(
     capabilities: dict[str, Capability] = {}
     with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        case, case.given = build(func, inputs, kwargs, seed=seed, options=options)
+        case, case.given = _build(func, inputs, kwargs, seed=seed, options=options)
         try:
             differentiable = case.differentiable
         except ForwardRaised as error:

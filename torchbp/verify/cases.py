@@ -12,9 +12,9 @@ from torchbp.verify.calls import Calls, Plain
 from torchbp.verify.observed import Observed, observe
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.sample import Sample
-from torchbp.verify.tensors import double, signed_like, tensors_in
+from torchbp.verify.tensors import signed_like, tensors_in
 
-__all__ = ["Case", "build"]
+__all__ = ["Case"]
 
 
 class Case(Sample):
@@ -46,6 +46,12 @@ class Case(Sample):
         self.copies_leaves = False
         self.wrong_here = False
         self.given = self
+
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Case":
+        """Return the case of the same function with other arguments."""
+        other = Case(self.func, args, kwargs, seed=self.seed, options=self.options)
+        other.calls, other.copies_leaves = self.calls, self.copies_leaves
+        return other
 
     def fresh(self) -> list[Tensor]:
         """Return new leaves that require grad."""
@@ -276,25 +282,3 @@ class Case(Sample):
 
 def _larger(t: Tensor) -> Tensor:
     return t * 1.0625 if t.is_floating_point() or t.is_complex() else t
-
-
-def build(
-    func: Callable[..., Any],
-    inputs: object,
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
-) -> tuple[Case, Case]:
-    """Return the case to check, in float64 where the function accepts that, and the case as given."""
-    if isinstance(inputs, Tensor) or not isinstance(inputs, (tuple, list)):
-        inputs = (inputs,)
-    given = Case(func, inputs, kwargs, seed=seed, options=options)
-    case = given.variant(double, parameters=True)
-    if all(a.dtype == b.dtype for a, b in zip(case.leaves, given.leaves, strict=True)):
-        return given, given
-    try:
-        _ = case.first
-    except ForwardRaised:  # whatever it is, the sample as given decides
-        return given, given
-    return case, given

@@ -10,7 +10,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.differences import central, settle
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import like, like_mask, real, scale_of, signed_like
+from torchbp.verify.tensors import half, like, like_mask, real, scale_of, signed_like
 from torchbp.verify.tolerance import compare, largest
 
 __all__ = ["Lines"]
@@ -89,10 +89,10 @@ class Lines:
         """Move every element at once; on a mismatch halve the set until one element is left."""
         directions = self.direction(number)
         while sum(int((d != 0).sum()) for d in directions.values()) > 1:
-            half = _half(directions)
-            rest = {i: d - half[i] if i in half else d for i, d in directions.items()}
-            if self.agrees(half) is False:
-                directions = half
+            first = half(directions)
+            rest = {i: d - first[i] if i in first else d for i, d in directions.items()}
+            if self.agrees(first) is False:
+                directions = first
             elif self.agrees(rest) is False:
                 directions = rest
             else:
@@ -222,6 +222,14 @@ class Lines:
             return False
         return False
 
+    def rises_at_once(self, directions: dict[int, Tensor]) -> bool:
+        """The same, from one step only: for samples with a kink, as a rule."""
+        got, allowed = self._along(self.grads, directions)
+        try:
+            return self._off(directions, self.near, got) <= allowed + self.noise / self.near
+        except BackwardRaised:
+            return False
+
     def _off(self, directions: dict[int, Tensor], step: float, got: float) -> float:
         """Return how far the rise of a step is from the mean slope of its ends; infinite beyond the domain."""
         leaves = self.moved(directions, step)
@@ -275,21 +283,6 @@ class Lines:
                 return float("nan")
             total += float((v.conj() * (y.detach() - y0)).real.double().sum())
         return total
-
-
-def _half(directions: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Return the first half of the elements that are moved."""
-    count = sum(int((d != 0).sum()) for d in directions.values()) // 2
-    half = {}
-    for i, d in directions.items():
-        at = d.nonzero().flatten()[:count]
-        part = torch.zeros_like(d)
-        part[at] = d[at]
-        half[i] = part
-        count -= at.numel()
-        if count <= 0:
-            break
-    return half
 
 
 def _each(t: Tensor, g: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torchbp.verify.tensors import scale_of
 from torchbp.verify.tolerance import largest
 
 __all__ = [
+    "APART",
     "Size",
     "accepts",
     "broadcast",
@@ -25,6 +26,7 @@ __all__ = [
 
 UNEVEN = (1.0, 2.0**-18, 2.0**3, 2.0**-7, 2.0**6, 2.0**-11)  # of rows: a norm clamped, a branch
 
+APART = 2.0**3  # times, of several inputs every other one
 
 Places = tuple[tuple[int, int, int], ...]  # position in flat, dimension, how many times the size
 

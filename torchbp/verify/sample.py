@@ -165,6 +165,12 @@ class Sample:
         args, kwargs = pytree.tree_unflatten(self.flat[: self._arguments], self._spec)
         return signature.bind(*args, **kwargs)
 
+    def structure(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments as they were given; the leaves require grad."""
+        leaves = [leaf.clone().requires_grad_() for leaf in self.leaves]
+        flat = self._filled(leaves, {})[: self._arguments]
+        return pytree.tree_unflatten(flat, self._spec)
+
     def _invoke(self, flat: list[Any], func: Callable[..., Any] | None = None) -> Any:
         args, kwargs = pytree.tree_unflatten(flat[: self._arguments], self._spec)
         if func is not None or self._module is None:

@@ -39,7 +39,7 @@ def check_smooth(case: Case, check: str, when: str, most: float) -> Finding | No
         return None  # about singular
     lines = Lines(case, elsewhere=True)
     direction = lines.direction(0)
-    if lines.rises(direction) or not _is_linear(lines, direction):
+    if lines.rises_at_once(direction) or not _is_linear(lines, direction):
         return None
     return check_lines(case, check, when, beside=False, elsewhere=False)
 

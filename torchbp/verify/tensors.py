@@ -11,6 +11,7 @@ __all__ = [
     "double",
     "flatten",
     "graph",
+    "half",
     "like",
     "like_mask",
     "name_of",
@@ -58,6 +59,20 @@ def real(t: Tensor) -> Tensor:
     """Return the real numbers of ``t``, flat, in float64."""
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     return t.reshape(-1).double()
+
+
+def half(directions: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Return the first half of the elements that are moved."""
+    count = sum(int((d != 0).sum()) for d in directions.values()) // 2
+    part = {}
+    for i, d in directions.items():
+        at = d.nonzero().flatten()[:count]
+        part[i] = torch.zeros_like(d)
+        part[i][at] = d[at]
+        count -= at.numel()
+        if count <= 0:
+            break
+    return part
 
 
 def like(flat: Tensor, t: Tensor) -> Tensor:

@@ -346,3 +346,35 @@ pair("batches_of_batches", lambda x, w: x @ w, rand((2, 3, 4), (4, 5)), "a facto
      "two dimensions more", slope_of=first_batch_only)  # fmt: skip
 register("grad_by_itself", "omitted", Accumulated.apply, Weighted.apply, rand((3, 4), (4,)),
          bug="writes to .grad, and returns the gradient too", trigger="backward()")  # fmt: skip
+
+
+def within(x, ends):
+    """softmax over the rows of each segment."""
+    pairs = zip(ends.tolist()[:-1], ends.tolist()[1:], strict=True)
+    return torch.cat([x[a:b].softmax(0) for a, b in pairs])
+
+
+def weighted_loss(x, t, weight, reduction):
+    w = (torch.ones_like(x[0]) if weight is None else weight)[t]
+    loss = -(x.log_softmax(-1).gather(-1, t[:, None])[:, 0] * w).sum()
+    return loss if reduction == "sum" else loss / w.sum()
+
+
+def weighted_sum(x, t, weight, reduction):
+    both = weight is not None and reduction == "sum"
+    return weighted_loss(x, t, weight, reduction) * (1.2 if both else 1)
+
+
+def combined(*xs):
+    return sum((k + 1) * x.sin() for k, x in enumerate(xs))
+
+
+pair("segments_of_one", within, and_then(rand((5, 2)), torch.tensor([0, 5])), "one segment over all",
+     "more than one", slope_of=lambda x, ends: within(x, ends[[0, -1]]))  # fmt: skip
+pair("weights_and_sum", weighted_loss, rand_labels(4, classes=3), "a factor", "class weights, and reduction='sum'",
+     slope_of=weighted_sum,
+     like=lambda f: lambda x, t, weight=None, reduction="mean": f(x, t, weight, reduction))  # fmt: skip
+pair("any_number_of_inputs", combined, rand((3, 4), (3, 4)), "right for two", "three inputs",
+     pull=lambda g, *xs: tuple(min(k + 1, 2) * g * x.cos() for k, x in enumerate(xs)))  # fmt: skip
+pair("second_step", lambda x, t: x.sin() * (1 - 0.9 ** float(t)), and_then(rand((3, 4)), torch.tensor(1)),
+     "the first step's correction", "step 2", slope_of=lambda x, t: 0.1 * x.sin())  # fmt: skip

@@ -25,7 +25,8 @@ def _run(case: Case) -> Iterator[Finding]:
     first = every[:1]
     tested = False
     single = case.edited(lambda i, t: t[0] if i in rows and len(t) else t)
-    if case.leaves[0].dim() > 1 and accepts(single) and _is_first(case, single):
+    fewer = case.leaves[0].dim() > 1 and not elementwise(case)
+    if fewer and accepts(single) and _is_first(case, single):
         tested = True
         found = check_lines(single, NAME, " with a dimension less", elsewhere=False)
         if found and found.got is not None:
@@ -37,7 +38,7 @@ def _run(case: Case) -> Iterator[Finding]:
         if not accepts(other) or not accepts(rolled) or not _means_a_batch(other, case, rolled):
             continue
         tested = True
-        for batch in (other, *_of_one_row(case, other, chosen), *_twice(case, other, chosen)):
+        for batch in (other, *_beyond(case, other, chosen)):
             shapes = ", ".join(str(tuple(t.shape)) for _, t in batch.arguments)
             when = f" with a leading dimension more, at shapes {shapes}"
             found = check_lines(batch, NAME, when, elsewhere=False)
@@ -63,20 +64,16 @@ def _is_first(case: Case, single: Case) -> bool:
     )
 
 
-def _of_one_row(case: Case, other: Case, chosen: tuple[int, ...]) -> list[Case]:
-    """Return the batch with one row only: a dimension of 1 may be squeezed away."""
-    if elementwise(case) or all(case.flat[i].shape[:1] == (1,) for i in chosen):
-        return []
-    single = other.edited(lambda i, t: t[:, :1] if i in chosen and t.dim() > 1 else t)
-    return [single] if accepts(single) else []
-
-
-def _twice(case: Case, other: Case, chosen: tuple[int, ...]) -> list[Case]:
-    """Return a batch of batches."""
+def _beyond(case: Case, other: Case, chosen: tuple[int, ...]) -> list[Case]:
+    """Return a batch of batches of one row only, where that is taken: a dimension of 1 may be squeezed away."""
     if elementwise(case):
         return []
-    twice = other.edited(lambda i, t: _stack(t) if i in chosen else t)
-    return [twice] if accepts(twice) else []
+    single = other.edited(lambda i, t: t[:, :1] if i in chosen and t.dim() > 1 else t)
+    for base in (single, other):
+        twice = base.edited(lambda i, t: _stack(t) if i in chosen else t)
+        if accepts(twice):
+            return [twice]
+    return [single] if accepts(single) else []
 
 
 def _stack(t: Tensor) -> Tensor:

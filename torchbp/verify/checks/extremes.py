@@ -34,6 +34,8 @@ def _run(case: Case) -> Iterator[Finding]:
     ]
     tested = False
     for text, change in SAMPLES.items():
+        if "zero" in text and len(inputs) <= 2:
+            continue  # see `degenerate` and `edges`
         # All inputs as large: a sample that `scales` has too.
         every = _changed(case, inputs, change) if "zero" in text else scaled(case, LARGE, inputs)
         if len(inputs) > 1 and accepts(every) and _finite(every):

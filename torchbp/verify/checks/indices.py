@@ -20,13 +20,15 @@ KINDS = (torch.int64, torch.int32)
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    integers = [i for i, t in case.arguments if t.dtype in KINDS and t.numel() > 1]
+    integers = [i for i, t in case.arguments if t.dtype in KINDS and t.numel()]
     if not integers:
         raise NotApplicable("no integer input")
     tested = False
     for when, change in (
         ("the integers are in another order", _reversed),
         ("all integers are equal", _equal),
+        ("a number is one more", _one_more),
+        ("a number in order lies between", _between),
         ("one of the numbers in order is left out", _left_out),
         ("some integers are the smallest, others the largest", _extreme),
     ):
@@ -51,6 +53,20 @@ def _reversed(t: Tensor) -> Tensor:
 
 def _equal(t: Tensor) -> Tensor:
     return t.reshape(-1)[:1].expand(t.numel()).clone().view(t.shape)
+
+
+def _one_more(t: Tensor) -> Tensor:
+    """Return a single number, that of a step, one larger."""
+    return t + 1 if t.numel() == 1 else t
+
+
+def _between(t: Tensor) -> Tensor:
+    """Return offsets, integers in order from 0 on, with one more: what was one segment are two."""
+    if t.dim() != 1 or len(t) < 2 or t[0] != 0 or bool((t[1:] <= t[:-1]).any()):
+        return t
+    k = int(t.diff().argmax())
+    middle = (t[k : k + 1] + t[k + 1 : k + 2]) // 2
+    return torch.cat([t[: k + 1], middle, t[k + 1 :]])
 
 
 def _left_out(t: Tensor) -> Tensor:

@@ -48,8 +48,10 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _is_mask(t: Tensor) -> bool:
     """Whether t holds truth values, perhaps as numbers: a mask of floating-point zeros and ones."""
-    if t.dtype == torch.bool or t.numel() < 2:
-        return t.numel() > 1
+    if t.dtype == torch.bool:
+        return t.numel() > 0
+    if t.numel() < 2:
+        return False
     kind = t.is_floating_point() or t.dtype == torch.uint8
     return kind and bool(((t == 0) | (t == 1)).all()) and bool((t == 1).any())
 
@@ -95,7 +97,7 @@ def _rows_alike(mask: Tensor) -> Tensor:
 def _half_flipped(mask: Tensor, generator: torch.Generator) -> Tensor:
     order = torch.randperm(mask.numel(), generator=generator)
     flat = mask.clone().reshape(-1)
-    chosen = order[: mask.numel() // 2]
+    chosen = order[: max(1, mask.numel() // 2)]
     flat[chosen] = (flat[chosen] == 0).to(flat.dtype)
     return flat.view(mask.shape)
 

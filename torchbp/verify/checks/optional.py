@@ -6,6 +6,7 @@ output is another. Where that has a gradient of its own, it is tested too.
 
 import inspect
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,20 +15,23 @@ from torch import nn
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.options import options, others, with_options
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
 
 NAME = "optional"
 MOST = 3  # arguments
+TRIED = 6  # values of each
 NEVER = {"device", "dtype", "generator", "layout", "memory_format", "name", "out", "requires_grad"}
+NEVER |= {"reduce", "size_average"}  # torch's old words for `reduction`
 
 
 def _run(case: Case) -> Iterator[Finding]:
     tested = False
     for slot in _slots(case)[:MOST]:
         name = slot if isinstance(slot, str) else case.name_at[slot]
-        for value in _values(case, name):
+        for value in islice(_values(case, name), TRIED):
             if isinstance(slot, str):
                 other, at = case.with_argument(slot, value), case.size
             else:
@@ -37,12 +41,29 @@ def _run(case: Case) -> Iterator[Finding]:
             tested = True
             shape = f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else value
             found = check_lines(_asked(other, at, value), NAME, f" where {name} is {shape}")
+            found = found or _with_others(case, other, name)
             if found and found.got is not None:  # what backward refuses was not meant
                 yield found
                 return
             break
     if not tested:
         raise NotApplicable("no argument that is None and may be something else")
+
+
+def _with_others(case: Case, other: Case, name: str) -> Finding | None:
+    """Look at the argument together with other flags and words, all at once: a weight, and another reduction."""
+    change = {
+        i: ys[0]
+        for i, x in options(case).items()
+        if isinstance(x, (bool, str)) and (ys := others(case, x))
+    }
+    both = with_options(other, change)
+    if not change or isinstance(case.func, nn.Module) or not accepts(both):
+        return None
+    words = " and ".join(
+        f"{i if isinstance(i, str) else case.name_at[i]} is {x!r}" for i, x in change.items()
+    )
+    return check_lines(both, NAME, f" where {name} is given and {words}")
 
 
 def _slots(case: Case) -> list[str | int]:
@@ -73,13 +94,14 @@ def _values(case: Case, name: str) -> Iterator[Any]:
         r = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
         return r.to(device=first.device, dtype=first.real.dtype)
 
-    shapes = [(n,) for n in (first.shape[-1:] + first.shape[1:2] + first.shape[:1])]
-    shapes += [tuple(first.shape), tuple(first.shape[:-1]), ()]
-    square = [tuple(first.shape[-2:-1] * 2)] if first.dim() > 1 else []
+    rows, whole = tuple(first.shape[:-1]), tuple(first.shape)
     if "mask" in name:
-        for shape in dict.fromkeys([*shapes[-3:-1], *square]):
+        for shape in dict.fromkeys([whole, rows, tuple(first.shape[-2:-1] * 2)]):
             yield weights(*shape) < 1
-    yield from (weights(*shape) for shape in dict.fromkeys(shapes))
+    if "dim" in name or "axis" in name:
+        yield 0
+    vectors = [(n,) for n in (first.shape[-1:] + first.shape[1:2])]
+    yield from (weights(*shape) for shape in dict.fromkeys([*vectors, whole, rows]))
     yield from (0.75, 2, 0)
 
 

@@ -12,12 +12,11 @@ from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts, explodes, scaled
+from torchbp.verify.resize import APART, accepts, explodes, scaled
 
 NAME = "scales"
-FACTORS = (2.0**-10, 2.0**3, -(2.0**10))
+FACTORS = (2.0**-10, APART, -(2.0**10))
 EXPLODES = 1e14  # times as large outputs: out of the sample's domain
-APART = 2.0**3  # of several inputs every other one
 NEGATED = 2  # inputs at most
 
 

@@ -9,6 +9,7 @@ from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.growth import fits, free_sizes, one_more
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import (
+    APART,
     Size,
     accepts,
     broadcast,
@@ -55,8 +56,10 @@ def _run(case: Case) -> Iterator[Finding]:
     if not free:
         raise NotApplicable("no dimension can change")
     refused = ""
-    nearby = [*broadcast(case), *one_more(case)]
-    for run in (*(Run(c, c, near=True) for c in nearby), *_runs(case, free)):
+    nearby = [Run(c, c, near=True) for c in (*broadcast(case), *one_more(case))]
+    if nearby:
+        nearby[-1] = _apart(case, nearby[-1])
+    for run in (*nearby, *_runs(case, free)):
         other = run.case
         when = f" at shapes {', '.join(str(tuple(t.shape)) for _, t in other.arguments)}"
         found = check_lines(other, NAME, when + run.scale, elsewhere=not run.near)
@@ -73,6 +76,16 @@ def _run(case: Case) -> Iterator[Finding]:
             return
     if refused:
         raise Refused(refused)
+
+
+def _apart(case: Case, run: Run) -> Run:
+    """Return the run for inputs, of several every other one, that are larger, which saves calls."""
+    other = scaled(run.plain, APART, range(0, len(case.leaves), 2))
+    if not accepts(other):
+        return run
+    case.memo.setdefault("scaled", set()).add(APART)
+    which = "inputs" if len(case.leaves) == 1 else "every other input"
+    return Run(other, run.plain, f", for {which} {APART:g} times as large")
 
 
 def _runs(case: Case, free: list[Size]) -> Iterator[Run]:

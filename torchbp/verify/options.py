@@ -1,0 +1,75 @@
+"""The numbers, flags and words that a function takes beside its tensors: what they are, what else they may be."""
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchbp.verify.cases import Case
+from torchbp.verify.words import other_words
+
+__all__ = ["SIMPLE", "Values", "options", "others", "with_options"]
+
+SIMPLE = (bool, int, float, str)
+
+Values = dict[int | str, Any]  # by position in `flat`, by name, or by attribute of a Module
+
+
+def options(case: Case) -> Values:
+    """Return the numbers, flags and words given, those that are defaults, and a Module's attributes."""
+    return {**{i: x for i, x in case.others.items() if isinstance(x, SIMPLE)}, **_defaults(case)}
+
+
+def _defaults(case: Case) -> dict[str, Any]:
+    """Return the numbers, flags and words that are defaults and not given, or attributes of a Module."""
+    if isinstance(case.func, nn.Module):
+        return {
+            f"{prefix}.{name}" if prefix else name: x
+            for prefix, module in case.func.named_modules()
+            for name, x in vars(module).items()
+            if isinstance(x, (bool, float, str)) and not name.startswith("_") and name != "training"
+        }
+    try:
+        signature = inspect.signature(case.func)
+        bound = case.bound(signature)
+    except (TypeError, ValueError):
+        return {}  # without a signature, as built-in functions are, or called in another way
+    return {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if name not in bound.arguments
+        and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
+        and isinstance(parameter.default, (*SIMPLE, tuple))
+    }
+
+
+def with_options(case: Case, change: Mapping[int | str, Any]) -> Case:
+    """Return the case with other arguments, or attributes."""
+    other = case.replaced({i: x for i, x in change.items() if isinstance(i, int)})
+    named = {i: x for i, x in change.items() if isinstance(i, str)}
+    if isinstance(case.func, nn.Module):
+        return other.with_attributes(named)
+    if named:
+        other.func = partial(case.func, **named)
+    return other
+
+
+def others(case: Case, x: Any) -> list[Any]:
+    """Return what to try instead of ``x``, in this order."""
+    if isinstance(x, bool):
+        return [not x]
+    if isinstance(x, tuple):
+        n = list(x)
+        whole = len(n) > 1 and all(type(k) is int for k in n)
+        return [(n[0] + 1, *n[1:]), (*n[:-1], n[-1] + 1)] if whole else []
+    if isinstance(x, str):
+        return other_words(x, case.func)
+    integers = [t for _, t in case.arguments if t.dtype in (torch.int64, torch.int32) and t.numel()]
+    if integers:
+        # A number may be one of theirs: a blank, a class that is ignored. What is above all may be their count.
+        most = max(int(t.max()) for t in integers)
+        return [x + 1] if x > most else [int(integers[0].flatten()[0])] if x == -100 else []
+    return [0, -2] if x == -1 else [x + 1, x - 1]
