@@ -378,3 +378,42 @@ pair("any_number_of_inputs", combined, rand((3, 4), (3, 4)), "right for two", "t
      pull=lambda g, *xs: tuple(min(k + 1, 2) * g * x.cos() for k, x in enumerate(xs)))  # fmt: skip
 pair("second_step", lambda x, t: x.sin() * (1 - 0.9 ** float(t)), and_then(rand((3, 4)), torch.tensor(1)),
      "the first step's correction", "step 2", slope_of=lambda x, t: 0.1 * x.sin())  # fmt: skip
+
+
+def overlap(a, b):
+    """How much intervals (start, end) overlap, less how far they are apart."""
+    start, end = torch.maximum(a[:, 0], b[:, 0]), torch.minimum(a[:, 1], b[:, 1])
+    return (end - start).sin()
+
+
+def overlap_only(a, b):
+    apart = torch.maximum(a[:, 0], b[:, 0]) > torch.minimum(a[:, 1], b[:, 1])
+    return torch.where(apart, 0 * a[:, 0], overlap(a, b))
+
+
+def intervals(first):
+    def make(dtype=F64, seed=0):
+        starts = torch.arange(4.0, dtype=dtype) * 3 + first
+        return torch.stack([starts, starts + 2 + numbers(4)], 1).requires_grad_()
+
+    return make
+
+
+def turned(a, b):
+    square = (a - b).square().sum(-1)
+    met = square == 0
+    return torch.where(met, 1 - square / 2, torch.where(met, 1.0, square).sqrt().cos())
+
+
+def turned_apart(g, a, b):
+    d = a - b
+    n = d.square().sum(-1, keepdim=True).sqrt()
+    met = n == 0
+    slope = -g[..., None] * torch.where(met, 1.0, n.sin() / torch.where(met, 1.0, n))
+    return slope * (d + met), -slope * (d + met)
+
+
+pair("intervals_apart", overlap, lambda *_: (intervals(0.0)(), intervals(0.5)()), "0 where intervals are apart",
+     "other pairs", slope_of=overlap_only)  # fmt: skip
+pair("points_that_meet", turned, rand((4, 3), (4, 3)), "a slope at a distance of 0", "two equal points",
+     pull=turned_apart)  # fmt: skip

@@ -63,11 +63,25 @@ def _samples(case: Case, inputs: list[int]) -> Iterator[tuple[str, Case]]:
         yield what, case.edited(lambda i, t, change=change: change(t) if i in inputs else t)
     for i in inputs[:ZERO]:
         yield f"{case.name_at[i]} is 0", case.edited(lambda j, t, i=i: t * 0 if i == j else t)
+    pair = next(((i, j) for i in inputs for j in inputs if i < j and _rows_alike(case, i, j)), None)
+    if pair:
+        a, b = (case.flat[k] for k in pair)
+        n = min(len(a), len(b))
+        met = torch.cat([a[:n], b[n:]])
+        yield (
+            f"{case.name_at[pair[0]]} and {case.name_at[pair[1]]} are equal",
+            case.edited(lambda i, t: met if i == pair[1] else t),
+        )
     constants = [t for i, t in case.arguments if i not in case.where and t.is_floating_point()]
     like = {i: c for i in inputs for c in constants if c.shape == case.flat[i].shape}
     if like:
         same = {i: c.to(case.flat[i].dtype) for i, c in like.items()}
         yield "an input equals its target", case.edited(same.get)
+
+
+def _rows_alike(case: Case, i: int, j: int) -> bool:
+    a, b = case.flat[i], case.flat[j]
+    return a.dim() > 0 and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.numel() > 1
 
 
 def _run(case: Case) -> Iterator[Finding]:

@@ -1,0 +1,69 @@
+"""Pairing: the gradient is right where inputs meet others than in the sample: rows of one other rows, two exchanged.
+
+Boxes that all overlap, hinges that are all active, anchors that are all nearer to their positives hide the other
+branch. Each row, and each input, is still one of the sample's.
+"""
+
+from collections.abc import Iterator
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import Case
+from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.growth import elementwise
+from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts
+
+NAME = "pairing"
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    tested = False
+    for when, other in _samples(case):
+        if not accepts(other):
+            continue
+        tested = True
+        found = check_lines(other, NAME, f" where {when}")
+        if found:
+            yield found
+            return
+    if not tested:
+        raise NotApplicable("no two inputs that may be paired otherwise")
+
+
+def _samples(case: Case) -> Iterator[tuple[str, Case]]:
+    inputs = [i for i in case.where if i < case.size]
+    others = [t for i, t in case.arguments if i not in case.where and t.is_floating_point()]
+    if len(elementwise(case)) == len(case.leaves) and not others:
+        return
+    first = next((i for i in inputs if case.flat[i].dim() and len(case.flat[i]) > 1), None)
+    if first is not None:
+        rows = len(case.flat[first])
+        partners = [i for i, t in case.arguments if i != first and t.shape[:1] == (rows,)]
+        if partners:
+            yield (
+                f"the rows of {case.name_at[first]} are moved on by one",
+                case.edited(lambda i, t: t.roll(1, 0) if i == first else t),
+            )
+    alike = [(i, j) for i in inputs for j in inputs if i < j and _same_shape(case, i, j)]
+    for i, j in alike[:1]:
+        swapped = {i: case.flat[j], j: case.flat[i]}
+        yield (
+            f"{case.name_at[i]} and {case.name_at[j]} are exchanged",
+            case.edited(swapped.get),
+        )
+
+
+def _same_shape(case: Case, i: int, j: int) -> bool:
+    a, b = case.flat[i], case.flat[j]
+    return a.shape == b.shape and a.dtype == b.dtype and a.numel() > 1
+
+
+CHECK = Check(
+    name=NAME,
+    tests="the gradient is right where rows of one input meet other rows, and two inputs are exchanged",
+    run=_run,
+    order=83,
+    needs=("same values",),
+    level="full",
+    differences=True,
+)
