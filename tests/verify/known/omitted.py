@@ -417,3 +417,36 @@ pair("intervals_apart", overlap, lambda *_: (intervals(0.0)(), intervals(0.5)())
      "other pairs", slope_of=overlap_only)  # fmt: skip
 pair("points_that_meet", turned, rand((4, 3), (4, 3)), "a slope at a distance of 0", "two equal points",
      pull=turned_apart)  # fmt: skip
+
+
+class SinePushed(Sine):
+    """The same, in forward mode too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, rate):
+        return (rate * x).sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.rate = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def jvp(ctx, tangent_x, _):
+        (x,) = ctx.saved_tensors
+        return tangent_x * ctx.rate * (ctx.rate * x).cos()
+
+
+class SinePushedUnit(SinePushed):
+    @staticmethod
+    def jvp(ctx, tangent_x, _):
+        (x,) = ctx.saved_tensors
+        return tangent_x * (ctx.rate * x).cos()
+
+
+register("jvp_of_another_rate", "omitted", lambda x, rate=1.0: SinePushedUnit.apply(x, rate),
+         lambda x, rate=1.0: SinePushed.apply(x, rate), rand((3, 4)), bug="the rate left out of the jvp",
+         trigger="forward mode, a rate that is not 1")  # fmt: skip

@@ -4,7 +4,8 @@ Under vmap, as jacfwd runs it, a batch of tangents gives what a loop gives.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.lines import Lines
+from torchbp.verify.options import options, others, with_options
 from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import real, signed_like, tensors_in
+from torchbp.verify.resize import accepts
+from torchbp.verify.tensors import graph, real, signed_like, tensors_in
 from torchbp.verify.tolerance import compare, largest, rounding
 
 NAME = "forward_mode"
@@ -36,9 +39,42 @@ def _run(case: Case) -> Iterator[Finding]:
         return
     if not case.draws:
         yield from _batch(case, u, tangents)
+    if any(hasattr(node, "_forward_cls") for node in graph(case.kept[1])):  # a jvp by hand
+        yield from islice(_elsewhere(case, u), 1)
 
 
-def _dot_test(case: Case, u: list[Tensor], tangents: list[Tensor | None]) -> Finding | None:
+def _elsewhere(case: Case, u: list[Tensor]) -> Iterator[Finding]:
+    """Look at a tangent of some inputs only, and at other arguments."""
+    n = len(u)
+    for chosen in (range(0, n, 2), range(1, n, 2)) if n > 1 else ():
+        some = [d if i in chosen else torch.zeros_like(d) for i, d in enumerate(u)]
+        names = " and ".join(case.names[i] for i in chosen)
+        yield from _again(case, some, chosen, f" where {names} alone has a tangent")
+    values = options(case)
+    reals = {i: 0.5 * x + 0.125 for i, x in values.items() if isinstance(x, float)}
+    rest = {i: ys[0] for i, x in values.items() if i not in reals and (ys := others(case, x))}
+    for change in filter(None, (reals, rest)):
+        other = with_options(case, change)
+        if accepts(other):
+            now = " and ".join(
+                f"{i if isinstance(i, str) else case.name_at[i]} is {x!r}"
+                for i, x in change.items()
+            )
+            yield from _again(other, u, range(n), f" where {now}")
+
+
+def _again(case: Case, u: list[Tensor], chosen: Sequence[int], when: str) -> Iterator[Finding]:
+    try:
+        wrong = _dot_test(case, u, _jvp(case, u, chosen), when)
+    except Exception:  # a refusal
+        return
+    if wrong:
+        yield wrong
+
+
+def _dot_test(
+    case: Case, u: list[Tensor], tangents: list[Tensor | None], when: str = ""
+) -> Finding | None:
     forward = reverse = size = 0.0
     for v, t in zip(case.plain.cotangents, tangents, strict=True):
         if t is not None:
@@ -62,7 +98,7 @@ def _dot_test(case: Case, u: list[Tensor], tangents: list[Tensor | None]) -> Fin
         check=NAME,
         severity="wrong",
         message=f"<v, J u> by forward mode is {forward:.6g}, expected {truth:.6g} "
-        f"(by differences{f'; reverse mode {reverse:.6g}' if backward else ''})",
+        f"(by differences{f'; reverse mode {reverse:.6g}' if backward else ''}){when}",
         got=forward,
         expected=truth,
         ratio=forward / truth if truth else None,
@@ -114,10 +150,11 @@ def _refuse(case: Case, error: Exception) -> Iterator[Finding]:
         )
 
 
-def _jvp(case: Case, u: list[Tensor]) -> list[Tensor | None]:
+def _jvp(case: Case, u: list[Tensor], chosen: Sequence[int] | None = None) -> list[Tensor | None]:
     with fwd.dual_level():
         duals = [
-            fwd.make_dual(leaf.detach().clone(), d) for leaf, d in zip(case.leaves, u, strict=True)
+            fwd.make_dual(leaf.detach().clone(), d) if chosen is None or i in chosen else leaf
+            for i, (leaf, d) in enumerate(zip(case.leaves, u, strict=True))
         ]
         outputs = tensors_in(case.call(duals))
         tangents = [fwd.unpack_dual(outputs[i]).tangent for i in case.differentiable]
