@@ -10,7 +10,7 @@ from tests.ops.conftest import HALF
 from tests.ops.test_values import ENGINES
 from torchbp.ops._function import formula_only
 from torchbp.ops._op import all_ops
-from torchbp.ops.activations._infinities import free_of_nan, known_finite
+from torchbp.ops.activations._infinities import few, known_finite, limited
 
 INF = torch.inf
 GATES = ["silu", "gelu", "mish", "hardswish", "quick_gelu"]
@@ -50,16 +50,21 @@ def test_gated_limits_at_infinity(name):
 def test_what_is_looked_at_is_never_taken_for_finite():
     for bad in (INF, -INF, torch.nan):
         for dtype in (torch.float32, *HALF):
-            many, few = torch.zeros(5000, dtype=dtype), torch.zeros(100, dtype=dtype)
-            many[37] = few[37] = bad
+            many, some = torch.zeros(5000, dtype=dtype), torch.zeros(100, dtype=dtype)
+            many[37] = some[37] = bad
             assert not known_finite(many)
             assert not known_finite(many.view(10, -1).T)
-            assert free_of_nan(few) == (bad == bad)
-            assert free_of_nan(few.view(10, -1).T) == (bad == bad)
+            for y in (some, some.view(10, -1).T):
+                assert few(y)
+                assert known_finite(y) is None
+                assert (limited(y, y, None) is y) == (bad == bad)
             assert known_finite(torch.randn(5000).to(dtype))
     many[38] = -many[37]
     assert not known_finite(many)
-    assert free_of_nan(torch.empty(0))
+    assert not few(many)
+    assert limited(many, many, False) is not many
+    empty = torch.empty(0)
+    assert limited(empty, empty, None) is empty
 
 
 @pytest.mark.parametrize("name", GATES)

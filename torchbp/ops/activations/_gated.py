@@ -23,8 +23,8 @@ from torchbp.ops.activations import gelu, silu
 from torchbp.ops.activations._infinities import (
     FEW,
     bounded,
-    free_of_nan,
     known_finite,
+    limited,
     mended,
 )
 
@@ -32,17 +32,20 @@ __all__ = ["gated", "halves"]
 
 _silu_into = kernel("silu", "out")
 _silu_backward_into = kernel("silu_backward", "grad_input")
+_gelu_backward = kernel("gelu_backward")
 _gelu_into = kernel("gelu", "out")
 _gelu_backward_into = kernel("gelu_backward", "grad_input")
+_threshold_backward = kernel("threshold_backward")
 _threshold_backward_into = kernel("threshold_backward", "grad_input")
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate: g(a); v · g'(a); and both again by torch's kernels, written into the last argument."""
+    """A gate: g(a); v · g'(a), by formula and by torch's kernel; and both kernels writing into the last argument."""
 
     value: Callable[[Tensor], Tensor]
     times_derivative: Callable[[Tensor, Tensor], Tensor]
+    kernel: Callable[[Tensor, Tensor], Tensor]
     value_into: Callable[[Tensor, Tensor], Tensor]
     times_derivative_into: Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -51,6 +54,7 @@ def _gelu_gate(approximate: str, times_derivative: Callable[[Tensor, Tensor], Te
     return Gate(
         lambda a: F.gelu(a, approximate=approximate),
         times_derivative,
+        lambda v, a: _gelu_backward(v, a, approximate=approximate),
         lambda a, out: _gelu_into(a, approximate=approximate, out=out),
         lambda v, a, out: _gelu_backward_into(v, a, approximate=approximate, grad_input=out),
     )
@@ -62,6 +66,7 @@ _GATES = {
             a * torch.sigmoid(a) if a.is_complex() else F.silu(a)
         ),  # torch's has no complex gradient
         silu._times_derivative,
+        kernel("silu_backward"),
         lambda a, out: _silu_into(a, out=out),
         lambda v, a, out: _silu_backward_into(v, a, grad_input=out),
     ),
@@ -70,8 +75,9 @@ _GATES = {
     "relu": Gate(
         torch.relu,
         lambda v, a: v.masked_fill(a <= 0, 0),
+        lambda v, a: _threshold_backward(v, a, 0.0),
         lambda a, out: torch.clamp_min(a, 0, out=out),
-        lambda v, a, out: _threshold_backward_into(v, a, 0, grad_input=out),
+        lambda v, a, out: _threshold_backward_into(v, a, 0.0, grad_input=out),
     ),
 }
 
@@ -82,17 +88,18 @@ class GatedFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, dim: int, gate: str, finite: bool) -> Tensor:  # (*, 2D, *) -> (*, D, *)
-        def formula(x: Tensor) -> Tensor:
+    def forward(x: Tensor, dim: int, gate: str, finite: bool | None) -> Tensor:
+        def formula(x: Tensor) -> Tensor:  # (*, 2D, *) -> (*, D, *)
             a, b = x.chunk(2, dim)
-            g = _GATES[gate].value(a)
-            g = g if finite or free_of_nan(g) else mended(g, a)
-            return g.mul_(b) if fused(g, b) else g * b
+            g = limited(_GATES[gate].value(a), a, finite)
+            return g.mul_(b) if fused(g) else g * b
 
         return in_row_pieces(formula, dim, x)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, int, str, bool], output: Tensor) -> None:
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, int, str, bool | None], output: Tensor
+    ) -> None:
         x, ctx.dim, ctx.gate, ctx.finite = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
@@ -101,6 +108,12 @@ class GatedFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         gate = _GATES[ctx.gate]
+        if ctx.finite is None and fused(grad_y) and not x.is_complex():
+            a, b = x.chunk(2, ctx.dim)
+            grad_a = gate.kernel(grad_y * b, a)  # (1)
+            grad_x = torch.cat((grad_a, gate.value(a).mul_(grad_y)), ctx.dim)  # (2)
+            if torch.equal(grad_x, grad_x):
+                return grad_x, None, None, None
 
         def formula(v: Tensor, x: Tensor) -> Tensor:
             a, b = x.chunk(2, ctx.dim)
@@ -110,7 +123,7 @@ class GatedFunction(Function):
                 grad_a, grad_b = grad_x.chunk(2, ctx.dim)
                 gate.times_derivative_into(torch.mul(v, b, out=grad_a), a, grad_a)  # (1)
                 gate.value_into(a, grad_b).mul_(v)  # (2)
-                if ctx.finite or free_of_nan(grad_x):
+                if ctx.finite or torch.equal(grad_x, grad_x):
                     return grad_x
             grad_a = gate.times_derivative(v * b.conj(), bounded(a))  # (1)
             return torch.cat([grad_a, v * mended(gate.value(a), a).conj()], ctx.dim)  # (2)

@@ -2,7 +2,7 @@
 
 Mending it takes passes over memory, about half of such an op's time. So the kernels run as they are where one look says
 that they may: of many elements at the input, once, before the kernel, which then finds it in the cache; of few at what
-forward and backward gave, which takes one call of 0.6 µs each.
+forward and backward gave, which takes one call of 0.6 µs each. Which it is, is asked once, before the Function.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchbp.ops._function import eager
 
-__all__ = ["FAR", "FEW", "bounded", "free_of_nan", "known_finite", "mended", "with_limits"]
+__all__ = ["FAR", "FEW", "bounded", "few", "known_finite", "limited", "mended", "with_limits"]
 
 # From here on |x| is so large that s(x) is 0 or 1 and the derivative too, in every dtype.
 FAR = 1000.0
@@ -21,14 +21,18 @@ FEW = 1024  # elements; up to these torch.equal is faster than a sum and its ite
 _TENSORS = (Tensor, nn.Parameter)
 
 
-def known_finite(x: Tensor) -> bool:
-    """Whether ``x``, if it has many elements, is known to be finite.
+def few(x: Tensor) -> bool:
+    """Whether ``x`` has few elements, and what is made of it may be looked at: no device waits, no trace breaks."""
+    return _may_be_seen(x) and x.numel() <= FEW
 
-    Looks where looking neither waits for a device nor breaks a trace, as :func:`free_of_nan` does.
-    """
-    if type(x) not in _TENSORS or x.numel() <= FEW or not x.is_cpu or not eager():
+
+def known_finite(x: Tensor) -> bool | None:
+    """Whether ``x`` is known to be finite; ``None`` where it is :func:`few`, and its value is looked at instead."""
+    if not _may_be_seen(x):
         return False
-    if not x.is_floating_point() or torch._C._is_tracing():
+    if x.numel() <= FEW:
+        return None
+    if not x.is_floating_point():
         return False
     x = x.detach()
     # A sum that overflows costs time, no more; one of float16 would overflow soon.
@@ -36,11 +40,15 @@ def known_finite(x: Tensor) -> bool:
     return math.isfinite(total.item())
 
 
-def free_of_nan(made: Tensor) -> bool:
-    """Whether ``made``, if it has few elements, is known to hold no NaN."""
-    if type(made) is not Tensor or made.numel() > FEW or not made.is_cpu or not eager():
-        return False
-    return not torch._C._is_tracing() and torch.equal(made, made)
+def _may_be_seen(x: Tensor) -> bool:
+    return type(x) in _TENSORS and x.is_cpu and eager() and not torch._C._is_tracing()
+
+
+def limited(y: Tensor, x: Tensor, finite: bool | None) -> Tensor:
+    """Return ``y``, but its limit where ``x`` is ±∞; ``finite`` is what :func:`known_finite` says of ``x``."""
+    if finite or (finite is None and torch.equal(y, y)):
+        return y
+    return mended(y, x)
 
 
 def with_limits(backward: Callable[[Tensor, Tensor], Tensor], grad_y: Tensor, x: Tensor) -> Tensor:

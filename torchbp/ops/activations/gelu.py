@@ -34,9 +34,8 @@ from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
     bounded,
-    free_of_nan,
     known_finite,
-    mended,
+    limited,
     with_limits,
 )
 
@@ -60,13 +59,15 @@ class GELUFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, approximate: str, finite: bool) -> Tensor:  # x, y: (*)
+    def forward(x: Tensor, approximate: str, finite: bool | None) -> Tensor:  # x, y: (*)
         few = approximate == "none" and type(x) in _TENSORS and _is_few(x)
         y = F.gelu(x.double()).float() if few else F.gelu(x, approximate=approximate)
-        return y if finite or free_of_nan(y) else mended(y, x)
+        return limited(y, x, finite)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, str, bool], output: Tensor) -> None:
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, str, bool | None], output: Tensor
+    ) -> None:
         x, ctx.approximate, ctx.finite = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
@@ -40,7 +41,7 @@ class GLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int) -> Tensor:  # (*, 2D, *) -> (*, D, *)
-        return F.glu(x, dim)
+        return _nn.glu(x, dim)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -51,7 +52,7 @@ class GLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if fused(grad_y, x):
+        if fused(grad_y):  # of the dtype of x
             return _glu_backward(grad_y, x, ctx.dim), None
 
         def formula(v: Tensor, x: Tensor) -> Tensor:

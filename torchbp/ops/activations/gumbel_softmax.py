@@ -33,7 +33,7 @@ from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, entry, fused, kernel, public, scale_fresh
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations.softmax import _project
+from torchbp.ops.activations.softmax import project
 
 __all__ = ["GumbelSoftmaxFunction", "gumbel_softmax"]
 
@@ -63,7 +63,7 @@ class GumbelSoftmaxFunction(Function):
         if fused(grad_y, y):
             grad_z = _softmax_backward_data(grad_y, y, ctx.dim, y.dtype)
         else:
-            grad_z = _project(grad_y, y, ctx.dim)  # (1)
+            grad_z = project(grad_y, y, ctx.dim)  # (1)
         if ctx.tau != 1:
             grad_z = scale_fresh(grad_z, grad_z.new_full((), 1 / ctx.tau))  # (2)
         return grad_z, None, None, None
@@ -71,7 +71,7 @@ class GumbelSoftmaxFunction(Function):
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
         (y,) = ctx.saved_tensors
-        return _project(tangent_x / ctx.tau, y, ctx.dim)
+        return project(tangent_x / ctx.tau, y, ctx.dim)
 
 
 _gumbel_softmax = entry(GumbelSoftmaxFunction, again=GumbelSoftmaxFunction.forward)

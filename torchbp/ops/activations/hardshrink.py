@@ -49,7 +49,7 @@ class HardshrinkFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         if fused(grad_y, half=True):
-            return _hardshrink_backward(grad_y, y, min(ctx.lambd, 0)), None
+            return _hardshrink_backward(grad_y, y, min(ctx.lambd, 0.0)), None
         return _where_kept(grad_y, y, ctx.lambd), None  # (2)
 
     @staticmethod

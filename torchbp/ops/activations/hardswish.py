@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
@@ -28,7 +29,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, overwrite, publ
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, free_of_nan, known_finite, mended
+from torchbp.ops.activations._infinities import bounded, known_finite, limited
 
 __all__ = ["Hardswish", "HardswishFunction", "hardswish"]
 
@@ -41,12 +42,11 @@ class HardswishFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, finite: bool) -> Tensor:  # x, y: (*)
-        y = F.hardswish(x)
-        return y if finite or free_of_nan(y) else mended(y, x)
+    def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
+        return limited(_nn.hardswish(x), x, finite)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
         x, _ = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
@@ -39,13 +40,13 @@ class HardtanhFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, lo: float, hi: float, inplace: bool) -> Tensor:  # x, y: (*)
-        return F.hardtanh(x, lo, hi, inplace)
+        return _nn.hardtanh_(x, lo, hi) if inplace else _nn.hardtanh(x, lo, hi)
 
     @staticmethod
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, float, float, bool], output: Tensor
     ) -> None:
-        x, ctx.lo, ctx.hi, inplace = inputs
+        x, *ctx.bounds, inplace = inputs
         if inplace:
             ctx.mark_dirty(x)
         kept = x if is_half(x) and not inplace else output
@@ -56,13 +57,13 @@ class HardtanhFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (kept,) = ctx.saved_tensors
         if fused(grad_y, half=True):
-            return _hardtanh_backward(grad_y, kept, ctx.lo, ctx.hi), None, None, None
-        return _where_between(grad_y, kept, ctx.lo, ctx.hi), None, None, None  # (2)
+            return _hardtanh_backward(grad_y, kept, *ctx.bounds), None, None, None
+        return _where_between(grad_y, kept, *ctx.bounds), None, None, None  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
         (kept,) = ctx.saved_tensors
-        return _where_between(tangent_x, kept, ctx.lo, ctx.hi)
+        return _where_between(tangent_x, kept, *ctx.bounds)
 
 
 def _where_between(v: Tensor, kept: Tensor, lo: float, hi: float) -> Tensor:

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
@@ -42,14 +43,15 @@ class LeakyReLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, slope: float, inplace: bool) -> Tensor:  # x, y: (*)
-        return F.leaky_relu(x, slope, inplace)
+        return _nn.leaky_relu_(x, slope) if inplace else _nn.leaky_relu(x, slope)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
-        x, ctx.slope, inplace = inputs
+        x, slope, inplace = inputs
         if inplace:
             ctx.mark_dirty(x)
-        kept = output if ctx.slope >= 0 else x
+        kept = output if slope >= 0 else x
+        ctx.slope = slope
         ctx.save_for_backward(kept)
         ctx.save_for_forward(kept)
 

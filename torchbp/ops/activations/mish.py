@@ -23,6 +23,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
@@ -33,7 +34,8 @@ from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
     FAR,
     bounded,
-    free_of_nan,
+    few,
+    limited,
     mended,
     with_limits,
 )
@@ -51,27 +53,29 @@ class MishFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:  # x, y: (*)
-        if isinstance(x, Tensor) and x.numel() > _FEW:  # what is no tensor F.mish refuses
-            return in_pieces(lambda x: mended(F.mish(x), x), x, into=_value_into, spare=1)
-        y = F.mish(x)
-        return y if free_of_nan(y) else mended(y, x)
+    def forward(x: Tensor, look: bool) -> Tensor:  # x, y: (*)
+        if look:
+            return limited(_nn.mish(x), x, None)
+        if isinstance(x, Tensor) and x.numel() > _FEW:  # what is no tensor torch's refuses
+            return in_pieces(lambda x: mended(_nn.mish(x), x), x, into=_value_into, spare=1)
+        return mended(_nn.mish(x), x)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        x, _ = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> Tensor:
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         if x.numel() <= _FEW and fused(grad_y, half=True):
-            return with_limits(_mish_backward, grad_y, x)
+            return with_limits(_mish_backward, grad_y, x), None
         into = _times_derivative_into
-        return in_pieces(_times_derivative, grad_y, x, into=into, spare=2)  # (2)
+        return in_pieces(_times_derivative, grad_y, x, into=into, spare=2), None  # (2)
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
+    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
         return in_pieces(_times_derivative, tangent_x, x)
 
@@ -124,8 +128,8 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.3034,  0.0000,  1.9440])
     """
     if inplace:
-        return overwrite(_mish, input)
-    return _mish(input)
+        return overwrite(_mish, input, few(input))
+    return _mish(input, few(input))
 
 
 class Mish(nn.Mish):

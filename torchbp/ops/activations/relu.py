@@ -52,7 +52,7 @@ class ReLUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         if fused(grad_y, half=True):
-            return _threshold_backward(grad_y, y, 0), None
+            return _threshold_backward(grad_y, y, 0.0), None
         return _where_positive(grad_y, y), None  # (2)
 
     @staticmethod

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
@@ -37,7 +38,7 @@ class ReLU6Function(Function):
 
     @staticmethod
     def forward(x: Tensor, inplace: bool) -> Tensor:  # x, y: (*)
-        return F.relu6(x, inplace)
+        return _nn.relu6_(x) if inplace else _nn.relu6(x)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
@@ -51,7 +52,7 @@ class ReLU6Function(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         if fused(grad_y, half=True):
-            return _hardtanh_backward(grad_y, y, 0, 6), None
+            return _hardtanh_backward(grad_y, y, 0.0, 6.0), None
         return _where_between(grad_y, y), None  # (2)
 
     @staticmethod

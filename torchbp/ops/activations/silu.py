@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
@@ -30,10 +31,10 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
+    FEW,
     bounded,
-    free_of_nan,
     known_finite,
-    mended,
+    limited,
     with_limits,
 )
 
@@ -48,13 +49,14 @@ class SiLUFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, finite: bool) -> Tensor:  # x, y: (*)
-        y = F.silu(x)
-        return y if finite or free_of_nan(y) else mended(y, x)
+    def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
+        return limited(_nn.silu(x), x, finite)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
-        x, ctx.finite = inputs
+    def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
+        x, finite = inputs
+        if finite is not None:
+            ctx.finite = finite
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -63,7 +65,8 @@ class SiLUFunction(Function):
         (x,) = ctx.saved_tensors
         if fused(grad_y, half=True) and not x.is_complex():
             backward = _silu_backward
-            return backward(grad_y, x) if ctx.finite else with_limits(backward, grad_y, x), None
+            finite = x.numel() > FEW and ctx.finite
+            return backward(grad_y, x) if finite else with_limits(backward, grad_y, x), None
         return in_pieces(_times_derivative, grad_y, bounded(x)), None  # (2)
 
     @staticmethod

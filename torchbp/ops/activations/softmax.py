@@ -55,15 +55,15 @@ class SoftmaxFunction(Function):
         (y,) = ctx.saved_tensors
         if fused(grad_y, half=True):
             return _softmax_backward_data(grad_y, y, ctx.dim, y.dtype), None
-        return _project(grad_y, y, ctx.dim), None
+        return project(grad_y, y, ctx.dim), None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
         (y,) = ctx.saved_tensors
-        return _project(tangent_x, y, ctx.dim)
+        return project(tangent_x, y, ctx.dim)
 
 
-def _project(v: Tensor, y: Tensor, dim: int) -> Tensor:
+def project(v: Tensor, y: Tensor, dim: int) -> Tensor:
     return in_float32(lambda v, y: y * (v - (v * y).sum(dim, keepdim=True)), v, y)  # (1)
 
 

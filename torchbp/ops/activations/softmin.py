@@ -3,9 +3,10 @@ r"""Softmin along a dimension: y_i = exp(-x_i) / Σ_j exp(-x_j).
 Derivation, with all sums along that dimension:
     y = softmax(z) with z = -x, of which softmax.py has the gradient:
     grad_x = -grad_z = -y · (grad_y - Σ grad_y · y)                                            (1)
+    The Jacobian is symmetric, so tangent_y is (1) of tangent_x.
 
 Saves:
-    What softmax saves: y (4 bytes per float32 element), as torch.
+    y (4 bytes per float32 element), as torch.
 
 Edge values:
     x_i = +∞: y_i = 0, grad_x_i = 0.   All +∞, or one -∞: NaN, as in torch.   A dimension of size 0: empty.
@@ -20,14 +21,48 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import public
+from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations.softmax import implicit_dim, softmax
+from torchbp.ops.activations.softmax import along, project
 
-__all__ = ["Softmin", "softmin"]
+__all__ = ["Softmin", "SoftminFunction", "softmin"]
+
+_softmax_backward_data = kernel("_softmax_backward_data")
+
+
+class SoftminFunction(Function):
+    """Softmin with a hand-written gradient. Call it through :func:`softmin`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int) -> Tensor:  # x, y: (*)
+        return torch.softmax(-x, dim)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        _, ctx.dim = inputs
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        if fused(grad_y, half=True):
+            return _softmax_backward_data(grad_y, y, ctx.dim, y.dtype).neg_(), None
+        return -project(grad_y, y, ctx.dim), None  # (1)
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return -project(tangent_x, y, ctx.dim)
+
+
+_softmin = entry(SoftminFunction, again=SoftminFunction.forward)
 
 
 @public
@@ -55,9 +90,7 @@ def softmin(
         >>> softmin(torch.tensor([0.0, 1.0, 2.0]), dim=0)
         tensor([0.6652, 0.2447, 0.0900])
     """
-    if dim is None:
-        dim = implicit_dim("softmin", input, _stacklevel)
-    return softmax(-input, dim, dtype=dtype)  # (1)
+    return _softmin(*along("softmin", input, dim, _stacklevel, dtype))
 
 
 class Softmin(nn.Softmin):

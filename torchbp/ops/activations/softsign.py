@@ -28,6 +28,7 @@ from torchbp.ops._function import Context, entry, fused, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.activations._infinities import FEW, few
 
 __all__ = ["Softsign", "SoftsignFunction", "softsign"]
 
@@ -38,25 +39,32 @@ class SoftsignFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:  # x, y: (*)
+    def forward(x: Tensor, look: bool) -> Tensor:  # x, y: (*)
+        if look:
+            y = x / x.abs().add_(1)
+            if torch.equal(y, y):
+                return y
         largest = torch.finfo(x.dtype).max
         x = x.clamp(-largest, largest)  # ±∞ gives ±1
         scale = x.abs().add_(1)
         return torch.div(x, scale, out=scale) if fused(x, half=True) else x / scale
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
-        (x,) = inputs
+    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        x, _ = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> Tensor:
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return in_pieces(_times_derivative, grad_y, x)  # (2)
+        if x.numel() <= FEW and fused(grad_y):
+            scale = x.abs().add_(1)
+            return torch.div(grad_y, scale.mul_(scale), out=scale), None
+        return in_pieces(_times_derivative, grad_y, x), None  # (2)
 
     @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
+    def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
         return in_pieces(_times_derivative, tangent_x, x)
 
@@ -93,7 +101,7 @@ def softsign(input: Tensor) -> Tensor:
         return F.softsign(
             input
         )  # integers have no gradient; complex |x| has no complex derivative: torch's own
-    return _softsign(input)
+    return _softsign(input, few(input))
 
 
 class Softsign(nn.Softsign):

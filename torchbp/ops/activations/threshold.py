@@ -40,16 +40,17 @@ class ThresholdFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, t: float, c: float, inplace: bool) -> Tensor:  # x, y: (*)
-        return F.threshold(x, t, c, inplace)
+        return torch.threshold_(x, t, c) if inplace else torch.threshold(x, t, c)
 
     @staticmethod
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, float, float, bool], output: Tensor
     ) -> None:
-        x, ctx.t, ctx.c, inplace = inputs
+        x, t, c, inplace = inputs
         if inplace:
             ctx.mark_dirty(x)
-        kept = output if inplace or ctx.c <= ctx.t else x
+        kept = output if inplace or c <= t else x
+        ctx.t = t
         ctx.save_for_backward(kept)
         ctx.save_for_forward(kept)
 
