@@ -5,9 +5,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops._function import Context, entry, fused
+from torchbp.ops._reduction import REDUCTIONS
 from torchbp.ops.losses._classes import class_dim, counted
 from torchbp.ops.losses._logits_gradient import gradient_of_indices
 
@@ -29,9 +31,7 @@ class IndexCrossEntropyFunction(Function):
             target = target.long()
         if _by_rows(x):
             return _values_by_rows(x, target, w, reduction, ignored, smoothing)
-        return F.cross_entropy(
-            x, target, w, ignore_index=ignored, reduction=reduction, label_smoothing=smoothing
-        )
+        return _nn.cross_entropy_loss(x, target, w, REDUCTIONS[reduction], ignored, smoothing)
 
     @staticmethod
     def setup_context(

@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import eager, fused, is_half, scale_fresh
-from torchbp.ops._reduction import spread
+from torchbp.ops._function import eager, fused, is_half, kernel, scale_fresh
+from torchbp.ops._reduction import FEW, REDUCTIONS, spread
 from torchbp.ops.losses._classes import along_classes, class_dim, counted
 
 __all__ = ["gradient_of_indices", "gradient_of_probabilities", "terms_of_probabilities"]
+
+_nll_loss = kernel("nll_loss_forward")
+_nll_loss_backward = kernel("nll_loss_backward")
 
 
 def gradient_of_indices(
@@ -21,6 +24,12 @@ def gradient_of_indices(
 ) -> Tensor:
     """Return (1) for the gradient ``grad`` of the reduced loss, in float32 for half precision."""
     dim = class_dim(x)
+    if x.dim() == 2 and x.numel() <= FEW and smoothing == 0.0 and fused(x, grad) and x.is_cpu:
+        how = REDUCTIONS[reduction]
+        log_p = torch.log_softmax(x, 1)
+        total = log_p if how != 1 else _nll_loss(log_p, target, w, how, ignored)[1]
+        by_log_p = _nll_loss_backward(grad, log_p, target, w, how, ignored, total)
+        return torch._log_softmax_backward_data(by_log_p, log_p, 1, x.dtype)
     if w is None and smoothing == 0.0 and fused(x, grad) and _all_count(target, ignored):
         s = spread(grad, reduction, max(1, target.numel()))
         s = s.unsqueeze(dim) if s.dim() else s

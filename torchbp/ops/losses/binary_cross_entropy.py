@@ -25,6 +25,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
@@ -35,12 +36,13 @@ from torchbp.ops._function import (
     entry,
     fused,
     in_autocast_float32,
+    kernel,
     public,
     scale_fresh,
 )
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import named, reduce, reduced, spread
+from torchbp.ops._reduction import FEW, REDUCTIONS, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["BCELoss", "BCELossFunction", "binary_cross_entropy"]
@@ -48,6 +50,8 @@ __all__ = ["BCELoss", "BCELossFunction", "binary_cross_entropy"]
 _NAME = "binary_cross_entropy"
 _EPS = 1e-12  # torch's
 _LOWEST = -100.0  # torch's, of a logarithm
+_WIDE = (torch.float32, torch.float64)
+_backward = kernel("binary_cross_entropy_backward")
 
 
 class BCELossFunction(Function):
@@ -56,28 +60,40 @@ class BCELossFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    def forward(
+        x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, inside: bool | None
+    ) -> Tensor:  # (*), (*) -> () or (*)
+        if inside is None and fused(x):  # it looks whether values are in [0, 1], too
+            return _nn.binary_cross_entropy(x, target, None, REDUCTIONS[reduction])
         if weight is None:
-            return reduced(_values, reduction, x, target)  # (*), (*) -> () or (*)
+            return reduced(_values, reduction, x, target)
         return reduce(scale_fresh(in_pieces(_values, x, target), weight), reduction)
 
     @staticmethod
     def setup_context(
-        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str], output: Tensor
+        ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str, bool | None], output: Tensor
     ) -> None:
-        *tensors, ctx.reduction = inputs
+        *tensors, ctx.reduction, ctx.inside = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Context, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, target, weight = ctx.saved_tensors
         need_x, need_target, *_ = ctx.needs_input_grad
+        if ctx.inside is None and not need_target and fused(grad):
+            lowest = max(_EPS, torch.finfo(x.dtype).eps / 2)
+            if torch.equal(x.clamp(_EPS, 1 - lowest), x):
+                grad_x = _backward(grad, x, target, None, REDUCTIONS[ctx.reduction])  # (1)
+                return grad_x, None, None, None, None
         s = spread(grad, ctx.reduction, x.numel())
         s = s if weight is None else s * weight
-        grad_x = in_pieces(_gradient_x, x, target, s) if need_x else None
+        gradient_x = _gradient_inside if ctx.inside else _gradient_x
+        grad_x = in_pieces(gradient_x, x, target, s) if need_x else None
         grad_target = in_pieces(_gradient_target, x, s) if need_target else None
-        return grad_x, grad_target, None, None
+        return grad_x, grad_target, None, None, None
 
     @staticmethod
     def jvp(
@@ -102,12 +118,14 @@ def _values(x: Tensor, target: Tensor) -> Tensor:
     return positive.mul_(target).add_(negative.mul_(1 - target)).neg_()
 
 
+def _gradient_inside(x: Tensor, target: Tensor, s: Tensor) -> Tensor:
+    """Return (1) where all of ``x`` is known to be inside: torch's kernel."""
+    if fused(x, target, s) and x.dtype == target.dtype == s.dtype:
+        return _backward(s.expand_as(x), x, target, None, 0)
+    return _gradient_x(x, target, s)
+
+
 def _gradient_x(x: Tensor, target: Tensor, s: Tensor) -> Tensor:
-    if fused(x, target, s) and x.dtype == target.dtype == s.dtype and not x.is_cuda:
-        lowest, highest = torch.aminmax(x) if x.numel() else (x.new_tensor(0.5),) * 2
-        if lowest >= _EPS and 1 - highest >= _EPS:  # torch's kernel is (1) there
-            backward = torch.ops.aten.binary_cross_entropy_backward
-            return backward(s.expand_as(x), x, target, None, 0)
     to_one, to_zero = (1 - x).clamp(min=_EPS), x.clamp(min=_EPS)
     at_ends = (1 - target) / to_one - target / to_zero
     inside = (x - target) / (to_one * to_zero)
@@ -160,12 +178,22 @@ def binary_cross_entropy(
     if target.size() != input.size():
         rule = f"target of the input's shape {shape(input)}"
         raise ValueError(wrong(_NAME, rule, shape(target), "reshape one of them"))
-    _check(input, target, weight)
+    inside = _check(input, target, weight)
     input, target = in_autocast_float32(input, target)
-    return _binary_cross_entropy(input, target, weight, reduction)
+    try:
+        return _binary_cross_entropy(input, target, weight, reduction, inside)
+    except RuntimeError:
+        if inside is None:
+            _extremes("input", input)
+            _extremes("target", target)
+        raise
 
 
-def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
+def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> bool | None:
+    """Check the arguments; return whether all of ``input`` is known to be so far inside that (1) holds.
+
+    ``None`` for few elements, where torch's kernels check, and reduce, in one call.
+    """
     if not input.is_floating_point():
         raise NotImplementedError(wrong(_NAME, "floating-point input", input.dtype, "cast it"))
     if not target.is_floating_point():
@@ -177,13 +205,24 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
         if torch.broadcast_shapes(weight.shape, input.shape) != input.shape:
             rule = f"weight that can be broadcast to {shape(input)}"
             raise RuntimeError(wrong(_NAME, rule, shape(weight), "reshape it"))
-    if eager() and input.is_cpu and input.numel():
-        for name, values in (("input", input), ("target", target)):
-            low, high = (v.item() for v in torch.aminmax(values.detach()))
-            if not (low >= 0 and high <= 1):
-                rule = f"{name} values between 0 and 1"
-                advice = "use binary_cross_entropy_with_logits, or clamp"
-                raise RuntimeError(wrong(_NAME, rule, f"[{low}, {high}]", advice))
+    if not (eager() and input.is_cpu and input.numel()):
+        return False
+    if weight is None and input.numel() <= FEW and input.dtype == target.dtype in _WIDE:
+        return None
+    _extremes("target", target)
+    low, high = _extremes("input", input)
+    return low >= _EPS and 1 - high >= _EPS
+
+
+def _extremes(name: str, values: Tensor) -> tuple[float, float]:
+    """Return the least and the greatest value, checked."""
+    least, greatest = torch.aminmax(values.detach())
+    low, high = least.item(), greatest.item()
+    if not (low >= 0 and high <= 1):
+        rule = f"{name} values between 0 and 1"
+        advice = "use binary_cross_entropy_with_logits, or clamp"
+        raise RuntimeError(wrong(_NAME, rule, f"[{low}, {high}]", advice))
+    return low, high
 
 
 class BCELoss(nn.BCELoss):

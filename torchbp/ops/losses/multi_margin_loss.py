@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
@@ -32,15 +33,20 @@ from torchbp.ops._function import (
     fused,
     in_autocast_float32,
     in_float32,
+    kernel,
     public,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import REDUCTIONS, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["MultiMarginLoss", "MultiMarginLossFunction", "multi_margin_loss"]
 
 _NAME = "multi_margin_loss"
+_FEW = (
+    1 << 10
+)  # elements; up to these torch's kernel, slow by the element, is faster than ten calls
+_backward = kernel("multi_margin_loss_backward")
 
 
 class MultiMarginLossFunction(Function):
@@ -52,6 +58,8 @@ class MultiMarginLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, w: Tensor | None, p: int, margin: float, reduction: str
     ) -> Tensor:  # (N, C), (N,), (C,) -> () or (N,)
+        if x.numel() <= _FEW and fused(x):  # it looks at the indices, too
+            return _nn.multi_margin_loss(x, target, p, margin, w, REDUCTIONS[reduction])
         return reduce(in_float32(lambda x: _values(x, target, w, p, margin), x), reduction)
 
     @staticmethod
@@ -67,6 +75,10 @@ class MultiMarginLossFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, target, w = ctx.saved_tensors
+        if x.numel() <= _FEW and fused(x, grad):
+            how = REDUCTIONS[ctx.reduction]
+            grad_x = _backward(grad, x, target, ctx.p, ctx.margin, w, how)  # (1), (2)
+            return grad_x, None, None, None, None, None
         s = spread(grad, ctx.reduction, x.shape[0])
         grad_x = in_float32(lambda x, s: _gradient(x, s, target, w, ctx.p, ctx.margin), x, s)
         return grad_x, None, None, None, None, None
@@ -155,9 +167,13 @@ def multi_margin_loss(
         raise ValueError(wrong(_NAME, "p to be 1 or 2", p, "pass one of them"))
     _check(input, target, weight)
     (input,) = in_autocast_float32(input)
-    loss = _multi_margin_loss(
-        torch.atleast_2d(input), target.reshape(-1), weight, p, margin, reduction
-    )
+    rows = input if input.dim() == 2 else torch.atleast_2d(input)
+    index = target if target.dim() == 1 else target.reshape(-1)
+    try:
+        loss = _multi_margin_loss(rows, index, weight, p, margin, reduction)
+    except RuntimeError:  # torch's kernel for few elements has looked at the indices
+        _check_indices(index, rows.shape[1])
+        raise
     return loss.squeeze(0) if target.dim() == 0 and loss.dim() else loss
 
 
@@ -166,7 +182,7 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
         raise NotImplementedError(wrong(_NAME, "floating-point input", input.dtype, "cast it"))
     if input.dim() > 2:
         raise RuntimeError(wrong(_NAME, "input (N, C) or (C,)", shape(input), "reshape it"))
-    rows, classes = torch.atleast_2d(input).shape
+    rows, classes = (1,) * (2 - input.dim()) + tuple(input.shape)
     if weight is not None and weight.dim() != 1:
         raise ValueError(wrong(_NAME, f"weight ({classes},)", shape(weight), "flatten it"))
     if target.numel() != rows or target.dim() > 1 or target.dtype != torch.int64:
@@ -178,9 +194,16 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
         if weight.requires_grad and torch.is_grad_enabled():
             rule = "a weight without requires_grad, as in torch"
             raise RuntimeError(wrong(_NAME, rule, "one that requires it", "detach it"))
-    if eager() and target.is_cpu and ((target < 0) | (target >= classes)).any():
-        rule = f"class indices in [0, {classes})"
-        raise RuntimeError(wrong(_NAME, rule, target.tolist(), "correct them"))
+    if input.numel() > _FEW:
+        _check_indices(target, classes)
+
+
+def _check_indices(target: Tensor, classes: int) -> None:
+    if eager() and target.is_cpu and target.numel():
+        least, greatest = torch.aminmax(target)
+        if least.item() < 0 or greatest.item() >= classes:
+            rule = f"class indices in [0, {classes})"
+            raise RuntimeError(wrong(_NAME, rule, target.tolist(), "correct them"))
 
 
 class MultiMarginLoss(nn.MultiMarginLoss):
