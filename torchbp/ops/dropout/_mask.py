@@ -7,7 +7,7 @@ from torchbp.ops._errors import wrong
 from torchbp.ops._function import fused
 from torchbp.ops._random import cheap, int32_like
 
-__all__ = ["draw", "is_identity", "masked", "one_of_each"]
+__all__ = ["draw", "is_identity", "masked", "one_kernel", "one_of_each"]
 
 _FEW = 1 << 12
 _INT32_MIN = -(2**31)
@@ -37,15 +37,25 @@ def draw(x: Tensor, p: float) -> Tensor:
 
 
 def one_of_each(x: Tensor, leading: int) -> Tensor:
-    """Return the view of ``x`` with one element for each index of its first ``leading`` dimensions: (N, C, 1, ...)."""
+    """Return what :func:`draw` takes: one element for each index of the first ``leading`` dimensions, (N, C, 1, ...)."""
+    if cheap(x):  # no view, of which autograd would take note
+        return x.new_empty(x.shape[:leading] + (1,) * (x.dim() - leading))
     return x[(..., *(slice(0, 1) for _ in range(x.dim() - leading)))]
+
+
+def one_kernel(v: Tensor, mask: Tensor) -> Tensor | None:
+    """Return, where torch.addcmul takes values and a mask as they are, a zero to add them to; else ``None``."""
+    nothing = _NOTHING.get(v.dtype)
+    if nothing is not None and v.is_cpu and mask.numel() == v.numel() and fused(v):
+        return nothing
+    return None
 
 
 def masked(v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Return v · mask · scale, the mask expanded."""
-    nothing = _NOTHING.get(v.dtype)
-    if nothing is not None and v.is_cpu and mask.numel() == v.numel() and fused(v):
+    nothing = one_kernel(v, mask)
+    if nothing is not None:
         return torch.addcmul(nothing, v, mask, value=scale)  # 0.7 of the time of two products
-    if nothing is None or mask.numel() == v.numel():
+    if v.dtype not in _NOTHING or mask.numel() == v.numel():
         return v * mask * scale
     return v * (mask.to(v.dtype) * scale)  # one pass over v; in half precision it would round twice

@@ -24,7 +24,9 @@ Sources:
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
@@ -32,7 +34,7 @@ from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, in_float32, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.dropout._mask import draw, is_identity, masked, one_of_each
+from torchbp.ops.dropout._mask import draw, is_identity, masked, one_kernel, one_of_each
 
 __all__ = [
     "AlphaDropout",
@@ -42,6 +44,7 @@ __all__ = [
     "feature_alpha_dropout",
 ]
 
+_FEW = 1 << 12  # elements
 _SATURATION = -1.0507009873554804934193349852946 * 1.6732632423543772848170429916717  # -λ α of SELU
 
 
@@ -80,9 +83,17 @@ class AlphaDropoutFunction(Function):
 
 def _chosen(x: Tensor, mask: Tensor, a: float, b: float) -> Tensor:
     """Return (2) as a · m · x + offset; torch.where takes 3.8 ms for a million elements of a random mask, this 1.5."""
+    if x.numel() <= _FEW and one_kernel(x, mask) is not None:  # two calls instead of six
+        offset = torch.add(_number(a * _SATURATION + b, x.dtype), mask, alpha=-a * _SATURATION)
+        return torch.addcmul(offset, x, mask, value=a)
     scale = mask.to(x.dtype) * a
     y = x * scale
     return y.add_(scale.mul_(-_SATURATION).add_(a * _SATURATION + b))  # (2)
+
+
+@lru_cache(64)
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 _alpha_dropout = entry(AlphaDropoutFunction, again=AlphaDropoutFunction.forward)

@@ -27,7 +27,7 @@ def gradient_of_indices(
     if x.dim() == 2 and x.numel() <= FEW and smoothing == 0.0 and fused(x, grad) and x.is_cpu:
         how = REDUCTIONS[reduction]
         log_p = torch.log_softmax(x, 1)
-        total = log_p if how != 1 else _nll_loss(log_p, target, w, how, ignored)[1]
+        total = _nll_loss(log_p, target, w, how, ignored)[1]
         by_log_p = _nll_loss_backward(grad, log_p, target, w, how, ignored, total)
         return torch._log_softmax_backward_data(by_log_p, log_p, 1, x.dtype)
     if w is None and smoothing == 0.0 and fused(x, grad) and _all_count(target, ignored):

@@ -27,13 +27,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import row_pieces
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.normalization._standardize import widened
 
 __all__ = ["RMSNorm", "RMSNormFunction", "rms_norm"]
+
+_FEW = 1 << 12  # elements
 
 
 class RMSNormFunction(Function):
@@ -47,7 +49,8 @@ class RMSNormFunction(Function):
     ) -> Tensor:
         wide = widened(x)
         y = wide * _rstd(wide, dims, eps)
-        return (y if weight is None else y.mul_(weight)).to(x.dtype)
+        y = y if weight is None else y.mul_(weight)
+        return y if wide is x else y.to(x.dtype)
 
     @staticmethod
     def setup_context(
@@ -67,9 +70,8 @@ class RMSNormFunction(Function):
         x, weight = ctx.saved_tensors
         need_x, _, need_weight, _ = ctx.needs_input_grad
         if fused(grad_y, x) and not x.is_complex() and x.numel():
-            grad_x, grad_weight = _by_rows(
-                grad_y, x, weight, ctx.dims, ctx.eps, need_x, need_weight
-            )
+            made = _of_few if x.numel() <= _FEW and need_x else _by_rows
+            grad_x, grad_weight = made(grad_y, x, weight, ctx.dims, ctx.eps, need_x, need_weight)
             return grad_x, None, grad_weight, None
 
         g, wide = widened(grad_y), widened(x)
@@ -106,6 +108,27 @@ def _rstd(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
 
 def _project(s: Tensor, normalized: Tensor, r: Tensor, dims: tuple[int, ...]) -> Tensor:
     return r * (s - normalized * (s * normalized).mean(dims, keepdim=True))
+
+
+def _of_few(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    dims: tuple[int, ...],
+    eps: float,
+    _need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return (1) and (2) in as few calls as there can be."""
+    r = _rstd(x, dims, eps)
+    normalized = x * r
+    p = grad_y * normalized
+    grad_weight = None
+    if need_weight and weight is not None:
+        grad_weight = p.sum_to_size(weight.shape)  # (2)
+    s = grad_y if weight is None else grad_y * weight
+    along = (p if weight is None else p * weight).mean(dims, keepdim=True)
+    return torch.addcmul(s, normalized, along, value=-1).mul_(r), grad_weight  # (1)
 
 
 def _by_rows(
@@ -190,7 +213,7 @@ def rms_norm(
         rule = "floating-point or complex input"
         raise NotImplementedError(wrong("rms_norm", rule, input.dtype, "cast it first"))
     if eps is None:
-        eps = torch.finfo(widened(input[..., :0]).dtype).eps
+        eps = torch.finfo(torch.float32 if is_half(input) else input.dtype).eps
     return _rms_norm(input, tuple(range(-len(last), 0)), weight, eps)
 
 
