@@ -20,7 +20,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
@@ -41,7 +40,7 @@ class GLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int) -> Tensor:  # (*, 2D, *) -> (*, D, *)
-        return _nn.glu(x, dim)
+        return F.glu(x, dim)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, int], output: Tensor) -> None:

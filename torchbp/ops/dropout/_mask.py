@@ -37,7 +37,7 @@ def draw(x: Tensor, p: float) -> Tensor:
 
 
 def one_of_each(x: Tensor, leading: int) -> Tensor:
-    """Return what :func:`draw` takes: one element for each index of the first ``leading`` dimensions, (N, C, 1, ...)."""
+    """Return what :func:`draw` takes: one element an index of the first ``leading`` dimensions, (N, C, 1, ...)."""
     if cheap(x):  # no view, of which autograd would take note
         return x.new_empty(x.shape[:leading] + (1,) * (x.dim() - leading))
     return x[(..., *(slice(0, 1) for _ in range(x.dim() - leading)))]
