@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._C import _is_tracing
 
 from torchbp.ops._function import eager
 
-__all__ = ["FAR", "FEW", "bounded", "few", "known_finite", "limited", "mended", "with_limits"]
+__all__ = ["FAR", "FEW", "are_few", "bounded", "known_finite", "limited", "mended", "with_limits"]
 
 # From here on |x| is so large that s(x) is 0 or 1 and the derivative too, in every dtype.
 FAR = 1000.0
@@ -21,14 +22,17 @@ FEW = 1024  # elements; up to these torch.equal is faster than a sum and its ite
 _TENSORS = (Tensor, nn.Parameter)
 
 
-def few(x: Tensor) -> bool:
-    """Whether ``x`` has few elements, and what is made of it may be looked at: no device waits, no trace breaks."""
-    return _may_be_seen(x) and x.numel() <= FEW
+def are_few(x: Tensor) -> bool:
+    """Whether ``x`` has few elements, and what is made of it may be looked at; as :func:`known_finite`."""
+    return isinstance(x, Tensor) and x.numel() <= FEW and known_finite(x) is None
 
 
 def known_finite(x: Tensor) -> bool | None:
-    """Whether ``x`` is known to be finite; ``None`` where it is :func:`few`, and its value is looked at instead."""
-    if not _may_be_seen(x):
+    """Whether ``x`` is known to be finite; ``None`` where it has few elements, and its value is looked at instead.
+
+    Looks where looking neither waits for a device nor breaks a trace.
+    """
+    if type(x) not in _TENSORS or not x.is_cpu or not eager() or _is_tracing():
         return False
     if x.numel() <= FEW:
         return None
@@ -40,10 +44,6 @@ def known_finite(x: Tensor) -> bool | None:
     return math.isfinite(total.item())
 
 
-def _may_be_seen(x: Tensor) -> bool:
-    return type(x) in _TENSORS and x.is_cpu and eager() and not torch._C._is_tracing()
-
-
 def limited(y: Tensor, x: Tensor, finite: bool | None) -> Tensor:
     """Return ``y``, but its limit where ``x`` is ±∞; ``finite`` is what :func:`known_finite` says of ``x``."""
     if finite or (finite is None and torch.equal(y, y)):
@@ -51,11 +51,13 @@ def limited(y: Tensor, x: Tensor, finite: bool | None) -> Tensor:
     return mended(y, x)
 
 
-def with_limits(backward: Callable[[Tensor, Tensor], Tensor], grad_y: Tensor, x: Tensor) -> Tensor:
+def with_limits(
+    backward: Callable[[Tensor, Tensor], Tensor], grad_y: Tensor, x: Tensor, finite: bool | None
+) -> Tensor:
     """Return torch's kernel ``backward(grad_y, x)``, but with the limits where ``x`` is ±∞."""
-    if grad_y.is_cpu and grad_y.numel() <= FEW:
+    if finite is not False:
         grad_x = backward(grad_y, x)
-        if type(grad_x) is Tensor and torch.equal(grad_x, grad_x):
+        if finite or torch.equal(grad_x, grad_x):
             return grad_x
     return backward(grad_y, bounded(x))
 

@@ -77,10 +77,9 @@ class GELUFunction(Function):
         (x,) = ctx.saved_tensors
         if fused(grad_y, x):
             if ctx.approximate == "none" and _is_few(x):
-                return with_limits(_backward_of_few, grad_y, x), None, None
+                return with_limits(_backward_of_few, grad_y, x, ctx.finite), None, None
             backward = partial(_gelu_backward, approximate=ctx.approximate)
-            grad_x = backward(grad_y, x) if ctx.finite else with_limits(backward, grad_y, x)
-            return grad_x, None, None
+            return with_limits(backward, grad_y, x, ctx.finite), None, None
         derivative, into = _DERIVATIVES[ctx.approximate]
         return in_pieces(derivative, grad_y, bounded(x), into=into, spare=1), None, None  # (2)
 

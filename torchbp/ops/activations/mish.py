@@ -33,8 +33,8 @@ from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
     FAR,
+    are_few,
     bounded,
-    few,
     limited,
     mended,
     with_limits,
@@ -53,8 +53,8 @@ class MishFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, look: bool) -> Tensor:  # x, y: (*)
-        if look:
+    def forward(x: Tensor, few: bool) -> Tensor:  # x, y: (*)
+        if few:
             return limited(_nn.mish(x), x, None)
         if isinstance(x, Tensor) and x.numel() > _FEW:  # what is no tensor torch's refuses
             return in_pieces(lambda x: mended(_nn.mish(x), x), x, into=_value_into, spare=1)
@@ -62,7 +62,7 @@ class MishFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
-        x, _ = inputs
+        x, ctx.few = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -70,7 +70,7 @@ class MishFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         if x.numel() <= _FEW and fused(grad_y, half=True):
-            return with_limits(_mish_backward, grad_y, x), None
+            return with_limits(_mish_backward, grad_y, x, None if ctx.few else False), None
         into = _times_derivative_into
         return in_pieces(_times_derivative, grad_y, x, into=into, spare=2), None  # (2)
 
@@ -128,8 +128,8 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.3034,  0.0000,  1.9440])
     """
     if inplace:
-        return overwrite(_mish, input, few(input))
-    return _mish(input, few(input))
+        return overwrite(_mish, input, are_few(input))
+    return _mish(input, are_few(input))
 
 
 class Mish(nn.Mish):

@@ -28,7 +28,6 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
-    FEW,
     bounded,
     known_finite,
     limited,
@@ -53,9 +52,7 @@ class QuickGELUFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
-        x, finite = inputs
-        if finite is not None:
-            ctx.finite = finite
+        x, ctx.finite = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -63,9 +60,7 @@ class QuickGELUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         if fused(grad_y, x) and not x.is_complex():
-            backward = _backward
-            finite = x.numel() > FEW and ctx.finite
-            return backward(grad_y, x) if finite else with_limits(backward, grad_y, x), None
+            return with_limits(_backward, grad_y, x, ctx.finite), None
         return in_pieces(_times_derivative, grad_y, bounded(x)), None  # (2)
 
     @staticmethod

@@ -28,7 +28,7 @@ from torchbp.ops._function import Context, entry, fused, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import FEW, few
+from torchbp.ops.activations._infinities import FEW, are_few
 
 __all__ = ["Softsign", "SoftsignFunction", "softsign"]
 
@@ -39,8 +39,8 @@ class SoftsignFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, look: bool) -> Tensor:  # x, y: (*)
-        if look:
+    def forward(x: Tensor, few: bool) -> Tensor:  # x, y: (*)
+        if few:
             y = x / x.abs().add_(1)
             if torch.equal(y, y):
                 return y
@@ -101,7 +101,7 @@ def softsign(input: Tensor) -> Tensor:
         return F.softsign(
             input
         )  # integers have no gradient; complex |x| has no complex derivative: torch's own
-    return _softsign(input, few(input))
+    return _softsign(input, are_few(input))
 
 
 class Softsign(nn.Softsign):
