@@ -10,7 +10,7 @@ from tests.ops.conftest import HALF
 from tests.ops.test_values import ENGINES
 from torchbp.ops._function import formula_only
 from torchbp.ops._op import all_ops
-from torchbp.ops.activations._infinities import are_few, known_finite, limited
+from torchbp.ops.activations._infinities import known_finite, limited
 
 INF = torch.inf
 GATES = ["silu", "gelu", "mish", "hardswish", "quick_gelu"]
@@ -55,13 +55,12 @@ def test_what_is_looked_at_is_never_taken_for_finite():
             assert not known_finite(many)
             assert not known_finite(many.view(10, -1).T)
             for y in (some, some.view(10, -1).T):
-                assert are_few(y)
                 assert known_finite(y) is None
                 assert (limited(y, y, None) is y) == (bad == bad)
             assert known_finite(torch.randn(5000).to(dtype))
     many[38] = -many[37]
     assert not known_finite(many)
-    assert not are_few(many)
+    assert known_finite(torch.ones(5000), many=False) is False
     assert limited(many, many, False) is not many
     empty = torch.empty(0)
     assert limited(empty, empty, None) is empty

@@ -14,7 +14,7 @@ from torch._C import _is_tracing
 
 from torchbp.ops._function import eager
 
-__all__ = ["FAR", "FEW", "are_few", "bounded", "known_finite", "limited", "mended", "with_limits"]
+__all__ = ["FAR", "FEW", "bounded", "known_finite", "limited", "mended", "with_limits"]
 
 # From here on |x| is so large that s(x) is 0 or 1 and the derivative too, in every dtype.
 FAR = 1000.0
@@ -22,21 +22,18 @@ FEW = 1024  # elements; up to these torch.equal is faster than a sum and its ite
 _TENSORS = (Tensor, nn.Parameter)
 
 
-def are_few(x: Tensor) -> bool:
-    """Whether ``x`` has few elements, and what is made of it may be looked at; as :func:`known_finite`."""
-    return isinstance(x, Tensor) and x.numel() <= FEW and known_finite(x) is None
-
-
-def known_finite(x: Tensor) -> bool | None:
+def known_finite(x: Tensor, *, many: bool = True) -> bool | None:
     """Whether ``x`` is known to be finite; ``None`` where it has few elements, and its value is looked at instead.
 
-    Looks where looking neither waits for a device nor breaks a trace.
+    Args:
+        x: Looked at where that neither waits for a device nor breaks a trace.
+        many: Whether a look at many elements is worth its time.
     """
     if type(x) not in _TENSORS or not x.is_cpu or not eager() or _is_tracing():
         return False
     if x.numel() <= FEW:
         return None
-    if not x.is_floating_point():
+    if not many or not x.is_floating_point():
         return False
     x = x.detach()
     # A sum that overflows costs time, no more; one of float16 would overflow soon.

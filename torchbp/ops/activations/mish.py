@@ -33,8 +33,8 @@ from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
     FAR,
-    are_few,
     bounded,
+    known_finite,
     limited,
     mended,
     with_limits,
@@ -53,16 +53,16 @@ class MishFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, few: bool) -> Tensor:  # x, y: (*)
-        if few:
+    def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
+        if finite is None:
             return limited(_nn.mish(x), x, None)
         if isinstance(x, Tensor) and x.numel() > _FEW:  # what is no tensor torch's refuses
             return in_pieces(lambda x: mended(_nn.mish(x), x), x, into=_value_into, spare=1)
         return mended(_nn.mish(x), x)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
-        x, ctx.few = inputs
+    def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
+        x, ctx.finite = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -70,7 +70,7 @@ class MishFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         if x.numel() <= _FEW and fused(grad_y, half=True):
-            return with_limits(_mish_backward, grad_y, x, None if ctx.few else False), None
+            return with_limits(_mish_backward, grad_y, x, ctx.finite), None
         into = _times_derivative_into
         return in_pieces(_times_derivative, grad_y, x, into=into, spare=2), None  # (2)
 
@@ -128,8 +128,8 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.3034,  0.0000,  1.9440])
     """
     if inplace:
-        return overwrite(_mish, input, are_few(input))
-    return _mish(input, are_few(input))
+        return overwrite(_mish, input, known_finite(input, many=False))
+    return _mish(input, known_finite(input, many=False))
 
 
 class Mish(nn.Mish):

@@ -54,7 +54,7 @@ class PReLUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad
-        if x.numel() <= _FEW and weight.numel() == 1 and fused(grad_y):  # of the dtype of x
+        if fused(grad_y) and x.numel() <= _FEW and weight.numel() == 1:  # of the dtype of x
             grad_x, products = _prelu_kernel_backward(grad_y, x, weight)
             total = products.sum()
             return grad_x, total.unsqueeze(0) if weight.dim() else total  # (1), (2)

@@ -85,7 +85,7 @@ def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
 
 def _is_few(x: Tensor) -> bool:
     """Whether torch's kernel, which draws one number after the other, is faster."""
-    return x.numel() <= _FEW and cheap(x) and x.is_floating_point()
+    return cheap(x) and x.numel() <= _FEW and x.is_floating_point()
 
 
 def _uniform(x: Tensor) -> Tensor:

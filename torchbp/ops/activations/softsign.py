@@ -28,7 +28,7 @@ from torchbp.ops._function import Context, entry, fused, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import FEW, are_few
+from torchbp.ops.activations._infinities import FEW, known_finite
 
 __all__ = ["Softsign", "SoftsignFunction", "softsign"]
 
@@ -39,8 +39,8 @@ class SoftsignFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, few: bool) -> Tensor:  # x, y: (*)
-        if few:
+    def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
+        if finite is None:
             y = x / x.abs().add_(1)
             if torch.equal(y, y):
                 return y
@@ -50,7 +50,7 @@ class SoftsignFunction(Function):
         return torch.div(x, scale, out=scale) if fused(x, half=True) else x / scale
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
         x, _ = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
@@ -58,7 +58,7 @@ class SoftsignFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if x.numel() <= FEW and fused(grad_y):
+        if fused(grad_y) and x.numel() <= FEW:
             scale = x.abs().add_(1)
             return torch.div(grad_y, scale.mul_(scale), out=scale), None
         return in_pieces(_times_derivative, grad_y, x), None  # (2)
@@ -101,7 +101,7 @@ def softsign(input: Tensor) -> Tensor:
         return F.softsign(
             input
         )  # integers have no gradient; complex |x| has no complex derivative: torch's own
-    return _softsign(input, are_few(input))
+    return _softsign(input, known_finite(input, many=False))
 
 
 class Softsign(nn.Softsign):

@@ -83,7 +83,7 @@ class AlphaDropoutFunction(Function):
 
 def _chosen(x: Tensor, mask: Tensor, a: float, b: float) -> Tensor:
     """Return (2) as a · m · x + offset; torch.where takes 3.8 ms for a million elements of a random mask, this 1.5."""
-    if x.numel() <= _FEW and one_kernel(x, mask) is not None:  # two calls instead of six
+    if one_kernel(x, mask) is not None and x.numel() <= _FEW:  # two calls instead of six
         offset = torch.add(_number(a * _SATURATION + b, x.dtype), mask, alpha=-a * _SATURATION)
         return torch.addcmul(offset, x, mask, value=a)
     scale = mask.to(x.dtype) * a

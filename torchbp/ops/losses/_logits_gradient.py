@@ -24,7 +24,7 @@ def gradient_of_indices(
 ) -> Tensor:
     """Return (1) for the gradient ``grad`` of the reduced loss, in float32 for half precision."""
     dim = class_dim(x)
-    if x.dim() == 2 and x.numel() <= FEW and smoothing == 0.0 and fused(x, grad) and x.is_cpu:
+    if smoothing == 0.0 and fused(x, grad) and x.dim() == 2 and x.numel() <= FEW and x.is_cpu:
         how = REDUCTIONS[reduction]
         log_p = torch.log_softmax(x, 1)
         total = _nll_loss(log_p, target, w, how, ignored)[1]

@@ -58,7 +58,7 @@ class MultiMarginLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, w: Tensor | None, p: int, margin: float, reduction: str
     ) -> Tensor:  # (N, C), (N,), (C,) -> () or (N,)
-        if x.numel() <= _FEW and fused(x):  # it looks at the indices, too
+        if fused(x) and x.numel() <= _FEW:  # it looks at the indices, too
             return _nn.multi_margin_loss(x, target, p, margin, w, REDUCTIONS[reduction])
         return reduce(in_float32(lambda x: _values(x, target, w, p, margin), x), reduction)
 
@@ -75,7 +75,7 @@ class MultiMarginLossFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, target, w = ctx.saved_tensors
-        if x.numel() <= _FEW and fused(x, grad):
+        if fused(x, grad) and x.numel() <= _FEW:
             how = REDUCTIONS[ctx.reduction]
             grad_x = _backward(grad, x, target, ctx.p, ctx.margin, w, how)  # (1), (2)
             return grad_x, None, None, None, None, None
@@ -194,12 +194,12 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
         if weight.requires_grad and torch.is_grad_enabled():
             rule = "a weight without requires_grad, as in torch"
             raise RuntimeError(wrong(_NAME, rule, "one that requires it", "detach it"))
-    if input.numel() > _FEW:
+    if eager() and input.numel() > _FEW:
         _check_indices(target, classes)
 
 
 def _check_indices(target: Tensor, classes: int) -> None:
-    if eager() and target.is_cpu and target.numel():
+    if target.is_cpu and target.numel():
         least, greatest = torch.aminmax(target)
         if least.item() < 0 or greatest.item() >= classes:
             rule = f"class indices in [0, {classes})"
