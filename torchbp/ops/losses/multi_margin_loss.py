@@ -172,7 +172,8 @@ def multi_margin_loss(
     try:
         loss = _multi_margin_loss(rows, index, weight, p, margin, reduction)
     except RuntimeError:  # torch's kernel for few elements has looked at the indices
-        _check_indices(index, rows.shape[1])
+        if eager():
+            _check_indices(index, rows.shape[1])
         raise
     return loss.squeeze(0) if target.dim() == 0 and loss.dim() else loss
 
