@@ -24,7 +24,7 @@ def gradient_of_indices(
 ) -> Tensor:
     """Return (1) for the gradient ``grad`` of the reduced loss, in float32 for half precision."""
     dim = class_dim(x)
-    if smoothing == 0.0 and fused(x, grad) and x.dim() == 2 and x.numel() <= FEW and x.is_cpu:
+    if smoothing == 0.0 and fused(x, grad) and _suits_kernels(x, w):
         how = REDUCTIONS[reduction]
         log_p = torch.log_softmax(x, 1)
         total = _nll_loss(log_p, target, w, how, ignored)[1]
@@ -50,6 +50,12 @@ def gradient_of_indices(
         b = b.unsqueeze(dim)
         gradient = gradient - (b if w is None else b * along_classes(w, x))
     return gradient.scatter_add_(dim, index.unsqueeze(dim), -a.unsqueeze(dim))
+
+
+def _suits_kernels(x: Tensor, w: Tensor | None) -> bool:
+    """Whether torch's four kernels, which weigh and ignore, too, are faster than eight simpler ones."""
+    like = w is None or w.dtype == x.dtype
+    return x.dim() == 2 and x.numel() <= FEW and x.is_cpu and like
 
 
 def _all_count(target: Tensor, ignored: int) -> bool:

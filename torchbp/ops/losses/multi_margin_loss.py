@@ -58,7 +58,7 @@ class MultiMarginLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, w: Tensor | None, p: int, margin: float, reduction: str
     ) -> Tensor:  # (N, C), (N,), (C,) -> () or (N,)
-        if fused(x) and x.numel() <= _FEW:  # it looks at the indices, too
+        if _suits_kernel(x, w, x):  # it looks at the indices, too
             return _nn.multi_margin_loss(x, target, p, margin, w, REDUCTIONS[reduction])
         return reduce(in_float32(lambda x: _values(x, target, w, p, margin), x), reduction)
 
@@ -75,7 +75,7 @@ class MultiMarginLossFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, target, w = ctx.saved_tensors
-        if fused(x, grad) and x.numel() <= _FEW:
+        if _suits_kernel(x, w, grad):
             how = REDUCTIONS[ctx.reduction]
             grad_x = _backward(grad, x, target, ctx.p, ctx.margin, w, how)  # (1), (2)
             return grad_x, None, None, None, None, None
@@ -88,6 +88,10 @@ class MultiMarginLossFunction(Function):
         x, target, w = ctx.saved_tensors
         gradient = _gradient(x, x.new_ones(()), target, w, ctx.p, ctx.margin)
         return reduce((gradient * tangent_x).sum(1), ctx.reduction)  # (3)
+
+
+def _suits_kernel(x: Tensor, w: Tensor | None, grad: Tensor) -> bool:
+    return fused(grad, x) and x.numel() <= _FEW and (w is None or w.dtype == x.dtype)
 
 
 def _excess(x: Tensor, target: Tensor, margin: float) -> Tensor:
