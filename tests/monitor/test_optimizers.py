@@ -46,6 +46,7 @@ def play(folder, iterations, **options):
                     want.append(now)
                 now = None
             counted.append((monitor.step, len(want)))
+    assert f"{len(want)} steps" in str(monitor)
     return *zip(*counted, strict=True), read(folder).vectors["gradient_norm"], np.array(want)
 
 

@@ -211,7 +211,8 @@ class Capture:
         self._changes.forget()
         self._closure = False
         ended = self.row
-        if ended.backwards or (row is not ended and self._is_missed(optimizer)):
+        missed = row is not ended and self._is_missed(optimizer)
+        if ended.backwards or missed:
             self.turns = self.turns or self._counts not in {0, id(optimizer)}
             self._counts = id(optimizer)
             ended.scale = self._scaler.scale()
@@ -221,6 +222,8 @@ class Capture:
         self._own_time += time.perf_counter() - start
         if ended.backwards:
             self._hand_over(ended)
+        elif missed:
+            self._count()
 
     def _is_late(self, optimizer: Optimizer) -> bool:
         """Whether the step is one more of the last row's, by another optimizer."""
