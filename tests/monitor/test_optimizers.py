@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 import torchbp
+from torchbp.monitor import capture
 from torchbp.tensorboard import read
 
 # Iterations that repeat. "z" resets the gradients, "b01" runs a backward through parts 0 and 1, "s0" steps
-# the optimizer of part 0.
+# the optimizer of part 0, "f0" and "u0" freeze it and undo that.
 SCHEDULES = {
     "together": ["z b01 s0 s1"],
     "in turns": ["z b0 s0", "z b1 s1"],
@@ -36,6 +37,8 @@ def play(folder, iterations, **options):
             kind, which = event[0], [int(digit) for digit in event[1:]]
             if kind == "z":
                 parts.zero_grad()
+            elif kind in "fu":
+                parts[which[0]].requires_grad_(kind == "u")
             elif kind == "b":
                 sum(parts[i](x).square().mean() for i in which).backward()
                 gradients = [p.grad for p in parts.parameters()]
@@ -60,6 +63,17 @@ def test_steps_are_counted_and_norms_their_own(tmp_path, name, every):
     missed = 1 if "six" in name else 0
     assert set(range(0, len(want), every)) - set(norms.steps) <= {6, 7}
     assert len(norms.steps) >= -(-len(want) // every) - missed
+    np.testing.assert_allclose(norms.values, want[norms.steps], rtol=1e-4)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_what_is_frozen_while_others_have_their_turn(tmp_path, every, monkeypatch):
+    monkeypatch.setattr(capture, "_RELEARN", 8)
+    critic = (["u0 z b0 s0"] * 5 + ["f0 z b1 s1"]) * 20
+    got, true, norms, want = play(tmp_path, critic, every=every)
+    assert got == true
+    missed = {5} if every == 1 else set()
+    assert set(norms.steps.tolist()) == set(range(0, 120, every)) - missed
     np.testing.assert_allclose(norms.values, want[norms.steps], rtol=1e-4)
 
 

@@ -284,6 +284,27 @@ def test_disconnected():
 
 
 @pytest.mark.parametrize(
+    ("ran", "had", "steps", "said"),
+    [
+        (True, True, 20, "is None or exactly 0"),
+        (False, False, 100, "is None or exactly 0, and c has not run"),
+        (False, False, 99, None),
+        (False, True, 400, None),  # others have their turn
+    ],
+)
+def test_a_layer_that_does_not_run_is_disconnected_if_it_never_had_a_gradient(
+    ran, had, steps, said
+):
+    court = Judge([DIAGNOSES["disconnected"]])
+    for k in range(steps + had):
+        now = reading(layer_norms(1, 1, float(had and k == 0), 1, 1) | signal(1, 1, 0, 1, 1), k)
+        now.ran = frozenset({0, 1, 3, 4} | ({2} if ran else set()))
+        court.consider([now])
+    assert [v.layer for v in court.verdicts] == ["c"] * (said is not None)
+    assert all(v.evidence.endswith(said) for v in court.verdicts)
+
+
+@pytest.mark.parametrize(
     ("val", "gap", "begins"),
     [
         ([1.0, 1.1, 1.2, 1.3], 0.12, [3]),

@@ -286,6 +286,74 @@ class Detached(nn.Module):
         return self.head(self.body(x).detach())
 
 
+class Experts(nn.Module):
+    """A mixture of eight, routed by chance too; the last ones get no sample for 50 steps at times."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.router, self.head = nn.Linear(64, 32), nn.Linear(32, 8), nn.Linear(32, 10)
+        self.experts = nn.ModuleList(mlp(1, 32, first=32, last=32) for _ in range(8))
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        scores = self.router(x) - torch.linspace(0, 3.5, 8)
+        chosen = (scores - torch.empty_like(scores).exponential_().log()).argmax(1)  # Gumbel noise
+        weights = scores.softmax(1).gather(1, chosen[:, None])[:, 0]
+        out = x
+        for k, expert in enumerate(self.experts):
+            mine = (chosen == k).nonzero()[:, 0]
+            if len(mine):
+                out = out.index_add(0, mine, expert(x[mine]) * weights[mine, None])
+        return self.head(out)
+
+
+class Staged(nn.Module):
+    """Does something else every 30 steps: ``stage`` takes the model and which time it is."""
+
+    def __init__(self, stage, *parts):
+        super().__init__()
+        self.parts, self.stage, self.calls = nn.ModuleList(parts), stage, 0
+
+    def forward(self, x):
+        which, self.calls = self.calls // 30, self.calls + 1
+        return self.stage(self.parts, which, x)
+
+
+def heads_in_turns(parts, which, x):
+    return parts[1 + which % 3](parts[0](x).relu())
+
+
+def freezing(parts, which, x):
+    """One layer more each time, from the first on."""
+    for k, part in enumerate(parts):
+        part.requires_grad_(k >= which % len(parts))
+        x = part(x)
+    return x
+
+
+def unfreezing(parts, which, x):
+    """One layer more each time, from the last on."""
+    for k, part in enumerate(parts):
+        part.requires_grad_(k >= len(parts) - 1 - which)
+        x = part(x)
+    return x
+
+
+def cut_later(parts, which, x):
+    x = parts[0](x)
+    return parts[1](x.detach() if which > 2 else x)
+
+
+def without_grad(parts, _, x):
+    with torch.no_grad():
+        x = parts[0](x)
+    return parts[1](x)
+
+
+def staged(stage):
+    return Staged(stage, *(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(4)), mlp(1))
+
+
 def frozen():
     model = mlp(6, norm=nn.LayerNorm)
     for layer in model[:9]:
@@ -434,6 +502,8 @@ SICK = {
     ),
     "detached": Run(Detached, "disconnected"),
     "unused": Run(_WithUnused, "disconnected"),
+    "cut-later": Run(lambda: Staged(cut_later, mlp(2, last=64), mlp(1)), "disconnected"),
+    "without-grad": Run(lambda: Staged(without_grad, mlp(2, last=64), mlp(1)), "disconnected"),
     "overfits": Run(lambda: mlp(2, 256), "overfitting", batch=few, validate=val_digits, steps=300),
     "overfits-deep": Run(
         lambda: residual(4, 128), "overfitting", batch=few, validate=val_digits, steps=300
@@ -491,6 +561,12 @@ HEALTHY = {
     "converged-sgd": Run(mlp, optimizer=sgd(0.1), steps=800),
     "converged-residual": Run(lambda: residual(8), optimizer=adam(3e-3), steps=600),
     "frozen": Run(frozen),
+    "freezing": Run(lambda: staged(freezing)),
+    "unfreezing": Run(lambda: staged(unfreezing)),
+    "experts": Run(Experts, batch=lambda g: digits(g, 12), steps=400),
+    "heads-in-turns": Run(
+        lambda: Staged(heads_in_turns, mlp(2, last=64), *(nn.Linear(64, 10) for _ in range(3)))
+    ),
     "resnet": Run(resnet, batch=images, optimizer=sgd(0.05, weight_decay=5e-4)),
     "convnet": Run(convnet, batch=images),
     "convnet-dropout-val": Run(

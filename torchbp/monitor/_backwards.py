@@ -69,13 +69,16 @@ class Backwards:
         self._skipped: dict[int, None] = {}  # while paused, in the step under way
         self._reached: set[int] = set()  # in the backward under way
         self._seen: list[tuple[int, ...]] = []
-        self.everywhere = self._learned = self._missing = False
+        self.everywhere = self._learned = False
+        self._missing = (
+            0  # one that was missed is waited for until all are learnt for the second time
+        )
         self._stepped: set[int] | None = None  # inside backward; not known before the first
         self.learn()
 
     def learn(self) -> None:
         """Put a hook on every parameter, until :meth:`settle`."""
-        self._missing = False
+        self._missing = max(self._missing - 1, 0)
         if not self.everywhere:
             self.everywhere, self._learned = True, False
             self._attach(dict(self._catalogue.alive()))
@@ -83,7 +86,7 @@ class Backwards:
     def miss(self) -> None:
         """There was a backward that reached no witness: learn until one that is new has been seen."""
         self.learn()
-        self._missing = True
+        self._missing = 2
 
     def settle(self) -> None:
         """Leave hooks on the witnesses only."""
@@ -110,9 +113,10 @@ class Backwards:
             hook.remove()
         self._hooks = []
         for index, parameter in parameters.items():
-            if not parameter.requires_grad:  # frozen since
-                continue
+            frozen = not parameter.requires_grad  # perhaps while others have their turn
+            parameter.requires_grad_(True)  # or torch takes no hook
             hook = parameter.register_post_accumulate_grad_hook(partial(self._fire, index))
+            parameter.requires_grad_(not frozen)
             self._hooks.append(hook)
             _put_first(parameter._post_accumulate_grad_hooks, hook.id)  # noqa: SLF001
 
@@ -153,7 +157,7 @@ class Backwards:
         new = self.everywhere and order and set(order) not in map(set, self._seen)
         if new and len(self._seen) < _KEPT:
             self._seen.append(order)
-            self._missing = False
+            self._missing = 0
 
     def gone(self, present: set[int]) -> Pieces:
         """Return the norms of the gradients that were there in backward and are not ``present`` now."""

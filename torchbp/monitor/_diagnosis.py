@@ -90,6 +90,7 @@ class Reading:
         sampled: Whether the layers were listened to at this step.
         rare: Whether what is measured rarely was.
         times: By layer of ``layers``: norms of what came back to it at each time step ``(T,)``.
+        ran: Layers of ``layers`` that ran; None where that is not known.
         frozen: Layers of ``layers`` none of whose parameters requires grad any more.
         between: Training losses of steps that were not read: since the reading before, up to its own.
         memory: Belongs to the quantity or diagnosis that reads; lasts as long as the monitor.
@@ -104,6 +105,7 @@ class Reading:
     sampled: bool = True
     rare: bool = True
     times: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
+    ran: frozenset[int] | None = None
     frozen: frozenset[int] = frozenset()
     between: Sequence[float] = ()
     memory: dict[str, Any] = field(default_factory=dict)

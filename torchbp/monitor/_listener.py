@@ -164,7 +164,7 @@ class Listener:
             first = getattr(module, "batch_first", None)
             if given.ndim == 3 and isinstance(first, bool):
                 forward.samples = given.shape[0 if first else 1]
-        self._catalogue.note_run(place)
+        self._note_run(place)
         tensor = _first_tensor(output)
         if tensor is None or not tensor.requires_grad:
             return
@@ -179,6 +179,13 @@ class Listener:
             output[1].register_hook(partial(heard.delta, forward, place, call, False))
         if forward.row.rare:
             heard.output(forward.row, place, tensor)
+
+    def _note_run(self, place: int) -> None:
+        self._catalogue.note_run(place)
+        if torch.is_grad_enabled():  # or it is an evaluation between steps
+            row = self._forward.row
+            row.ran = row.ran or set()
+            row.ran.add(place)
 
     def _note_function(self, output: Tensor, function: str) -> None:
         forward = self._forward

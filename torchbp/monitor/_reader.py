@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +125,7 @@ class Reader:
                 row.sampled,
                 row.rare,
                 _times(times, order) if times else {},
+                None if row.ran is None else _places(row.ran, order),
                 _places(row.frozen, order) if row.frozen else row.frozen,
             )
             for row, times, parts, there in zip(
@@ -137,7 +139,7 @@ class Reader:
         return Block(readings, values, present)
 
 
-def _places(layers: frozenset[int], order: NDArray[np.int64]) -> frozenset[int]:
+def _places(layers: AbstractSet[int], order: NDArray[np.int64]) -> frozenset[int]:
     """Return layers by where they run."""
     return frozenset(k for k, place in enumerate(order.tolist()) if place in layers)
 

@@ -34,6 +34,7 @@ class Row:
         times: By layer, what came back to it at each time step ``(T,)``; one a backward.
         earlier: Gradients that a later backward of the same step replaced.
         unreduced: Of this rank alone, norms of the gradients before DDP reduces them.
+        ran: The layers that ran with autograd; None where that is not known.
         frozen: The layers that learn no more.
         scale: What the loss was multiplied by (GradScaler).
         host: Numbers known to the host, or 0-d tensors.
@@ -49,6 +50,7 @@ class Row:
     times: list[tuple[int, "Tensor | NDArray[np.floating[Any]]"]] = field(default_factory=list)
     earlier: list[Pieces] = field(default_factory=list)
     unreduced: Pieces = field(default_factory=list)
+    ran: set[int] | None = None
     frozen: frozenset[int] = frozenset()
     scale: Tensor | None = None
     host: dict[str, Any] = field(default_factory=dict)
@@ -74,4 +76,6 @@ class Row:
         for quantity, parts in later.layers.items():
             self.layers.setdefault(quantity, []).extend(parts)
         self.times += later.times
+        if later.ran is not None:
+            self.ran = later.ran | (self.ran or set())
         later.layers, later.times = {}, []

@@ -1,4 +1,8 @@
-"""Disconnected layers: no gradient at all reaches a layer's parameters, while others get theirs."""
+"""Disconnected layers: no gradient at all reaches a layer's parameters, while others get theirs.
+
+A layer that doesn't run may have its turn later, as an expert of a mixture or the head of another task has: it
+counts where it has never had a gradient, after 100 readings. One that is frozen is meant to have none.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,32 +13,43 @@ from torchbp.monitor._diagnosis import Diagnosis, Reading, Suspicion
 
 __all__ = ["DIAGNOSIS"]
 
+_BEGINS, _IDLE = 20, 100
+
 
 def screen(readings: Sequence[Reading]) -> NDArray[np.bool_]:
-    """Return where a norm is 0, or error signals are to be remembered."""
-    zeros = ~np.stack([r.values["layer_gradient_norm"] for r in readings]).all(1)
-    return zeros | np.array(["error_signal" in r.values for r in readings])
+    """Return where a norm is 0, or error signals are to be remembered; note who had a gradient."""
+    norms = np.stack([r.values["layer_gradient_norm"] for r in readings])
+    memory, there = readings[0].memory, norms != 0
+    memory["had"] = memory.get("had", False) | there.any(0)
+    return ~there.all(1) | np.array(["error_signal" in r.values for r in readings])
 
 
 def examine(reading: Reading) -> Iterator[Suspicion]:
     """Yield one suspicion a layer."""
+    memory, norms = reading.memory, reading.values["layer_gradient_norm"]
     signals = reading.values.get("error_signal")
     if signals is not None:
-        reading.memory["signals"] = np.nan_to_num(signals)
-    norms = reading.values["layer_gradient_norm"]
-    known = reading.memory.get("signals")
+        memory["signals"], memory["ran"] = np.nan_to_num(signals), reading.ran
+    known, ran = memory.get("signals"), memory.get("ran")
     if norms.all() or not norms.any() or known is None or known.shape != norms.shape:
         return
+    idle = memory.setdefault("idle", np.zeros(len(norms), int))
     owners = np.unique(reading.layers.owner)
     # A signal that arrives but is lost in the squares of a norm has vanished: not this trouble.
     for index in owners[(norms[owners] == 0) & (known[owners] == 0)]:
         if index in reading.frozen:
             continue
         layer = reading.layers.names[index]
+        said = f"the gradient of every parameter of {layer} is None or exactly 0"
+        if ran is not None and index not in ran:
+            idle[index] += 1
+            if memory["had"][index] or idle[index] <= _IDLE - _BEGINS:
+                continue
+            said += f", and {layer} has not run"
         yield Suspicion(
             "warning",
             layer,
-            f"the gradient of every parameter of {layer} is None or exactly 0",
+            said,
             "see that its output reaches the loss, through no detach(), no .data, no argmax and no "
             "dead ReLU layer; set requires_grad=False where it is meant",
             key=layer,
@@ -46,8 +61,9 @@ DIAGNOSIS = Diagnosis(
     reads=("layer_gradient_norm",),
     examine=examine,
     screen=screen,
-    threshold="the gradient of all parameters of a layer is None or exactly 0, in 20 readings",
+    threshold="the gradient of all parameters of a layer is None or exactly 0, in 20 readings (100 "
+    "where it does not run)",
     source="the chain rule: what the loss depends on has a gradient",
-    begins=20,
+    begins=_BEGINS,
     ends=1,
 )
