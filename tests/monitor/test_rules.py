@@ -46,6 +46,7 @@ class Rule:
     """A diagnosis as a function of one number.
 
     ``warn``, ``alert``, ``clear``: bounds of that number; ``up``: whether it is too large beyond them.
+    ``begins``, ``soon``, ``ends``: so many readings in a row make a verdict, an alert, and end it.
     ``lead``: readings before the rule has what it needs. ``says``: words of the advice.
     """
 
@@ -53,7 +54,10 @@ class Rule:
     values: Callable[[float], dict]
     warn: float
     clear: float
+    begins: int
+    ends: int
     alert: float | None = None
+    soon: int | None = None
     up: bool = True
     lead: int = 0
     layer: str = ""
@@ -68,6 +72,8 @@ RULES = {
         lambda r: signal(r, r, 1, 1, 1),
         warn=1e-3,
         clear=3e-3,
+        begins=10,
+        ends=5,
         alert=1e-5,
         up=False,
         layer="b",
@@ -78,6 +84,8 @@ RULES = {
         lambda r: signal(1, 1, 1, 1, 1) | {"through_time": [math.nan, r] + [math.nan] * 3},
         warn=1e-3,
         clear=3e-3,
+        begins=10,
+        ends=5,
         alert=1e-5,
         up=False,
         layer="b",
@@ -89,6 +97,9 @@ RULES = {
         lambda r: signal(r, r, r, 1, 1),
         warn=30,
         clear=10,
+        begins=10,
+        ends=5,
+        soon=3,
         alert=1e3,
         layer="c",
         says=("initialisation", "normalization", "residual", "clip_grad_norm_"),
@@ -98,6 +109,9 @@ RULES = {
         lambda r: signal(1, 1, 1, 1, 1) | {"through_time": [math.nan, r] + [math.nan] * 3},
         warn=30,
         clear=10,
+        begins=10,
+        ends=5,
+        soon=3,
         alert=1e3,
         layer="b",
         says=("LSTM or GRU", "clip_grad_norm_", "orthogonal", "truncated"),
@@ -108,6 +122,8 @@ RULES = {
         lambda r: {"dead_share": [math.nan, r, 0.1, 0, 0]},
         warn=0.4,
         clear=0.3,
+        begins=1,
+        ends=2,
         alert=0.5,
         layer="b",
         says=("learning rate", "warm-up", "initialisation", "LeakyReLU", "normalization"),
@@ -117,6 +133,8 @@ RULES = {
         lambda r: signal(1, 1, 1, 1, 1) | {"saturated_share": [math.nan, r, 0.1, 0, 0.9]},
         warn=0.2,
         clear=0.15,
+        begins=10,
+        ends=5,
         alert=0.5,
         layer="b",
         says=("initialisation", "normalization", "learning rate", "ReLU"),
@@ -126,6 +144,9 @@ RULES = {
         updates,
         warn=0.1,
         clear=10**-1.3,
+        begins=10,
+        ends=5,
+        soon=2,
         alert=10**-0.5,
         layer="e",
         says=("the learning rate times 0.0", "warm-up", "clip_grad_norm_"),
@@ -135,6 +156,8 @@ RULES = {
         updates,
         warn=10**-4.5,
         clear=10**-4.2,
+        begins=10,
+        ends=3,
         up=False,
         lead=9,
         says=("the learning rate times 10",),
@@ -144,6 +167,8 @@ RULES = {
         lambda r: {"clip_coefficient": r, "global_gradient_norm": 3.0},
         warn=0.999,
         clear=0.999,
+        begins=1,
+        ends=3,
         up=False,
         lead=29,
         severity="info",
@@ -154,6 +179,8 @@ RULES = {
         lambda r: {"clip_coefficient": r, "global_gradient_norm": 3.0},
         warn=0.05,
         clear=0.999,
+        begins=1,
+        ends=3,
         up=False,
         lead=29,
         says=("a clip value near 3",),
@@ -163,6 +190,8 @@ RULES = {
         noise,
         warn=4,
         clear=4,
+        begins=10,
+        ends=5,
         severity="info",
         says=("a batch 4.2 times as large",),
     ),
@@ -171,6 +200,8 @@ RULES = {
         noise,
         warn=0.25,
         clear=0.25,
+        begins=10,
+        ends=5,
         up=False,
         severity="info",
         says=("a batch 0.24 times as large",),
@@ -202,7 +233,7 @@ def short_of(rule, bound, part=0.05):
 @pytest.mark.parametrize("name", RULES)
 def test_it_begins_beyond_its_bound_when_that_lasts(name):
     rule = RULES[name]
-    begins = rule.lead + DIAGNOSES[rule.kind].begins
+    begins = rule.lead + rule.begins
     bad, good = beyond(rule, rule.warn), short_of(rule, rule.warn)
     (verdict,) = found(rule, [bad] * begins)
     assert (verdict.kind, verdict.severity, verdict.layer) == (rule.kind, rule.severity, rule.layer)
@@ -219,10 +250,9 @@ ALERTS = [name for name, rule in RULES.items() if rule.alert]
 @pytest.mark.parametrize("name", ALERTS)
 def test_it_is_an_alert_beyond_a_second_bound(name):
     rule = RULES[name]
-    diagnosis = DIAGNOSES[rule.kind]
-    soon = diagnosis.begins_alert or diagnosis.begins
+    soon = rule.soon or rule.begins
     bad, worse = short_of(rule, rule.alert), beyond(rule, rule.alert)
-    assert [v.severity for v in found(rule, [bad] * diagnosis.begins)] == ["warning"]
+    assert [v.severity for v in found(rule, [bad] * rule.begins)] == ["warning"]
     assert [v.severity for v in found(rule, [worse] * soon)] == ["alert"]
     assert found(rule, [worse] * (soon - 1)) == []
 
@@ -230,14 +260,13 @@ def test_it_is_an_alert_beyond_a_second_bound(name):
 @pytest.mark.parametrize("name", RULES)
 def test_it_ends_within_a_milder_bound_when_that_lasts(name):
     rule = RULES[name]
-    diagnosis = DIAGNOSES[rule.kind]
-    bad = [beyond(rule, rule.warn)] * (rule.lead + diagnosis.begins)
+    bad = [beyond(rule, rule.warn)] * (rule.lead + rule.begins)
     between = [beyond(rule, rule.clear, 0.001)] * (rule.clear != rule.warn) * 20
     over = [short_of(rule, rule.clear)]
     rest = 11 if rule.kind == "clipping" else 0  # of the last 20 samples two fifths may be clipped
-    (verdict,) = found(rule, bad + between + over * (rest + diagnosis.ends - 1))
+    (verdict,) = found(rule, bad + between + over * (rest + rule.ends - 1))
     assert verdict.until is None
-    (verdict,) = found(rule, bad + between + over * (rest + diagnosis.ends))
+    (verdict,) = found(rule, bad + between + over * (rest + rule.ends))
     assert verdict.until == 10 * (len(bad) + len(between) + rest)
 
 
@@ -350,8 +379,9 @@ def test_a_spike(spread, norm, seen):
 
 
 def test_saturation_that_came_of_learning_is_none():
-    rule = RULES["saturated"]
-    rule = Rule("saturated", lambda e: signal(1, 1, 1, 1, e) | {"saturated_share": [0.9] * 5}, 0, 0)
+    rule = Rule(
+        "saturated", lambda e: signal(1, 1, 1, 1, e) | {"saturated_share": [0.9] * 5}, 0, 0, 10, 5
+    )
     assert len(found(rule, [1.0] * 5 + [0.55] * 10)) == 4
     assert found(rule, [1.0] * 5 + [0.45] * 20) == []
 
