@@ -227,3 +227,30 @@ def test_margin_losses_name_a_wrong_index():
         F.multi_margin_loss(torch.randn(2, 4), torch.tensor([0, 4]))
     with pytest.raises(RuntimeError, match=r"multilabel_margin_loss: expected class indices in"):
         F.multilabel_margin_loss(torch.randn(4), torch.tensor([0, 4, -1, -1]))
+
+
+@pytest.mark.parametrize("n", [3, 3000])
+def test_values_out_of_range_are_named_among_few_and_many(n):
+    """Few are checked by torch's kernels, many before: the message is ours."""
+    p = torch.full((n, 8), 0.5)
+    for name, args in (("input", (p * 3, p)), ("target", (p, -p))):
+        with pytest.raises(RuntimeError, match=f"binary_cross_entropy: expected {name} values"):
+            F.binary_cross_entropy(*args)
+    for index in (-1, 8):
+        with pytest.raises(RuntimeError, match="multi_margin_loss: expected class indices"):
+            F.multi_margin_loss(p, torch.full((n,), index))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_of_few_ignores_and_weighs_as_torch(weighted, reduction):
+    x = torch.randn(6, 4, requires_grad=True)
+    target = torch.tensor([3, 1, 3, 0, 2, 3])
+    w = torch.rand(4) if weighted else None
+    grad_y = torch.randn(6 if reduction == "none" else ())
+    ours, theirs = (
+        torch.autograd.grad(f(x, target, w, ignore_index=3, reduction=reduction), x, grad_y)[0]
+        for f in (F.cross_entropy, torch.nn.functional.cross_entropy)
+    )
+    torch.testing.assert_close(ours, theirs)
+    assert not ours[target == 3].any()
