@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, fused, kernel
+from torchbp.ops._function import Context, entry, fused, is_half, kernel
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops.activations import gelu, silu
 from torchbp.ops.activations._infinities import (
@@ -52,7 +52,7 @@ class Gate:
 
 def _gelu_gate(approximate: str, times_derivative: Callable[[Tensor, Tensor], Tensor]) -> Gate:
     return Gate(
-        lambda a: F.gelu(a, approximate=approximate),
+        lambda a: _nn.gelu(a, approximate=approximate),
         times_derivative,
         lambda v, a: _gelu_backward(v, a, approximate=approximate),
         lambda a, out: _gelu_into(a, approximate=approximate, out=out),
@@ -63,7 +63,7 @@ def _gelu_gate(approximate: str, times_derivative: Callable[[Tensor, Tensor], Te
 _GATES = {
     "silu": Gate(
         lambda a: (
-            a * torch.sigmoid(a) if a.is_complex() else F.silu(a)
+            a * torch.sigmoid(a) if a.is_complex() else _nn.silu(a)
         ),  # torch's has no complex gradient
         silu._times_derivative,
         kernel("silu_backward"),
@@ -89,6 +89,10 @@ class GatedFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int, gate: str, finite: bool | None) -> Tensor:
+        if finite is None and not is_half(x):  # few, and nothing traces or batches them
+            a, b = x.chunk(2, dim)
+            return limited(_GATES[gate].value(a), a, None).mul_(b)
+
         def formula(x: Tensor) -> Tensor:  # (*, 2D, *) -> (*, D, *)
             a, b = x.chunk(2, dim)
             g = limited(_GATES[gate].value(a), a, finite)
@@ -100,47 +104,49 @@ class GatedFunction(Function):
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, int, str, bool | None], output: Tensor
     ) -> None:
-        x, ctx.dim, ctx.gate, ctx.finite = inputs
+        x, *ctx.settings = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        gate = _GATES[ctx.gate]
-        if ctx.finite is None and fused(grad_y) and not x.is_complex():
-            a, b = x.chunk(2, ctx.dim)
+        dim, name, finite = ctx.settings
+        gate = _GATES[name]
+        if finite is None and fused(grad_y) and not x.is_complex():
+            a, b = x.chunk(2, dim)
             grad_a = gate.kernel(grad_y * b, a)  # (1)
-            grad_x = torch.cat((grad_a, gate.value(a).mul_(grad_y)), ctx.dim)  # (2)
+            grad_x = torch.cat((grad_a, gate.value(a).mul_(grad_y)), dim)  # (2)
             if torch.equal(grad_x, grad_x):
                 return grad_x, None, None, None
 
         def formula(v: Tensor, x: Tensor) -> Tensor:
-            a, b = x.chunk(2, ctx.dim)
-            looked = ctx.finite or (x.numel() <= FEW and x.is_cpu and not x.is_complex())
+            a, b = x.chunk(2, dim)
+            looked = finite or (x.numel() <= FEW and x.is_cpu and not x.is_complex())
             if looked and fused(v, x):
                 grad_x = torch.empty_like(x)
-                grad_a, grad_b = grad_x.chunk(2, ctx.dim)
+                grad_a, grad_b = grad_x.chunk(2, dim)
                 gate.times_derivative_into(torch.mul(v, b, out=grad_a), a, grad_a)  # (1)
                 gate.value_into(a, grad_b).mul_(v)  # (2)
-                if ctx.finite or torch.equal(grad_x, grad_x):
+                if finite or torch.equal(grad_x, grad_x):
                     return grad_x
             grad_a = gate.times_derivative(v * b.conj(), bounded(a))  # (1)
-            return torch.cat([grad_a, v * mended(gate.value(a), a).conj()], ctx.dim)  # (2)
+            return torch.cat([grad_a, v * mended(gate.value(a), a).conj()], dim)  # (2)
 
-        return in_row_pieces(formula, ctx.dim, grad_y, x), None, None, None
+        return in_row_pieces(formula, dim, grad_y, x), None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
         (x,) = ctx.saved_tensors
-        gate = _GATES[ctx.gate]
+        dim, name, _finite = ctx.settings
+        gate = _GATES[name]
 
         def formula(t: Tensor, x: Tensor) -> Tensor:
-            (a, b), (tangent_a, tangent_b) = x.chunk(2, ctx.dim), t.chunk(2, ctx.dim)
+            (a, b), (tangent_a, tangent_b) = x.chunk(2, dim), t.chunk(2, dim)
             by_a = gate.times_derivative(b * tangent_a, bounded(a).conj())
             return by_a + mended(gate.value(a), a) * tangent_b  # (3)
 
-        return in_row_pieces(formula, ctx.dim, tangent_x, x)
+        return in_row_pieces(formula, dim, tangent_x, x)
 
 
 _gated = entry(GatedFunction, again=GatedFunction.forward)

@@ -53,11 +53,11 @@ class PReLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad
         if fused(grad_y) and x.numel() <= _FEW and weight.numel() == 1:  # of the dtype of x
             grad_x, products = _prelu_kernel_backward(grad_y, x, weight)
             total = products.sum()
             return grad_x, total.unsqueeze(0) if weight.dim() else total  # (1), (2)
+        need_x, need_weight = ctx.needs_input_grad
         w = _along_channels(weight, x)
         grad_x = grad_w = None
         if need_x and fused(grad_y, x, w):
