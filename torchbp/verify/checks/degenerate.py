@@ -81,7 +81,8 @@ def _samples(case: Case, inputs: list[int]) -> Iterator[tuple[str, Case]]:
 
 def _rows_alike(case: Case, i: int, j: int) -> bool:
     a, b = case.flat[i], case.flat[j]
-    return a.dim() > 0 and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.numel() > 1
+    alike = a.dim() == b.dim() > 0 and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
+    return alike and a.numel() > 1 and b.numel() > 0
 
 
 def _run(case: Case) -> Iterator[Finding]:

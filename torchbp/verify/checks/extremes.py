@@ -32,9 +32,10 @@ def _run(case: Case) -> Iterator[Finding]:
         for i, (name, leaf) in enumerate(zip(case.names, case.leaves, strict=True))
         if not leaf.is_complex() and leaf.numel() and not name.startswith("parameter")
     ]
+    by_element = len(elementwise(case)) == len(case.leaves)
     tested = False
     for text, change in SAMPLES.items():
-        if "zero" in text and len(inputs) <= 2:
+        if "zero" in text and len(inputs) <= (1 if by_element else 2):
             continue  # see `degenerate` and `edges`
         # All inputs as large: a sample that `scales` has too.
         every = _changed(case, inputs, change) if "zero" in text else scaled(case, LARGE, inputs)
@@ -53,7 +54,7 @@ def _run(case: Case) -> Iterator[Finding]:
                 return
     several = [i for i in inputs if case.leaves[i].numel() > 1]
     zero = with_zeros(case)
-    if several and len(elementwise(case)) < len(case.leaves) and accepts(zero):  # else see `edges`
+    if several and not by_element and accepts(zero):  # else see `edges`
         tested = True
         found = _finite_at_zero(zero) or _slope_at_zero(zero, several)
         if found:
