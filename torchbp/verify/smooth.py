@@ -20,7 +20,9 @@ STEP = 2.0**-12
 STEEP = 1e6  # times as large gradients: rounding decides
 
 
-def check_smooth(case: Case, check: str, when: str, most: float) -> Finding | None:
+def check_smooth(
+    case: Case, check: str, when: str, most: float, *, singular: bool = False
+) -> Finding | None:
     """Compare the gradient with the slope of forward along a random line, unless forward is not smooth along it.
 
     Args:
@@ -28,13 +30,18 @@ def check_smooth(case: Case, check: str, when: str, most: float) -> Finding | No
         check: Name of the check that asks.
         when: The condition, for the message.
         most: The largest gradient in the user's sample.
+        singular: Whether a matrix is singular there; then a gradient need not be finite.
     """
     try:
         grads = case.plain.grads
     except BackwardRaised:
         return None  # loud, where much may be undefined
     if not all(bool(g.isfinite().all()) for g in grads):
-        return not_finite(case, check, f"{when}, where forward is finite and smooth")
+        return (
+            None
+            if singular
+            else not_finite(case, check, f"{when}, where forward is finite and smooth")
+        )
     if max(map(largest, grads)) > STEEP * (1 + most):
         return None  # about singular
     lines = Lines(case, elsewhere=True)
@@ -78,7 +85,7 @@ def _is_smooth(lines: Lines, direction: dict[int, Tensor]) -> bool:
         lambda t: lines.value(direction, t), STEP, lines.noise
     )
     size = max(abs(left), abs(right))
-    slack = 0.01 * size + 1e-6 + 2 * (left_bound + right_bound)
+    slack = 1e-4 * size + 1e-6 + 2 * (left_bound + right_bound)
     steep = max(left_bound, right_bound) > 0.05 * size + 1e-3
     return math.isfinite(size) and not steep and abs(left - right) <= slack
 

@@ -450,3 +450,11 @@ class SinePushedUnit(SinePushed):
 register("jvp_of_another_rate", "omitted", lambda x, rate=1.0: SinePushedUnit.apply(x, rate),
          lambda x, rate=1.0: SinePushed.apply(x, rate), rand((3, 4)), bug="the rate left out of the jvp",
          trigger="forward mode, a rate that is not 1")  # fmt: skip
+
+
+def determinant(a):
+    return (a[..., 0, :] * torch.linalg.cross(a[..., 1, :], a[..., 2, :])).sum(-1)
+
+
+pair("determinant_by_inverse", determinant, rand((3, 3)), "det(A) times the inverse", "a singular matrix",
+     pull=lambda g, a: g * torch.linalg.det(a) * torch.linalg.pinv(a).mT)  # fmt: skip
