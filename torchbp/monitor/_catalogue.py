@@ -1,7 +1,7 @@
 """Which layers and parameters are watched. Holds nothing alive."""
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -38,6 +38,7 @@ class Catalogue:
         self._sizes: list[int] = []
         self._matrices: list[bool] = []
         self._ran: dict[int, None] = {}
+        self._versions: dict[int, int] = {}
         self._patterns = patterns
         seen: set[int] = set()
         for path, name, module, own in _learning(model, patterns):
@@ -83,6 +84,21 @@ class Catalogue:
         """Return the layers, by registration, that learn no more: none of their parameters requires grad."""
         learning = {self._owner[i] for i, parameter in self.alive() if parameter.requires_grad}
         return frozenset(self._owner) - learning
+
+    def unowned(self, owned: Collection[int]) -> frozenset[int]:
+        """Return the layers, by registration, whose parameters no optimizer has, as they were when first asked.
+
+        Args:
+            owned: Indices of the parameters that an optimizer has; without any nothing is known.
+        """
+        if not owned or len(owned) == len(self.parameters):
+            return frozenset()
+        learning = [(i, p) for i, p in self.alive() if p.requires_grad]
+        others = {i: p._version for i, p in learning if i not in owned}  # noqa: SLF001
+        still = {i for i, version in others.items() if self._versions.get(i) == version}
+        self._versions = others | self._versions
+        moving = {self._owner[i] for i, _ in learning if i not in still}
+        return frozenset(self._owner[i] for i in still) - moving
 
     def missing(self, model: nn.Module) -> list[str]:
         """Return the names of layers that have parameters that require grad since."""

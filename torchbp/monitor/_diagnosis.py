@@ -92,7 +92,8 @@ class Reading:
         times: By layer of ``layers``: norms of what came back to it at each time step ``(T,)``.
         ran: Layers of ``layers`` that ran; None where that is not known.
         frozen: Layers of ``layers`` none of whose parameters requires grad any more.
-        between: Training losses of steps that were not read: since the reading before, up to its own.
+        unowned: Layers of ``layers`` whose parameters no optimizer has and nobody has changed.
+        between: Steps that were not read and their training losses: since the reading before, up to its own.
         memory: Belongs to the quantity or diagnosis that reads; lasts as long as the monitor.
         shared: What several diagnoses make of the reading, made once.
     """
@@ -107,7 +108,8 @@ class Reading:
     times: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
     ran: frozenset[int] | None = None
     frozen: frozenset[int] = frozenset()
-    between: Sequence[float] = ()
+    unowned: frozenset[int] = frozenset()
+    between: Sequence[tuple[int, float]] = ()
     memory: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
 

@@ -5,12 +5,13 @@ import torch
 from torchbp.monitor._backwards import Backwards
 from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._meter import Meter
+from torchbp.monitor._optimizers import Optimizers
 from torchbp.monitor._row import Row
 
 __all__ = ["Gradients"]
 
 _KEPT_EARLIER = 64
-_THAW = 8  # readings after which it is looked again what is frozen: fewer than make a layer disconnected
+_LOOK = 8  # readings after which it is looked again what is frozen or unowned: fewer than make a layer disconnected
 
 
 class Gradients:
@@ -27,9 +28,11 @@ class Gradients:
             tuple[int, ...]
         ] = []  # parameters whose gradients were read last, by group
         self._present: set[int] = set()  # the same together
-        self._frozen, self._thaw = frozenset[int](), 0
+        self._frozen, self._unowned, self._looked = frozenset[int](), frozenset[int](), 0
 
-    def read(self, row: Row, backwards: Backwards, *, another: bool) -> None:
+    def read(
+        self, row: Row, backwards: Backwards, optimizers: Optimizers, *, another: bool
+    ) -> None:
         """Put the norms into ``row``, in place of those of an earlier backward.
 
         ``another``: this backward goes on where that one has ended; else it is a part of it.
@@ -43,11 +46,12 @@ class Gradients:
             groups = self._meter.gradients()
             self._meter.measure(row, "gradient", groups)
         found = [indices for indices, _ in groups]
-        self._thaw += 1
-        if found != self._found or self._thaw >= _THAW:
+        self._looked += 1
+        if found != self._found or self._looked >= _LOOK:
             self._found, self._present = found, {index for indices in found for index in indices}
-            self._thaw, self._frozen = 0, self._catalogue.frozen()
-        row.frozen = self._frozen
+            self._looked, self._frozen = 0, self._catalogue.frozen()
+            self._unowned = self._catalogue.unowned(optimizers.members())
+        row.frozen, row.unowned = self._frozen, self._unowned
         if backwards.early:
             gone = backwards.gone(self._present)
             row.parameters.setdefault("gradient_norm", []).extend(gone)

@@ -57,6 +57,11 @@ class Optimizers:
     def __len__(self) -> int:
         return len(self._known)
 
+    def members(self) -> set[int]:
+        """Return the indices of the parameters that one of them has."""
+        known = (reference() for reference in self._known.values())
+        return {i for each in known if each is not None for i in self._meter.members(each)}
+
     def close(self) -> None:
         """Remove every hook."""
         for hook in self._hooks:

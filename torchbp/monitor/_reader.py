@@ -84,7 +84,7 @@ class Reader:
         steps, start = [step for step, _, _ in between], 0
         for reading in readings if between else ():
             end = bisect_right(steps, reading.step, start)
-            reading.between = [loss for _, _, loss in between[start:end]]
+            reading.between = [(step, loss) for step, _, loss in between[start:end]]
             start = end
         self._left = between[start:]
 
@@ -127,6 +127,7 @@ class Reader:
                 _times(times, order) if times else {},
                 None if row.ran is None else _places(row.ran, order),
                 _places(row.frozen, order) if row.frozen else row.frozen,
+                _places(row.unowned, order) if row.unowned else row.unowned,
             )
             for row, times, parts, there in zip(
                 sums.rows,

@@ -36,6 +36,7 @@ class Row:
         unreduced: Of this rank alone, norms of the gradients before DDP reduces them.
         ran: The layers that ran with autograd; None where that is not known.
         frozen: The layers that learn no more.
+        unowned: The layers that no optimizer has.
         scale: What the loss was multiplied by (GradScaler).
         host: Numbers known to the host, or 0-d tensors.
     """
@@ -52,6 +53,7 @@ class Row:
     unreduced: Pieces = field(default_factory=list)
     ran: set[int] | None = None
     frozen: frozenset[int] = frozenset()
+    unowned: frozenset[int] = frozenset()
     scale: Tensor | None = None
     host: dict[str, Any] = field(default_factory=dict)
 

@@ -169,7 +169,7 @@ class Capture:
         row = self.row if self._ended is None else self._ended
         if row is not self.row:
             row.absorb(self.row)
-        self._gradients.read(row, self._backwards, another=another)
+        self._gradients.read(row, self._backwards, self._optimizers, another=another)
         if self._listener.batch is not None:
             row.host["batch"] = self._listener.batch
         if not self.knows_optimizers:

@@ -2,13 +2,15 @@
 
 An activation behind the last layer is the model's answer and may be as sure as it likes. And units become sure as
 a network learns: saturation is trouble where it stands in learning's way, not where it came of it. So there is none
-once the output's error signal, e = RMS(∂L/∂z)·B, is half of what it was in the first readings.
+once the output's error signal, e = RMS(∂L/∂z)·B, is half of what it was in the first readings, but where more than
+half of a layer's activations were saturated in each of these.
 """
 
 from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from torchbp.monitor._diagnosis import Diagnosis, Reading, Suspicion
 
@@ -21,9 +23,10 @@ _LEARNT = 0.5
 
 def examine(reading: Reading) -> Iterator[Suspicion]:
     """Yield one suspicion a layer."""
+    shares = np.nan_to_num(reading.values["saturated_share"])
+    from_start = _from_start(reading, shares)
     if _has_learnt(reading):
-        return
-    shares = reading.values["saturated_share"]
+        shares = np.where(from_start, shares, 0)
     for index in np.flatnonzero(reading.present["saturated_share"][:-1] & (shares[:-1] > _CLEAR)):
         share, layer = shares[index], reading.layers.names[index]
         severity = "alert" if share > _ALERT else "warning" if share > _WARN else None
@@ -36,6 +39,15 @@ def examine(reading: Reading) -> Iterator[Suspicion]:
             "the activation; a smaller learning rate; ReLU or GELU",
             key=layer,
         )
+
+
+def _from_start(reading: Reading, shares: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return bool ``(L,)``: the layers of which most was saturated in each of the first readings."""
+    left, layers = reading.memory.get("start", (_FEW, shares > _ALERT))
+    if left and layers.shape == shares.shape:
+        layers = layers & (shares > _ALERT)
+        reading.memory["start"] = left - 1, layers
+    return layers if layers.shape == shares.shape else np.zeros(shares.shape, bool)
 
 
 def _has_learnt(reading: Reading) -> bool:
@@ -54,7 +66,7 @@ DIAGNOSIS = Diagnosis(
     reads=("saturated_share", "error_signal"),
     examine=examine,
     threshold="20 % of a layer's activations are saturated (alert: 50 %), in 10 readings, while the output's error "
-    "signal is above half of what it was at first",
+    "signal is above half of what it was at first, or half of them were saturated from the start",
     source="chosen so as to separate healthy networks from ones with too large weights or inputs",
     begins=10,
     ends=5,

@@ -16,7 +16,7 @@ def finish(reading: Reading) -> NDArray[np.float64] | None:
     """Average the training loss from one validation to the next."""
     train, val = reading.values.get("loss_train"), reading.values.get("loss_val")
     losses = reading.memory.setdefault("train", [])
-    losses.extend(reading.between)
+    losses.extend(loss for _, loss in reading.between)
     if train is not None:
         losses.append(float(train[0]))
     if val is None or not losses:
