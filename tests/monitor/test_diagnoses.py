@@ -216,3 +216,116 @@ def test_a_spike_names_a_layer_that_makes_it():
     (verdict,) = judge.verdicts
     assert (verdict.layer, verdict.step) == ("a", 200)
     assert "most of all at a, 50" in verdict.evidence
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.encoder(x)))
+
+
+@pytest.mark.parametrize("stepped_by", ["nobody", "another optimizer", "a number at a time"])
+def test_a_layer_that_no_optimizer_has_is_disconnected_unless_it_changes(stepped_by):
+    model = Tagger()
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.01)
+    another = torch.optim.SGD(model.encoder.parameters(), lr=0.01)
+    with torchbp.watch(model, optimizer) as monitor:
+        for _ in range(60):
+            model.zero_grad()
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+            if stepped_by == "another optimizer":
+                another.step()
+            elif stepped_by == "a number at a time":
+                with torch.no_grad():
+                    model.encoder.weight[0, 0] += 1e-3
+    found = [(v.kind, v.layer) for v in monitor.verdicts]
+    assert found == ([("disconnected", "encoder")] if stepped_by == "nobody" else [])
+    if found:
+        assert "no optimizer has its parameters" in monitor.verdicts[0].evidence
+
+
+def test_of_no_optimizer_nothing_is_known():
+    model = Tagger()
+    with torchbp.watch(model) as monitor:
+        for _ in range(60):
+            model.zero_grad()
+            model(torch.randn(4, 8)).square().mean().backward()
+            for parameter in model.head.parameters():
+                parameter.data -= 0.01 * parameter.grad
+    assert monitor.verdicts == []
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("spoiled", [False, True], ids=["sound", "spoiled"])
+def test_a_spike_of_the_loss_where_gradients_are_not_read(spoiled, as_tensor):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    with torchbp.watch(model, optimizer, every=10, sample_every=20) as monitor:
+        for step in range(300):
+            optimizer.zero_grad()
+            loss = (model(torch.randn(32, 4)) - 3).square().mean()
+            if spoiled and step == 253:
+                loss = loss * 1000
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            monitor.log_loss(train=loss if as_tensor else loss.item())
+    spikes = [v for v in monitor.verdicts if v.kind == "spike"]
+    assert len(spikes) == spoiled
+    if spoiled:
+        assert "the training loss of step 253" in spikes[0].evidence
+        assert spikes[0].layer == ""
+
+
+@pytest.mark.parametrize(
+    ("losses", "severities"),
+    [
+        ([8.0, 7.9, 7.5, 7.0], []),
+        ([8.0, 8.1, 8.2, 7.0], []),
+        ([8.0, 9.0, 8.2, 7.0], ["alert"]),
+        ([-8.0, -7.0, -7.5, -8.0], ["alert"]),
+        ([None] * 4, ["alert"]),
+        ([8.0, None, None, None], ["alert"]),
+    ],
+)
+def test_large_first_steps_are_grave_where_the_loss_rises(losses, severities):
+    def at(step, loss):
+        layers = reading(step, 0).layers
+        values = {"update_ratio": np.array([0.7]), "weight_norm": np.ones(1)}
+        if loss is not None:
+            values["loss_train"] = np.array([loss])
+        return Reading(step, values, {}, dataclasses.replace(layers, matrices=np.ones(1, bool)))
+
+    (diagnosis,) = (d for d in all_diagnoses() if d.name == "update_too_large")
+    court = Judge([diagnosis])
+    court.consider([at(step, loss) for step, loss in enumerate(losses)])
+    assert [v.severity for v in court.verdicts] == severities
+
+
+@pytest.mark.parametrize(("first", "found"), [(0.9, True), (0.4, False)])
+def test_saturation_from_the_start_is_trouble_also_where_something_is_learnt(first, found):
+    def at(step):
+        layers = Layers(
+            ("a", "b"),
+            ("Linear",) * 2,
+            np.ones(2, bool),
+            ("a.weight", "b.weight"),
+            np.arange(2),
+            np.ones(2),
+            np.ones(2, bool),
+        )
+        share, error = (first, 1.0) if step < 5 else (0.9, 0.1)
+        values = {"saturated_share": np.array([share, np.nan]), "error_signal": np.full(2, error)}
+        present = {"saturated_share": np.array([True, False]), "error_signal": np.ones(2, bool)}
+        return Reading(step, values, present, layers)
+
+    (diagnosis,) = (d for d in all_diagnoses() if d.name == "saturated")
+    court = Judge([diagnosis])
+    court.consider([at(step) for step in range(30)])
+    assert bool(court.verdicts) == found
