@@ -2,8 +2,8 @@
 
 A layer that doesn't run may have its turn later, as an expert of a mixture or the head of another task has: it
 counts where it has never had a gradient, after 100 readings. One that is frozen is meant to have none.
-A layer whose gradient no optimizer takes was made after the optimizer, or forgotten in its groups. One that is stepped by
-another optimizer, which the monitor was not given, changes, and is left in peace.
+A layer whose gradient no optimizer takes was made after the optimizer, or forgotten in its groups. One that is
+stepped by another optimizer, which the monitor was not given, changes, and is left in peace.
 """
 
 from collections.abc import Iterator, Sequence
