@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import torchbp
-from torchbp.recompute import _graph, _lean
+from torchbp.recompute import _graph, _scope
 from torchbp.recompute._kept import Share
 
 transformers = pytest.importorskip("transformers", reason="run by `make frameworks`")
@@ -178,7 +178,7 @@ def test_converted_and_lean(model, config, arguments, data, monkeypatch):
         let_go.append(isinstance(item, Share))
         return item
 
-    monkeypatch.setattr(_lean, "kept_or_share", counted)
+    monkeypatch.setattr(_scope, "kept_or_share", counted)
     torch.manual_seed(0)
     made = getattr(transformers, config)(**arguments)
     plain = without_dropout(getattr(transformers, model)(made).train())
