@@ -24,6 +24,20 @@ NAME = "optional"
 MOST = 3  # arguments
 TRIED = 6  # values of each
 NEVER = {"device", "dtype", "generator", "layout", "memory_format", "name", "out", "requires_grad"}
+NUMBERS = (
+    "alpha",
+    "base",
+    "beta",
+    "delta",
+    "eps",
+    "margin",
+    "max",
+    "min",
+    "rate",
+    "scale",
+    "temp",
+    "tol",
+)
 NEVER |= {"reduce", "size_average"}  # torch's old words for `reduction`
 
 
@@ -87,6 +101,9 @@ def _slots(case: Case) -> list[str | int]:
 
 def _values(case: Case, name: str) -> Iterator[Any]:
     """Yield what the argument may be: weights, masks, numbers."""
+    if any(word in name for word in NUMBERS):
+        yield from (0.75, 2, 0)  # a tensor would be taken by chance, perhaps
+        return
     first = case.leaves[0]
     generator = case.generator(NAME)
 
@@ -100,7 +117,9 @@ def _values(case: Case, name: str) -> Iterator[Any]:
             yield weights(*shape) < 1
     if "dim" in name or "axis" in name:
         yield 0
-    vectors = [(n,) for n in (first.shape[-1:] + first.shape[1:2])]
+    result = case.all_outputs[0].shape
+    sizes = first.shape[-1:] + first.shape[1:2] + result[-1:] + result[1:2]
+    vectors = [(n,) for n in sizes]
     yield from (weights(*shape) for shape in dict.fromkeys([*vectors, whole, rows]))
     yield from (0.75, 2, 0)
 
