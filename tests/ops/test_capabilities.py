@@ -7,7 +7,7 @@ import torch
 
 from torchbp.ops._capabilities import CAPABILITIES, kept_bytes, measure
 from torchbp.ops._op import all_ops
-from torchbp.ops._samples import Sample
+from torchbp.ops._samples import Make, Sample
 
 torchs = torch.nn.functional
 
@@ -71,3 +71,15 @@ def test_own_bytes_are_neither_input_nor_output():
     assert kept_bytes(torch.sigmoid, Sample((x,)), own=True) == 0
     assert kept_bytes(lambda x: torch.sigmoid(x).sum(), Sample((x,)), own=True) == 32
     assert kept_bytes(lambda x: x * x, Sample((x,)), own=True) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_more_bytes_than_torch(op, dtype):
+    if op.torchs is None:
+        pytest.skip("torch has no such op")
+    sample = op.benchmark(Make(dtype), 1 << 14)
+    try:
+        theirs = kept_bytes(op.torchs, sample)
+    except RuntimeError as reason:
+        pytest.skip(str(reason).splitlines()[0])
+    assert kept_bytes(op.function, sample) <= theirs

@@ -10,7 +10,7 @@ Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N
     tangent_ℓ = Σ over the row of gradient · tangent, with s = 1                              (4)
 
 Saves:
-    a - p + ε, a - n + ε and, with swap, p - n + ε, as torch does, and their distances, which only the eager backward
+    a - p + ε, a - n + ε and, with swap, p - n + ε, as torch does, and their norms, which only the eager backward
     reads: 8 bytes for each float32 element of a, 12 with swap. Of a, p and n nothing is read any more. The differences
     are outputs that no caller sees; a second derivative goes through them, and what it brings adds to (2).
 
@@ -63,9 +63,8 @@ class TripletMarginLossFunction(Function):
         eps: float,
         swap: bool,
         reduction: str,
-    ) -> tuple[
-        Tensor | None, ...
-    ]:  # (*, D) three times -> () or (*); (*, D) two or three times; (3 or 2, *)
+    ) -> tuple[Tensor | None, ...]:
+        """(*, D) three times -> the loss, () or (*); the differences, (*, D) each; their norms, (2 or 3, *)."""
         vs = _differences(a, p, n, eps, swap)
         ds = [_norm(v, power) for v in vs]
         far = torch.minimum(ds[1], ds[2]) if swap else ds[1]
@@ -84,7 +83,7 @@ class TripletMarginLossFunction(Function):
         ctx.dtypes = [t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ds)
-        ctx.save_for_backward(*vs, ds)
+        ctx.save_for_backward(*vs, None if is_half(vs[0]) else ds)
         ctx.save_for_forward(*vs)
 
     @staticmethod
@@ -310,7 +309,8 @@ def _benchmark(make: Make, n: int) -> Sample:
 
 def _saved_bytes(a: Tensor, *_: Tensor, **kwargs: object) -> int:
     pairs = 3 if kwargs.get("swap") else 2
-    return pairs * (stored(a) + a.shape[:-1].numel() * max(4, a.element_size()))
+    norms = 0 if is_half(a) else a.shape[:-1].numel() * a.element_size()
+    return pairs * (stored(a) + norms)
 
 
 OP = Op(

@@ -152,7 +152,7 @@ def _benchmark(make: Make, n: int) -> Sample:
 
 def _saved_bytes(a: Tensor, p: Tensor, n: Tensor, **kwargs: object) -> int:
     if kwargs.get("distance_function") is None:
-        return 2 * (stored(a) + a.shape[0] * max(4, a.element_size()))
+        return 2 * (stored(a) + (0 if is_half(a) else a.shape[0] * a.element_size()))
     rows, pairs = a.shape[0], 3 if kwargs["swap"] else 2
     minimum = 2 * rows * a.element_size() if kwargs["swap"] else 0
     return pairs * stored(a) + minimum + rows + a.element_size()  # differences, mask, the one
