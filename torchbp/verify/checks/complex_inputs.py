@@ -1,0 +1,70 @@
+"""Complex inputs: a function that is sampled with real inputs and means to take complex ones is right there as well.
+
+A derivative is conjugated, which changes nothing in real numbers. Most functions take complex inputs by chance, for
+nothing stops them; these are meant to where the source of the autograd.Function, or of the function that was given,
+speaks of complex numbers.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.cases import Case
+from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts
+from torchbp.verify.tensors import signed_like
+
+NAME = "complex_inputs"
+SPEAKS = re.compile(r"complex|\bconj\b|\.m?H\b|adjoint")
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    if any(t.is_complex() for _, t in case.arguments):
+        raise NotApplicable("the sample is complex")
+    if not any(SPEAKS.search(_source(part)) for part in _parts(case)):
+        raise NotApplicable("complex inputs are not spoken of")
+    generator = case.generator(NAME)
+
+    def off(i: int, t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        other = t.to(torch.complex128)
+        return other + 0.5j * signed_like(t, generator).to(other) if i in case.where else other
+
+    other = case.edited(off, parameters=True)
+    if not accepts(other) or not other.steady:
+        raise NotApplicable("forward takes real inputs only")
+    found = check_lines(other, NAME, " for complex inputs", number=2)
+    if found:
+        yield found
+
+
+def _parts(case: Case) -> Iterator[Any]:
+    """Yield the function and the classes whose backward its outputs wait for."""
+    yield getattr(case.func, "__wrapped__", case.func)
+    for y in case.kept[1]:
+        yield from getattr(getattr(y.grad_fn, "_forward_cls", None), "__mro__", ())
+
+
+def _source(part: Any) -> str:
+    if getattr(part, "__module__", "").startswith("torch."):
+        return ""
+    try:
+        return inspect.getsource(part)
+    except (OSError, TypeError):
+        return ""
+
+
+CHECK = Check(
+    name=NAME,
+    tests="the gradient is right for complex inputs, where the source means to take them",
+    run=_run,
+    order=19,
+    differences=True,
+)
