@@ -1,7 +1,8 @@
 """The sample at other sizes and scales: its dimensions made larger or smaller, its values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ __all__ = [
     "same_outputs",
     "scaled",
     "uneven",
+    "with_ones",
     "with_zeros",
 ]
 
@@ -137,26 +139,36 @@ def uneven(case: Case, size: Size) -> Case:
 
 
 def with_zeros(case: Case) -> Case:
-    """Return the case with a 0 in each real input of several elements; the same one each time.
+    """Return the case with a 0 in each real input of several elements; the same one each time."""
+    return _with_one_at(case, 0.0, lambda t: t.numel() > 1)
+
+
+def with_ones(case: Case) -> Case:
+    """Return the case with a 1 in each real input of elements between 0 and 1; the same one each time."""
+    return _with_one_at(case, 1.0, lambda t: t.numel() > 1 and bool(t.min() > 0 and t.max() < 1))
+
+
+def _with_one_at(case: Case, value: float, takes: Callable[[Tensor], Any]) -> Case:
+    """Return the case with one element ``value`` in each real input that ``takes`` says, itself where there is none.
 
     Each is in another place: equal elements of two inputs may be a kink.
     """
-    if "zeros" not in case.memo:
+    if ("one at", value) not in case.memo:
         where = [
             i
             for i, t in zip(case.where, case.leaves, strict=True)
-            if i < case.size and not t.is_complex() and t.numel() > 1
+            if i < case.size and not t.is_complex() and takes(t)
         ]
 
         def change(i: int, t: Tensor) -> Tensor:
             if i not in where:
                 return t
             flat = t.clone().reshape(-1)
-            flat[where.index(i) % t.numel()] = 0.0
+            flat[where.index(i) % t.numel()] = value
             return flat.view(t.shape)
 
-        case.memo["zeros"] = case.edited(change)
-    return case.memo["zeros"]
+        case.memo["one at", value] = case.edited(change) if where else case
+    return case.memo["one at", value]
 
 
 def broadcast(case: Case) -> list[Case]:

@@ -38,7 +38,8 @@ def _run(case: Case) -> Iterator[Finding]:
                 for i, x in change.items()
             )
             found = check_lines(other, NAME, when)
-            if found and found.expected != 0:
+            # A slope of 0 where forward is flat is what a straight-through gradient departs from.
+            if found and (found.expected != 0 or 0.0 in change.values()):
                 yield found
                 return
             if len(change) > 1:
@@ -55,6 +56,8 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
         alone = [{i: _nearby(x)} for i, x in reals.items()] if len(reals) > 1 else []
         yield [{i: _nearby(x) for i, x in reals.items()}, *alone[:MOST]]
         yield [{i: -x for i, x in reals.items()}]
+        zeros = [{i: 0.0} for i, x in reals.items() if x]
+        yield [{i: 0.0 for one in zeros for i in one}, *zeros[:MOST]][len(zeros) < 2 :]
     if len(rest) > 1:
         yield [{i: ys[0] for i, ys in rest.items()}]
     for i, ys in islice(rest.items(), MOST):

@@ -1,4 +1,4 @@
-"""Extremes: where forward is finite and smooth, so is the gradient: large inputs, all zero, one zero."""
+"""Extremes: where forward is finite and smooth, so is the gradient: large inputs, all zero, one 0, one 1."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,7 +11,7 @@ from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.growth import elementwise
 from torchbp.verify.lines import Lines
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts, scaled, with_zeros
+from torchbp.verify.resize import accepts, scaled, with_ones, with_zeros
 from torchbp.verify.smooth import not_finite, not_finite_at
 from torchbp.verify.tensors import real
 
@@ -52,19 +52,26 @@ def _run(case: Case) -> Iterator[Finding]:
             if found:
                 yield found
                 return
-    several = [i for i in inputs if case.leaves[i].numel() > 1]
-    zero = with_zeros(case)
-    if several and not by_element and accepts(zero):  # else see `edges`
+    for other, text, also in () if by_element else _with_one_else(case):  # see `edges`
         tested = True
-        found = _finite_at_zero(zero) or _slope_at_zero(zero, several)
+        when = f" where one element is {text}, where forward is finite and smooth"
+        found = not_finite(other, NAME, when) or (also and also(other, inputs))
         if found:
             yield found
+            return
     if not tested:
         raise NotApplicable("forward is finite at no extreme")
 
 
-def _finite_at_zero(zero: Case) -> Finding | None:
-    return not_finite(zero, NAME, " where one element is 0, where forward is finite and smooth")
+def _with_one_else(
+    case: Case,
+) -> Iterator[tuple[Case, str, Callable[[Case, list[int]], Finding | None] | None]]:
+    """Yield the case with one element that is 0 or 1, where no other check looks at that, and what else is tested."""
+    zero, one = with_zeros(case), with_ones(case)
+    if zero is not case and accepts(zero):
+        yield zero, "0", _slope_at_zero
+    if one is not case and accepts(one):
+        yield one, "1", None
 
 
 def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
@@ -72,7 +79,8 @@ def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
     lines = Lines(zero)
     directions = {}
     got = 0.0
-    for number, i in enumerate(inputs):
+    several = [i for i in inputs if zero.leaves[i].numel() > 1]
+    for number, i in enumerate(several):
         k = number % lines.grads[i].numel()
         directions[i] = torch.zeros_like(real(lines.grads[i]))
         directions[i][k] = lines.scales[i][k]
@@ -98,7 +106,7 @@ def _finite(case: Case) -> bool:
 
 CHECK = Check(
     name=NAME,
-    tests="the gradient is finite where forward is finite and smooth: large, all zero, one zero",
+    tests="the gradient is finite where forward is finite and smooth: large, all zero, one 0, one 1",
     run=_run,
     order=85,
     needs=("no random numbers", "same values"),

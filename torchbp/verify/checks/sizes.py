@@ -36,6 +36,7 @@ SCALED = {RUNS[2]: -(2.0**10), RUNS[4]: 2.0**-10, RUNS[5]: 0.0}
 # Rows in which what is equal in the sample stays so.
 TOGETHER = (RUNS[0], RUNS[2], RUNS[5])
 BLOCK = 33  # which every size reaches at least, where that can be
+FEW = 2
 LARGEST = 2**16  # elements
 EXPLODES = 1e14  # times, and the root of that where the size alone is another
 
@@ -108,11 +109,20 @@ def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
             for size in free:
                 reached[size] = max(reached[size], size.within(run.plain))
             yield replace(run, ones=row == ONES)
-    for size in free:  # one that came along small, or not at all, where others are large
+    for sizes in _alone(free, reached, indexed):
+        run = _largest_that_runs(case, sizes)
+        if run:
+            yield run
+
+
+def _alone(free: list[Size], reached: dict[Size, int], indexed: bool) -> Iterator[dict[Size, int]]:
+    """Yield sizes that came along small, or not at all, where others are large; and fewer frames than labels."""
+    for size in free:
         if reached[size] < BLOCK:
-            run = _largest_that_runs(case, {size: size.near(BLOCK)})
-            if run:
-                yield run
+            yield {size: size.near(BLOCK)}
+        few = size.near(min(FEW, size.now - 1))
+        if indexed and 0 < few < size.now:  # forward refuses where an index points at what is gone
+            yield {size: few}
 
 
 def _largest_that_runs(case: Case, sizes: dict[Size, int], factor: float = 1.0) -> Run | None:
