@@ -5,6 +5,7 @@ labels in order hide a sort.
 """
 
 from collections.abc import Iterator
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def _run(case: Case) -> Iterator[Finding]:
         ("a number is one more", _one_more),
         ("a number in order lies between", _between),
         ("one of the numbers in order is left out", _left_out),
+        ("the first of the numbers occurs once", _once),
         ("some integers are the smallest, others the largest", _extreme),
     ):
         other = case.edited(lambda i, t, change=change: change(t) if i in integers else t)
@@ -38,7 +40,7 @@ def _run(case: Case) -> Iterator[Finding]:
         tested = True
         found = check_lines(other, NAME, f" where {when}")
         # An element that no output depends on, since a later one was written to its place: indices must differ.
-        if found and not (found.expected == 0 and found.got):
+        if found and not (found.expected == 0 and found.got and isfinite(found.got)):
             yield found
             return
     if not tested:
@@ -67,6 +69,18 @@ def _between(t: Tensor) -> Tensor:
     k = int(t.diff().argmax())
     middle = (t[k : k + 1] + t[k + 1 : k + 2]) // 2
     return torch.cat([t[: k + 1], middle, t[k + 1 :]])
+
+
+def _once(t: Tensor) -> Tensor:
+    """Return the integers, the first of them nowhere else: a segment of one has no spread."""
+    flat = t.reshape(-1).clone()
+    others = flat[flat != flat[0]]
+    if len(others) in (0, len(flat) - 1):
+        return t
+    again = flat == flat[0]
+    again[0] = False
+    flat[again] = others[0]
+    return flat.view(t.shape)
 
 
 def _left_out(t: Tensor) -> Tensor:
