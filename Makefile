@@ -55,7 +55,7 @@ data: ## Fetch the examples' data: Fashion-MNIST, Shakespeare, SpamAssassin's ma
 examples: .venv/frameworks data ## Run every example in full; write docs/examples.md
 	@$(BIN)/python tools/run_examples.py $(ARGS)
 
-zoo: .venv/test ## Hold torchbp.watch against some 75 small runs, sick and healthy
+zoo: .venv/test ## Hold torchbp.watch against some 90 small runs, sick and healthy
 	$(BIN)/python -m pytest -n $(WORKERS) tests/monitor/test_zoo.py $(ARGS)
 
 frameworks: .venv/frameworks ## Test callbacks, models and examples of Lightning, transformers and accelerate
