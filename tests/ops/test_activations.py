@@ -250,3 +250,14 @@ def test_bounds_are_not_rounded_before_they_are_compared(bound, dtype, engine):
                 getattr(functional, name)(x, *settings).sum().backward()
             grads.append(x.grad)
         assert torch.equal(*grads), name
+
+
+def test_tanh_of_many_elements():
+    """Where oneDNN computes it: near the truth, right at the edges, and the same bits wherever an element stands."""
+    edges = torch.tensor([0.0, -0.0, INF, -INF, torch.nan, 1e-40, -1e-30, 1e30, 9.5]).repeat(64)
+    x = torch.cat([edges, torch.randn(1 << 15), torch.logspace(-30, 1, 1 << 10)])
+    y, truth = F.tanh(x), x.double().tanh()
+    torch.testing.assert_close(y.double(), truth, rtol=3e-7, atol=0, equal_nan=True)
+    assert torch.equal(y.signbit(), x.signbit() & ~x.isnan() | y.signbit() & x.isnan())
+    part = F.tanh(x[7 : 7 + (1 << 14)])
+    assert torch.equal(part.nan_to_num(5), y[7 : 7 + (1 << 14)].nan_to_num(5))
