@@ -34,6 +34,11 @@ def updates(ratio):
     return gradient | {"update_ratio": [ratio] * 5, "weight_norm": np.ones(5)}
 
 
+def quietly(ratio):
+    """The same where no loss is logged."""
+    return {k: v for k, v in updates(ratio).items() if k != "loss_train"}
+
+
 def noise(ratio):
     """An interval of 30 % about the noise scale; ``ratio``: its near end over the batch."""
     near = 64 * ratio
@@ -141,7 +146,7 @@ RULES = {
     ),
     "update_too_large": Rule(
         "update_too_large",
-        updates,
+        quietly,
         warn=0.1,
         clear=10**-1.3,
         begins=10,
@@ -378,12 +383,29 @@ def test_a_spike(spread, norm, seen):
         assert "warm-up" in court.verdicts[0].advice
 
 
-def test_saturation_that_came_of_learning_is_none():
-    rule = Rule(
-        "saturated", lambda e: signal(1, 1, 1, 1, e) | {"saturated_share": [0.9] * 5}, 0, 0, 10, 5
-    )
-    assert len(found(rule, [1.0] * 5 + [0.55] * 10)) == 4
-    assert found(rule, [1.0] * 5 + [0.45] * 20) == []
+@pytest.mark.parametrize(
+    ("share", "error", "verdicts"),
+    [
+        (0.45, 0.55, 4),  # the signal is above half of what it was
+        (0.45, 0.45, 0),  # it came of learning
+        (0.55, 0.45, 4),  # it was there from the start
+    ],
+)
+def test_saturation_that_came_of_learning_is_none(share, error, verdicts):
+    court = Judge([DIAGNOSES["saturated"]])
+    for k in range(30):
+        now = (1.0, share) if k < 5 else (error, 0.9)
+        values = signal(1, 1, 1, 1, now[0]) | {"saturated_share": [now[1]] * 5}
+        court.consider([reading(values, k)])
+    assert len(court.verdicts) == verdicts
+
+
+@pytest.mark.parametrize(("loss", "alerts"), [(1.0, 0), (1.05, 0), (1.2, 1)])
+def test_large_first_steps_are_an_alert_where_the_loss_rises(loss, alerts):
+    court = Judge([DIAGNOSES["update_too_large"]])
+    for k in range(3):
+        court.consider([reading(updates(0.5) | {"loss_train": loss if k else 1.0}, k)])
+    assert [v.severity for v in court.verdicts] == ["alert"] * alerts
 
 
 @pytest.mark.parametrize(
