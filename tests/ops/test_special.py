@@ -159,3 +159,20 @@ def test_keeps_its_output_which_the_next_layer_keeps_anyway(name):
     x = torch.randn(4, 3, requires_grad=True)
     y, kept = kept_storages(getattr(F, name), (x,))
     assert [t.data_ptr() for t in kept] == [y.data_ptr()]
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.75)])
+def test_local_response_norm_where_the_divisor_is_constant(alpha, beta):
+    """It may be 0 to the power of 0 then: the function is x, and its gradient no NaN."""
+    k = 0.0 if beta == 0 else 1.0
+    x = torch.randn(1, 3, 4, dtype=torch.float64)
+    x[0, 1] = 0
+    x.requires_grad_()
+    y = F.local_response_norm(x, 3, alpha, beta, k)
+    assert torch.equal(y, x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, torch.ones_like(x))
+    _, tangent = torch.func.jvp(
+        lambda t: F.local_response_norm(t, 3, alpha, beta, k), (x.detach(),), (torch.ones_like(x),)
+    )
+    assert torch.equal(tangent, torch.ones_like(x))

@@ -74,6 +74,8 @@ def _gradient(g: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: flo
     n = _divisor(x, size, alpha, k)
     scaled = g * n**-beta
     factor = 2 * alpha * beta / size
+    if factor == 0:
+        return scaled  # n, which does not depend on x, may be 0
     if fused(g, x):
         windows = _window_sum((scaled * x).div_(n), size, mirrored=True)
         return scaled.addcmul_(windows, x, value=-factor)  # (1)
@@ -82,6 +84,8 @@ def _gradient(g: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: flo
 
 def _tangent(t: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     n = _divisor(x, size, alpha, k)
+    if alpha * beta == 0:
+        return t * n**-beta
     change = 2 * alpha * beta / size * _window_sum(x * t, size) / n
     return (t - x * change) * n**-beta  # (2)
 
