@@ -70,9 +70,8 @@ class Backwards:
         self._reached: set[int] = set()  # in the backward under way
         self._seen: list[tuple[int, ...]] = []
         self.everywhere = self._learned = False
-        self._missing = (
-            0  # one that was missed is waited for until all are learnt for the second time
-        )
+        # One that was missed is waited for until all are learnt for the second time.
+        self._missing = 0
         self._stepped: set[int] | None = None  # inside backward; not known before the first
         self.learn()
 

@@ -24,9 +24,8 @@ class Gradients:
 
     def __init__(self, catalogue: Catalogue, meter: Meter) -> None:
         self._catalogue, self._meter = catalogue, meter
-        self._found: list[
-            tuple[int, ...]
-        ] = []  # parameters whose gradients were read last, by group
+        # Parameters whose gradients were read last, by group.
+        self._found: list[tuple[int, ...]] = []
         self._present: set[int] = set()  # the same together
         self._frozen, self._unowned, self._looked = frozenset[int](), frozenset[int](), 0
 
