@@ -16,7 +16,7 @@ demo: .venv/demo ## Check the ops, train deep networks on real images, name the 
 test: .venv/test ## Run the test suite
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
-test-all: .venv/test ## Run the test suite, the slow tests too
+test-all: .venv/test data ## Run the test suite, the slow tests too
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 check: .venv/dev ## Lint, format, types, generated files, documentation, tests
@@ -55,8 +55,8 @@ data: ## Fetch the examples' data: Fashion-MNIST, Shakespeare, SpamAssassin's ma
 examples: .venv/frameworks data ## Run every example in full; write docs/examples.md
 	@$(BIN)/python tools/run_examples.py $(ARGS)
 
-zoo: .venv/test ## Hold torchbp.watch against some 90 small runs, sick and healthy
-	$(BIN)/python -m pytest -n $(WORKERS) tests/monitor/test_zoo.py $(ARGS)
+zoo: .venv/test data ## Hold torchbp.watch against some 170 small runs, sick and healthy
+	$(BIN)/python -m pytest -n $(WORKERS) tests/monitor/test_zoo.py tests/monitor/test_unseen.py $(ARGS)
 
 frameworks: .venv/frameworks ## Test callbacks, models and examples of Lightning, transformers and accelerate
 	$(BIN)/python -m pytest tests/frameworks $(ARGS)
