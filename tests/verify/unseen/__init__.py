@@ -43,6 +43,8 @@ FIFTH: dict[str, Unseen] = {}
 SIXTH: dict[str, Unseen] = {}
 SEVENTH: dict[str, Unseen] = {}
 EIGHTH: dict[str, Unseen] = {}
+NINTH: dict[str, Unseen] = {}
+TENTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -52,6 +54,8 @@ SETS = {
     "sixth set": SIXTH,
     "seventh set": SEVENTH,
     "eighth set": EIGHTH,
+    "ninth set": NINTH,
+    "tenth set": TENTH,
 }
 
 
@@ -75,6 +79,7 @@ def every():
         linear_algebra,
         losses,
         losses_weighted,
+        ninth,
         numerics,
         protocol,
         second_algebra,
@@ -89,6 +94,7 @@ def every():
         sixth_losses,
         sixth_norms,
         sixth_physics,
+        tenth,
         third,
         third_layers,
         transforms,
