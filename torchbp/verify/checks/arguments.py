@@ -54,17 +54,21 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
     reals = {i: x for i, x in values.items() if isinstance(x, float)}
     rest = {i: ys for i, x in values.items() if i not in reals and (ys := others(case, x))}
     if reals:
-        alone = [{i: _nearby(x)} for i, x in reals.items()] if len(reals) > 1 else []
-        yield [{i: _nearby(x) for i, x in reals.items()}, *alone[:MOST]]
+        yield _all_or_each({i: _nearby(x) for i, x in reals.items()})
         yield [{i: -x for i, x in reals.items()}]
-        zeros = [{i: 0.0} for i, x in reals.items() if x]
-        yield [{i: 0.0 for one in zeros for i in one}, *zeros[:MOST]][len(zeros) < 2 :]
+        yield _all_or_each({i: 0.0 for i, x in reals.items() if x})
     if len(rest) > 1:
         yield [{i: ys[0] for i, ys in rest.items()}]
     for i, ys in islice(rest.items(), MOST):
         yield [{i: y} for y in ys[:TRIED]]
     # Far more of what is counted: what is read at one ratio may be cut off at another.
     yield from ([{i: 4 * x}] for i, x in values.items() if type(x) is int and x > 1 and i in rest)
+
+
+def _all_or_each(change: Values) -> list[Values]:
+    """Return all changes at once and, where that is several, the first of them alone; nothing for none."""
+    alone = [{i: x} for i, x in change.items()]
+    return [change, *alone[:MOST]] if len(alone) > 1 else alone
 
 
 def _nearby(x: float) -> float:

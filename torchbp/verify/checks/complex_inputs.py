@@ -47,7 +47,7 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _parts(case: Case) -> Iterator[Any]:
     """Yield the function and the classes whose backward its outputs wait for."""
-    yield getattr(case.func, "__wrapped__", case.func)
+    yield case.func
     for y in case.kept[1]:
         yield from getattr(getattr(y.grad_fn, "_forward_cls", None), "__mro__", ())
 
