@@ -34,6 +34,7 @@ LAYOUTS = {
     "strided": lambda t: torch.stack([t, t + 1], -1)[..., 0],
     "offset": lambda t: torch.cat([t.flatten() + 1, t.flatten()])[t.numel() :].view(t.shape),
     "expanded": lambda t: t[:1].expand_as(t),
+    "channels last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
 }
 
 
@@ -43,7 +44,8 @@ def test_layouts(case, layout):
     sample = case.sample()
 
     def laid_out(t: Tensor) -> Tensor:
-        if t.dim() < 2 and layout in ("transposed", "expanded"):
+        least = {"transposed": 2, "expanded": 2, "channels last": 3}.get(layout, 0)
+        if t.dim() < least:
             return t
         return LAYOUTS[layout](t.detach()).requires_grad_(t.requires_grad)
 
@@ -52,12 +54,14 @@ def test_layouts(case, layout):
     (f, a), (g, b) = case.of_tensors(changed), case.of_tensors(plain)
     y, z = f(*a), g(*b)
     torch.testing.assert_close(y, z)
-    irregular = laid_out(torch.randn_like(y)) if y.dim() > 1 else torch.randn_like(y)
-    for v in (irregular, torch.ones((), dtype=y.dtype).expand_as(y)):
-        ours = torch.autograd.grad(y, a, v, retain_graph=True)
+    regular = torch.randn(y.shape, dtype=y.dtype)
+    irregular = laid_out(regular) if y.dim() > 1 else regular
+    for v in (irregular, regular, torch.ones((), dtype=y.dtype).expand_as(y)):
         want = torch.autograd.grad(z, b, v.contiguous(), retain_graph=True)
-        for p, q in zip(ours, want, strict=True):
-            torch.testing.assert_close(p, q)
+        for output, inputs in ((y, a), (z, b)):
+            ours = torch.autograd.grad(output, inputs, v, retain_graph=True)
+            for p, q in zip(ours, want, strict=True):
+                torch.testing.assert_close(p, q)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -14,6 +14,7 @@ from torchbp.ops._function import kernel
 __all__ = [
     "as_kernels_take_it",
     "batch_norm_backward",
+    "gradient_as_kernels_take_it",
     "group_norm_backward",
     "half_batch_norm",
     "half_batch_norm_backward",
@@ -37,6 +38,12 @@ def as_kernels_take_it(x: Tensor) -> Tensor:
         return x.contiguous()
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if last else x.contiguous()
+
+
+def gradient_as_kernels_take_it(grad_y: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient to go with ``x``, which is as they take it: they read both in the order that ``x`` has."""
+    last = x.dim() == 4 and not x.is_contiguous()
+    return grad_y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def ones(x: Tensor) -> Tensor:  # (N, C, *) -> (C,) float32
@@ -64,7 +71,8 @@ def half_group_norm_backward(
     """Return the gradients, those of the parameters in float32."""
     _, mean, rstd = half_group_norm(x, groups, None, None, eps)
     w = ones(x) if weight is None else weight.float().contiguous()
-    grad_y, x = as_kernels_take_it(grad_y), as_kernels_take_it(x)
+    x = as_kernels_take_it(x)
+    grad_y = gradient_as_kernels_take_it(grad_y, x)
     return group_norm_backward(grad_y, x, mean, rstd, w, *sizes(x), groups, needs)
 
 

@@ -38,6 +38,7 @@ from torchbp.ops.normalization._group_rows import (
 )
 from torchbp.ops.normalization._half_norms import (
     as_kernels_take_it,
+    gradient_as_kernels_take_it,
     group_norm_backward,
     half_group_norm,
     half_group_norm_backward,
@@ -113,7 +114,8 @@ class GroupNormFunction(Function):
             if ctx.groups == x.shape[1]:
                 grads = channels_backward(grad_y, x, weight, mean, rstd)
             else:
-                dense = (as_kernels_take_it(grad_y), as_kernels_take_it(x), mean, rstd)
+                dense_x = as_kernels_take_it(x)
+                dense = (gradient_as_kernels_take_it(grad_y, dense_x), dense_x, mean, rstd)
                 w = None if weight is None else weight.contiguous()
                 needs = [need_x, need_weight, need_bias]
                 grads = group_norm_backward(*dense, w, *sizes(x), ctx.groups, needs)
