@@ -11,6 +11,7 @@ from tests.ops.test_values import ENGINES
 from torchbp.ops._function import formula_only
 from torchbp.ops._op import all_ops
 from torchbp.ops.activations._infinities import known_finite, limited
+from torchbp.ops.activations._invalid import at_hand, sound
 
 INF = torch.inf
 GATES = ["silu", "gelu", "mish", "hardswish", "quick_gelu"]
@@ -47,7 +48,16 @@ def test_gated_limits_at_infinity(name):
     assert x.grad[3:5].tolist() == [0.0, INF]
 
 
-def test_what_is_looked_at_is_never_taken_for_finite():
+@pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])
+def threads(request):
+    """How many: on one it is the processor that tells whether a kernel made a NaN."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_what_is_looked_at_is_never_taken_for_finite(threads):
     for bad in (INF, -INF, torch.nan):
         for dtype in (torch.float32, *HALF):
             many, some = torch.zeros(5000, dtype=dtype), torch.zeros(100, dtype=dtype)
@@ -56,20 +66,38 @@ def test_what_is_looked_at_is_never_taken_for_finite():
             assert not known_finite(many.view(10, -1).T)
             for y in (some, some.view(10, -1).T):
                 assert known_finite(y) is None
-                assert (limited(y, y, None) is y) == (bad == bad)
-            assert known_finite(torch.randn(5000).to(dtype))
+            for x in (some, some.view(10, -1).T, many):
+                y = x * 0.0  # as a kernel makes it
+                assert limited(y, x, None) is not y or (bad != bad and at_hand())
+            assert known_finite(torch.randn(5000).to(dtype)) is (None if at_hand() else True)
     many[38] = -many[37]
     assert not known_finite(many)
-    assert known_finite(torch.ones(5000), many=False) is False
+    assert known_finite(torch.ones(5000), many=False) is (None if at_hand() else False)
     assert limited(many, many, False) is not many
     empty = torch.empty(0)
     assert limited(empty, empty, None) is empty
 
 
+def test_the_flag_of_an_invalid_operation_is_at_hand_on_one_thread(threads):
+    """Where it is not, on another system, everything is looked at, and only time is lost."""
+    assert at_hand() == (threads == 1)
+
+
+@pytest.mark.parametrize("n", [3, 5000])
+def test_a_flag_that_another_operation_raised_is_cleared(threads, n):
+    fine, bad = torch.ones(n), torch.full((n,), torch.nan)
+    torch.full((n,), INF).mul_(0.0)  # raises it
+    assert sound(fine)
+    if at_hand():
+        assert sound(bad)  # not made by an invalid operation: NaN that came in
+        torch.full((n,), INF).mul_(0.0)
+    assert not sound(bad)
+
+
 @pytest.mark.parametrize("name", GATES)
 @pytest.mark.parametrize("n", [8, 5000])
-def test_limits_among_few_and_many(name, n):
-    """What is looked at is what the kernels gave: a whole tensor, by one call or another."""
+def test_limits_among_few_and_many(name, n, threads):
+    """What is looked at is what the kernels gave: a whole tensor, by one way or another."""
     x = torch.ones(n)
     x[:3] = torch.tensor([INF, -INF, torch.nan])
     x.requires_grad_()
@@ -78,6 +106,22 @@ def test_limits_among_few_and_many(name, n):
     (slopes,) = torch.autograd.grad(y.sum(), x)
     assert slopes[:2].tolist() == [1.0, 0.0]
     assert slopes[3:].isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*GATES, "swiglu", "geglu", "softsign"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+def test_one_infinity_at_any_place_of_many(name, dtype, threads):
+    """No vector and no rest of one escapes the look."""
+    for n in (66, 2050):
+        for place in (0, n // 4, n // 2 - 1):  # of a gate that is the first half
+            for infinity in (INF, -INF):
+                x = torch.ones(n, dtype=dtype)
+                x[place] = infinity
+                x.requires_grad_()
+                y = getattr(F, name)(x)
+                assert not y.isnan().any()
+                (slopes,) = torch.autograd.grad(y.sum(), x)
+                assert not slopes.isnan().any()
 
 
 IN_PLACE = {

@@ -21,12 +21,12 @@ from torchbp.ops._function import Context, entry, fused, is_half, kernel
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops.activations import gelu, silu
 from torchbp.ops.activations._infinities import (
-    FEW,
     bounded,
     known_finite,
     limited,
     mended,
 )
+from torchbp.ops.activations._invalid import FEW, sound
 
 __all__ = ["gated", "halves"]
 
@@ -89,7 +89,7 @@ class GatedFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int, gate: str, finite: bool | None) -> Tensor:
-        if finite is None and not is_half(x):  # few, and nothing traces or batches them
+        if finite is None and not is_half(x):  # nothing traces or batches it
             a, b = x.chunk(2, dim)
             return limited(_GATES[gate].value(a), a, None).mul_(b)
 
@@ -113,22 +113,21 @@ class GatedFunction(Function):
         (x,) = ctx.saved_tensors
         dim, name, finite = ctx.settings
         gate = _GATES[name]
-        if finite is None and fused(grad_y) and not x.is_complex():
+        if finite is None and x.numel() <= FEW and fused(grad_y) and not x.is_complex():
             a, b = x.chunk(2, dim)
             grad_a = gate.kernel(grad_y * b, a)  # (1)
             grad_x = torch.cat((grad_a, gate.value(a).mul_(grad_y)), dim)  # (2)
-            if torch.equal(grad_x, grad_x):
+            if sound(grad_x):
                 return grad_x, None, None, None
 
         def formula(v: Tensor, x: Tensor) -> Tensor:
             a, b = x.chunk(2, dim)
-            looked = finite or (x.numel() <= FEW and x.is_cpu and not x.is_complex())
-            if looked and fused(v, x):
+            if finite is not False and not x.is_complex() and fused(v, x):
                 grad_x = torch.empty_like(x)
                 grad_a, grad_b = grad_x.chunk(2, dim)
                 gate.times_derivative_into(torch.mul(v, b, out=grad_a), a, grad_a)  # (1)
                 gate.value_into(a, grad_b).mul_(v)  # (2)
-                if finite or torch.equal(grad_x, grad_x):
+                if finite or sound(grad_x):
                     return grad_x
             grad_a = gate.times_derivative(v * b.conj(), bounded(a))  # (1)
             return torch.cat([grad_a, v * mended(gate.value(a), a).conj()], dim)  # (2)

@@ -1,8 +1,9 @@
 """x · s(x) at x = ±∞, where torch's kernels form ∞ · 0 = NaN though the limit is relu(x), with derivative 0 or 1.
 
 Mending it takes passes over memory, about half of such an op's time. So the kernels run as they are where one look says
-that they may: of many elements at the input, once, before the kernel, which then finds it in the cache; of few at what
-forward and backward gave, which takes one call of 0.6 µs each. Which it is, is asked once, before the Function.
+that they may: on one thread, and of few elements, at what forward and backward gave (`_invalid.py`), some 0.1 to 0.6 µs
+each; else at the input, once, before the kernel, which then finds it in the cache. Which it is, is asked once, before
+the Function.
 """
 
 import math
@@ -13,17 +14,17 @@ from torch import Tensor, nn
 from torch._C import _is_tracing
 
 from torchbp.ops._function import eager
+from torchbp.ops.activations._invalid import FEW, at_hand, sound
 
-__all__ = ["FAR", "FEW", "bounded", "known_finite", "limited", "mended", "with_limits"]
+__all__ = ["FAR", "bounded", "known_finite", "limited", "mended", "with_limits"]
 
 # From here on |x| is so large that s(x) is 0 or 1 and the derivative too, in every dtype.
 FAR = 1000.0
-FEW = 1024  # elements; up to these torch.equal is faster than a sum and its item
 _TENSORS = (Tensor, nn.Parameter)
 
 
 def known_finite(x: Tensor, *, many: bool = True) -> bool | None:
-    """Whether ``x`` is known to be finite; ``None`` where it has few elements, and its value is looked at instead.
+    """Whether ``x`` is known to be finite; ``None`` where what is made of it is looked at instead.
 
     Args:
         x: Looked at where that neither waits for a device nor breaks a trace.
@@ -31,7 +32,7 @@ def known_finite(x: Tensor, *, many: bool = True) -> bool | None:
     """
     if type(x) not in _TENSORS or not x.is_cpu or not eager() or _is_tracing():
         return False
-    if x.numel() <= FEW:
+    if x.numel() <= FEW or at_hand():
         return None
     if not many or not x.is_floating_point():
         return False
@@ -43,7 +44,7 @@ def known_finite(x: Tensor, *, many: bool = True) -> bool | None:
 
 def limited(y: Tensor, x: Tensor, finite: bool | None) -> Tensor:
     """Return ``y``, but its limit where ``x`` is ±∞; ``finite`` is what :func:`known_finite` says of ``x``."""
-    if finite or (finite is None and torch.equal(y, y)):
+    if finite or (finite is None and sound(y)):
         return y
     return mended(y, x)
 
@@ -54,7 +55,7 @@ def with_limits(
     """Return torch's kernel ``backward(grad_y, x)``, but with the limits where ``x`` is ±∞."""
     if finite is not False:
         grad_x = backward(grad_y, x)
-        if finite or torch.equal(grad_x, grad_x):
+        if finite or sound(grad_x):
             return grad_x
     return backward(grad_y, bounded(x))
 

@@ -54,11 +54,9 @@ class MishFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
-        if finite is None:
-            return limited(_nn.mish(x), x, None)
         if isinstance(x, Tensor) and x.numel() > _FEW:  # what is no tensor torch's refuses
             return in_pieces(lambda x: mended(_nn.mish(x), x), x, into=_value_into, spare=1)
-        return mended(_nn.mish(x), x)
+        return limited(_nn.mish(x), x, finite)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:

@@ -28,7 +28,8 @@ from torchbp.ops._function import Context, entry, fused, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import FEW, known_finite
+from torchbp.ops.activations._infinities import known_finite
+from torchbp.ops.activations._invalid import FEW, sound
 
 __all__ = ["Softsign", "SoftsignFunction", "softsign"]
 
@@ -41,8 +42,9 @@ class SoftsignFunction(Function):
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
         if finite is None:
-            y = x / x.abs().add_(1)
-            if torch.equal(y, y):
+            scale = x.abs().add_(1)
+            y = torch.div(x, scale, out=scale) if x.is_floating_point() else x / scale
+            if sound(y):
                 return y
         largest = torch.finfo(x.dtype).max
         x = x.clamp(-largest, largest)  # ±∞ gives ±1
