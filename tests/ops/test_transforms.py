@@ -280,3 +280,27 @@ def test_fake_tensors(case):
     except Exception:  # values that it looks at, targets in bytes
         pytest.skip("torch's own refuses")
     assert forms(case, case.op.function, FakeTensorMode()) == forms(case, case.op.function)
+
+
+def test_meta_tensors(constructed):
+    """A Module on the meta device runs there as torch's does: shapes and dtypes, forward and backward."""
+    op, i = constructed
+    cls, ctor, inputs = list(op.module_samples(Make(torch.float32)))[i]
+
+    def forms_on(device, kind):
+        def moved(t):
+            return t.detach().to(device).requires_grad_(t.requires_grad)
+
+        made = kind(*ctor.args, **ctor.kwargs).to(device)
+        args = changed(inputs.args, moved)
+        args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)  # targets
+        outputs = tensors_of(made(*args))
+        torch.autograd.backward([y.abs().sum() for y in outputs if y.requires_grad])
+        leaves = [t for t in (*tensors_of(args), *made.parameters()) if t.requires_grad]
+        return [(t.shape, t.dtype) for t in (*outputs, *(t.grad for t in leaves))]
+
+    try:
+        forms_on("meta", twin(cls))
+    except Exception:  # what looks at values
+        pytest.skip("torch's own refuses")
+    assert forms_on("meta", cls) == forms_on("cpu", cls)

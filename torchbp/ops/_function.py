@@ -18,6 +18,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from torchbp.ops import _recipe
+from torchbp.ops._autocast import autocasts
 
 __all__ = [
     "Context",
@@ -251,7 +252,7 @@ def in_autocast_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast does for its float32 ops, losses among them: half precision becomes float32, outside the op."""
 
     def cast(t: Tensor) -> Tensor:
-        return t.float() if is_half(t) and torch.is_autocast_enabled(t.device.type) else t
+        return t.float() if is_half(t) and autocasts(t.device.type) else t
 
     for t in tensors:
         if t.dtype in _HALF:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchbp import ops
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._function import is_half, leaf
 from torchbp.ops._samples import Make, Sample
 
@@ -95,7 +96,7 @@ def rounded_once(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
             k: a.float() if isinstance(a, Tensor) and is_half(a) else a for k, a in kwargs.items()
         }
         y = reference(*wide, **kwargs)
-        return y if torch.is_autocast_enabled(y.device.type) else y.to(args[0].dtype)
+        return y if autocasts(y.device.type) else y.to(args[0].dtype)
 
     return function
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops._autocast import autocasts
+
 __all__ = ["Edge", "Note", "Saved", "asked", "noting", "sharded", "version_only"]
 
 asked = 0  # how many scopes that want notes are open, in all threads
@@ -54,7 +56,7 @@ class Note:
         geometry: Size, stride and offset of the output.
         device: Type of the output's device.
         witness: Shares the output's version counter, and no memory: tells whether the output was written to since.
-        autocast: Whether autocast was on, and its dtype.
+        autocast: Autocast's dtype, where it was on.
         item: What ``recompute`` keeps for the output.
     """
 
@@ -67,7 +69,7 @@ class Note:
     geometry: tuple[torch.Size, tuple[int, ...], int]
     device: str
     witness: Tensor
-    autocast: tuple[bool, torch.dtype]
+    autocast: torch.dtype | None
     item: "ReferenceType[Any] | None" = None
 
 
@@ -130,7 +132,7 @@ def noting(
             (first.size(), first.stride(), int(first.storage_offset())),
             device,
             version_only(first),
-            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+            torch.get_autocast_dtype(device) if autocasts(device) else None,
         )
 
     return type(function.__name__, (function,), {"setup_context": staticmethod(setup_context)})

@@ -31,7 +31,6 @@ longest = 8
 
 _KEY = "torchbp"  # in the metadata of torch's own nodes
 _DENSE = (Tensor, nn.Parameter)
-_NO_AUTOCAST = (False, torch.bfloat16)
 
 
 class Reading(NamedTuple):
@@ -190,7 +189,7 @@ def _of_torch(
         return None
     device = "cpu" if output is None else output.device.type
     flops = 0 if rule.flops is None or output is None else rule.flops(node, output)
-    return Recipe(call, tuple(parts), _NO_AUTOCAST, device, flops, OVER.get(call))
+    return Recipe(call, tuple(parts), None, device, flops, OVER.get(call))
 
 
 def _operand(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._recipe import version_only
 
 __all__ = ["Kept", "Made", "Recipe", "Share"]
@@ -85,7 +86,7 @@ class Recipe:
         call: Gives the output, or a tuple that starts with it.
         arguments: Of the call: what is :class:`Kept`, a :class:`Share` of what is made, a :class:`Recipe` of what
             nobody saves, or no tensor.
-        autocast: Whether autocast was on as the output was made first, and its dtype.
+        autocast: Autocast's dtype, where it was on as the output was made first.
         device: Type of the output's device.
         flops: Floating-point operations of the call; 0 for a cheap one.
         over: The same call, writing the output over its first argument; ``None`` where there is none.
@@ -97,7 +98,7 @@ class Recipe:
         self,
         call: Callable[..., Any],
         arguments: tuple[Any, ...],
-        autocast: tuple[bool, torch.dtype],
+        autocast: torch.dtype | None,
         device: str,
         flops: int = 0,
         over: Callable[..., Any] | None = None,
@@ -127,10 +128,10 @@ class Recipe:
             # Its first argument was made just now, for it alone. What a cheap op takes is memory's time, most of all
             # where memory is fresh: in place a ReLU is six times as fast.
             call = self.over
-        enabled, dtype = self.autocast
+        dtype = self.autocast
         with torch.no_grad():
-            if enabled or torch.is_autocast_enabled(self.device):
-                with torch.autocast(self.device, dtype, enabled, cache_enabled=False):
+            if dtype or autocasts(self.device):
+                with torch.autocast(self.device, dtype, dtype is not None, cache_enabled=False):
                     made = call(*arguments)
             else:
                 made = call(*arguments)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
@@ -119,7 +120,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
         >>> prelu(torch.tensor([-1.0, 2.0]), torch.tensor(0.25))
         tensor([-0.2500,  2.0000])
     """
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+    if isinstance(input, Tensor) and autocasts(input.device.type):
         weight = weight.to(input.dtype)
     return _prelu(input, weight)
 

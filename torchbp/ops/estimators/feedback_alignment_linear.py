@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, in_autocast_dtype, public
 from torchbp.ops._op import Op
@@ -131,7 +132,7 @@ def feedback_alignment_linear(
         rule = "weight and feedback of one shape (O, I)"
         got = f"{shape(weight)} and {shape(feedback)}"
         raise ValueError(wrong(_NAME, rule, got, "feedback stands in for weight"))
-    if torch.is_autocast_enabled(input.device.type):
+    if autocasts(input.device.type):
         input, weight, feedback, bias = in_autocast_dtype(input, weight, feedback, bias)
     return _feedback_alignment_linear(input, weight, feedback, bias)
 

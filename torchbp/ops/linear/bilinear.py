@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, in_float32, is_half, public
 from torchbp.ops._op import Op
@@ -130,9 +131,7 @@ def _value(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None) -
     parts = _parts(x1.shape[0], flat.shape[1])
     kind = x1.device.type
     # autocast would round the products, which F.bilinear leaves in float32
-    exact = (
-        torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-    )
+    exact = torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
     with exact:
         return _joined([F.linear(_products(x1[part], x2[part]), flat, bias) for part in parts])
 
@@ -180,7 +179,7 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     if bias is not None and tuple(bias.shape) != (outputs,):
         rule = f"bias of shape {(outputs,)}"
         raise RuntimeError(wrong("bilinear", rule, shape(bias), "one an output"))
-    if input1.device.type != "cpu" and torch.is_autocast_enabled(input1.device.type):
+    if input1.device.type != "cpu" and autocasts(input1.device.type):
         input1, input2, weight, bias = _promoted(input1, input2, weight, bias)
     dtypes = {t.dtype for t in (input1, input2, weight)}
     if len(dtypes) > 1:

@@ -20,11 +20,11 @@ Sources:
 import math
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, in_autocast_dtype, public
 from torchbp.ops._op import Op
@@ -129,7 +129,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise RuntimeError(
             wrong("linear", rule, shape(input), "the last dimension holds the features")
         )
-    if torch.is_autocast_enabled(input.device.type):
+    if autocasts(input.device.type):
         input, weight, bias = in_autocast_dtype(input, weight, bias)
     if weight.dim() == 1:
         return _linear(input, weight.unsqueeze(0), bias).squeeze(-1)

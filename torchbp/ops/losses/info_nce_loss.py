@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
@@ -61,7 +62,7 @@ class InfoNCELossFunction(Function):
         own = torch.arange(a.shape[0], device=a.device).unsqueeze(1)
         loss = reduce(-log_p.gather(1, own).squeeze(1), reduction).to(a.dtype)
         kept = fused(a, b) and log_p.numel() <= _KEPT
-        if kept and torch.is_autocast_enabled(a.device.type):
+        if kept and autocasts(a.device.type):
             kept = False  # it made the product in half precision, backward will not
         return loss, log_p if kept else None
 

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, eager, entry, fused, in_autocast_dtype, public
 from torchbp.ops._op import Op
@@ -253,7 +254,7 @@ def linear_cross_entropy(
         input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, softcap
     )
     value_dtype = torch.promote_types(input.dtype, target.dtype) if soft else input.dtype
-    if torch.is_autocast_enabled(input.device.type):
+    if autocasts(input.device.type):
         value_dtype = wide(input)
         input, linear_weight, linear_bias = in_autocast_dtype(input, linear_weight, linear_bias)
     check_dtypes(input, linear_weight, linear_bias)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import entry, is_half, public
 from torchbp.ops._op import Op, rounded_once
@@ -161,7 +162,7 @@ def _saved_bytes(a: Tensor, p: Tensor, n: Tensor, **kwargs: object) -> int:
 def _reference(a: Tensor, p: Tensor, n: Tensor, **kwargs: Any) -> Tensor:
     """Torch's; in half precision with a given function's distances as it rounds them, all else rounded once."""
     own = kwargs.get("distance_function")
-    if own is not None and is_half(a) and not torch.is_autocast_enabled(a.device.type):
+    if own is not None and is_half(a) and not autocasts(a.device.type):
         kwargs["distance_function"] = lambda u, v: own(u.to(a.dtype), v.to(a.dtype)).float()
     elif own is not None:
         return F.triplet_margin_with_distance_loss(a, p, n, **kwargs)

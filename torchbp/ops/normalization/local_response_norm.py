@@ -21,11 +21,11 @@ Sources:
 import math
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, fused, in_float32, is_half, public
 from torchbp.ops._op import Op, rounded_once
@@ -152,7 +152,7 @@ def local_response_norm(
         not input.is_floating_point()
     ):  # no gradient; torch takes integers of three dimensions, rounding their means
         return F.local_response_norm(input, size, alpha, beta, k)
-    if is_half(input) and torch.is_autocast_enabled(input.device.type):  # as torch's pooling does
+    if is_half(input) and autocasts(input.device.type):  # as torch's pooling does
         input = input.float()
     return _local_response_norm(input, size, alpha, beta, k)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops.dropout.dropout import dropout
 from torchbp.ops.recurrent._recurrence import Sizes
@@ -144,7 +145,7 @@ def _name(module: nn.Module) -> str:
 def _check_input(module: nn.RNNBase, rows: Tensor, *, dims: int) -> None:
     """Raise, of torch's types, where the input does not fit the weights."""
     dtype = module.all_weights[0][0].dtype
-    if rows.dtype != dtype and not torch.is_autocast_enabled(rows.device.type):
+    if rows.dtype != dtype and not autocasts(rows.device.type):
         advice = f"convert it with .to({dtype}), or the model"
         raise ValueError(wrong(_name(module), f"input of {dtype}", rows.dtype, advice))
     if rows.dim() != dims or rows.shape[-1] != module.input_size:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._function import fused, is_half, kernel
 
 __all__ = [
@@ -103,7 +104,7 @@ def wide(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """Keep autocast out of a computation that has chosen its precision."""
-    on = torch.is_autocast_enabled(device)
+    on = autocasts(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 

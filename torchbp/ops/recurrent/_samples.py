@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._function import is_half
 from torchbp.ops._samples import Make, Sample, over_tensors
 
@@ -28,7 +29,7 @@ def cell_rounded_once(cell: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def reference(input: Tensor, hx: Any, *weights: Tensor | None, **named: Tensor | None) -> Any:
-        if not is_half(input) or torch.is_autocast_enabled(input.device.type):
+        if not is_half(input) or autocasts(input.device.type):
             return cell(input, hx, *weights, **named)
         args, kwargs = over_tensors(Tensor.float, ((input, hx, *weights), named))
         return over_tensors(lambda y: y.to(input.dtype), cell(*args, **kwargs))

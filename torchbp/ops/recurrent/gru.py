@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.utils.rnn import PackedSequence
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
@@ -274,7 +275,7 @@ def _layer(
 ) -> tuple[Tensor, Tensor]:
     """Run one layer in one direction; autocast casts all but the state, as in torch."""
     (h0,) = states
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device.type):
         x, *weights = in_autocast_dtype(x, *weights)
         check_dtypes("GRU", x, weights)
     else:

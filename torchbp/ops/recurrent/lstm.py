@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.utils.rnn import PackedSequence
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, public
 from torchbp.ops._op import Op
@@ -331,7 +332,7 @@ def _layer(
 ) -> tuple[Tensor, ...]:
     """Run one layer in one direction; autocast casts all, the state c only where it is told to."""
     h0, c0 = states
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device.type):
         x, h0, *weights = in_autocast_dtype(x, h0, *weights)
         if cast_c:
             (c0,) = in_autocast_dtype(c0)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.utils.rnn import PackedSequence
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
@@ -220,7 +221,7 @@ def _layer(
 ) -> tuple[Tensor, Tensor]:
     """Run one layer in one direction, in autocast's dtype under autocast, as torch does."""
     (h0,) = states
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device.type):
         x, h0, *weights = in_autocast_dtype(x, h0, *weights)
     check_dtypes("RNN", x, (h0, *weights))
     with without_autocast(x.device.type):
