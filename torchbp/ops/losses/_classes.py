@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch._C import _is_tracing
 
-from torchbp.ops._function import is_half
+from torchbp.ops._function import eager, is_half
 
-__all__ = ["along_classes", "class_dim", "counted", "positions"]
+__all__ = ["all_count", "along_classes", "class_dim", "counted", "positions"]
 
 
 def class_dim(x: Tensor) -> int:
@@ -21,6 +22,13 @@ def positions(x: Tensor) -> int:
 def along_classes(w: Tensor, x: Tensor) -> Tensor:
     """Return w ``(C,)`` as ``(C, 1, ...)``, which meets ``x`` in its class dimension."""
     return w.view(-1, *(1 for _ in x.shape[class_dim(x) + 1 :]))
+
+
+def all_count(target: Tensor, ignored: int) -> bool:
+    """Whether no position is ignored, looked at where that neither waits for a device nor breaks a trace."""
+    if type(target) is not Tensor or not target.is_cpu or not eager() or _is_tracing():
+        return False
+    return not (target == ignored).any()
 
 
 def counted(

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import eager, fused, is_half, kernel, scale_fresh
+from torchbp.ops._function import fused, is_half, kernel, scale_fresh
 from torchbp.ops._reduction import FEW, REDUCTIONS, spread
-from torchbp.ops.losses._classes import along_classes, class_dim, counted
+from torchbp.ops.losses._classes import all_count, along_classes, class_dim, counted
 
 __all__ = ["gradient_of_indices", "gradient_of_probabilities", "terms_of_probabilities"]
 
@@ -30,7 +30,7 @@ def gradient_of_indices(
         total = _nll_loss(log_p, target, w, how, ignored)[1]
         by_log_p = _nll_loss_backward(grad, log_p, target, w, how, ignored, total)
         return torch._log_softmax_backward_data(by_log_p, log_p, 1, x.dtype)
-    if w is None and smoothing == 0.0 and fused(x, grad) and _all_count(target, ignored):
+    if w is None and smoothing == 0.0 and fused(x, grad) and all_count(target, ignored):
         s = spread(grad, reduction, max(1, target.numel()))
         s = s.unsqueeze(dim) if s.dim() else s
         index = target.long().unsqueeze(dim)
@@ -56,10 +56,6 @@ def _suits_kernels(x: Tensor, w: Tensor | None) -> bool:
     """Whether torch's four kernels, which weigh and ignore, too, are faster than eight simpler ones."""
     like = w is None or w.dtype == x.dtype
     return x.dim() == 2 and x.numel() <= FEW and x.is_cpu and like
-
-
-def _all_count(target: Tensor, ignored: int) -> bool:
-    return eager() and target.is_cpu and not (target == ignored).any()
 
 
 def gradient_of_probabilities(
