@@ -30,7 +30,7 @@ from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, entry, is_half, public
 from torchbp.ops._op import Op
-from torchbp.ops._random import cheap, int32_like
+from torchbp.ops._random import cheap, int32_of
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations.leaky_relu import leaky_relu
 
@@ -92,7 +92,7 @@ def _uniform(x: Tensor) -> Tensor:
     """Draw from U(0, 1), whatever the strides of ``x``."""
     if cheap(x):
         wide = torch.float32 if is_half(x) else x.dtype
-        return int32_like(x).to(wide).mul_(2**-32).add_(0.5).to(x.dtype)
+        return int32_of(x.shape).to(wide).mul_(2**-32).add_(0.5).to(x.dtype)
     return torch.rand_like(x, memory_format=torch.contiguous_format)
 
 

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from torchbp.ops._errors import wrong
 from torchbp.ops._function import fused
-from torchbp.ops._random import cheap, int32_like
+from torchbp.ops._random import cheap, int32_of
 
-__all__ = ["draw", "is_identity", "masked", "one_kernel", "one_of_each"]
+__all__ = ["draw", "is_identity", "masked", "one_kernel"]
 
 _FEW = 1 << 12
 _INT32_MIN = -(2**31)
@@ -26,21 +26,25 @@ def is_identity(op: str, x: Tensor, p: float, training: bool) -> bool:
     return False
 
 
-def draw(x: Tensor, p: float) -> Tensor:
-    """Return a mask of the shape of ``x``, uint8: 0 with probability ``p``, else 1."""
+def draw(x: Tensor, p: float, leading: int | None = None) -> Tensor:
+    """Return a mask, uint8: 0 with probability ``p``, else 1.
+
+    Args:
+        x: Of whose shape the mask is.
+        p: Probability.
+        leading: One element is drawn for each index of so many first dimensions, (N, C, 1, ...); of all by default.
+    """
     if not cheap(x):
+        if leading is not None:
+            x = x[(..., *(slice(0, 1) for _ in range(x.dim() - leading)))]
         return (torch.rand_like(x, dtype=torch.float32) >= p).to(torch.uint8)
-    if x.numel() < _FEW:  # two calls instead of five
-        drawn = torch.empty(x.shape, dtype=torch.uint8)  # one draw for each index, whatever strides
+    shape = x.shape
+    if leading is not None:
+        shape = shape[:leading] + (1,) * (x.dim() - leading)
+    if shape.numel() < _FEW:  # two calls instead of five
+        drawn = torch.empty(shape, dtype=torch.uint8)  # one draw for each index, whatever strides
         return drawn.bernoulli_(1 - p)
-    return (int32_like(x) >= _INT32_MIN + round(p * 2**32)).view(torch.uint8)
-
-
-def one_of_each(x: Tensor, leading: int) -> Tensor:
-    """Return what :func:`draw` takes: one element an index of the first ``leading`` dimensions, (N, C, 1, ...)."""
-    if cheap(x):  # no view, of which autograd would take note
-        return x.new_empty(x.shape[:leading] + (1,) * (x.dim() - leading))
-    return x[(..., *(slice(0, 1) for _ in range(x.dim() - leading)))]
+    return (int32_of(shape) >= _INT32_MIN + round(p * 2**32)).view(torch.uint8)
 
 
 def one_kernel(v: Tensor, mask: Tensor) -> Tensor | None:
@@ -58,4 +62,7 @@ def masked(v: Tensor, mask: Tensor, scale: float) -> Tensor:
         return torch.addcmul(nothing, v, mask, value=scale)  # 0.7 of the time of two products
     if v.dtype not in _NOTHING or mask.numel() == v.numel():
         return v * mask * scale
-    return v * (mask.to(v.dtype) * scale)  # one pass over v; in half precision it would round twice
+    # one pass over v; in half precision it would round twice
+    if v.dtype is torch.float32 is torch.get_default_dtype():  # that of the product with a number
+        return v * (mask * scale)
+    return v * (mask.to(v.dtype) * scale)

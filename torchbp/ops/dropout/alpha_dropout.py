@@ -34,7 +34,7 @@ from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, in_float32, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.dropout._mask import draw, is_identity, masked, one_kernel, one_of_each
+from torchbp.ops.dropout._mask import draw, is_identity, masked, one_kernel
 
 __all__ = [
     "AlphaDropout",
@@ -104,11 +104,11 @@ def _coefficients(p: float) -> tuple[float, float]:
     return a, -a * p * _SATURATION  # (1)
 
 
-def _drop(x: Tensor, p: float, inplace: bool, one: Tensor) -> Tensor:
-    """Draw a mask of the shape of ``one``, and apply it."""
+def _drop(x: Tensor, p: float, inplace: bool, leading: int | None) -> Tensor:
+    """Draw a mask as :func:`draw` does, and apply it."""
     if p == 1.0:
         return x.mul_(0) if inplace else x * 0
-    return _alpha_dropout(x, draw(one, p), *_coefficients(p), inplace)
+    return _alpha_dropout(x, draw(x, p, leading), *_coefficients(p), inplace)
 
 
 @public
@@ -139,7 +139,7 @@ def alpha_dropout(
     """
     if is_identity("alpha_dropout", input, p, training):
         return input
-    return _drop(input, p, inplace, input)
+    return _drop(input, p, inplace, None)
 
 
 @public
@@ -176,7 +176,7 @@ def feature_alpha_dropout(
         rule = "input of shape (N, C, *)"
         advice = "for other shapes: alpha_dropout"
         raise RuntimeError(wrong("feature_alpha_dropout", rule, shape(input), advice))
-    return _drop(input, p, inplace, one_of_each(input, 2))
+    return _drop(input, p, inplace, 2)
 
 
 class AlphaDropout(nn.AlphaDropout):
@@ -197,8 +197,8 @@ class FeatureAlphaDropout(nn.FeatureAlphaDropout):
         return feature_alpha_dropout(input, self.p, self.training)
 
 
-def _reference(one_for: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """Return the composition in torch's ops, with the same draw for each element of ``one_for(input)``."""
+def _reference(leading: int | None) -> Callable[..., Tensor]:
+    """Return the composition in torch's ops, with the same draw."""
 
     def reference(
         input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
@@ -207,7 +207,7 @@ def _reference(one_for: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
             return input
         if p == 1:
             return input * 0
-        m = draw(one_for(input), p).to(input.dtype)
+        m = draw(input, p, leading).to(input.dtype)
         a, b = _coefficients(p)
         return a * (input * m + _SATURATION * (1 - m)) + b
 
@@ -235,12 +235,10 @@ def _errors_of_channels(make: Make) -> Iterator[Sample]:
 
 def _op(function: Callable[..., Tensor], module: type[nn.Module], by_channel: bool) -> Op:
     """Return the record of one of the two."""
-
-    def one_for(x: Tensor) -> Tensor:
-        return one_of_each(x, 2) if by_channel else x
+    leading = 2 if by_channel else None
 
     def saved_bytes(x: Tensor, p: float = 0.5, training: bool = False) -> int:
-        return one_for(x).numel() if 0 < p < 1 and training else 0
+        return x.shape[:leading].numel() if 0 < p < 1 and training else 0
 
     def benchmark(make: Make, n: int) -> Sample:
         side = max(1, math.isqrt(n // 512))
@@ -249,7 +247,7 @@ def _op(function: Callable[..., Tensor], module: type[nn.Module], by_channel: bo
     return Op(
         function=function,
         modules=(module,),
-        reference=_reference(one_for),
+        reference=_reference(leading),
         samples=_samples_of_both,
         module_samples=lambda make: [(module, Sample((0.2,)), Sample((make.normal(2, 3, 4),)))],
         errors=_errors_of_channels if by_channel else _errors,

@@ -27,7 +27,7 @@ from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import entry, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.dropout._mask import draw, is_identity, one_of_each
+from torchbp.ops.dropout._mask import draw, is_identity
 from torchbp.ops.dropout.dropout import DropoutFunction
 
 __all__ = ["Dropout1d", "Dropout2d", "Dropout3d", "dropout1d", "dropout2d", "dropout3d"]
@@ -40,7 +40,7 @@ def _drop(op: str, x: Tensor, p: float, training: bool, inplace: bool, leading: 
     if is_identity(op, x, p, training):
         return x
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
-    return _dropout(x, draw(one_of_each(x, leading), p), scale, inplace)
+    return _dropout(x, draw(x, p, leading), scale, inplace)
 
 
 @public
