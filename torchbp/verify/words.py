@@ -43,7 +43,7 @@ def _constants(func: Any, deep: int) -> Iterator[str]:
         return
     if isinstance(func, nn.Module):
         func = type(func).forward
-    if not isinstance(func, FunctionType) or func.__module__.startswith("torch."):
+    if not isinstance(func, FunctionType) or (func.__module__ or "").startswith("torch."):
         return
     yield from _in_code(func.__code__)
     used = [func.__globals__.get(name) for name in func.__code__.co_names]

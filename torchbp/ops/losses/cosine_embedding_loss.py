@@ -3,7 +3,7 @@ r"""Cosine embedding: ℓ = 1 - c where t = 1, max(0, c - m) where t = -1, c the
 c = a·b / √(A B), A = a·a + ε, B = b·b + ε, ε = 1e-12. Any other t gives 0.
 
 Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"):
-    k = ∂ℓ/∂c = -[t = 1] + [t = -1] [c ≥ m]
+    k = ∂ℓ/∂c = -[t = 1] + [t = -1] [c > m]
     ∂c/∂a = b / √(A B) - c a / A
     grad_a = s k · (b / √(A B) - c a / A)                                                     (1)
     grad_b = s k · (a / √(A B) - c b / B)                                                     (2)
@@ -13,7 +13,8 @@ Saves:
     a, b and t, which are inputs, and three sums of each row, which only the eager backward reads.
 
 Edge values:
-    a = 0: c = 0 and the slope b / √(ε B).   c = m, t = -1: active, as in torch.   No rows: the mean is NaN.
+    a = 0: c = 0 and the slope b / √(ε B).   c = m, t = -1: [c > m] is torch's, 1 until
+    torch 2.13, then 0 (_clamp.py).   No rows: the mean is NaN.
 
 Sources:
     torch.nn.CosineEmbeddingLoss, whose values, gradients and reductions these are.
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops._clamp import above
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
@@ -145,7 +147,7 @@ def _coefficients(
     dot, big_a, big_b = sums
     inverse = (big_a * big_b).rsqrt()
     c = dot * inverse
-    k = ((target == -1) & (c >= margin)).to(c.dtype) - (target == 1).to(c.dtype)
+    k = ((target == -1) & above(c, margin)).to(c.dtype) - (target == 1).to(c.dtype)
     per_row = s * k * inverse, -s * k * c / big_a, -s * k * c / big_b
     across, of_a, of_b = (v.to(dtype).unsqueeze(-1) for v in per_row)
     return across, of_a, of_b

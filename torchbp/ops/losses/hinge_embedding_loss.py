@@ -3,7 +3,7 @@ r"""Hinge embedding: ℓ = x where t = 1, max(0, m - x) where t = -1, x being a 
 Any other t counts as both: ℓ = [t ≠ -1] x + [t ≠ 1] max(0, m - x), as in torch.
 
 Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"):
-    c = ∂ℓ/∂x = [t ≠ -1] - [t ≠ 1] [x ≤ m], one of -1, 0, 1                                   (1)
+    c = ∂ℓ/∂x = [t ≠ -1] - [t ≠ 1] [x < m], one of -1, 0, 1                                   (1)
     grad_x = s · c                                                                            (2)
     tangent_ℓ = c · tangent_x                                                                 (3)
 
@@ -12,7 +12,8 @@ Saves:
     that nothing is lost for second derivatives.
 
 Edge values:
-    x = m, t = -1: slope -1, as in torch.   x = ±∞: the limits.   No elements: the mean is NaN.
+    x = m, t = -1: the slope is torch's, -1 until torch 2.13, then 0 (_clamp.py).   x = ±∞: the limits.   No elements:
+    the mean is NaN.
 
 Sources:
     Hadsell, Chopra, LeCun, "Dimensionality Reduction by Learning an Invariant Mapping", 2006,
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops._clamp import below
 from torchbp.ops._function import (
     Context,
     entry,
@@ -53,7 +55,7 @@ class HingeEmbeddingLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, margin: float, reduction: str
     ) -> tuple[Tensor, Tensor]:  # (*), (*) -> () or (*), (*) int8
-        slope = (target != -1).to(torch.int8) - ((target != 1) & (x <= margin)).to(torch.int8)
+        slope = (target != -1).to(torch.int8) - ((target != 1) & below(x, margin)).to(torch.int8)
         return reduce(_values(x, target, margin), reduction), slope  # (1)
 
     @staticmethod

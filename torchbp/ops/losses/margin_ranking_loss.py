@@ -1,6 +1,6 @@
 r"""Margin ranking: ℓ = max(0, m - t (x₁ - x₂)), t = 1 where x₁ shall be the larger, -1 where x₂, then reduced.
 
-Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"), a = [m - t (x₁ - x₂) ≥ 0]:
+Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"), a = [m - t (x₁ - x₂) > 0]:
     grad_x₁ = -s · a · t                                                                      (1)
     grad_x₂ = -grad_x₁                                                                        (2)
     grad_t  = -s · a · (x₁ - x₂)                                                              (3)
@@ -11,7 +11,8 @@ Saves:
     the kinks, so that nothing is lost for second derivatives.
 
 Edge values:
-    m - t (x₁ - x₂) = 0: active, as in torch.   x₁ = x₂ = ±∞: NaN.   No elements: the mean is NaN.
+    m - t (x₁ - x₂) = 0: a is torch's, 1 until torch 2.13, then 0 (_clamp.py).   x₁ = x₂ = ±∞: NaN.   No elements:
+    the mean is NaN.
 
 Sources:
     torch.nn.MarginRankingLoss, whose values, gradients and reductions these are.
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops._clamp import above
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, directional, entry, in_autocast_float32, in_place, public
 from torchbp.ops._op import Op, rounded_once
@@ -46,7 +48,7 @@ class MarginRankingLossFunction(Function):
         x1: Tensor, x2: Tensor, target: Tensor, margin: float, reduction: str
     ) -> tuple[Tensor, Tensor]:  # (*), (*), (*) -> () or (*), (*) bool
         left = in_pieces(lambda a, b, t: _left(a, b, t, margin), x1, x2, target)
-        active = left >= 0
+        active = above(left, 0)
         return reduce(
             left.clamp_min_(0) if in_place(left) else left.clamp(min=0), reduction
         ), active

@@ -2,7 +2,7 @@ r"""Triplet margin: ℓ = max(0, m + d(a, p) - d(a, n)), d(u, v) = ‖u - v + ε
 
 With "swap", d(a, n) is replaced by min(d(a, n), d(p, n)).
 
-Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"), δ = [ℓ's argument ≥ 0]:
+Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N for "mean"), δ = [ℓ's argument > 0]:
     D(v) = ∂‖v‖_p / ∂v = sign(v) (|v| / ‖v‖)^(p-1); for p = 2, v / ‖v‖                        (1)
     σ = share of d(p, n) in the minimum: 1, 0, or 1/2 where equal; 0 without swap
     G_ap = s δ D(a - p + ε),  G_an = -s δ (1 - σ) D(a - n + ε),  G_pn = -s δ σ D(p - n + ε)   (2)
@@ -15,7 +15,8 @@ Saves:
     are outputs that no caller sees; a second derivative goes through them, and what it brings adds to (2).
 
 Edge values:
-    ‖v‖ = 0: the subgradient 0.   ℓ's argument 0: active, as in torch.   No rows: the mean is NaN.
+    ‖v‖ = 0: the subgradient 0.   ℓ's argument 0: δ is torch's, 1 until torch 2.13, then 0 (_clamp.py).
+    No rows: the mean is NaN.
 
 Sources:
     Balntas, Riba, Ponsa, Mikolajczyk, "Learning local feature descriptors with triplets and shallow convolutional
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops._clamp import above
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
@@ -160,11 +162,11 @@ def _slopes(
         ap, an, pn = ap.float(), an.float(), None if pn is None else pn.float()
     near, far = _norm(ap, power), _norm(an, power)
     if pn is None:
-        s = s * (near - far + margin >= 0).to(near.dtype)
+        s = s * above(near - far + margin, 0).to(near.dtype)
         return _slope(ap, near, power, s), _slope(an, far, power, -s), None
     across = _norm(pn, power)
     share = 0.5 * ((across < far).to(s.dtype) + (across <= far).to(s.dtype))
-    s = s * (near - torch.minimum(far, across) + margin >= 0).to(near.dtype)
+    s = s * above(near - torch.minimum(far, across) + margin, 0).to(near.dtype)
     of_an = _slope(an, far, power, -s * (1 - share))
     return _slope(ap, near, power, s), of_an, _slope(pn, across, power, -s * share)
 
@@ -179,7 +181,7 @@ def _euclidean_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return (3) for p = 2 without swap, in three passes."""
     near, far = ds
-    s = s * (near - far + margin >= 0).to(near.dtype)
+    s = s * above(near - far + margin, 0).to(near.dtype)
     by_near, by_far = (s / ds).masked_fill_(ds == 0, 0).unsqueeze(-1)
     grad_p, grad_n = torch.mul(ap, -by_near), torch.mul(an, by_far)
     need_a, need_p, need_n = needs

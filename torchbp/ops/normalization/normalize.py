@@ -3,8 +3,8 @@ r"""Normalize: y = x / m with m = max(n, ε), n = ‖x‖_p along one dimension.
 Derivation, for one vector:
     ∂n/∂x = sgn(x) · (|x|/n)^(p-1)          p = 2: x/n;  p = 1: sgn(x);  p = ∞: sgn(x) where |x| = n, shared among ties;
                                             p = 0: 0                                          (1)
-    grad_x = grad_y / m - (1) · Σ grad_y · x / m²    where n ≥ ε, else the first term alone    (2)
-    tangent_y = tangent_x / m - x · Σ (1) · tangent_x / m²    where n ≥ ε                     (3)
+    grad_x = grad_y / m - (1) · Σ grad_y · x / m²    where n > ε, else the first term alone    (2)
+    tangent_y = tangent_x / m - x · Σ (1) · tangent_x / m²    where n > ε                     (3)
     Complex: sgn(x) = x/|x|, and of the sums Re Σ grad_y · conj(x), Re Σ conj(1) · tangent_x.
 
 Saves:
@@ -12,6 +12,7 @@ Saves:
 
 Edge values:
     x = 0: y = 0, grad_x = grad_y / ε, which is large, as in torch.   n overflows: y = 0, as in torch.
+    n = ε: as in torch, until torch 2.13 as where n > ε, then the first term alone (_clamp.py).
 
 Sources:
     Salimans, Kingma, "Weight Normalization: A Simple Reparameterization to Accelerate Training of Deep Neural
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
+from torchbp.ops._clamp import above
 from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, square
@@ -59,12 +61,12 @@ class NormalizeFunction(Function):
         if ctx.p == 2 and fused(grad_y, x) and not x.is_complex():
             grad_x = grad_y * x
             along = grad_x.sum(ctx.dim, keepdim=True) / (m * m * m)
-            along = along.masked_fill_(n < ctx.eps, 0)
+            along = along.masked_fill_(~above(n, ctx.eps), 0)
             torch.div(grad_y, m, out=grad_x)
             return grad_x.addcmul_(x, along, value=-1), None, None, None  # (2)
         g, x = widened(grad_y), widened(x)
         along = _real(g * x.conj()).sum(ctx.dim, keepdim=True) / (m * m)
-        along = torch.where(n < ctx.eps, 0, along)
+        along = torch.where(above(n, ctx.eps), along, 0)
         grad_x = g / m - _norm_derivative(x, n, ctx.p, ctx.dim) * along  # (2)
         return grad_x.to(grad_y.dtype), None, None, None
 
@@ -76,7 +78,7 @@ class NormalizeFunction(Function):
         t, x = widened(tangent_x), widened(x)
         derivative = _norm_derivative(x, n, ctx.p, ctx.dim)
         along = _real(derivative.conj() * t).sum(ctx.dim, keepdim=True) / (m * m)
-        return (t / m - x * torch.where(n < ctx.eps, 0, along)).to(tangent_x.dtype)  # (3)
+        return (t / m - x * torch.where(above(n, ctx.eps), along, 0)).to(tangent_x.dtype)  # (3)
 
 
 def _norm(x: Tensor, p: float, dim: int) -> Tensor:

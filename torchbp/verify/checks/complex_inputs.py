@@ -53,7 +53,8 @@ def _parts(case: Case) -> Iterator[Any]:
 
 
 def _source(part: Any) -> str:
-    if getattr(part, "__module__", "").startswith("torch."):
+    module = getattr(part, "__module__", None) or ""  # None: Function.apply in torch 2.14
+    if module.startswith("torch."):
         return ""
     try:
         return inspect.getsource(part)
