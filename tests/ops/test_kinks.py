@@ -1,4 +1,4 @@
-"""At a kink of max(0, u) every op has the slope that the clamp of this torch has: 1 until 2.13, 0 from 2.14 on."""
+"""At a kink of max(0, u) the slope is that of this torch's clamp, 1 until 2.13, 0 from 2.14 on; second derivatives."""
 
 from functools import partial
 
@@ -53,4 +53,33 @@ def test_slope_at_the_kink(kink):
         gradients = torch.autograd.grad(y, live, weights)
         tangents = torch.func.jvp(f, tensors, tuple(torch.ones_like(t) * 0.3 for t in tensors))
         results.append((y.detach(), gradients, tangents))
+    torch.testing.assert_close(*results)
+
+
+ONE = torch.ones(1, dtype=torch.float64)
+TWICE = {  # name: the input where the first derivative has a kink, and further arguments
+    "elu": (0.0, (0.7,)),
+    "celu": (0.0, (0.7,)),
+    "selu": (0.0, ()),
+    "prelu": (0.0, (0.2 * ONE,)),
+    "huber_loss": (0.5, (0 * ONE, "mean", 0.5)),
+    "smooth_l1_loss": (-1.0, (0 * ONE,)),
+}
+
+
+@pytest.mark.parametrize("kink", TWICE)
+def test_second_derivative_at_the_kink(kink):
+    """Torch's, in every torch: by x, of the gradients of all inputs."""
+    at, others = TWICE[kink]
+    results = []
+    for home in (F, torch.nn.functional):
+        x = (at * ONE).requires_grad_()
+        given = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in others]
+        live = [x, *(a for a in given if isinstance(a, torch.Tensor))]
+        first = torch.autograd.grad(getattr(home, kink)(x, *given).sum(), live, create_graph=True)
+        second = [
+            torch.autograd.grad(3 * g.sum(), x, retain_graph=True, allow_unused=True)[0]
+            for g in first
+        ]
+        results.append([*first, *(torch.zeros(1).double() if g is None else g for g in second)])
     torch.testing.assert_close(*results)

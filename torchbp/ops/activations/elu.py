@@ -11,14 +11,15 @@ Saves:
     In place there is no x any more: y, as in torch. In half precision, where (2) is off by up to 100 %, a copy of x.
 
 Edge values:
-    x = 0: the left derivative, as in torch.   x → +∞: y → s x.   x → -∞: y → -s α, dy/dx → 0.
-    NaN: dy/dx is s, as in torch.
+    x = 0: the left derivative, and the right second one, both as in torch.   NaN: dy/dx is s, as in torch.
+    x → +∞: y → s x.   x → -∞: y → -s α, dy/dx → 0.
 
 Sources:
     Clevert, Unterthiner, Hochreiter, "Fast and Accurate Deep Network Learning by Exponential Linear Units (ELUs)",
     2015, arXiv:1511.07289.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +29,7 @@ from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
+from torchbp.ops._clamp import clipped
 from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, entry, fused, is_half, kernel, overwrite, public
 from torchbp.ops._op import Op
@@ -81,7 +83,7 @@ def _times_derivative(
     v: Tensor, kept: Tensor, alpha: float, s: float, beta: float, is_output: bool
 ) -> Tensor:
     def of_x(v: Tensor, x: Tensor) -> Tensor:
-        left = s * alpha * beta * torch.exp(beta * x.clamp(max=0))
+        left = s * alpha * beta * torch.exp(beta * clipped(x, -math.inf, 0.0))
         return v * torch.where(x <= 0, left, s)  # (1)
 
     def of_y(v: Tensor, y: Tensor) -> Tensor:

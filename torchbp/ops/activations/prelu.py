@@ -15,6 +15,7 @@ Sources:
     He, Zhang, Ren, Sun, "Delving Deep into Rectifiers", 2015, arXiv:1502.01852.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -24,6 +25,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._autocast import autocasts
+from torchbp.ops._clamp import clipped
 from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
@@ -68,7 +70,7 @@ class PReLUFunction(Function):
         elif need_x:
             grad_x = _times_slope(grad_y, x, w)  # (1)
         if need_weight:
-            negative = x.clamp(max=0)
+            negative = clipped(x, -math.inf, 0.0)
             wide = negative.float() if is_half(x) else negative
             product = wide.mul_(grad_y) if fused(wide, grad_y) else wide * grad_y
             grad_w = product.sum_to_size(w.shape).reshape(weight.shape).to(weight.dtype)  # (2)
@@ -81,7 +83,7 @@ class PReLUFunction(Function):
         if tangent_x is not None:
             tangent_y = tangent_y + _times_slope(tangent_x, x, _along_channels(weight, x))
         if tangent_weight is not None:
-            tangent_y = tangent_y + x.clamp(max=0) * _along_channels(tangent_weight, x)
+            tangent_y = tangent_y + clipped(x, -math.inf, 0.0) * _along_channels(tangent_weight, x)
         return tangent_y
 
 

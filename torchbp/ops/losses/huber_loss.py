@@ -12,7 +12,8 @@ Saves:
     x and t, which are inputs.
 
 Edge values:
-    |d| = δ: both branches agree in value and slope.   d = ±∞: grad = ±s · δ.   No elements: the mean is NaN.
+    |d| = δ: both branches agree in value and slope; the second derivative is 0, as in torch.   d = ±∞: grad = ±s · δ.
+    No elements: the mean is NaN.
 
 Sources:
     Huber, "Robust Estimation of a Location Parameter", 1964, doi:10.1214/aoms/1177703732.
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops._clamp import clipped
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
@@ -89,14 +91,14 @@ class HuberLossFunction(Function):
         ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, *_: None
     ) -> Tensor:
         x, target = ctx.saved_tensors
-        slope = (x - target).clamp(-ctx.delta, ctx.delta)
+        slope = clipped(x - target, -ctx.delta, ctx.delta)
         return reduce(
             directional((tangent_x, slope), (tangent_target, -slope)), ctx.reduction
         )  # (3)
 
 
 def _gradient(d: Tensor, s: Tensor, delta: float) -> Tensor:
-    return scale_fresh(d.clamp(-delta, delta), s)  # (1)
+    return scale_fresh(clipped(d, -delta, delta), s)  # (1)
 
 
 _huber_loss = entry(HuberLossFunction)
