@@ -22,6 +22,7 @@ from torchbp.ops._autocast import autocasts
 
 __all__ = [
     "Context",
+    "as_dtype",
     "directional",
     "eager",
     "entry",
@@ -141,10 +142,15 @@ def _named_once(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _call_directly(function: type[Function]) -> None:
-    """Let the node call ``backward`` at once: torch's own ``apply`` first asks whether there is a ``vjp``, 1 µs."""
+    """Spare the node what torch asks at every call: whether there is a ``vjp``, 1 µs, and what is a tensor, 0.5 µs."""
     node: Any = getattr(function, "_backward_cls", None)
     if node is not None:
         node.apply = function.backward
+        node.save_for_forward = _save_for_forward
+
+
+def _save_for_forward(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.saved_for_forward = tensors
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
@@ -213,6 +219,11 @@ def overwrite(function: Callable[..., Tensor], x: Tensor, *args: object) -> Tens
 def is_half(tensor: Tensor) -> bool:
     """Whether ``tensor`` has one of the 16-bit floating-point dtypes."""
     return tensor.dtype in _HALF
+
+
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``t`` in ``dtype``; where it has it, 0.8 µs sooner than ``t.to(dtype)`` does."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def in_float32(formula: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -12,16 +12,20 @@ from torch import Tensor
 from torchbp.ops._function import fused, in_float32, is_half
 
 __all__ = [
+    "FEW",
     "PIECE",
     "alike",
+    "at_once",
     "in_pieces",
     "in_row_pieces",
+    "is_few",
     "length_written",
     "pieces",
     "separable",
     "written",
 ]
 
+FEW = 1 << 14  # elements, that need no pieces: torch's own reduction is one call
 PIECE = 1 << 16  # elements: 256 KB of float32; two threads halve it, torch gives none less
 _LARGE = 1 << 23  # elements; below 32 MB the C library keeps memory, and pieces gain nothing
 _LARGE_HALF = 1 << 18  # the float32 copies of half precision are worth avoiding sooner
@@ -47,6 +51,8 @@ def in_pieces(
     """
     first = tensors[0]
     if into is not None and writable(*tensors):
+        if is_few(first):
+            return at_once(into, spare, *tensors)
         value = torch.empty_like(first)
         for _ in written(into, spare, *tensors, value=value):
             pass
@@ -56,6 +62,18 @@ def in_pieces(
     value = torch.empty_like(first)
     for part, *parts in pieces(value, *tensors):
         part.copy_(formula(*(p.float() for p in parts) if is_half(first) else parts))
+    return value
+
+
+def is_few(first: Tensor) -> bool:
+    """Whether ``first`` needs neither pieces nor other numbers than its own: :func:`at_once` does."""
+    return first.numel() <= FEW and not is_half(first)
+
+
+def at_once(into: Callable[..., object], spare: int, *tensors: Tensor) -> Tensor:
+    """Return what ``into`` writes, as :func:`written` takes it, of tensors taken whole, in their own dtype."""
+    value = torch.empty_like(tensors[0])
+    into(value, *[torch.empty_like(value) for _ in range(spare)], *tensors)
     return value
 
 

@@ -8,13 +8,21 @@ from torch import Tensor
 from torch.nn import _reduction as torch_reduction
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import is_half
-from torchbp.ops._pieces import in_pieces, pieces, separable, writable, written
+from torchbp.ops._function import as_dtype, is_half
+from torchbp.ops._numbers import number
+from torchbp.ops._pieces import (
+    FEW,
+    at_once,
+    in_pieces,
+    is_few,
+    pieces,
+    separable,
+    writable,
+    written,
+)
 
-__all__ = ["FEW", "REDUCTIONS", "matched", "named", "reduce", "reduced", "spread"]
-
-
-FEW = 1 << 14  # elements, that need no pieces: torch's own reduction is one call
+__all__ = ["FEW", "REDUCTIONS", "broadcast", "matched", "named", "reduce", "reduced", "spread"]
+_WIDE = (torch.float32, torch.float64)  # of which a mean is the sum's quotient
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's kernels count them
 
 
@@ -32,7 +40,15 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
     """Return ``values`` themselves, their mean or their sum."""
     if reduction == "none":
         return values
-    return values.mean() if reduction == "mean" else values.sum()
+    if reduction == "mean" and values.dtype not in _WIDE:
+        return values.mean()
+    return _of_sum(values.sum(), reduction, values)
+
+
+def _of_sum(total: Tensor, reduction: str, like: Tensor) -> Tensor:
+    """Return the mean or the sum of values of the shape and dtype of ``like``, whose sum is ``total``."""
+    value = total / number(like.numel(), total) if reduction == "mean" else total
+    return as_dtype(value, like.dtype)
 
 
 def reduced(
@@ -55,16 +71,16 @@ def reduced(
     """
     first = tensors[0]
     if reduction != "none" and into is not None and writable(*tensors):
+        if is_few(first):
+            return _of_sum(at_once(into, spare, *tensors).sum(), reduction, first)
         sums = [piece.sum() for piece in written(into, spare, *tensors)]
-        total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-        return (total / first.numel() if reduction == "mean" else total).to(first.dtype)
+        return _of_sum(sums[0] if len(sums) == 1 else torch.stack(sums).sum(), reduction, first)
     if reduction == "none" or not separable(*tensors):
         return reduce(in_pieces(formula, *tensors, into=into, spare=spare), reduction)
     parts = pieces(*tensors)
     if is_half(first):
         parts = (tuple(t.float() for t in part) for part in parts)
-    total = torch.stack([formula(*part).sum() for part in parts]).sum()
-    return (total / first.numel() if reduction == "mean" else total).to(first.dtype)
+    return _of_sum(torch.stack([formula(*part).sum() for part in parts]).sum(), reduction, first)
 
 
 def spread(grad: Tensor, reduction: str, count: int | Tensor) -> Tensor:
@@ -73,7 +89,18 @@ def spread(grad: Tensor, reduction: str, count: int | Tensor) -> Tensor:
     In float32 for half precision: the quotient for a million values is subnormal in float16.
     """
     grad = grad.float() if is_half(grad) else grad
-    return grad / count if reduction == "mean" else grad
+    if reduction != "mean":
+        return grad
+    return grad / (count if isinstance(count, Tensor) else number(count, grad))
+
+
+def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return ``torch.broadcast_tensors(*tensors)``, or they themselves where they have one shape."""
+    size = tensors[0].size()
+    for t in tensors:
+        if t.size() != size:
+            return tuple(torch.broadcast_tensors(*tensors))
+    return tensors
 
 
 def matched(op: str, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

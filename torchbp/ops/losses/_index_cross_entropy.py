@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
-from torchbp.ops._function import Context, entry, fused
+from torchbp.ops._function import Context, as_dtype, entry, fused
 from torchbp.ops._reduction import REDUCTIONS
 from torchbp.ops.losses._classes import class_dim, counted
 from torchbp.ops.losses._logits_gradient import gradient_of_indices
@@ -45,7 +45,7 @@ class IndexCrossEntropyFunction(Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, target, w = ctx.saved_tensors
         grad_x = gradient_of_indices(x, grad, target, w, ctx.reduction, ctx.ignored, ctx.smoothing)
-        return grad_x.to(x.dtype), None, None, None, None, None
+        return as_dtype(grad_x, x.dtype), None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_others: None) -> Tensor:

@@ -84,8 +84,8 @@ class BCELossFunction(Function):
         x, target, weight = ctx.saved_tensors
         need_x, need_target, *_ = ctx.needs_input_grad
         if ctx.inside is None and not need_target and fused(grad):
-            lowest = max(_EPS, torch.finfo(x.dtype).eps / 2)
-            if torch.equal(x.clamp(_EPS, 1 - lowest), x):
+            low, high = torch.aminmax(x)
+            if _inside(low.item(), high.item()):
                 grad_x = _backward(grad, x, target, None, REDUCTIONS[ctx.reduction])  # (1)
                 return grad_x, None, None, None, None
         s = spread(grad, ctx.reduction, x.numel())
@@ -211,6 +211,11 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> bool | None:
         return None
     _extremes("target", target)
     low, high = _extremes("input", input)
+    return _inside(low, high)
+
+
+def _inside(low: float, high: float) -> bool:
+    """Whether (1) holds for all values between these two."""
     return low >= _EPS and 1 - high >= _EPS
 
 

@@ -28,16 +28,19 @@ from torch.autograd.function import Function
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
+    as_dtype,
     entry,
+    fused,
     in_autocast_float32,
     is_half,
     kernel,
     public,
     scale_fresh,
 )
+from torchbp.ops._numbers import constant
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import alike, in_pieces
-from torchbp.ops._reduction import named, reduce, reduced, spread
+from torchbp.ops._reduction import REDUCTIONS, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.losses._log_sums import FEW, reduced_softplus
 
@@ -48,7 +51,9 @@ __all__ = [
 ]
 
 _NAME = "binary_cross_entropy_with_logits"
+_FEW = 1 << 10  # elements; up to these the number of calls counts
 _softplus_into = kernel("softplus", "out")
+_softplus_backward = kernel("softplus_backward")
 
 
 class BCEWithLogitsLossFunction(Function):
@@ -60,10 +65,10 @@ class BCEWithLogitsLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
     ) -> Tensor:
-        if pos_weight is not None or not x.is_floating_point():
-            return F.binary_cross_entropy_with_logits(
-                x, target, weight, pos_weight=pos_weight, reduction=reduction
-            )
+        few = x.numel() <= _FEW and not is_half(x)
+        if (few and x.dtype == target.dtype) or pos_weight is not None or not x.is_floating_point():
+            how = REDUCTIONS[reduction]
+            return torch.binary_cross_entropy_with_logits(x, target, weight, pos_weight, how)
         if weight is None:
             if reduction != "none" and not is_half(x) and x.numel() > FEW and alike(x, target):
                 return reduced_softplus(_parts, reduction, x, target)
@@ -91,9 +96,12 @@ class BCEWithLogitsLossFunction(Function):
         s = s if weight is None else s * weight
         c = () if pos_weight is None else (pos_weight,)
         grad_x = None
-        if need_x:
+        if need_x and not c and _few_alike(x, target, s):
+            grad_x = _gradient_x_of_few(x, target, s)
+        elif need_x:
             into = None if c else _gradient_x_into
-            grad_x = in_pieces(_gradient_x, x, target, s, *c, into=into, spare=1).to(x.dtype)
+            grad_x = in_pieces(_gradient_x, x, target, s, *c, into=into, spare=1)
+            grad_x = as_dtype(grad_x, x.dtype)
         grad_target = in_pieces(_gradient_target, x, s, *c) if need_target else None
         grad_target = None if grad_target is None else grad_target.to(target.dtype)
         return grad_x, grad_target, None, None, None
@@ -137,6 +145,16 @@ def _gradient_x_into(grad_x: Tensor, p: Tensor, x: Tensor, target: Tensor, s: Te
     torch.neg(x, out=grad_x).sigmoid_().neg_()
     # lerp starts from the nearer end: for t = 1 nothing of σ(-x) is lost
     torch.lerp(torch.sigmoid(x, out=p), grad_x, target, out=grad_x).mul_(s)
+
+
+def _few_alike(x: Tensor, target: Tensor, s: Tensor) -> bool:
+    return x.numel() <= _FEW and x.is_cpu and fused(s, x) and x.dtype == target.dtype == s.dtype
+
+
+def _gradient_x_of_few(x: Tensor, target: Tensor, s: Tensor) -> Tensor:
+    """Return (1) as :func:`_gradient_x_into` writes it, in as few calls as there can be."""
+    minus = _softplus_backward(constant(-1.0, x.dtype), x, -1.0, 40.0)  # -σ(-x) in one pass
+    return torch.lerp(torch.sigmoid(x), minus, target).mul_(s)
 
 
 def _gradient_target(x: Tensor, s: Tensor, c: Tensor | float = 1.0) -> Tensor:

@@ -41,7 +41,7 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import row_pieces
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import broadcast, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["CosineEmbeddingLoss", "CosineEmbeddingLossFunction", "cosine_embedding_loss"]
@@ -203,7 +203,7 @@ def cosine_embedding_loss(
         raise RuntimeError(wrong(_NAME, rule, got, "flatten the other dimensions"))
     if not (input1.is_floating_point() and input2.is_floating_point()):  # no angle: torch's own
         return F.cosine_embedding_loss(input1, input2, target, margin, reduction=reduction)
-    a, b = torch.broadcast_tensors(*in_autocast_float32(input1, input2))
+    a, b = broadcast(*in_autocast_float32(input1, input2))
     loss, _ = _cosine_embedding_loss(a, b, target.expand(a.shape[:-1]), margin, reduction)
     return loss
 

@@ -42,7 +42,7 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces, length_written, pieces, writable
-from torchbp.ops._reduction import named, reduce, reduced, spread
+from torchbp.ops._reduction import broadcast, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["GaussianNLLLoss", "GaussianNLLLossFunction", "gaussian_nll_loss"]
@@ -203,7 +203,7 @@ def gaussian_nll_loss(
             rule = f"var of a shape that fits {shape(input)}"
             raise ValueError(wrong(_NAME, rule, shape(var), "see its documentation"))
     input, target, var = in_autocast_float32(input, target, var)
-    d, spread_var = torch.broadcast_tensors(input - target, var)
+    d, spread_var = broadcast(input - target, var)
     if not (d.is_floating_point() and spread_var.is_floating_point()):
         rule = "floating-point input and var"
         raise RuntimeError(wrong(_NAME, rule, f"{d.dtype}, {spread_var.dtype}", "cast them"))

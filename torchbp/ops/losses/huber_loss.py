@@ -24,6 +24,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops._clamp import clipped
@@ -46,7 +47,7 @@ from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["HuberLoss", "HuberLossFunction", "huber_loss"]
 
-
+_huber_loss_backward = kernel("huber_loss_backward")
 _huber_loss_backward_into = kernel("huber_loss_backward", "out")
 
 
@@ -58,10 +59,10 @@ class HuberLossFunction(Function):
     @staticmethod
     def forward(x: Tensor, target: Tensor, delta: float, reduction: str) -> Tensor:
         if x.numel() <= FEW and not is_half(x):
-            return F.huber_loss(x, target, reduction, delta)
+            return _nn.huber_loss(x, target, REDUCTIONS[reduction], delta)
 
         def values(x: Tensor, t: Tensor) -> Tensor:  # (*), (*) -> (*)
-            return F.huber_loss(x, t, "none", delta)
+            return _nn.huber_loss(x, t, 0, delta)
 
         return reduced(values, reduction, x, target)
 
@@ -78,9 +79,12 @@ class HuberLossFunction(Function):
         x, target = ctx.saved_tensors
         need_x, need_target, *_ = ctx.needs_input_grad
         if fused(grad, x, target):
-            fresh = torch.empty_like(x)  # else the kernel fills it with zeros first
-            how = REDUCTIONS[ctx.reduction], ctx.delta
-            gradient = _huber_loss_backward_into(grad, x, target, *how, grad_input=fresh)  # (1)
+            given = grad, x, target, REDUCTIONS[ctx.reduction], ctx.delta
+            if x.numel() <= FEW:
+                gradient = _huber_loss_backward(*given)  # (1)
+            else:
+                into = torch.empty_like(x)  # else the kernel fills it with zeros first
+                gradient = _huber_loss_backward_into(*given, grad_input=into)
         else:
             s = spread(grad, ctx.reduction, x.numel())
             gradient = in_pieces(lambda x, t, s: _gradient(x - t, s, ctx.delta), x, target, s)

@@ -31,7 +31,7 @@ from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, directional, entry, in_autocast_float32, in_place, public
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import named, reduce, reduced, spread
+from torchbp.ops._reduction import broadcast, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["KLDivLoss", "KLDivLossFunction", "kl_div"]
@@ -147,7 +147,7 @@ def kl_div(
             raise RuntimeError(wrong("kl_div", rule, values.dtype, "cast it"))
     rows = input.shape[0] if batchmean and input.dim() else 1
     input, target = in_autocast_float32(input, target)
-    input, target = torch.broadcast_tensors(input, target)
+    input, target = broadcast(input, target)
     loss = _kl_div(input, target, log_target, reduction)
     return loss / rows if batchmean and input.dim() else loss
 

@@ -27,6 +27,7 @@ from torch.autograd.function import Function
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
+    as_dtype,
     directional,
     entry,
     fused,
@@ -64,23 +65,25 @@ class L1LossFunction(Function):
         x, target, ctx.reduction = inputs
         _, sign = output
         ctx.dtypes = x.dtype, target.dtype
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(sign)
         ctx.save_for_backward(sign)
         ctx.save_for_forward(sign)
 
     @staticmethod
     def backward(
-        ctx: Context, grad: Tensor, _sign: Tensor
+        ctx: Context, grad: Tensor | None, _sign: None
     ) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return None, None, None
         (sign,) = ctx.saved_tensors
         need_x, need_target, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, sign.numel())
         # a product of int8 and a float takes three times as long as both steps
         gradient = scale_fresh(sign.to(s.dtype), s)  # (1)
-        grad_x, grad_target = (
-            (gradient if k == 0 else -gradient).to(dtype) if needed else None
-            for k, (dtype, needed) in enumerate(zip(ctx.dtypes, (need_x, need_target), strict=True))
-        )
+        of_x, of_target = ctx.dtypes
+        grad_x = as_dtype(gradient, of_x) if need_x else None
+        grad_target = as_dtype(-gradient, of_target) if need_target else None
         return grad_x, grad_target, None
 
     @staticmethod

@@ -27,10 +27,19 @@ from torch.autograd.function import Function
 
 from torchbp.ops._clamp import above
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, directional, entry, in_autocast_float32, in_place, public
+from torchbp.ops._function import (
+    Context,
+    as_dtype,
+    directional,
+    entry,
+    in_autocast_float32,
+    in_place,
+    public,
+)
+from torchbp.ops._numbers import constant, number
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._pieces import in_pieces, is_few
+from torchbp.ops._reduction import broadcast, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["MarginRankingLoss", "MarginRankingLossFunction", "margin_ranking_loss"]
@@ -48,10 +57,8 @@ class MarginRankingLossFunction(Function):
         x1: Tensor, x2: Tensor, target: Tensor, margin: float, reduction: str
     ) -> tuple[Tensor, Tensor]:  # (*), (*), (*) -> () or (*), (*) bool
         left = in_pieces(lambda a, b, t: _left(a, b, t, margin), x1, x2, target)
-        active = above(left, 0)
-        return reduce(
-            left.clamp_min_(0) if in_place(left) else left.clamp(min=0), reduction
-        ), active
+        active = above(left, number(0.0, left))
+        return reduce(left.relu_() if in_place(left) else left.relu(), reduction), active
 
     @staticmethod
     def setup_context(
@@ -61,19 +68,22 @@ class MarginRankingLossFunction(Function):
     ) -> None:
         x1, x2, target, _, ctx.reduction = inputs
         _, active = output
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(active)
         kept = (x1, x2) if ctx.needs_input_grad[2] else (None, None)
         ctx.save_for_backward(active, target, *kept)
         ctx.save_for_forward(active, target, x1, x2)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
         active, target, x1, x2 = ctx.saved_tensors
         need_1, need_2, need_target, *_others = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, active.numel())
         grad_1 = grad_target = None
         if need_1 or need_2:
-            grad_1 = _gradient(active, target, s).to(grad.dtype)
+            grad_1 = as_dtype(_gradient(active, target, s), grad.dtype)
         if need_target:
             grad_target = -s * active * (x1 - x2)  # (3)
         grad_2 = -grad_1 if need_2 and grad_1 is not None else None  # (2)
@@ -95,11 +105,11 @@ class MarginRankingLossFunction(Function):
 
 def _left(x1: Tensor, x2: Tensor, target: Tensor, margin: float) -> Tensor:
     d = x1 - x2
-    return (
-        d.mul_(target).neg_().add_(margin)
-        if in_place(d, target) and d.is_floating_point()
-        else margin - target * d
-    )
+    if not (in_place(d, target) and d.is_floating_point()):
+        return margin - target * d
+    if is_few(d) and d.is_cpu:
+        return torch.addcmul(constant(margin, d.dtype), target, d, value=-1)
+    return d.mul_(target).neg_().add_(margin)
 
 
 def _gradient(active: Tensor, target: Tensor, s: Tensor) -> Tensor:
@@ -150,7 +160,7 @@ def margin_ranking_loss(
     if not input1.dim() == input2.dim() == target.dim():
         got = f"{shape(input1)}, {shape(input2)} and {shape(target)}"
         raise RuntimeError(wrong(_NAME, "as many dimensions in all three", got, "unsqueeze first"))
-    tensors = torch.broadcast_tensors(*in_autocast_float32(input1, input2, target))
+    tensors = broadcast(*in_autocast_float32(input1, input2, target))
     return _margin_ranking_loss(*tensors, margin, reduction)[0]
 
 

@@ -22,11 +22,13 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
+    as_dtype,
     entry,
     fused,
     in_autocast_float32,
@@ -42,7 +44,7 @@ from torchbp.ops._samples import Make, Sample, square
 
 __all__ = ["MSELoss", "MSELossFunction", "mse_loss"]
 
-
+_mse_loss_backward = kernel("mse_loss_backward")
 _mse_loss_backward_into = kernel("mse_loss_backward", "grad_input")
 
 
@@ -58,7 +60,7 @@ class MSELossFunction(Function):
                 x.dtype == target.dtype and x.is_floating_point()
             )  # else torch's rules and refusals
             if not like or (x.numel() <= FEW and not is_half(x)):
-                return F.mse_loss(x, target, reduction=reduction)
+                return _nn.mse_loss(x, target, REDUCTIONS[reduction])
             return reduced(_values, reduction, x, target)  # (*), (*) -> () or (*)
         return reduce((x - target).square() * w, reduction)
 
@@ -81,13 +83,18 @@ class MSELossFunction(Function):
             v, how = grad, ctx.reduction
             if w is not None:
                 v, how = spread(grad, how, x.numel()) * w, "none"
-            if fused(v, x, target) and v.dtype == x.dtype == target.dtype:
-                fresh = torch.empty_like(x)  # else the kernel fills it with zeros first
-                gradient = _mse_loss_backward_into(v, x, target, REDUCTIONS[how], grad_input=fresh)
+            if fused(v) and v.dtype == x.dtype == target.dtype:
+                if x.numel() <= FEW:
+                    gradient = _mse_loss_backward(v, x, target, REDUCTIONS[how])
+                else:
+                    into = torch.empty_like(x)  # else the kernel fills it with zeros first
+                    gradient = _mse_loss_backward_into(
+                        v, x, target, REDUCTIONS[how], grad_input=into
+                    )
             else:
                 gradient = in_pieces(_gradient, x, target, spread(v, how, x.numel()))
-            grad_x = gradient.to(x.dtype) if need_x else None
-            grad_target = (-gradient).to(target.dtype) if need_target else None  # (2)
+            grad_x = as_dtype(gradient, x.dtype) if need_x else None
+            grad_target = as_dtype(-gradient, target.dtype) if need_target else None  # (2)
         if need_w:
             s = spread(grad, ctx.reduction, x.numel())
             grad_w = (s * (x - target).square()).to(w.dtype)  # (3)

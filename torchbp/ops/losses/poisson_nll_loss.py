@@ -40,7 +40,7 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import alike, in_pieces, length_written
-from torchbp.ops._reduction import FEW, named, reduce, reduced, spread
+from torchbp.ops._reduction import FEW, broadcast, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["PoissonNLLLoss", "PoissonNLLLossFunction", "poisson_nll_loss"]
@@ -226,7 +226,7 @@ def poisson_nll_loss(
     reduction = named(_NAME, reduction, size_average, reduce)
     if input.is_complex() or target.is_complex():  # nothing that a rate could mean: torch's own
         return F.poisson_nll_loss(input, target, log_input, full, eps=eps, reduction=reduction)
-    input, target = torch.broadcast_tensors(*in_autocast_float32(input, target))
+    input, target = broadcast(*in_autocast_float32(input, target))
     loss, _ = _poisson_nll_loss(input, target, log_input, full, eps, reduction)
     return loss
 

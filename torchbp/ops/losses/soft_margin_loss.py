@@ -34,7 +34,7 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import alike, in_pieces
-from torchbp.ops._reduction import named, reduce, reduced, spread
+from torchbp.ops._reduction import broadcast, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 from torchbp.ops.losses._log_sums import FEW, reduced_softplus
 
@@ -143,7 +143,7 @@ def soft_margin_loss(
     reduction = named("soft_margin_loss", reduction, size_average, reduce)
     if not input.is_floating_point():  # nothing that a margin could mean: torch's own
         return F.soft_margin_loss(input, target, reduction=reduction)
-    input, target = torch.broadcast_tensors(*in_autocast_float32(input, target))
+    input, target = broadcast(*in_autocast_float32(input, target))
     return _soft_margin_loss(input, target, reduction)
 
 

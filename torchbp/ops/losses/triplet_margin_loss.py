@@ -42,7 +42,7 @@ from torchbp.ops._function import (
     public,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import broadcast, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["TripletMarginLoss", "TripletMarginLossFunction", "triplet_margin_loss"]
@@ -256,7 +256,7 @@ def triplet_margin_loss(
     if not anchor.is_floating_point():  # torch's own
         own = F.triplet_margin_loss
         return own(anchor, positive, negative, margin, p, eps, swap, reduction=reduction)
-    tensors = torch.broadcast_tensors(*in_autocast_float32(anchor, positive, negative))
+    tensors = broadcast(*in_autocast_float32(anchor, positive, negative))
     return _triplet_margin_loss(*tensors, margin, p, eps, swap, reduction)[0]
 
 
