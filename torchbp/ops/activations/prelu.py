@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled as anywhere
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
@@ -46,7 +47,7 @@ class PReLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:  # (N, C, *), (C,) or (1,) -> (N, C, *)
-        return F.prelu(x, weight)
+        return torch.prelu(x, weight)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -122,7 +123,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
         >>> prelu(torch.tensor([-1.0, 2.0]), torch.tensor(0.25))
         tensor([-0.2500,  2.0000])
     """
-    if isinstance(input, Tensor) and autocasts(input.device.type):
+    if anywhere() and isinstance(input, Tensor) and autocasts(input.device.type):
         weight = weight.to(input.dtype)
     return _prelu(input, weight)
 

@@ -28,7 +28,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, is_half, public
+from torchbp.ops._function import Context, as_dtype, entry, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._random import cheap, int32_of
 from torchbp.ops._samples import Make, Sample
@@ -72,9 +72,10 @@ def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
     x = x.detach()
     if _is_few(x):
         wide = x.float() if is_half(x) else x
-        slopes = torch.empty(x.shape, dtype=wide.dtype)
+        # contiguous: drawn in the order of the indices, whatever the strides of x
+        slopes = torch.empty_like(wide, memory_format=torch.contiguous_format)
         _nn.rrelu_with_noise(wide, slopes, lower, upper, True)  # two calls instead of ten
-        return slopes.to(x.dtype)
+        return as_dtype(slopes, x.dtype)
     drawn = _uniform(x).mul_(upper - lower).add_(lower)
     if not cheap(x):
         return torch.where(x <= 0, drawn, 1)

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
@@ -34,15 +35,22 @@ from torchbp.ops._function import (
     fused,
     in_autocast_float32,
     in_float32,
+    is_half,
+    kernel,
     public,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import REDUCTIONS, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["MultiLabelMarginLoss", "MultiLabelMarginLossFunction", "multilabel_margin_loss"]
 
 _NAME = "multilabel_margin_loss"
+_FEW = (
+    1 << 10
+)  # elements; up to these the kernels, which look at the indices, make the membership again
+_forward = kernel("multilabel_margin_loss_forward")
+_backward = kernel("multilabel_margin_loss_backward")
 
 
 class MultiLabelMarginLossFunction(Function):
@@ -55,7 +63,7 @@ class MultiLabelMarginLossFunction(Function):
         x: Tensor, target: Tensor, reduction: str
     ) -> Tensor:  # (N, C), (N, C) -> () or (N,)
         if fused(x):
-            return F.multilabel_margin_loss(x, target, reduction=reduction)
+            return _nn.multilabel_margin_loss(x, target, REDUCTIONS[reduction])
         return reduce(in_float32(lambda x: _values(x, target), x), reduction)
 
     @staticmethod
@@ -67,12 +75,16 @@ class MultiLabelMarginLossFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
         x, target = ctx.saved_tensors
+        if x.numel() <= _FEW and x.is_cpu and fused(x, grad):
+            how = REDUCTIONS[ctx.reduction]
+            members = _forward(x, target, how)[1]
+            return _backward(grad, x, target, how, members), None, None
         s = spread(grad, ctx.reduction, x.shape[0]).expand(x.shape[0])
         if fused(x, grad):
             longest = int((target >= 0).sum(1).max()) if target.numel() else 0  # most is padding
             _, members = _members(target[:, :longest], x.shape[1])
-            backward, members = torch.ops.aten.multilabel_margin_loss_backward, members.to(x.dtype)
-            return backward(s.contiguous(), x.contiguous(), target, 0, members), None, None
+            arguments = s.contiguous(), x.contiguous(), target, 0, members.to(x.dtype)
+            return _backward(*arguments), None, None
         return in_float32(lambda x, s: _gradient(x, s, target), x, s), None, None
 
     @staticmethod
@@ -148,16 +160,27 @@ def multilabel_margin_loss(
     if input.shape != target.shape or input.dim() > 2 or target.dtype != torch.int64:
         rule = f"int64 target of the input's shape {shape(input)}, (N, C) or (C,)"
         raise RuntimeError(wrong(_NAME, rule, f"{target.dtype} {shape(target)}", "pad with -1"))
-    rows, targets = torch.atleast_2d(input), torch.atleast_2d(target)
-    classes = rows.shape[-1]
+    (input,) = in_autocast_float32(input)
+    if input.dim() == 2:
+        rows, targets = input, target
+    else:
+        rows, targets = torch.atleast_2d(input), torch.atleast_2d(target)
+    try:
+        if target.numel() > _FEW or is_half(input):
+            _check_indices(target, rows.shape[-1])
+        loss = _multilabel_margin_loss(rows, targets, reduction)
+    except RuntimeError:  # torch's kernel has looked at few indices
+        _check_indices(target, rows.shape[-1])
+        raise
+    return loss.squeeze(0) if input.dim() < 2 and loss.dim() else loss
+
+
+def _check_indices(target: Tensor, classes: int) -> None:
     if eager() and target.is_cpu and target.numel():
         low, high = (v.item() for v in torch.aminmax(target))
         if low < -1 or high >= classes:
             rule = f"class indices in [-1, {classes})"
             raise RuntimeError(wrong(_NAME, rule, f"[{low}, {high}]", "correct them"))
-    (rows,) = in_autocast_float32(rows)
-    loss = _multilabel_margin_loss(rows, targets, reduction)
-    return loss.squeeze(0) if input.dim() < 2 and loss.dim() else loss
 
 
 class MultiLabelMarginLoss(nn.MultiLabelMarginLoss):

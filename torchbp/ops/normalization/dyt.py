@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, kernel, public
+from torchbp.ops._function import Context, as_dtype, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import row_pieces
 from torchbp.ops._samples import Make, Sample, square
@@ -36,7 +36,6 @@ from torchbp.ops.normalization._standardize import widened
 __all__ = ["DyT", "DyTFunction", "dyt"]
 
 _FEW = 1 << 12  # elements
-_sigmoid_backward = kernel("sigmoid_backward")
 _sigmoid_backward_into = kernel("sigmoid_backward", "grad_input")
 
 
@@ -51,7 +50,7 @@ class DyTFunction(Function):
     ) -> Tensor:
         y = tanh(widened(x) * alpha)
         y = y if weight is None else y.mul_(weight)
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
+        return as_dtype(y if bias is None else y.add_(bias), x.dtype)
 
     @staticmethod
     def setup_context(
@@ -117,13 +116,16 @@ def _of_few(
     need_x, need_alpha, need_weight, need_bias = needs
     grad_x = grad_alpha = grad_weight = grad_bias = None
     v = x * alpha
-    if need_weight and weight is not None:
-        grad_weight = (grad_y * torch.tanh(v)).sum_to_size(weight.shape)  # (3)
+    rows = tuple(range(x.dim() - 1))
+    if need_weight:
+        product = grad_y * torch.tanh(v)
+        grad_weight = product.sum(rows) if rows else product  # (3)
     if need_bias and bias is not None:
-        grad_bias = grad_y.sum_to_size(bias[0]).to(bias[1])  # (4)
+        grad_bias = as_dtype(grad_y.sum(rows) if rows else grad_y, bias[1])  # (4)
     if need_x or need_alpha:
-        s = grad_y if weight is None else grad_y * weight
-        s = _sigmoid_backward(s, v.abs_().mul_(-2).sigmoid_()).mul_(4)
+        c = v.cosh_()  # 1 - z² = 1 / cosh², without cancellation
+        s = grad_y / c if weight is None else (grad_y * weight).div_(c)
+        s.div_(c)
         if need_alpha:
             grad_alpha = (s * x).sum().reshape(alpha.shape)  # (2)
         if need_x:
