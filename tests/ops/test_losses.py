@@ -2,11 +2,13 @@
 
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
 
 import torchbp.functional as F
+from tests.ops.conftest import HALF
 from torchbp import nn
 from torchbp.ops import _pieces
 from torchbp.ops._op import all_ops
@@ -254,3 +256,61 @@ def test_cross_entropy_of_few_ignores_and_weighs_as_torch(weighted, reduction):
     )
     torch.testing.assert_close(ours, theirs)
     assert not ours[target == 3].any()
+
+
+LIMITS = {  # of what torch gives NaN for: name, options, x, t -> the loss of each
+    "bce-logits": (
+        "binary_cross_entropy_with_logits",
+        {},
+        [-INF, INF, INF],
+        [0, 1, 0],
+        [0, 0, INF],
+    ),
+    "multilabel": ("multilabel_soft_margin_loss", {}, [[-INF], [INF]], [[0], [1]], [0, 0]),
+    "focal": ("sigmoid_focal_loss", {}, [-INF, INF, INF], [0, 1, 0], [0, 0, INF]),
+    "kl": ("kl_div", {}, [-INF, -INF], [0, 1], [0, INF]),
+    "kl-log": ("kl_div", {"log_target": True}, [-1, -INF, -INF], [-INF, -INF, 0], [0, 0, INF]),
+    "poisson": ("poisson_nll_loss", {}, [-INF, -INF, INF], [0, 1, 2], [0, INF, INF]),
+    "poisson-rate": ("poisson_nll_loss", {"log_input": False}, [INF, INF], [0, 2], [INF, INF]),
+    "ce": ("cross_entropy", {}, [[0, -INF], [0, -INF]], [[1, 0], [0, 1]], [0, INF]),
+    "distillation": (
+        "distillation_loss",
+        {},
+        [[0, -INF], [0, -INF]],
+        [[0, -INF], [0, 0]],
+        [0, INF],
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ["few", "many", "vmap"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("limit", LIMITS)
+def test_limits_at_infinity(limit, dtype, way):
+    """A class ruled out by -∞ costs nothing where the target rules it out, too; what is impossible costs ∞."""
+    name, options, x, t, losses = LIMITS[limit]
+    repeats = {"few": 1, "many": 1 << 17, "vmap": 1}[way]
+    x, t = (torch.tensor(v, dtype=dtype).repeat_interleave(repeats, 0) for v in (x, t))
+    x.requires_grad_()
+    want = torch.tensor(losses, dtype=dtype).repeat_interleave(repeats, 0)
+    function = partial(getattr(F, name), **options)
+
+    def call(x, reduction):
+        if way == "vmap":
+            return torch.vmap(lambda x: function(x, t, reduction=reduction))(x.unsqueeze(0))[0]
+        return function(x, t, reduction=reduction)
+
+    torch.testing.assert_close(call(x, "none"), want)
+    assert call(x, "sum") == INF if INF in losses else call(x, "sum") == 0
+    if INF not in losses:
+        assert call(x, "mean") == 0
+    (grad,) = torch.autograd.grad(call(x, "sum"), x)
+    assert not grad[want == 0].isnan().any()
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_nan_is_no_limit(limit):
+    """A logit that is NaN is told of."""
+    name, options, x, t, _ = LIMITS[limit]
+    x, t = torch.full_like(torch.tensor(x, dtype=torch.float32), torch.nan), torch.tensor(t) * 1.0
+    assert getattr(F, name)(x, t, reduction="sum", **options).isnan()

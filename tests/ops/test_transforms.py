@@ -89,6 +89,32 @@ def compiled(case: Case, backend: str, dynamic: bool = False):
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("batched", ["first", "last"])
+def test_vmap_differentiated_from_outside(case, batched):
+    """As an ensemble is trained: a vmapped forward, and a gradient of all of its results together."""
+    if case.op.estimator:
+        pytest.skip("a rule for each of the batch")
+    f, tensors = case.of_tensors(case.sample())
+    g, _ = case.of_tensors(case.sample(), case.reference)
+    one = tensors[{"first": 0, "last": -1}[batched]]
+    others = [t for t in tensors if t is not one]
+    given = (torch.stack([one, one * 0.9]).detach().requires_grad_(), *others)
+
+    def outcome(function):
+        def of_one(t):
+            return function(*(t if other is one else other for other in tensors))
+
+        y = vmap(of_one, randomness="same")(given[0])
+        return y, torch.autograd.grad(y.sin().sum(), given, allow_unused=True)
+
+    try:
+        theirs = outcome(g)
+    except Exception:
+        pytest.skip("torch's own refuses")
+    for ours, want in zip(tree_leaves(outcome(f)), tree_leaves(theirs), strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(case, dynamic):
     """One graph, forward and backward, with the values and gradients of eager."""

@@ -19,6 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from torchbp.ops import _recipe
 from torchbp.ops._autocast import autocasts
+from torchbp.ops._vmapped import vmapped
 
 __all__ = [
     "Context",
@@ -91,6 +92,7 @@ def entry(
     traced = type(function.__name__, (function,), {"jvp": staticmethod(Function.jvp)})
     if torch.__version__ < "2.13":  # a TorchVersion, which knows order
         traced.forward = staticmethod(_named_once(function.forward))  # pyright: ignore[reportAttributeAccessIssue]
+    transformed = vmapped(function)
     bare = super(Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
     noted = bare
     _call_directly(function)
@@ -105,7 +107,7 @@ def entry(
         if is_dynamo_compiling():
             return traced.apply(*args)
         if transforms_active():
-            return function.apply(*args)
+            return transformed.apply(*args)
         for i in range(len(args)) if places is None else places:
             a = args[i]
             if isinstance(a, Tensor) and unwrap_if_dead(a) is not a:

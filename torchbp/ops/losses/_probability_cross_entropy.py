@@ -8,6 +8,7 @@ from torch.autograd.function import Function
 from torchbp.ops._function import Context, entry
 from torchbp.ops._reduction import spread
 from torchbp.ops.losses._classes import along_classes, class_dim, positions
+from torchbp.ops.losses._limits import product, with_limits
 from torchbp.ops.losses._logits_gradient import gradient_of_probabilities, terms_of_probabilities
 
 __all__ = ["ProbabilityCrossEntropyFunction", "of_probabilities"]
@@ -22,7 +23,18 @@ class ProbabilityCrossEntropyFunction(Function):
     def forward(
         x: Tensor, target: Tensor, w: Tensor | None, reduction: str, smoothing: float
     ) -> Tensor:  # (N, C, *), (N, C, *), (C,) -> () or (N, *)
-        return F.cross_entropy(x, target, w, reduction=reduction, label_smoothing=smoothing)
+        def limits() -> Tensor:
+            q, log_p, wide_w = terms_of_probabilities(x, target, w, smoothing)
+            values = -product(wide_w * q, log_p).sum(class_dim(x))
+            if reduction != "none":
+                values = spread(values.sum(), reduction, positions(x))
+            return values.to(torch.promote_types(x.dtype, target.dtype))
+
+        return with_limits(
+            lambda: F.cross_entropy(x, target, w, reduction=reduction, label_smoothing=smoothing),
+            limits,
+            x,
+        )
 
     @staticmethod
     def setup_context(

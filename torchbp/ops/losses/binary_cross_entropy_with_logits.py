@@ -12,7 +12,8 @@ Saves:
     x and t, which are inputs, and the weights.
 
 Edge values:
-    x → +∞: grad_x → s · w · (1 - t), and 0 for t = 1, where ℓ is 0 too.   No elements: the mean is NaN.
+    x → +∞: ℓ → ∞ and grad_x → s · w · (1 - t), but for t = 1 both → 0; x → -∞: the same, with t = 0 (torch: NaN).
+    No elements: the mean is NaN.
 
 Sources:
     Good, "Rational Decisions", 1952, doi:10.1111/j.2517-6161.1952.tb00104.x (the logarithmic score).
@@ -42,6 +43,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import alike, in_pieces
 from torchbp.ops._reduction import REDUCTIONS, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square
+from torchbp.ops.losses._limits import product, with_limits
 from torchbp.ops.losses._log_sums import FEW, reduced_softplus
 
 __all__ = [
@@ -65,16 +67,28 @@ class BCEWithLogitsLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
     ) -> Tensor:
-        few = x.numel() <= _FEW and not is_half(x)
-        if (few and x.dtype == target.dtype) or pos_weight is not None or not x.is_floating_point():
+        if not x.is_floating_point():
             how = REDUCTIONS[reduction]
             return torch.binary_cross_entropy_with_logits(x, target, weight, pos_weight, how)
-        if weight is None:
-            if reduction != "none" and not is_half(x) and x.numel() > FEW and alike(x, target):
-                return reduced_softplus(_parts, reduction, x, target)
-            return reduced(_values, reduction, x, target, into=_values_into, spare=1)
-        values = in_pieces(_values, x, target, into=_values_into, spare=1)
-        return reduce(values * weight, reduction)
+
+        def plain() -> Tensor:
+            few = x.numel() <= _FEW and not is_half(x)
+            if (few and x.dtype == target.dtype) or pos_weight is not None:
+                how = REDUCTIONS[reduction]
+                return torch.binary_cross_entropy_with_logits(x, target, weight, pos_weight, how)
+            if weight is None:
+                if reduction != "none" and not is_half(x) and x.numel() > FEW and alike(x, target):
+                    return reduced_softplus(_parts, reduction, x, target)
+                return reduced(_values, reduction, x, target, into=_values_into, spare=1)
+            values = in_pieces(_values, x, target, into=_values_into, spare=1)
+            return reduce(values * weight, reduction)
+
+        def limits() -> Tensor:
+            c = () if pos_weight is None else (pos_weight,)
+            values = in_pieces(_values_with_limits, x, target, *c)
+            return reduce(values if weight is None else values * weight, reduction)
+
+        return with_limits(plain, limits, x)
 
     @staticmethod
     def setup_context(
@@ -128,6 +142,12 @@ def _values(x: Tensor, target: Tensor) -> Tensor:
 def _values_into(value: Tensor, log: Tensor, x: Tensor, target: Tensor) -> None:
     _softplus_into(x, -1, 40, out=log)
     torch.addcmul(x, x, target, value=-1, out=value).sub_(log)
+
+
+def _values_with_limits(x: Tensor, target: Tensor, c: Tensor | float = 1.0) -> Tensor:
+    """Return the loss as what is linear in |x| and softplus(-|x|)."""
+    u = torch.where(x > 0, 1 - target, c * target)
+    return product(u, x.abs()) + (1 - target + c * target) * F.softplus(-x.abs())
 
 
 def _parts(linear: Tensor, z: Tensor, x: Tensor, target: Tensor) -> None:

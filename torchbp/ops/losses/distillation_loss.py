@@ -38,6 +38,8 @@ from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.losses._classes import class_dim, positions
+from torchbp.ops.losses._limits import product as product_with_limit
+from torchbp.ops.losses._limits import with_limits
 
 __all__ = ["DistillationLoss", "DistillationLossFunction", "distillation_loss"]
 
@@ -56,7 +58,15 @@ class DistillationLossFunction(Function):
             product = q.mul_(difference) if in_place(q, difference) else q * difference
             return product.sum(class_dim(x)) * temperature**2
 
-        return reduce(in_float32(values, x, target), reduction)
+        def values_with_limits(x: Tensor, t: Tensor) -> Tensor:
+            q, difference = _terms(x, t, temperature)
+            return product_with_limit(q, difference).sum(class_dim(x)) * temperature**2
+
+        return with_limits(
+            lambda: reduce(in_float32(values, x, target), reduction),
+            lambda: reduce(in_float32(values_with_limits, x, target), reduction),
+            x,
+        )
 
     @staticmethod
     def setup_context(

@@ -33,6 +33,7 @@ from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import broadcast, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops.losses._limits import product, with_limits
 
 __all__ = ["KLDivLoss", "KLDivLossFunction", "kl_div"]
 
@@ -44,8 +45,13 @@ class KLDivLossFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, target: Tensor, log_target: bool, reduction: str) -> Tensor:
-        values = _of_logarithms if log_target else _of_probabilities
-        return reduced(values, reduction, x, target)  # (*), (*) -> () or (*)
+        plain = _of_logarithms if log_target else _of_probabilities
+        limits = _of_logarithms_with_limits if log_target else _of_probabilities_with_limits
+        return with_limits(
+            lambda: reduced(plain, reduction, x, target),  # (*), (*) -> () or (*)
+            lambda: reduced(limits, reduction, x, target),
+            x,
+        )
 
     @staticmethod
     def setup_context(
@@ -87,6 +93,14 @@ def _of_logarithms(x: Tensor, u: Tensor) -> Tensor:
     return (u - x).mul_(u.exp()) if in_place(x, u) else u.exp() * (u - x)
 
 
+def _of_probabilities_with_limits(x: Tensor, t: Tensor) -> Tensor:
+    return product(t, t.log().clamp(min=torch.finfo(t.dtype).min) - x)
+
+
+def _of_logarithms_with_limits(x: Tensor, u: Tensor) -> Tensor:
+    return product(u.exp(), u.clamp(min=torch.finfo(u.dtype).min) - x)
+
+
 def _slope(target: Tensor, log_target: bool) -> Tensor:
     return target.exp() if log_target else target
 
@@ -96,6 +110,7 @@ def _gradient_target(t: Tensor, x: Tensor, s: Tensor) -> Tensor:
 
 
 def _gradient_log_target(u: Tensor, x: Tensor, s: Tensor) -> Tensor:
+    u = u.clamp(min=torch.finfo(u.dtype).min)  # at -∞ the product is 0
     return s * u.exp() * (u - x + 1)  # (3)
 
 

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
@@ -320,6 +321,8 @@ def _differentiated(t: Tensor | None) -> bool:
         return False
     if t.requires_grad and torch.is_grad_enabled():
         return True
+    if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(t):
+        return _differentiated(get_unwrapped(t))  # a batched one doesn't say so
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 

@@ -22,6 +22,7 @@ Sources:
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import alike, in_pieces, length_written
 from torchbp.ops._reduction import FEW, broadcast, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops.losses._limits import product, with_limits
 
 __all__ = ["PoissonNLLLoss", "PoissonNLLLossFunction", "poisson_nll_loss"]
 
@@ -57,6 +59,14 @@ class PoissonNLLLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: str
     ) -> tuple[Tensor, Tensor | None]:  # (*), (*) -> () or (*), rate (*)
+        loss, rate = PoissonNLLLossFunction._plain(x, target, log_input, full, eps, reduction)
+        limits = partial(_values_with_limits, log_input=log_input, full=full, eps=eps)
+        return with_limits(lambda: loss, lambda: reduced(limits, reduction, x, target), x), rate
+
+    @staticmethod
+    def _plain(
+        x: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: str
+    ) -> tuple[Tensor, Tensor | None]:
         if not log_input or is_half(x):
             return reduced(
                 lambda x, t: _values(x, t, log_input, full, eps), reduction, x, target
@@ -167,6 +177,12 @@ def _values(x: Tensor, t: Tensor, log_input: bool, full: bool, eps: float) -> Te
     else:
         log = (x + eps).log()
         values = torch.sub(x, log.mul_(t), out=log) if in_place(log, x, t) else x - t * log
+    return values + _stirling(t) if full else values
+
+
+def _values_with_limits(x: Tensor, t: Tensor, *, log_input: bool, full: bool, eps: float) -> Tensor:
+    values = x.exp() - product(t, x) if log_input else x - product(t, (x + eps).log())
+    values = torch.where(x == torch.inf, x, values)  # e^x, and x, outgrow the other term
     return values + _stirling(t) if full else values
 
 

@@ -41,6 +41,7 @@ from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops.losses._limits import product, with_limits
 
 __all__ = ["SigmoidFocalLoss", "SigmoidFocalLossFunction", "sigmoid_focal_loss"]
 
@@ -62,7 +63,15 @@ class SigmoidFocalLossFunction(Function):
                 return of_positive.mul_(t).add_(of_negative.mul_(1 - t))
             return t * of_positive + (1 - t) * of_negative
 
-        return reduced(values, reduction, x, target)  # (*), (*) -> () or (*)
+        def values_with_limits(x: Tensor, t: Tensor) -> Tensor:
+            of_positive, of_negative = _terms(x, alpha, gamma)
+            return product(t, of_positive) + product(1 - t, of_negative)
+
+        return with_limits(
+            lambda: reduced(values, reduction, x, target),  # (*), (*) -> () or (*)
+            lambda: reduced(values_with_limits, reduction, x, target),
+            x,
+        )
 
     @staticmethod
     def setup_context(

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from torchbp.ops.normalization._standardize import affine
+
 __all__ = ["channels_backward", "grouped", "rows_backward", "rows_forward"]
 
 
@@ -23,9 +25,7 @@ def rows_forward(
     rows = grouped(x, groups)
     y, mean, rstd = torch.native_layer_norm(rows, rows.shape[2:], None, None, eps)
     y = y.reshape(x.shape)
-    y = y if weight is None else y.mul_(weight)
-    y = y if bias is None else y.add_(bias)
-    return y, mean.squeeze(2), rstd.squeeze(2)
+    return affine(y, weight, bias), mean.squeeze(2), rstd.squeeze(2)
 
 
 def rows_backward(

@@ -8,9 +8,9 @@ Over the D elements that share their statistics, with μ = mean(x), v = mean((x 
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import is_half
+from torchbp.ops._function import fused, is_half
 
-__all__ = ["along_channels", "channel_sum", "project", "standardize", "widened"]
+__all__ = ["affine", "along_channels", "channel_sum", "project", "standardize", "widened"]
 
 
 def widened(t: Tensor) -> Tensor:
@@ -30,6 +30,16 @@ def project(s: Tensor, normalized: Tensor, r: Tensor, dims: tuple[int, ...]) -> 
     """Apply ∂x̂/∂x to ``s``: takes out what the mean and the scale absorb."""
     along = (s * normalized).mean(dims, keepdim=True)
     return r * (s - s.mean(dims, keepdim=True) - normalized * along)
+
+
+def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """Return y · w + b, written into ``y``, which was just made; under ``vmap`` w may be batched where y is not."""
+    if fused(y, half=True):
+        y = y if weight is None else y.mul_(weight)
+        return y if bias is None else y.add_(bias)
+    affine = y if weight is None else y * weight
+    affine = affine if bias is None else affine + bias
+    return affine.to(y.dtype)
 
 
 def along_channels(t: Tensor, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import row_pieces
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.activations._tanh import tanh
-from torchbp.ops.normalization._standardize import widened
+from torchbp.ops.normalization._standardize import affine, widened
 
 __all__ = ["DyT", "DyTFunction", "dyt"]
 
@@ -49,8 +49,7 @@ class DyTFunction(Function):
         x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         y = tanh(widened(x) * alpha)
-        y = y if weight is None else y.mul_(weight)
-        return as_dtype(y if bias is None else y.add_(bias), x.dtype)
+        return as_dtype(affine(y, weight, bias), x.dtype)
 
     @staticmethod
     def setup_context(

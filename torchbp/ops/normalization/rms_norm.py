@@ -31,7 +31,7 @@ from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import row_pieces
 from torchbp.ops._samples import Make, Sample, square
-from torchbp.ops.normalization._standardize import widened
+from torchbp.ops.normalization._standardize import affine, widened
 
 __all__ = ["RMSNorm", "RMSNormFunction", "rms_norm"]
 
@@ -49,7 +49,7 @@ class RMSNormFunction(Function):
     ) -> Tensor:
         wide = widened(x)
         y = wide * _rstd(wide, dims, eps)
-        y = y if weight is None else y.mul_(weight)
+        y = affine(y, weight)
         return y if wide is x else y.to(x.dtype)
 
     @staticmethod

@@ -1,0 +1,35 @@
+"""Losses at ±∞, where a formula forms ∞ - ∞ or 0 · ∞, NaN, although the loss has a limit.
+
+A class that a mask rules out has the logit -∞ and the target 0: its share of the loss is 0. The form that says so takes
+more passes over memory. So the plain one is computed, and where a look at it finds NaN, the other.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._C import _is_tracing
+
+from torchbp.ops._function import eager
+
+__all__ = ["product", "with_limits"]
+
+
+def with_limits(plain: Callable[[], Tensor], limits: Callable[[], Tensor], x: Tensor) -> Tensor:
+    """Return the loss by its plain form, or by the other, that has the limits, where that is NaN.
+
+    Args:
+        plain: Gives the loss.
+        limits: Gives it, too; called at once where a look would wait for a device, or break a trace.
+        x: What both are computed from.
+    """
+    if x.is_cpu and eager() and not _is_tracing():
+        loss = plain()
+        if torch.equal(loss, loss):
+            return loss
+    return limits()
+
+
+def product(share: Tensor, value: Tensor) -> Tensor:
+    """Return ``share * value``, but 0 where the share is 0, also of an infinite value; NaN remains."""
+    return (share * value).masked_fill((share == 0) & ~value.isnan(), 0)
