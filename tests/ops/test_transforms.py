@@ -2,14 +2,16 @@
 
 import copy
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import grad, hessian, jacfwd, jacrev, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import torchbp
 from tests.ops.conftest import Case, changed, tensors_of, twin, with_args
 from tests.ops.test_values import widened
 from torchbp.ops._samples import Make
@@ -68,6 +70,45 @@ def test_jacobians_and_hessian(case):
     )  # its rule may differ, as no derivative does
     torch.testing.assert_close(jacfwd(f)(x), forward)
     torch.testing.assert_close(hessian(f)(x), second)
+
+
+def test_forward_mode_in_forward_mode(first):
+    """The second derivative along a direction, of all inputs at once: as forward mode has it over reverse mode."""
+
+    def along(f):
+        return lambda *xs: jvp(f, xs, tuple((x.detach() * 3).cos() for x in tensors))[1]
+
+    if first.op.estimator:  # the tangent of a rule, of the first input
+        (ours, tensors), (reference, _) = closed(first), closed(first, first.reference)
+        tensors = tensors[:1]
+        torch.testing.assert_close(along(along(ours))(*tensors), along(along(reference))(*tensors))
+        return
+    function, tensors = first.of_tensors(first.sample())
+    tensors = tuple(t.detach() for t in tensors)
+
+    def f(*xs):
+        return function(*xs).sin().sum()
+
+    changes = along(grad(f, tuple(range(len(tensors)))))(*tensors)
+    second = sum((c * (x * 3).cos()).sum() for c, x in zip(changes, tensors, strict=True))
+    torch.testing.assert_close(along(along(f))(*tensors), second)
+
+
+def test_forward_mode_three_times_and_under_vmap():
+    """Of a function of several ops; each level's vmap batches what the next one saves."""
+    x = torch.randn(3, dtype=torch.float64)
+
+    def f(nn, x):
+        return nn.silu(nn.normalize(nn.sigmoid(x), dim=0) * x).prod()
+
+    ours, theirs = partial(f, torchbp.functional), partial(f, torch.nn.functional)
+    torch.testing.assert_close(jacfwd(jacfwd(jacfwd(ours)))(x), jacfwd(jacfwd(jacrev(theirs)))(x))
+    batch = torch.stack([x, x * 2])
+
+    def laplacians(f):
+        return lambda x: vmap(lambda x: jacfwd(jacfwd(f))(x).trace())(x * batch).sum()
+
+    torch.testing.assert_close(jacfwd(laplacians(ours))(x), jacfwd(laplacians(theirs))(x))
 
 
 @pytest.mark.parametrize("in_dim", [0, -1])

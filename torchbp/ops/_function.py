@@ -19,6 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from torchbp.ops import _recipe
 from torchbp.ops._autocast import autocasts
+from torchbp.ops._forward_mode import differentiable_in_forward_mode
 from torchbp.ops._vmapped import vmapped
 
 __all__ = [
@@ -89,6 +90,7 @@ def entry(
     Returns:
         A callable with the arguments of ``function.forward``, all positional.
     """
+    function.jvp = staticmethod(differentiable_in_forward_mode(function.jvp))
     traced = type(function.__name__, (function,), {"jvp": staticmethod(Function.jvp)})
     if torch.__version__ < "2.13":  # a TorchVersion, which knows order
         traced.forward = staticmethod(_named_once(function.forward))  # pyright: ignore[reportAttributeAccessIssue]
