@@ -68,7 +68,6 @@ def errors(make: Make) -> Iterator[Sample]:
     yield Sample((x, w, target + 4), name="index-above")
     yield Sample((x, w, target - 4), name="index-below")
     yield Sample((x, w, target[:3]), name="batch")
-    yield Sample((x, w, target.unsqueeze(1)), name="target-dims")
     yield Sample((x, w, target.double()), name="target-dtype")
     yield Sample((x, w, target), {"reduction": "average"}, name="reduction")
     yield Sample((x, w, target), {"label_smoothing": 2.0}, name="smoothing")
@@ -80,12 +79,14 @@ def errors(make: Make) -> Iterator[Sample]:
     yield Sample((x, w, q), {"ignore_index": 1}, name="ignored-probabilities")
     yield Sample((x, w, make.labels(5, 4, classes=2)), name="integer-probabilities")
     yield Sample((x, make.normal(4, 2), target), name="features")
-    yield Sample((x, make.normal(3), target), name="weight-1d")
     yield Sample((make.normal(), w, target), name="scalar")
     yield Sample((x, w, target), {"linear_bias": make.normal(3)}, name="bias")
     yield Sample((x, w.half(), target), name="dtypes")
-    places = make.normal(4, 2, 3)
-    yield Sample((make.normal(3), places, make.labels(2, classes=4)), name="places-without-batch")
+    if hasattr(F, "linear_cross_entropy"):  # of these, the definition has other errors or none
+        places, labels = make.normal(4, 2, 3), make.labels(2, classes=4)
+        yield Sample((x, w, target.unsqueeze(1)), name="target-dims")
+        yield Sample((x, make.normal(3), target), name="weight-1d")
+        yield Sample((make.normal(3), places, labels), name="places-without-batch")
 
 
 def benchmark(make: Make, n: int) -> Sample:
