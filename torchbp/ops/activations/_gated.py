@@ -10,6 +10,7 @@ x is all that is kept; g(a) is made again in backward, which is cheaper than kee
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,19 +42,22 @@ _threshold_backward_into = kernel("threshold_backward", "grad_input")
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate: g(a); v · g'(a), by formula and by torch's kernel; and both kernels writing into the last argument."""
+    """A gate: g(a); v · g'(a), by formula; both by torch's kernels, which may write into the last argument."""
 
     value: Callable[[Tensor], Tensor]
     times_derivative: Callable[[Tensor, Tensor], Tensor]
+    value_kernel: Callable[[Tensor], Tensor]
     kernel: Callable[[Tensor, Tensor], Tensor]
     value_into: Callable[[Tensor, Tensor], Tensor]
     times_derivative_into: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _gelu_gate(approximate: str, times_derivative: Callable[[Tensor, Tensor], Tensor]) -> Gate:
+    value = partial(_nn.gelu, approximate=approximate)
     return Gate(
-        lambda a: _nn.gelu(a, approximate=approximate),
+        value,
         times_derivative,
+        value,
         lambda v, a: _gelu_backward(v, a, approximate=approximate),
         lambda a, out: _gelu_into(a, approximate=approximate, out=out),
         lambda v, a, out: _gelu_backward_into(v, a, approximate=approximate, grad_input=out),
@@ -62,10 +66,10 @@ def _gelu_gate(approximate: str, times_derivative: Callable[[Tensor, Tensor], Te
 
 _GATES = {
     "silu": Gate(
-        lambda a: (
-            a * torch.sigmoid(a) if a.is_complex() else _nn.silu(a)
-        ),  # torch's has no complex gradient
+        # torch's has no complex gradient
+        lambda a: a * torch.sigmoid(a) if a.is_complex() else _nn.silu(a),
         silu._times_derivative,
+        _nn.silu,
         kernel("silu_backward"),
         lambda a, out: _silu_into(a, out=out),
         lambda v, a, out: _silu_backward_into(v, a, grad_input=out),
@@ -75,6 +79,7 @@ _GATES = {
     "relu": Gate(
         torch.relu,
         lambda v, a: v.masked_fill(a <= 0, 0),
+        torch.relu,
         lambda v, a: _threshold_backward(v, a, 0.0),
         lambda a, out: torch.clamp_min(a, 0, out=out),
         lambda v, a, out: _threshold_backward_into(v, a, 0.0, grad_input=out),
@@ -91,7 +96,8 @@ class GatedFunction(Function):
     def forward(x: Tensor, dim: int, gate: str, finite: bool | None) -> Tensor:
         if finite is None and not is_half(x):  # nothing traces or batches it
             a, b = x.chunk(2, dim)
-            return limited(_GATES[gate].value(a), a, None).mul_(b)
+            g = _GATES[gate].value_kernel(a)
+            return (g if sound(g) else mended(g, a)).mul_(b)
 
         def formula(x: Tensor) -> Tensor:  # (*, 2D, *) -> (*, D, *)
             a, b = x.chunk(2, dim)
@@ -113,10 +119,10 @@ class GatedFunction(Function):
         (x,) = ctx.saved_tensors
         dim, name, finite = ctx.settings
         gate = _GATES[name]
-        if finite is None and x.numel() <= FEW and fused(grad_y) and not x.is_complex():
+        if finite is None and x.numel() <= FEW and fused(grad_y):
             a, b = x.chunk(2, dim)
             grad_a = gate.kernel(grad_y * b, a)  # (1)
-            grad_x = torch.cat((grad_a, gate.value(a).mul_(grad_y)), dim)  # (2)
+            grad_x = torch.cat((grad_a, gate.value_kernel(a).mul_(grad_y)), dim)  # (2)
             if sound(grad_x):
                 return grad_x, None, None, None
 
@@ -154,7 +160,7 @@ _gated = entry(GatedFunction, again=GatedFunction.forward)
 def gated(op: str, x: Tensor, dim: int, gate: str) -> Tensor:
     """Return g(a) · b for the public function ``op``."""
     check_halves(op, x, dim)
-    return _gated(x, dim, gate, known_finite(x))
+    return _gated(x, dim, gate, not x.is_complex() and known_finite(x))
 
 
 def check_halves(op: str, x: Tensor, dim: int) -> None:

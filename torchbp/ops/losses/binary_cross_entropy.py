@@ -205,9 +205,10 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> bool | None:
         if torch.broadcast_shapes(weight.shape, input.shape) != input.shape:
             rule = f"weight that can be broadcast to {shape(input)}"
             raise RuntimeError(wrong(_NAME, rule, shape(weight), "reshape it"))
-    if not (eager() and input.is_cpu and input.numel()):
+    n = input.numel()
+    if not (n and input.is_cpu and eager()):
         return False
-    if weight is None and input.numel() <= FEW and input.dtype == target.dtype in _WIDE:
+    if weight is None and n <= FEW and input.dtype == target.dtype in _WIDE:
         return None
     _extremes("target", target)
     low, high = _extremes("input", input)

@@ -31,6 +31,7 @@ from torchbp.ops._clamp import above
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
+    as_dtype,
     entry,
     fused,
     in_autocast_float32,
@@ -39,9 +40,10 @@ from torchbp.ops._function import (
     is_half,
     public,
 )
+from torchbp.ops._numbers import number
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import row_pieces
-from torchbp.ops._reduction import broadcast, named, reduce, spread
+from torchbp.ops._reduction import FEW, broadcast, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["CosineEmbeddingLoss", "CosineEmbeddingLossFunction", "cosine_embedding_loss"]
@@ -94,8 +96,12 @@ class CosineEmbeddingLossFunction(Function):
         again = sums is None or not fused(grad, a, b)
         sums = _sums(wide_a, wide_b) if again else sums.double()
         across, of_a, of_b = _coefficients(sums, s, target, ctx.margin, wide_a.dtype)
-        grad_a = _combined(wide_b, across, wide_a, of_a).to(a.dtype) if need_a else None  # (1)
-        grad_b = _combined(wide_a, across, wide_b, of_b).to(b.dtype) if need_b else None  # (2)
+        grad_a = (
+            as_dtype(_combined(wide_b, across, wide_a, of_a), a.dtype) if need_a else None
+        )  # (1)
+        grad_b = (
+            as_dtype(_combined(wide_a, across, wide_b, of_b), b.dtype) if need_b else None
+        )  # (2)
         return grad_a, grad_b, None, None, None
 
     @staticmethod
@@ -117,6 +123,11 @@ def _sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return a·b, A and B, each of the shape of the rows."""
     if not in_place(a, b):
         return (a * b).sum(-1), a.square().sum(-1) + _EPS, b.square().sum(-1) + _EPS
+    if a.numel() <= FEW:
+        pairs = ((a, b), (a, a), (b, b))
+        dot, big_a, big_b = ((u * v).sum(-1, dtype=torch.float64) for u, v in pairs)
+        eps = number(_EPS, dot)
+        return dot, big_a + eps, big_b + eps
     width = a.shape[-1]
     sums: tuple[list[Tensor], ...] = ([], [], [])
     for u, v in row_pieces(a.reshape(-1, width), b.reshape(-1, width)):
@@ -132,8 +143,9 @@ def _sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _values(sums: Sums, target: Tensor, margin: float) -> Tensor:
     dot, big_a, big_b = sums
     c = dot * (big_a * big_b).rsqrt()
-    like = (1 - c).masked_fill(target != 1, 0)
-    return like + (c - margin).clamp(min=0).masked_fill(target != -1, 0)
+    zero, one, m = number(0, c), number(1, c), number(margin, c)
+    like = torch.where(target == one, one - c, zero)
+    return like + torch.where(target == number(-1, c), torch.relu(c - m), zero)
 
 
 def _coefficients(
@@ -147,9 +159,12 @@ def _coefficients(
     dot, big_a, big_b = sums
     inverse = (big_a * big_b).rsqrt()
     c = dot * inverse
-    k = ((target == -1) & above(c, margin)).to(c.dtype) - (target == 1).to(c.dtype)
-    per_row = s * k * inverse, -s * k * c / big_a, -s * k * c / big_b
-    across, of_a, of_b = (v.to(dtype).unsqueeze(-1) for v in per_row)
+    far = (target == number(-1, c)) & above(c, number(margin, c))
+    k = far.to(c.dtype) - (target == number(1, c)).to(c.dtype)
+    sk = s * k
+    skc = sk * -c
+    per_row = sk * inverse, skc / big_a, skc / big_b
+    across, of_a, of_b = (as_dtype(v, dtype).unsqueeze(-1) for v in per_row)
     return across, of_a, of_b
 
 
@@ -204,8 +219,9 @@ def cosine_embedding_loss(
     if not (input1.is_floating_point() and input2.is_floating_point()):  # no angle: torch's own
         return F.cosine_embedding_loss(input1, input2, target, margin, reduction=reduction)
     a, b = broadcast(*in_autocast_float32(input1, input2))
-    loss, _ = _cosine_embedding_loss(a, b, target.expand(a.shape[:-1]), margin, reduction)
-    return loss
+    if target.shape != a.shape[:-1]:
+        target = target.expand(a.shape[:-1])
+    return _cosine_embedding_loss(a, b, target, margin, reduction)[0]
 
 
 class CosineEmbeddingLoss(nn.CosineEmbeddingLoss):

@@ -35,12 +35,14 @@ from torchbp.ops._clamp import above
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
+    as_dtype,
     entry,
     fused,
     in_autocast_float32,
     is_half,
     public,
 )
+from torchbp.ops._numbers import number
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import broadcast, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
@@ -70,7 +72,8 @@ class TripletMarginLossFunction(Function):
         vs = _differences(a, p, n, eps, swap)
         ds = [_norm(v, power) for v in vs]
         far = torch.minimum(ds[1], ds[2]) if swap else ds[1]
-        loss = reduce((ds[0] - far + margin).clamp(min=0), reduction).to(a.dtype)
+        loss = reduce(torch.relu(ds[0] - far + number(margin, far)), reduction)
+        loss = as_dtype(loss, a.dtype)
         vs = [v.to(a.dtype) for v in vs] if is_half(a) else vs
         return loss, vs[0], vs[1], vs[2] if swap else None, torch.stack(ds)
 
@@ -109,7 +112,8 @@ class TripletMarginLossFunction(Function):
             _total(*terms) if needed else None for terms, needed in zip(each, needs, strict=True)
         ]
         of_inputs = (
-            t if t is None else t.to(dtype) for t, dtype in zip(totals, ctx.dtypes, strict=True)
+            t if t is None else as_dtype(t, dtype)
+            for t, dtype in zip(totals, ctx.dtypes, strict=True)
         )
         return *of_inputs, None, None, None, None, None
 
@@ -137,7 +141,9 @@ def _differences(a: Tensor, p: Tensor, n: Tensor, eps: float, swap: bool) -> lis
     if is_half(a):
         a, p, n = a.float(), p.float(), n.float()
     pairs = ((a, p), (a, n), (p, n)) if swap else ((a, p), (a, n))
-    return [(u - v).add_(eps) if fused(a, p, n) else u - v + eps for u, v in pairs]
+    if not fused(a, p, n):
+        return [u - v + eps for u, v in pairs]
+    return [(u - v).add_(number(eps, a)) for u, v in pairs]
 
 
 def _minus(g: Tensor | None) -> Tensor | None:
@@ -181,8 +187,9 @@ def _euclidean_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return (3) for p = 2 without swap, in three passes."""
     near, far = ds
-    s = s * above(near - far + margin, 0).to(near.dtype)
-    by_near, by_far = (s / ds).masked_fill_(ds == 0, 0).unsqueeze(-1)
+    zero = number(0, near)
+    s = s * above(near - far + number(margin, near), zero).to(near.dtype)
+    by_near, by_far = (s / ds).masked_fill_(ds == zero, 0).unsqueeze(-1)
     grad_p, grad_n = torch.mul(ap, -by_near), torch.mul(an, by_far)
     need_a, need_p, need_n = needs
     grad_a = torch.add(grad_p, grad_n).neg_() if need_a else None

@@ -8,9 +8,13 @@ import math
 import torch
 from torch import Tensor
 
+from torchbp.ops._function import kernel
 from torchbp.ops.normalization._standardize import affine
 
 __all__ = ["channels_backward", "grouped", "rows_backward", "rows_forward"]
+
+_FEW = 1 << 12  # elements; up to these half as many calls take less time than they add
+_layer_norm_backward = kernel("native_layer_norm_backward")
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:  # (N, C, *) -> (N, G, D)
@@ -44,12 +48,16 @@ def rows_backward(
     grad_x = grad_weight = None
     if need_x:
         s = (grad_y if weight is None else grad_y * weight).reshape(rows.shape)
-        zero = torch.zeros_like(r)
-        arguments = (s, centred, rows.shape[2:], zero, r, None, None, [True, False, False])
-        grad_x = torch.ops.aten.native_layer_norm_backward(*arguments)[0].reshape(x.shape)  # (1)
+        grad_x = _of_rows(s, centred, r).reshape(x.shape)  # (1)
     if need_weight:
         grad_weight = centred.mul_(r).reshape(x.shape).mul_(grad_y).sum(0)  # (2)
     return grad_x, grad_weight, grad_y.sum(0) if need_bias else None  # (3)
+
+
+def _of_rows(s: Tensor, centred: Tensor, r: Tensor) -> Tensor:
+    """Return the gradient of rows (N, G, D) without their mean, 1/σ (N, G, 1), from that of the normalized ones."""
+    arguments = (centred.shape[2:], torch.zeros_like(r), r, None, None, [True, False, False])
+    return _layer_norm_backward(s, centred, *arguments)[0]
 
 
 def channels_backward(
@@ -61,6 +69,8 @@ def channels_backward(
     three times the error, also torch's own. What there is one of per row is computed in float64, which costs nothing.
     """
     n, channels = x.shape[:2]
+    if x.numel() <= _FEW:
+        return _few_channels_backward(grad_y, x, weight, mean, rstd)
     rows, g = (t.reshape(n * channels, -1) for t in (x, grad_y))
     width = rows.shape[1]
     r = rstd.reshape(-1, 1).double()
@@ -75,3 +85,15 @@ def channels_backward(
     of_rows = ((t.view(n, channels).sum(0)).to(x.dtype) for t in (along * r, total))
     grad_weight, grad_bias = of_rows  # (2), (3)
     return grad_x, None if weight is None else grad_weight, grad_bias
+
+
+def _few_channels_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return what :func:`channels_backward` does, in half as many calls."""
+    rows, g = (t.reshape(*t.shape[:2], -1) for t in (x, grad_y))
+    centred, r = rows - mean.unsqueeze(2), rstd.unsqueeze(2)
+    s = g.contiguous() if weight is None else g * weight.unsqueeze(1)
+    grad_x = _of_rows(s, centred, r).reshape(x.shape)  # (1)
+    grad_weight = None if weight is None else centred.mul_(r).mul_(g).sum((0, 2))  # (2)
+    return grad_x, grad_weight, g.sum((0, 2))  # (3)

@@ -57,6 +57,9 @@ class DyTFunction(Function):
     ) -> None:
         x, alpha, weight, bias = inputs
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        last = x.shape[-1:]
+        vectors = (weight is None or weight.shape == last) and (bias is None or bias.shape == last)
+        ctx.along_rows = vectors and x.numel() > 0
         ctx.save_for_backward(x, alpha, weight)
         ctx.save_for_forward(x, alpha, weight)
 
@@ -64,8 +67,7 @@ class DyTFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, weight = ctx.saved_tensors
         need_x, need_alpha, need_weight, need_bias = ctx.needs_input_grad
-        vectors = (None if weight is None else weight.shape, ctx.bias and ctx.bias[0])
-        if fused(grad_y, x) and x.numel() and all(v in (None, x.shape[-1:]) for v in vectors):
+        if ctx.along_rows and fused(grad_y):  # of the dtype of x
             made = _of_few if x.numel() <= _FEW else _by_rows
             return made(grad_y, x, alpha, weight, ctx.needs_input_grad, ctx.bias)
         grad_x = grad_alpha = grad_weight = grad_bias = None
