@@ -45,8 +45,8 @@ class NLLLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int
     ) -> tuple[Tensor, Tensor | None]:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *); Σ w_t
-        fits = x.dim() == 2 and target.shape == x.shape[:1]
-        if fits and target.dtype == torch.int64 and fused(x) and _one_dtype(x, w):
+        simple = x.dim() == 2 and target.dtype is torch.int64 and target.shape == x.shape[:1]
+        if simple and (w is None or w.dtype is x.dtype) and fused(x):
             return _nll_loss_forward(x, target, w, REDUCTIONS[reduction], ignored)
         if target.dtype == torch.uint8:  # torch has no batching rule for it
             target = target.long()
@@ -61,7 +61,7 @@ class NLLLossFunction(Function):
         x, target, w, ctx.reduction, ctx.ignored = inputs
         _, total = output
         ctx.set_materialize_grads(False)
-        ctx.shape, ctx.dim = x.shape, class_dim(x)
+        ctx.shape = x.shape
         if total is not None:
             ctx.mark_non_differentiable(total)
         ctx.save_for_backward(target, w, total if ctx.reduction == "mean" else None)
@@ -74,10 +74,11 @@ class NLLLossFunction(Function):
         if grad is None:
             return None, None, None, None, None
         target, w, total = ctx.saved_tensors
-        if len(ctx.shape) == 2 and fused(grad, half=True) and _one_dtype(grad, w):
+        if len(ctx.shape) == 2 and (w is None or w.dtype is grad.dtype) and fused(grad, half=True):
             grad_x = _by_kernel(grad, target, w, total, ctx)
             if grad_x is not None:
                 return grad_x, None, None, None, None
+        dim = min(1, len(ctx.shape) - 1)  # of the classes
         index, w_t, total = counted(grad, target, w, ctx.ignored)
         s = spread(grad.to(w_t.dtype), ctx.reduction, total)
         if ctx.reduction == "mean":
@@ -85,21 +86,18 @@ class NLLLossFunction(Function):
         zeros = grad.new_zeros(ctx.shape)
         put = zeros.scatter_ if fused(grad, half=True) else zeros.scatter
         values = (-s * w_t).to(grad.dtype)
-        grad_x = put(ctx.dim, index.unsqueeze(ctx.dim), values.unsqueeze(ctx.dim))  # (1)
+        grad_x = put(dim, index.unsqueeze(dim), values.unsqueeze(dim))  # (1)
         return grad_x, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> tuple[Tensor, None]:
         target, w = ctx.saved_tensors[:2]
         index, w_t, total = counted(tangent_x, target, w, ctx.ignored)
-        picked = tangent_x.gather(ctx.dim, index.unsqueeze(ctx.dim)).squeeze(ctx.dim)
+        dim = class_dim(tangent_x)
+        picked = tangent_x.gather(dim, index.unsqueeze(dim)).squeeze(dim)
         values = -w_t * picked  # (2)
         values = values if ctx.reduction == "none" else spread(values.sum(), ctx.reduction, total)
         return values.to(tangent_x.dtype), None
-
-
-def _one_dtype(x: Tensor, w: Tensor | None) -> bool:
-    return w is None or w.dtype == x.dtype
 
 
 def _by_kernel(
@@ -114,14 +112,14 @@ def _by_kernel(
             count = (target != ctx.ignored).sum()
             grad, reduction = (grad.float() / count.clamp(min=1)).to(grad.dtype), "sum"
     if reduction != "mean":
-        total = grad.new_empty(())  # not read
+        total = grad if grad.dim() == 0 else grad.new_empty(())  # not read
     elif total is None:
         total = counted(grad, target, w, ctx.ignored)[2]
     # of x the kernel asks for the shape alone
     like_x = (grad.unsqueeze(1) if grad.dim() else grad).expand(ctx.shape)
-    how = REDUCTIONS[reduction], ctx.ignored, total
-    target = target if target.dtype == torch.int64 else target.long()
-    return _nll_loss_backward(grad, like_x, target, w, *how)
+    if target.dtype is not torch.int64:
+        target = target.long()
+    return _nll_loss_backward(grad, like_x, target, w, REDUCTIONS[reduction], ctx.ignored, total)
 
 
 _nll_loss = entry(NLLLossFunction)
