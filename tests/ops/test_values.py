@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.conftest import HALF, with_args
+from tests.ops.conftest import HALF, Case, with_args
 from torchbp.ops._function import formula_only
-from torchbp.ops._samples import EDGES
+from torchbp.ops._samples import EDGES, Make
 
 FLOAT32 = torch.finfo(torch.float32)
 ENGINES = {"fused": nullcontext, "formula": formula_only}  # what may run a backward
@@ -168,3 +168,82 @@ def test_edge_values(op, dtype, engine):
     # 1 - y² in float64 is 0 where the derivative is below its rounding
     bound = max(limits.smallest_normal, torch.finfo(torch.float64).eps)
     assert (x.grad[~normal].abs() <= bound).all()
+
+
+REFUSES_MIXES = {
+    "lstm_cell"
+}  # a state c of another dtype: a mistake, of which torch's composition says nothing
+MIXES = (
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.float32, torch.int64),
+    (torch.float32, torch.bool),
+)
+
+
+@pytest.mark.filterwarnings("ignore")  # of kl_div's mean, in both
+@pytest.mark.parametrize(("dtype", "other"), MIXES, ids=str)
+def test_mixed_dtypes_as_in_torch(op, dtype, other):
+    """Where torch takes tensors of two dtypes, as a bfloat16 model with float32 targets: its dtypes and values."""
+    if op.torchs is None or op.random or op.other_gradient:
+        pytest.skip("nothing to compare with")
+    compared = 0
+    for reduction in ("mean", "none"):
+        sample = next(iter(op.samples(Make(torch.float64))))
+        if "reduction" in sample.kwargs:
+            sample.kwargs["reduction"] = reduction
+        first, *others = [t for t in sample.tensors() if t.is_floating_point()]
+        for changed in others:
+
+            def cast(t, changed=changed, first=first):
+                if t is first or not t.is_floating_point():
+                    return (
+                        t.detach().to(dtype if t is first else t.dtype).requires_grad_(t is first)
+                    )
+                value = (t.detach() > 0) if other in (torch.int64, torch.bool) else t.detach()
+                value = value.to(other) if t is changed else t.detach().to(dtype)
+                return value.requires_grad_(t.requires_grad and value.is_floating_point())
+
+            given = with_args(sample, cast)
+            results = []
+            for function in (op.torchs, op.function):
+                case = Case(op, 0)
+                f, tensors = case.of_tensors(given, function)
+                try:
+                    y = f(*tensors)
+                    v = torch.linspace(0.5, 1, y.numel(), dtype=torch.float64).view(y.shape)
+                    grads = torch.autograd.grad(y, tensors, v.to(y.dtype), allow_unused=True)
+                except (RuntimeError, NotImplementedError, ValueError, IndexError):
+                    if not results:
+                        break
+                    if op.name not in REFUSES_MIXES:
+                        raise
+                    pytest.skip("refuses, as declared")
+                results.append((y, *grads))
+            else:
+                compared += 1
+                tolerance = 2e-2 if {dtype, other} & set(HALF) else 1e-4
+                for a, b in zip(results[1], results[0], strict=True):
+                    if a is not None and b is not None:
+                        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    if not compared:
+        pytest.skip("torch refuses, or one tensor only")
+
+
+@pytest.mark.parametrize("which", ["first", "others"])
+def test_contiguous_where_torchs_result_is(case, which):
+    """Of inputs in another layout, too: the result can be viewed in any shape where torch's can."""
+    sample = case.sample()
+    first = sample.args[0]
+
+    def laid_out(t: Tensor) -> Tensor:
+        if t.dim() < 2 or (t is first) != (which == "first"):
+            return t
+        last = t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() == 4 else None
+        return t.mT.contiguous().mT if last is None else last
+
+    theirs = case.call_reference(with_args(sample, laid_out))
+    if theirs.is_contiguous():
+        assert case.call(with_args(sample, laid_out)).is_contiguous()

@@ -1,5 +1,6 @@
 """What a loss's ``reduction`` does to its values, and to the gradient that comes back."""
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn import _reduction as torch_reduction
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import as_dtype, is_half
+from torchbp.ops._function import as_dtype, in_autocast_float32, is_half
 from torchbp.ops._numbers import number
 from torchbp.ops._pieces import (
     FEW,
@@ -21,7 +22,18 @@ from torchbp.ops._pieces import (
     written,
 )
 
-__all__ = ["FEW", "REDUCTIONS", "broadcast", "matched", "named", "reduce", "reduced", "spread"]
+__all__ = [
+    "FEW",
+    "REDUCTIONS",
+    "broadcast",
+    "in_common_dtype",
+    "laid_out",
+    "matched",
+    "named",
+    "reduce",
+    "reduced",
+    "spread",
+]
 _WIDE = (torch.float32, torch.float64)  # of which a mean is the sum's quotient
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's kernels count them
 
@@ -101,6 +113,32 @@ def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
         if t.size() != size:
             return tuple(torch.broadcast_tensors(*tensors))
     return tensors
+
+
+def in_common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast does for its float32 ops, and then to the widest floating-point dtype there is.
+
+    That is what torch's arithmetic computes in. Outside the op, so that each has its gradient in its own dtype.
+    Integers stay. What has no dimensions does not widen the others, as in torch.
+    """
+    tensors = in_autocast_float32(*tensors)
+    first = tensors[0].dtype
+    for t in tensors:
+        if t.dtype != first:
+            break
+    else:
+        return tensors
+    inexact = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    dtypes = [t.dtype for t in inexact if t.dim()] or [t.dtype for t in inexact]
+    if not dtypes:
+        return tensors
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return tuple(t.to(widest) if t.is_floating_point() or t.is_complex() else t for t in tensors)
+
+
+def laid_out(loss: Tensor, like: Tensor) -> Tensor:
+    """Return ``loss`` contiguous where ``like`` is, whose layout torch's has, so that it can be viewed in any shape."""
+    return loss.contiguous() if like.is_contiguous() else loss
 
 
 def matched(op: str, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

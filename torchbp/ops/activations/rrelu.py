@@ -135,6 +135,8 @@ def rrelu(
         raise RuntimeError(
             wrong("rrelu", "lower <= upper", f"{lower} and {upper}", "exchange them")
         )
+    if not inplace:
+        input = input.contiguous()  # as torch's result is
     if not training:
         return leaky_relu(input, (lower + upper) / 2, inplace)
     return _rrelu(input, _draw(input, lower, upper), inplace)

@@ -46,6 +46,12 @@ def errors(make: Make) -> Iterator[Sample]:
     yield Sample((x, targets, times, lengths), {"blank": 4}, name="blank")
     yield Sample((x, targets, times[:2], lengths), name="lengths")
     yield Sample((x, targets, times + 5, lengths), name="too-long")
+    yield Sample((x, targets, times.double(), lengths), name="float-input-lengths")
+    yield Sample((x, targets, times, lengths.double()), name="float-target-lengths")
+    row = targets.flatten()[: int(lengths.sum()) - 1]
+    yield Sample((x, row, times, lengths), name="row-too-short")
+    row = targets.flatten().repeat(2)[: int(lengths.sum()) + 1]
+    yield Sample((x, row, times, lengths), name="row-too-long")
 
 
 def benchmark(make: Make, n: int) -> Sample:

@@ -41,7 +41,15 @@ from torchbp.ops._function import (
 from torchbp.ops._numbers import constant
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import alike, in_pieces
-from torchbp.ops._reduction import REDUCTIONS, named, reduce, reduced, spread
+from torchbp.ops._reduction import (
+    REDUCTIONS,
+    in_common_dtype,
+    laid_out,
+    named,
+    reduce,
+    reduced,
+    spread,
+)
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.losses._limits import product, with_limits
 from torchbp.ops.losses._log_sums import FEW, reduced_softplus
@@ -227,7 +235,13 @@ def binary_cross_entropy_with_logits(
             rule = f"{name} without requires_grad, as in torch"
             raise RuntimeError(wrong(_NAME, rule, "one that requires it", "detach it"))
     input, target = in_autocast_float32(input, target)
-    return _binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction)
+    if input.is_floating_point() and not target.is_floating_point():
+        rule = "floating-point target"
+        raise RuntimeError(wrong(_NAME, rule, target.dtype, "cast it"))
+    dtype = target.dtype  # of the result, as in torch
+    input, target = in_common_dtype(input, target)
+    loss = _binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction)
+    return laid_out(as_dtype(loss, dtype), target)
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):

@@ -34,7 +34,6 @@ from torchbp.ops._function import (
     as_dtype,
     entry,
     fused,
-    in_autocast_float32,
     in_float32,
     in_place,
     is_half,
@@ -43,7 +42,7 @@ from torchbp.ops._function import (
 from torchbp.ops._numbers import number
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import row_pieces
-from torchbp.ops._reduction import FEW, broadcast, named, reduce, spread
+from torchbp.ops._reduction import FEW, broadcast, in_common_dtype, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["CosineEmbeddingLoss", "CosineEmbeddingLossFunction", "cosine_embedding_loss"]
@@ -218,7 +217,7 @@ def cosine_embedding_loss(
         raise RuntimeError(wrong(_NAME, rule, got, "flatten the other dimensions"))
     if not (input1.is_floating_point() and input2.is_floating_point()):  # no angle: torch's own
         return F.cosine_embedding_loss(input1, input2, target, margin, reduction=reduction)
-    a, b = broadcast(*in_autocast_float32(input1, input2))
+    a, b = broadcast(*in_common_dtype(input1, input2))
     if target.shape != a.shape[:-1]:
         target = target.expand(a.shape[:-1])
     return _cosine_embedding_loss(a, b, target, margin, reduction)[0]

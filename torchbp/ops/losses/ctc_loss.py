@@ -148,6 +148,9 @@ def ctc_loss(
         tensor(0.2877)
     """
     reduction = named("ctc_loss", reduction, None, None)
+    for name, v in (("input", input_lengths), ("target", target_lengths)):
+        if isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()):
+            raise RuntimeError(wrong("ctc_loss", f"integer {name}_lengths", v.dtype, "cast them"))
     times, lengths = (
         torch.as_tensor(v, device=log_probs.device).long().reshape(-1)
         for v in (input_lengths, target_lengths)
@@ -165,8 +168,6 @@ def ctc_loss(
 def _check(x: Tensor, targets: Tensor, times: Tensor, lengths: Tensor, blank: int) -> None:
     if not x.is_floating_point():
         raise NotImplementedError(wrong("ctc_loss", "floating-point x", x.dtype, "cast it"))
-    if targets.is_floating_point() or targets.is_complex():
-        raise RuntimeError(wrong("ctc_loss", "integer targets", targets.dtype, "cast them"))
     if x.dim() != 3 or targets.dim() not in (1, 2):
         rule = "log_probs (T, N, C) or (T, C) with targets (N, S) or (sum,)"
         got = f"{shape(x)} with {shape(targets)}"
@@ -183,6 +184,9 @@ def _check(x: Tensor, targets: Tensor, times: Tensor, lengths: Tensor, blank: in
         if ((values < 0) | (values > most)).any():
             rule = f"{name}_lengths in [0, {most}]"
             raise RuntimeError(wrong("ctc_loss", rule, values.tolist(), "see the tensors' shapes"))
+    if targets.dim() == 1 and x.shape[1] != 1 and lengths.sum() != room:
+        rule, got = f"target_lengths that sum to the {room} labels in a row", lengths.tolist()
+        raise RuntimeError(wrong("ctc_loss", rule, got, "cut the labels, or pad them to (N, S)"))
 
 
 def _padded(targets: Tensor, lengths: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, in_autocast_float32, in_float32, public
+from torchbp.ops._function import Context, entry, in_float32, public
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import in_common_dtype, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["DiceLoss", "DiceLossFunction", "dice_loss"]
@@ -135,7 +135,7 @@ def dice_loss(
     """
     reduction = named("dice_loss", reduction, None, None)
     _check(input, target)
-    input, target = in_autocast_float32(input, target)
+    input, target = in_common_dtype(input, target)
     return _dice_loss(input, target, eps, 2 if squared else 1, reduction)
 
 

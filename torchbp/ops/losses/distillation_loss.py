@@ -28,14 +28,13 @@ from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
     entry,
-    in_autocast_float32,
     in_float32,
     in_place,
     public,
     scale_fresh,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import in_common_dtype, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.losses._classes import class_dim, positions
 from torchbp.ops.losses._limits import product as product_with_limit
@@ -156,7 +155,7 @@ def distillation_loss(
     """
     reduction = named(_NAME, reduction, None, None)
     _check(input, target, temperature)
-    input, target = in_autocast_float32(input, target)
+    input, target = in_common_dtype(input, target)
     return _distillation_loss(input, target, temperature, reduction)
 
 

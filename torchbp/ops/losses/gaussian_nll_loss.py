@@ -35,14 +35,21 @@ from torchbp.ops._function import (
     directional,
     eager,
     entry,
-    in_autocast_float32,
     in_place,
     is_half,
     public,
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces, length_written, pieces, writable
-from torchbp.ops._reduction import broadcast, named, reduce, reduced, spread
+from torchbp.ops._reduction import (
+    broadcast,
+    in_common_dtype,
+    laid_out,
+    named,
+    reduce,
+    reduced,
+    spread,
+)
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["GaussianNLLLoss", "GaussianNLLLossFunction", "gaussian_nll_loss"]
@@ -202,12 +209,12 @@ def gaussian_nll_loss(
         ):
             rule = f"var of a shape that fits {shape(input)}"
             raise ValueError(wrong(_NAME, rule, shape(var), "see its documentation"))
-    input, target, var = in_autocast_float32(input, target, var)
+    input, target, var = in_common_dtype(input, target, var)
     d, spread_var = broadcast(input - target, var)
     if not (d.is_floating_point() and spread_var.is_floating_point()):
         rule = "floating-point input and var"
         raise RuntimeError(wrong(_NAME, rule, f"{d.dtype}, {spread_var.dtype}", "cast them"))
-    return _gaussian_nll_loss(d, spread_var, full, eps, reduction)
+    return laid_out(_gaussian_nll_loss(d, spread_var, full, eps, reduction), spread_var)
 
 
 class GaussianNLLLoss(nn.GaussianNLLLoss):

@@ -34,7 +34,6 @@ from torchbp.ops._function import (
     directional,
     entry,
     fused,
-    in_autocast_float32,
     is_half,
     kernel,
     public,
@@ -42,7 +41,16 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import FEW, REDUCTIONS, matched, named, reduce, reduced, spread
+from torchbp.ops._reduction import (
+    FEW,
+    REDUCTIONS,
+    in_common_dtype,
+    matched,
+    named,
+    reduce,
+    reduced,
+    spread,
+)
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["HuberLoss", "HuberLossFunction", "huber_loss"]
@@ -146,7 +154,9 @@ def huber_loss(
     if weight is not None and weight.size() != input.size():
         rule = f"weight of the input's shape {shape(input)}"
         raise ValueError(wrong("huber_loss", rule, shape(weight), "expand it first"))
-    input, target = in_autocast_float32(*matched("huber_loss", input, target))
+    input, target = in_common_dtype(*matched("huber_loss", input, target))
+    if input.is_floating_point() and not target.is_floating_point():
+        target = target.to(input.dtype)  # the kernel of backward wants both alike
     if weight is None:
         return _huber_loss(input, target, delta, reduction)
     return reduce(_huber_loss(input, target, delta, "none") * weight, reduction)

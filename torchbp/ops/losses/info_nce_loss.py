@@ -32,13 +32,12 @@ from torchbp.ops._function import (
     Context,
     entry,
     fused,
-    in_autocast_float32,
     is_half,
     public,
     scale_fresh,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named, reduce, spread
+from torchbp.ops._reduction import in_common_dtype, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["InfoNCELoss", "InfoNCELossFunction", "info_nce_loss"]
@@ -169,7 +168,7 @@ def info_nce_loss(
     """
     reduction = named(_NAME, reduction, None, None)
     _check(input1, input2, temperature)
-    input1, input2 = in_autocast_float32(input1, input2)
+    input1, input2 = in_common_dtype(input1, input2)
     loss, _ = _info_nce_loss(input1, input2, temperature, reduction)
     return loss
 

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, directional, entry, in_autocast_float32, in_place, public
+from torchbp.ops._function import Context, directional, entry, in_place, public
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import broadcast, named, reduce, reduced, spread
+from torchbp.ops._reduction import broadcast, in_common_dtype, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 from torchbp.ops.losses._limits import product, with_limits
 
@@ -161,7 +161,7 @@ def kl_div(
             rule = f"floating-point {name}"
             raise RuntimeError(wrong("kl_div", rule, values.dtype, "cast it"))
     rows = input.shape[0] if batchmean and input.dim() else 1
-    input, target = in_autocast_float32(input, target)
+    input, target = in_common_dtype(input, target)
     input, target = broadcast(input, target)
     loss = _kl_div(input, target, log_target, reduction)
     return loss / rows if batchmean and input.dim() else loss

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, in_autocast_float32, public, scale_fresh
+from torchbp.ops._function import Context, entry, fused, public, scale_fresh
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import matched, named, reduce, reduced, spread
+from torchbp.ops._reduction import in_common_dtype, matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 from torchbp.ops.activations._tanh import tanh
 
@@ -99,7 +99,7 @@ def log_cosh_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Ten
     """
     reduction = named("log_cosh_loss", reduction, None, None)
     _check(input, target)
-    input, target = in_autocast_float32(*matched("log_cosh_loss", input, target))
+    input, target = in_common_dtype(*matched("log_cosh_loss", input, target))
     return _log_cosh_loss(input - target, reduction)
 
 

@@ -32,14 +32,13 @@ from torchbp.ops._function import (
     as_dtype,
     directional,
     entry,
-    in_autocast_float32,
     in_place,
     public,
 )
 from torchbp.ops._numbers import constant, number
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces, is_few
-from torchbp.ops._reduction import broadcast, named, reduce, spread
+from torchbp.ops._reduction import broadcast, in_common_dtype, laid_out, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["MarginRankingLoss", "MarginRankingLossFunction", "margin_ranking_loss"]
@@ -160,8 +159,8 @@ def margin_ranking_loss(
     if not input1.dim() == input2.dim() == target.dim():
         got = f"{shape(input1)}, {shape(input2)} and {shape(target)}"
         raise RuntimeError(wrong(_NAME, "as many dimensions in all three", got, "unsqueeze first"))
-    tensors = broadcast(*in_autocast_float32(input1, input2, target))
-    return _margin_ranking_loss(*tensors, margin, reduction)[0]
+    tensors = broadcast(*in_common_dtype(input1, input2, target))
+    return laid_out(_margin_ranking_loss(*tensors, margin, reduction)[0], tensors[2])
 
 
 class MarginRankingLoss(nn.MarginRankingLoss):

@@ -163,6 +163,8 @@ def mse_loss(
     """
     reduction = named("mse_loss", reduction, size_average, reduce)
     input, target = matched("mse_loss", input, target)
+    if torch.bool in (input.dtype, target.dtype) and input.dtype != target.dtype:
+        input, target = input + 0, target + 0  # masks are not subtracted
     if weight is None:
         input, target = in_autocast_float32(input, target)
         return _mse_loss(input, target, None, reduction)

@@ -33,7 +33,6 @@ from torchbp.ops._function import (
     Context,
     directional,
     entry,
-    in_autocast_float32,
     in_place,
     is_half,
     public,
@@ -41,7 +40,7 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import alike, in_pieces, length_written
-from torchbp.ops._reduction import FEW, broadcast, named, reduce, reduced, spread
+from torchbp.ops._reduction import FEW, broadcast, in_common_dtype, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 from torchbp.ops.losses._limits import product, with_limits
 
@@ -242,7 +241,11 @@ def poisson_nll_loss(
     reduction = named(_NAME, reduction, size_average, reduce)
     if input.is_complex() or target.is_complex():  # nothing that a rate could mean: torch's own
         return F.poisson_nll_loss(input, target, log_input, full, eps=eps, reduction=reduction)
-    input, target = broadcast(*in_autocast_float32(input, target))
+    if target.is_floating_point() and not input.is_floating_point():
+        input = input.to(target.dtype)
+    elif target.dtype == torch.bool:
+        target = target.to(input.dtype)
+    input, target = broadcast(*in_common_dtype(input, target))
     loss, _ = _poisson_nll_loss(input, target, log_input, full, eps, reduction)
     return loss
 

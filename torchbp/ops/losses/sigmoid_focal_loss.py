@@ -32,14 +32,13 @@ from torchbp.ops._function import (
     directional,
     entry,
     fused,
-    in_autocast_float32,
     in_place,
     public,
     scale_fresh,
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import named, reduce, reduced, spread
+from torchbp.ops._reduction import in_common_dtype, laid_out, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 from torchbp.ops.losses._limits import product, with_limits
 
@@ -175,8 +174,8 @@ def sigmoid_focal_loss(
     """
     reduction = named(_NAME, reduction, None, None)
     _check(input, target, gamma)
-    input, target = in_autocast_float32(input, target)
-    return _sigmoid_focal_loss(input, target, alpha, gamma, reduction)
+    input, target = in_common_dtype(input, target)
+    return laid_out(_sigmoid_focal_loss(input, target, alpha, gamma, reduction), target)
 
 
 def _check(input: Tensor, target: Tensor, gamma: float) -> None:

@@ -70,6 +70,8 @@ def smooth_l1_loss(
     if beta < 0:
         raise RuntimeError(wrong("smooth_l1_loss", "beta ≥ 0", beta, "0 gives the L1 loss"))
     input, target = matched("smooth_l1_loss", input, target)
+    if not input.is_floating_point() and target.is_floating_point():
+        input = input.to(target.dtype)
     if beta == 0:
         return l1_loss(input, target, reduction=reduction)
     loss = huber_loss(input, target, reduction, beta)

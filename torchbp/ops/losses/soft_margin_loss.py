@@ -25,6 +25,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops._function import (
     Context,
+    as_dtype,
     directional,
     entry,
     in_autocast_float32,
@@ -34,7 +35,15 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import alike, in_pieces
-from torchbp.ops._reduction import broadcast, named, reduce, reduced, spread
+from torchbp.ops._reduction import (
+    broadcast,
+    in_common_dtype,
+    laid_out,
+    named,
+    reduce,
+    reduced,
+    spread,
+)
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 from torchbp.ops.losses._log_sums import FEW, reduced_softplus
 
@@ -143,8 +152,10 @@ def soft_margin_loss(
     reduction = named("soft_margin_loss", reduction, size_average, reduce)
     if not input.is_floating_point():  # nothing that a margin could mean: torch's own
         return F.soft_margin_loss(input, target, reduction=reduction)
-    input, target = broadcast(*in_autocast_float32(input, target))
-    return _soft_margin_loss(input, target, reduction)
+    input, target = in_autocast_float32(input, target)
+    dtype = input.dtype  # of the result, as in torch
+    input, target = broadcast(*in_common_dtype(input, target))
+    return laid_out(as_dtype(_soft_margin_loss(input, target, reduction), dtype), target)
 
 
 class SoftMarginLoss(nn.SoftMarginLoss):

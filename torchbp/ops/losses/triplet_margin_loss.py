@@ -38,13 +38,12 @@ from torchbp.ops._function import (
     as_dtype,
     entry,
     fused,
-    in_autocast_float32,
     is_half,
     public,
 )
 from torchbp.ops._numbers import number
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import broadcast, named, reduce, spread
+from torchbp.ops._reduction import broadcast, in_common_dtype, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["TripletMarginLoss", "TripletMarginLossFunction", "triplet_margin_loss"]
@@ -204,10 +203,17 @@ def _slope(v: Tensor, d: Tensor, power: float, s: Tensor) -> Tensor:
         return v * (s / d).unsqueeze(-1)
     if power == 1:
         return v.sgn() * s.unsqueeze(-1)
+    if power == 0:  # the number of elements that are not 0
+        return torch.zeros_like(v)
     if power == math.inf:
         largest = (v.abs() == d.unsqueeze(-1)).to(v.dtype)
         return v.sgn() * largest * (s / largest.sum(-1).clamp(min=1)).unsqueeze(-1)
-    return v.sgn() * (v.abs() / d.unsqueeze(-1)).pow(power - 1) * s.unsqueeze(-1)
+    share = v.abs() / d.unsqueeze(-1)
+    if power < 1:
+        share = share.masked_fill(
+            v == 0, 1
+        )  # the slope is infinite there; sgn(v) makes it 0, as in torch
+    return v.sgn() * share.pow(power - 1) * s.unsqueeze(-1)
 
 
 _triplet_margin_loss = entry(TripletMarginLossFunction)
@@ -263,7 +269,7 @@ def triplet_margin_loss(
     if not anchor.is_floating_point():  # torch's own
         own = F.triplet_margin_loss
         return own(anchor, positive, negative, margin, p, eps, swap, reduction=reduction)
-    tensors = broadcast(*in_autocast_float32(anchor, positive, negative))
+    tensors = broadcast(*in_common_dtype(anchor, positive, negative))
     return _triplet_margin_loss(*tensors, margin, p, eps, swap, reduction)[0]
 
 

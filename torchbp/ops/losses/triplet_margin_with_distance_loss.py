@@ -29,7 +29,7 @@ from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import entry, is_half, public
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import named
+from torchbp.ops._reduction import in_common_dtype, named
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.losses.margin_ranking_loss import MarginRankingLossFunction
 from torchbp.ops.losses.triplet_margin_loss import triplet_margin_loss
@@ -92,6 +92,8 @@ def triplet_margin_with_distance_loss(
     near, far = distance_function(anchor, positive), distance_function(anchor, negative)
     if swap:
         far = torch.minimum(far, distance_function(positive, negative))
+    if near.dtype != far.dtype:
+        near, far = in_common_dtype(near, far)
     one = far.new_ones(()).expand_as(far)
     return _margin_ranking_loss(far, near, one, margin, reduction)[0]  # (1)
 

@@ -248,6 +248,9 @@ def batch_norm(
                 [ 1.2247]])
     """
     check(input, running_mean, running_var, weight, bias, training, eps)
+    if not input.is_floating_point():  # torch's own, or its refusal
+        rule = (training, momentum, eps)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, *rule)
     run = _in_training if training else _in_evaluation
     return run(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
 

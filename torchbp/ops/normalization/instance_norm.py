@@ -90,6 +90,8 @@ def instance_norm(
     if not input.is_floating_point():
         rule = "floating-point input"
         raise NotImplementedError(wrong("instance_norm", rule, input.dtype, "cast it first"))
+    if input.dim() == 4:
+        input = input.contiguous()  # as torch: its result is, also of channels last
     channels = input.shape[1]
     statistics = (("running_mean", running_mean), ("running_var", running_var))
     for name, t in (*statistics, ("weight", weight), ("bias", bias)):

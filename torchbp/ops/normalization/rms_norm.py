@@ -49,7 +49,7 @@ class RMSNormFunction(Function):
     ) -> Tensor:
         wide = widened(x)
         y = wide * _rstd(wide, dims, eps)
-        y = affine(y, weight)
+        y = affine(y, weight).contiguous()  # as torch's, whatever the layout of x
         return y if wide is x else y.to(x.dtype)
 
     @staticmethod
