@@ -226,8 +226,10 @@ def test_inplace_as_in_torch(op):
     with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
         op.function(leaf, *others, inplace=True, **active)
     with torch.no_grad():
-        data = leaf.detach().clone()
-        assert op.function(data, *others, inplace=True, **active) is data
+        for data in (leaf.detach().clone(), leaf.detach().clone().requires_grad_()):
+            requires = data.requires_grad
+            assert op.function(data, *others, inplace=True, **active) is data
+            assert data.requires_grad == requires
 
 
 def test_module_to_dtype(constructed):

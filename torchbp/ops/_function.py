@@ -13,6 +13,7 @@ from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._C import _len_torch_dispatch_stack as modes_active
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
@@ -104,6 +105,7 @@ def entry(
         noted = super(Function, noting).apply  # pyright: ignore[reportAttributeAccessIssue]
 
     places = _places_of_tensors(function.forward)
+    may_write = [*signature(function.forward).parameters][-1] == "inplace"
 
     def apply(*args: object) -> Tensor:
         if is_dynamo_compiling():
@@ -117,6 +119,10 @@ def entry(
                 break
         if _recipe.asked and is_grad_enabled():
             return noted(*args)
+        if may_write and args[-1] and not is_grad_enabled() and forward_ad._current_level < 0:
+            bare(*args)
+            given: Any = args[0]  # autograd would give another tensor, without its history
+            return given
         return bare(*args)
 
     return apply
