@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import torchbp
@@ -154,6 +155,17 @@ def test_vmap_differentiated_from_outside(case, batched):
         pytest.skip("torch's own refuses")
     for ours, want in zip(tree_leaves(outcome(f)), tree_leaves(theirs), strict=True):
         torch.testing.assert_close(ours, want, rtol=1e-6, atol=1e-8)
+
+
+def test_make_fx(first):
+    """Recorded once, as by ``torch.func.linearize``, and run on other values: nothing looked at those of the first."""
+    if first.op.random:
+        pytest.skip("draws anew")
+    f, tensors = first.of_tensors(first.sample())
+    tensors = tuple(t.detach() for t in tensors)
+    recorded = make_fx(f)(*tensors)
+    others = tuple(t * 0.9 for t in tensors)
+    torch.testing.assert_close(recorded(*others), f(*others))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

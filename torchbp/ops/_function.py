@@ -46,7 +46,7 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_FAKE = _TorchDispatchModeKey.FAKE
+_FAKE, _PROXY = _TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY
 _HALF = (torch.bfloat16, torch.float16)
 _formula_only = False
 
@@ -287,8 +287,8 @@ def eager() -> bool:
 
 
 def _is_fake() -> bool:
-    """Whether the mode that is active has fake tensors, or a compiler follows: a kernel may be chosen by values."""
-    return is_compiling() or _get_dispatch_mode(_FAKE) is not None
+    """Whether the mode that is active has fake tensors, or records, or a compiler follows: no choice by values."""
+    return is_compiling() or any(_get_dispatch_mode(m) is not None for m in (_FAKE, _PROXY))
 
 
 def fused(first: Tensor, *others: Tensor, half: bool = False) -> bool:
