@@ -271,13 +271,11 @@ def in_autocast_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def in_autocast_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast does for its float32 ops, losses among them: half precision becomes float32, outside the op."""
-
-    def cast(t: Tensor) -> Tensor:
-        return t.float() if is_half(t) and autocasts(t.device.type) else t
-
     for t in tensors:
         if t.dtype in _HALF:
-            return tuple(cast(t) for t in tensors)
+            return tuple(
+                t.float() if is_half(t) and autocasts(t.device.type) else t for t in tensors
+            )
     return tensors
 
 

@@ -110,7 +110,7 @@ class GatedFunction(Function):
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, int, str, bool | None], output: Tensor
     ) -> None:
-        x, *ctx.settings = inputs
+        x, ctx.settings = inputs[0], inputs[1:]
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 

@@ -57,10 +57,11 @@ class ELUFunction(Function):
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, float, float, float, bool], output: Tensor
     ) -> None:
-        x, ctx.alpha, ctx.s, ctx.beta, ctx.inplace = inputs
-        if ctx.inplace:
+        x, *_, inplace = inputs
+        ctx.settings = inputs[1:]
+        if inplace:
             ctx.mark_dirty(x)
-        kept = output if ctx.inplace else x
+        kept = output if inplace else x
         ctx.save_for_backward(kept)
         ctx.save_for_forward(kept)
 
@@ -68,15 +69,15 @@ class ELUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
         (kept,) = ctx.saved_tensors
         if fused(grad_y, half=True):
-            grad_x = _elu_backward(grad_y, ctx.alpha, ctx.s, ctx.beta, ctx.inplace, kept)
+            grad_x = _elu_backward(grad_y, *ctx.settings, kept)
         else:
-            grad_x = _times_derivative(grad_y, kept, ctx.alpha, ctx.s, ctx.beta, ctx.inplace)  # (3)
+            grad_x = _times_derivative(grad_y, kept, *ctx.settings)  # (3)
         return grad_x, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
         (kept,) = ctx.saved_tensors
-        return _times_derivative(tangent_x, kept, ctx.alpha, ctx.s, ctx.beta, ctx.inplace)
+        return _times_derivative(tangent_x, kept, *ctx.settings)
 
 
 def _times_derivative(

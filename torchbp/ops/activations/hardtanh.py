@@ -46,7 +46,8 @@ class HardtanhFunction(Function):
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, float, float, bool], output: Tensor
     ) -> None:
-        x, *ctx.bounds, inplace = inputs
+        x, lo, hi, inplace = inputs
+        ctx.bounds = lo, hi
         if inplace:
             ctx.mark_dirty(x)
         kept = x if is_half(x) and not inplace else output

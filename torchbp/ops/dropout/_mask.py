@@ -38,15 +38,12 @@ def draw(x: Tensor, p: float, leading: int | None = None) -> Tensor:
         if leading is not None:
             x = x[(..., *(slice(0, 1) for _ in range(x.dim() - leading)))]
         return (torch.rand_like(x, dtype=torch.float32) >= p).to(torch.uint8)
-    shape = x.shape
-    if leading is not None:
-        shape = shape[:leading] + (1,) * (x.dim() - leading)
-    if shape.numel() < _FEW:  # two calls instead of five; one draw for each index, whatever strides
-        if leading is None:  # half the time of a shape
-            drawn = torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format)
-        else:
-            drawn = torch.empty(shape, dtype=torch.uint8)
+    if leading is None and x.numel() < _FEW:  # half the time of making a tensor by its shape
+        drawn = torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format)
         return drawn.bernoulli_(1 - p)
+    shape = x.shape if leading is None else x.shape[:leading] + (1,) * (x.dim() - leading)
+    if shape.numel() < _FEW:  # two calls instead of five; one draw for each index, whatever strides
+        return torch.empty(shape, dtype=torch.uint8).bernoulli_(1 - p)
     return (int32_of(shape) >= _INT32_MIN + round(p * 2**32)).view(torch.uint8)
 
 

@@ -63,7 +63,7 @@ class BCELossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, inside: bool | None
     ) -> Tensor:  # (*), (*) -> () or (*)
-        if inside is None and fused(x):  # it looks whether values are in [0, 1], too
+        if inside is None:  # it looks whether values are in [0, 1], too
             return _nn.binary_cross_entropy(x, target, None, REDUCTIONS[reduction])
         if weight is None:
             return reduced(_values, reduction, x, target)
