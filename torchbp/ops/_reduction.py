@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as torch_reduction
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import as_dtype, in_autocast_float32, is_half
 from torchbp.ops._numbers import number
@@ -25,6 +26,7 @@ from torchbp.ops._pieces import (
 __all__ = [
     "FEW",
     "REDUCTIONS",
+    "as_composed",
     "broadcast",
     "in_common_dtype",
     "laid_out",
@@ -134,6 +136,17 @@ def in_common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     widest = functools.reduce(torch.promote_types, dtypes)
     return tuple(t.to(widest) if t.is_floating_point() or t.is_complex() else t for t in tensors)
+
+
+def as_composed(loss: Tensor, *tensors: Tensor) -> Tensor:
+    """Return a loss that torch composes of several ops in the dtype that it has there under autocast.
+
+    On the CPU autocast casts none of them, and the loss has the dtype of ``tensors``; on a GPU it is float32.
+    """
+    if not (loss.is_cpu and autocasts("cpu")):
+        return loss
+    dtypes = (t.dtype for t in tensors if t.is_floating_point())
+    return loss.to(functools.reduce(torch.promote_types, dtypes))
 
 
 def laid_out(loss: Tensor, like: Tensor) -> Tensor:

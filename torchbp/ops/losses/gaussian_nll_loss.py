@@ -42,6 +42,7 @@ from torchbp.ops._function import (
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces, length_written, pieces, writable
 from torchbp.ops._reduction import (
+    as_composed,
     broadcast,
     in_common_dtype,
     laid_out,
@@ -209,12 +210,14 @@ def gaussian_nll_loss(
         ):
             rule = f"var of a shape that fits {shape(input)}"
             raise ValueError(wrong(_NAME, rule, shape(var), "see its documentation"))
-    input, target, var = in_common_dtype(input, target, var)
+    given = input, target, var
+    input, target, var = in_common_dtype(*given)
     d, spread_var = broadcast(input - target, var)
     if not (d.is_floating_point() and spread_var.is_floating_point()):
         rule = "floating-point input and var"
         raise RuntimeError(wrong(_NAME, rule, f"{d.dtype}, {spread_var.dtype}", "cast them"))
-    return laid_out(_gaussian_nll_loss(d, spread_var, full, eps, reduction), spread_var)
+    loss = as_composed(_gaussian_nll_loss(d, spread_var, full, eps, reduction), *given)
+    return laid_out(loss, spread_var)
 
 
 class GaussianNLLLoss(nn.GaussianNLLLoss):

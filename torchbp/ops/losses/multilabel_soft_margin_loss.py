@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from torchbp.ops._function import public
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import broadcast, in_common_dtype, named
+from torchbp.ops._reduction import as_composed, broadcast, in_common_dtype, named
 from torchbp.ops._reduction import reduce as reduced
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
@@ -69,15 +69,18 @@ def multilabel_soft_margin_loss(
     if input.is_complex() or target.is_complex():
         return F.multilabel_soft_margin_loss(input, target, weight, reduction=reduction)
     classes = input.size(-1)
-    input, target = broadcast(*in_common_dtype(input, target))
+    given = input, target
+    input, target = broadcast(*in_common_dtype(*given))
     if not (target.is_floating_point() or target.dtype == torch.bool):
         target = target.to(input.dtype)
     if reduction == "none" or weight is not None:
         b = binary_cross_entropy_with_logits(input, target, reduction="none")
         values = (b if weight is None else b * weight).sum(-1) / classes  # (1)
-        return reduced(values, reduction)
+        return as_composed(
+            reduced(values, reduction), *given, *(() if weight is None else (weight,))
+        )
     loss = binary_cross_entropy_with_logits(input, target, reduction=reduction)  # (2)
-    return loss / classes if reduction == "sum" else loss  # (3)
+    return as_composed(loss / classes if reduction == "sum" else loss, *given)  # (3)
 
 
 class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):

@@ -29,7 +29,7 @@ from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import entry, is_half, public
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import in_common_dtype, named
+from torchbp.ops._reduction import as_composed, in_common_dtype, named
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.losses.margin_ranking_loss import MarginRankingLossFunction
 from torchbp.ops.losses.triplet_margin_loss import triplet_margin_loss
@@ -86,9 +86,10 @@ def triplet_margin_with_distance_loss(
         got = f"{shape(anchor)}, {shape(positive)} and {shape(negative)}"
         raise RuntimeError(wrong(_NAME, "as many dimensions in all three", got, "unsqueeze first"))
     if distance_function is None:
-        return triplet_margin_loss(  # (2)
+        loss = triplet_margin_loss(  # (2)
             anchor, positive, negative, margin=margin, swap=swap, reduction=reduction
         )
+        return as_composed(loss, anchor, positive, negative)
     near, far = distance_function(anchor, positive), distance_function(anchor, negative)
     if swap:
         far = torch.minimum(far, distance_function(positive, negative))

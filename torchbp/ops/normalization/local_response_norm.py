@@ -152,7 +152,8 @@ def local_response_norm(
         not input.is_floating_point()
     ):  # no gradient; torch takes integers of three dimensions, rounding their means
         return F.local_response_norm(input, size, alpha, beta, k)
-    if is_half(input) and autocasts(input.device.type):  # as torch's pooling does
+    pooled = input.dim() > 3 or not input.is_cpu  # by an op of torch that autocast casts for
+    if pooled and is_half(input) and autocasts(input.device.type):
         input = input.float()
     return _local_response_norm(input, size, alpha, beta, k)
 
