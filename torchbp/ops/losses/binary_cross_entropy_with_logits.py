@@ -152,10 +152,12 @@ def _values_into(value: Tensor, log: Tensor, x: Tensor, target: Tensor) -> None:
     torch.addcmul(x, x, target, value=-1, out=value).sub_(log)
 
 
-def _values_with_limits(x: Tensor, target: Tensor, c: Tensor | float = 1.0) -> Tensor:
+def _values_with_limits(x: Tensor, target: Tensor, c: Tensor | None = None) -> Tensor:
     """Return the loss as what is linear in |x| and softplus(-|x|)."""
-    u = torch.where(x > 0, 1 - target, c * target)
-    return product(u, x.abs()) + (1 - target + c * target) * F.softplus(-x.abs())
+    positive = target if c is None else c * target
+    linear = product(torch.where(x > 0, 1 - target, positive), x.abs())
+    rest = F.softplus(-x.abs())
+    return linear + (rest if c is None else (1 - target + positive) * rest)
 
 
 def _parts(linear: Tensor, z: Tensor, x: Tensor, target: Tensor) -> None:
