@@ -162,6 +162,25 @@ def test_converted_before_sharding_trains(single_process_group):
     torch.testing.assert_close(trained(model), trained(network()), rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit and torch.ao.quantization are deprecated
+def test_what_goes_by_the_exact_class_takes_a_reverted_model():
+    """By isinstance a layer is torch's; by its class or its source it is not, which is told, and reverting helps."""
+    model = torchbp.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())).eval()
+    synchronous = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert type(synchronous[1]) is nn.SyncBatchNorm
+    with pytest.raises(RuntimeError):
+        torch.jit.script(model)
+    with pytest.raises(AssertionError, match="did not find fuser method"):
+        torch.ao.quantization.fuse_modules(model, [["0", "1", "2"]])
+    x = torch.randn(2, 1, 5, 5)
+    want = model(x)
+    plain = torchbp.revert(model)
+    torch.testing.assert_close(torch.jit.script(plain)(x), want)
+    fused = torch.ao.quantization.fuse_modules(plain, [["0", "1", "2"]])
+    assert type(fused[1]) is nn.Identity
+    torch.testing.assert_close(fused(x), want)
+
+
 def test_converting_after_compile_recompiles():
     model = network().eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
