@@ -213,6 +213,8 @@ def group_norm(
         if t is not None and tuple(t.shape) != (channels,):
             rule = f"{name} of shape {(channels,)} for an input of shape {shape(input)}"
             raise RuntimeError(wrong("group_norm", rule, shape(t), "one a channel"))
+        if t is not None and t.dtype != input.dtype and not is_half(input):
+            raise RuntimeError(wrong("group_norm", f"{name} of {input.dtype}", t.dtype, "cast one"))
     return _group_norm(input, num_groups, weight, bias, eps)[0]
 
 
@@ -253,6 +255,7 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((x, 2, make.normal(3)), name="weight")
     yield Sample((x, 2, None, make.normal(3)), name="bias")
     yield Sample((make.labels(4, 4, classes=5), 2), name="integers")
+    yield Sample((make.normal(4, 4), 2, make.normal(4).float()), name="dtypes")
 
 
 def _benchmark(make: Make, n: int) -> Sample:
