@@ -143,3 +143,16 @@ def test_the_op_is_what_torch_expects_of_one(tokens):
     torch.library.opcheck(opaque, (x, weight, bias, target, w, *settings))
     settings = ("sum", 3, 0.0, 0.0, None, 64, [False, True, False], tokens)
     torch.library.opcheck(opaque, (x.detach(), weight, None, target, None, *settings))
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_without_a_gradient(tokens):
+    """As a model is evaluated: under no_grad, and of inputs that want none."""
+    torch._dynamo.reset()
+    x, weight, target = language_model()
+    compiled = torch.compile(F.linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    want = F.linear_cross_entropy(x, weight, target, return_tokens=tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, weight, target, return_tokens=tokens), want)
+    given = (x.detach(), weight.detach(), target)
+    torch.testing.assert_close(compiled(*given, return_tokens=tokens), want)

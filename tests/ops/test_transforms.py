@@ -215,6 +215,17 @@ def test_compiled_backward_runs_the_hand_written_one(first):
     assert "autograd_function_apply" in code
 
 
+def test_compile_without_a_gradient(first):
+    """As a model is evaluated."""
+    torch._dynamo.reset()
+    f, tensors = first.of_tensors(first.sample(torch.float32), first.op.function)
+    with torch.no_grad():
+        want = f(*tensors)
+        got = torch.compile(f, fullgraph=True, backend="eager")(*tensors)
+    if not first.op.random:
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(case, dtype):
     """The dtypes of torch under autocast, outputs and gradients, and the values of float64, for both input dtypes."""

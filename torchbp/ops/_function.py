@@ -109,6 +109,10 @@ def entry(
 
     def apply(*args: object) -> Tensor:
         if is_dynamo_compiling():
+            if places is None and not _differentiated(args):
+                return function.forward(
+                    *args
+                )  # dynamo would, but miscounts what a forward of any number takes
             return traced.apply(*args)
         if transforms_active():
             return transformed.apply(*args)
@@ -128,6 +132,10 @@ def entry(
     return apply
 
 
+def _differentiated(args: tuple[object, ...]) -> bool:
+    return is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
 def _places_of_tensors(forward: Callable[..., Any]) -> tuple[int, ...] | None:
     """Return the places of the arguments of ``forward`` that may be tensors; ``None`` where they are of any number."""
     parameters = signature(forward).parameters.values()
@@ -142,6 +150,7 @@ def _named_once(forward: Callable[..., Any]) -> Callable[..., Any]:
     ``y.to(y.dtype)`` names ``y`` twice.
     """
 
+    @wraps(forward)  # dynamo counts its parameters
     def call(*args: object) -> Any:
         outputs = forward(*args)
         if isinstance(outputs, tuple):

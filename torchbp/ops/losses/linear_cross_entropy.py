@@ -281,11 +281,12 @@ def linear_cross_entropy(
         )
         tensors = (x, linear_weight, linear_bias, flat, weight)
         traced = torch.compiler.is_compiling()
+        constant = not any(_wanted(x, linear_weight, linear_bias))
         if traced and torch._C._are_functorch_transforms_active():
             # Dynamo (torch 2.13) differentiates the forward there, and through a Function loses the weight's gradient
             value, *tokens = values_by_formula(*tensors, given)
             outputs = (value, *(t.detach() for t in tokens))
-        elif traced and any(early):
+        elif traced and (any(early) or (constant and not _exporting())):
             outputs = opaque(*tensors, *given[:-1])
         else:
             outputs = _linear_cross_entropy(*tensors, *given)
@@ -337,16 +338,23 @@ def _early(
 
     The gradients are no larger than the logits and their gradient would be. In a group, every rank has to decide alike.
     """
-    wanted = [
-        t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, weight, bias)
-    ]
+    wanted = _wanted(x, weight, bias)
     logits = x.shape[0] * weight.shape[0]
     made = sum(t.numel() for t, want in zip((x, weight), wanted, strict=False) if want)
     first_order = not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
-    to_run = not torch.compiler.is_exporting()
-    worth = group is not None or (first_order and to_run and _worth(logits, made))
+    worth = group is not None or (first_order and not _exporting() and _worth(logits, made))
     of_x, of_weight, of_bias = (want and worth and reduction != "none" for want in wanted)
     return of_x, of_weight, of_bias
+
+
+def _wanted(*tensors: Tensor | None) -> list[bool]:
+    """Return which of ``tensors`` autograd asks the gradient of."""
+    return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
+
+
+def _exporting() -> bool:
+    """Whether ``torch.export`` traces; dynamo of torch 2.11 answers ``is_exporting()`` with True wherever it traces."""
+    return torch.compiler._is_exporting_flag
 
 
 def _worth(logits: int, gradients: int) -> bool:
