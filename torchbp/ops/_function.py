@@ -109,11 +109,7 @@ def entry(
 
     def apply(*args: object) -> Tensor:
         if is_dynamo_compiling():
-            if places is None and not _differentiated(args):
-                return function.forward(
-                    *args
-                )  # dynamo would, but miscounts what a forward of any number takes
-            return traced.apply(*args)
+            return _compiled(traced, args, places is None)
         if transforms_active():
             return transformed.apply(*args)
         for i in range(len(args)) if places is None else places:
@@ -132,8 +128,10 @@ def entry(
     return apply
 
 
-def _differentiated(args: tuple[object, ...]) -> bool:
-    return is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+def _compiled(traced: type[Function], args: tuple[Any, ...], any_number: bool) -> Any:
+    """Run ``traced`` under dynamo, which without a gradient miscounts the arguments of a forward of any number."""
+    asked = is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    return traced.forward(*args) if any_number and not asked else traced.apply(*args)
 
 
 def _places_of_tensors(forward: Callable[..., Any]) -> tuple[int, ...] | None:
