@@ -7,13 +7,14 @@ more is made a multiple (channels in groups), or takes along those that are mult
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised
-from torchbp.verify.resize import Places, Size, accepts, resized
+from torchbp.verify.resize import Places, Size, accepts, apart, resized
 from torchbp.verify.tolerance import largest
 
 __all__ = ["elementwise", "fits", "free_sizes", "one_more"]
@@ -42,10 +43,16 @@ def one_more(case: Case) -> list[Case]:
         for s in free:
             sides[(order[s.now] + (s.now in seen)) % 2][s] = s.more
             seen.add(s.now)
-        halves = [resized(case, side) for side in sides if side]
-        if all(map(accepts, halves)):
-            return halves
-    return case.memo.get("one more", [])
+        *first, last = [_more(case, side) for side in sides if side]
+        if all(map(accepts, first)) and (accepts(apart(last)) or accepts(last)):
+            return [*first, last]
+    return list(case.memo.get("one more", {}).values())
+
+
+def _more(case: Case, sizes: Mapping[Size, int]) -> Case:
+    """Return the case at these sizes: one that was called already, where that is of one size."""
+    known = case.memo.get("one more", {}).get(next(iter(sizes))) if len(sizes) == 1 else None
+    return known or resized(case, sizes)
 
 
 def fits(case: Case, sizes: Mapping[Size, int], most: int) -> bool:
@@ -143,19 +150,25 @@ class _Search:
             parts = [tuple(p for p in whole if p[1] == whole[0][1])]  # one dimension, of all inputs
         else:
             parts = [(p,) for p in (whole[0], whole[-1], *(whole[1:2] if len(whole) == 3 else ()))]
-        units = (size.unit, size.now) if len(whole) > 2 else (size.unit,)
-        for part in parts[:1] if len(whole) == 2 else parts:
+        for number, part in enumerate(parts[:1] if len(whole) == 2 else parts):
             rest = tuple(p for p in whole if p not in part)
-            for unit in dict.fromkeys(units) if rest else ():
-                alone = Size(size.now, part, unit)
+            one = Size(size.now, part, size.unit)
+            # What refuses to double refuses one more, too: heads of queries, to which those of keys stay as they are.
+            twice = replace(one, unit=size.now) if number == 0 and len(whole) > 2 else one
+            found = None
+            for alone in dict.fromkeys((twice, one)) if rest else ():
                 grown = self._grows(alone, backward=True)
-                if grown is not None:
-                    self.growth = {
-                        (Size(s.now, rest, unit) if s == size else s): g - grown * (s == size)
-                        for s, g in self.growth.items()
-                    }
-                    self.growth[alone] = grown
-                    return True
+                if grown is None:
+                    break
+                found = alone, grown
+            if found:
+                alone, grown = found
+                self.growth = {
+                    (Size(s.now, rest, alone.unit) if s == size else s): g - grown * (s == size)
+                    for s, g in self.growth.items()
+                }
+                self.growth[alone] = grown
+                return True
         return False
 
     def _grows(self, size: Size, *, backward: bool = False) -> float | None:
@@ -174,7 +187,7 @@ class _Search:
                 _ = other.plain
             except BackwardRaised:
                 return None
-        case.memo.setdefault("one more", []).append(other)
+        case.memo.setdefault("one more", {})[size] = other
         grown = _count(other.all_outputs) / _count(case.all_outputs)
         return math.log(grown) / math.log(size.more / size.now)
 

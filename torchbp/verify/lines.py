@@ -31,6 +31,7 @@ class Lines:
             False  # whether the gradient seems to be right at the sample and wrong beside it
         )
         self.elsewhere = elsewhere  # than at the user's sample
+        self.rise = math.nan  # of the last short step: ⟨v, f(x + step) - f(x)⟩
         self.grads = [g.detach().cpu() for g in case.plain.grads]
         self.noise = (
             4
@@ -232,15 +233,15 @@ class Lines:
 
     def _off(self, directions: dict[int, Tensor], step: float, got: float) -> float:
         """Return how far the rise of a step is from the mean slope of its ends; infinite beyond the domain."""
-        leaves = self.moved(directions, step)
+        leaves, self.rise = self.moved(directions, step), math.nan
         try:
             outputs = self.case.forward(leaves)
         except ForwardRaised:
             return float("inf")
-        rise = self._rise(outputs)
+        self.rise = self._rise(outputs)
         grads = self.case.backward(outputs, leaves, self.case.plain.cotangents)
         there, _ = self._along([g.detach().cpu() for g in grads], directions)
-        off = abs(rise / step - (got + there) / 2)
+        off = abs(self.rise / step - (got + there) / 2)
         return off if off == off else float("inf")  # noqa: PLR0124  # NaN
 
     def measure(

@@ -16,6 +16,7 @@ __all__ = [
     "APART",
     "Size",
     "accepts",
+    "apart",
     "broadcast",
     "explodes",
     "resized",
@@ -110,6 +111,11 @@ def scaled(case: Case, factor: float, chosen: Sequence[int] | None = None) -> Ca
             lambda i, t: _times(t, factor) if i in where else t
         )
     return case.memo["scaled", factor, which]
+
+
+def apart(case: Case) -> Case:
+    """Return the case with its inputs, of several every other one, larger; the same one each time."""
+    return scaled(case, APART, range(0, len(case.leaves), 2))
 
 
 def _times(t: Tensor, factor: float) -> Tensor:

@@ -11,10 +11,11 @@ from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.lines import Lines
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts
 from torchbp.verify.tensors import real, signed_like
 from torchbp.verify.tolerance import largest
 
-__all__ = ["check_smooth", "not_finite", "not_finite_at"]
+__all__ = ["check_smooth", "not_finite", "not_finite_at", "right_at_once"]
 
 STEP = 2.0**-12
 STEEP = 1e6  # times as large gradients: rounding decides
@@ -51,16 +52,27 @@ def check_smooth(
     return check_lines(case, check, when, beside=False, elsewhere=False)
 
 
+def right_at_once(case: Case) -> bool:
+    """Whether forward takes the sample, and its gradient is that of a short step; ``False`` leaves a question."""
+    try:
+        finite = accepts(case) and all(bool(g.isfinite().all()) for g in case.plain.grads)
+    except BackwardRaised:
+        return False
+    lines = Lines(case, elsewhere=True) if finite else None
+    return bool(lines and lines.rises_at_once(lines.direction(0)))
+
+
 def _is_linear(lines: Lines, direction: dict[int, Tensor]) -> bool:
     """Whether forward has one slope along ``direction``, that is not the gradient's, and its parts' add up to it.
 
-    Those of a median of equal elements do not.
+    Those of a median of equal elements do not. ``lines`` has just gone up.
     """
 
     def slope(d: dict[int, Tensor]) -> tuple[float, float]:
         return central(lambda t: lines.value(d, t), lines.near)
 
-    whole, bend = slope(direction)
+    up = lines.rise
+    whole, bend = central(lambda t: up if t > 0 else lines.value(direction, t), lines.near)
     off = abs(whole - lines.along(direction))
     slack = 0.02 * off - 2 * lines.noise / lines.near
     if not bend < slack:

@@ -25,9 +25,13 @@ TRIED = 4  # calls for those
 def _run(case: Case) -> Iterator[Finding]:
     values = options(case)
     tested = False
+    right: list[Values] = []
     for some in _tries(case, values):
         accepted = 0
         for change in some:
+            if any(_is_part(change, whole) for whole in right):
+                accepted += 1
+                continue
             other = with_options(case, change)
             if accepted >= EACH or not accepts(other) or same_outputs(case, other):
                 continue
@@ -43,10 +47,16 @@ def _run(case: Case) -> Iterator[Finding]:
             if found and (found.expected != 0 or zero):
                 yield found
                 return
+            right.append(change)
             if len(change) > 1:
                 break
     if not tested:
         raise NotApplicable("no number, flag or word among the arguments that may be another")
+
+
+def _is_part(change: Values, whole: Values) -> bool:
+    """Whether these flags and words were right together with others; what a number does a word may hide."""
+    return all(isinstance(x, (bool, str)) and whole.get(i) == x for i, x in change.items())
 
 
 def _tries(case: Case, values: Values) -> Iterator[list[Values]]:

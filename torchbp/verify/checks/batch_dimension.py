@@ -1,6 +1,11 @@
-"""One leading dimension more, or less: sequences of tokens instead of rows, one row, where forward takes them."""
+"""One leading dimension more, or less: sequences of tokens instead of rows, one row, where forward takes them.
 
-from collections.abc import Iterator
+Where forward makes of a batch what it makes of its samples, backward must make of it what it makes of them: no
+differences are needed, unless the two disagree.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,36 +14,38 @@ from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.growth import elementwise
+from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
+from torchbp.verify.tolerance import compare_all
 
 NAME = "batch_dimension"
 
+Join = Literal["stack", "sum", "mean"]
+Gradients = list[Tensor]  # one a leaf
+# What each of two samples gets of the grad_output of their batch.
+_SHARES: dict[Join, Callable[[Tensor, int], Tensor]] = {
+    "stack": lambda v, number: v[number],
+    "sum": lambda v, _: v,
+    "mean": lambda v, _: 0.5 * v,
+}
+
 
 def _run(case: Case) -> Iterator[Finding]:
-    arguments = case.arguments
-    sizes = [t.shape[0] for _, t in arguments if t.dim()]
+    sizes = [t.shape[0] for _, t in case.arguments if t.dim()]
     if not sizes:
         raise NotApplicable("no dimension in the sample")
-    every = [i for i, _ in arguments]
-    rows = [i for i, t in arguments if t.dim() and t.shape[0] == sizes[0]]
-    first = every[:1]
-    tested = False
-    single = case.edited(lambda i, t: t[0] if i in rows and len(t) else t)
-    fewer = case.leaves[0].dim() > 1 and not elementwise(case)
-    if fewer and accepts(single) and _is_first(case, single):
-        tested = True
+    rows = tuple(i for i, t in case.arguments if t.dim() and t.shape[0] == sizes[0])
+    single = _single(case, rows)
+    if single and not _has_gradients(single, lambda v: _of_first(case, v, rows)):
         found = check_lines(single, NAME, " with a dimension less", elsewhere=False)
         if found and found.got is not None:
             yield found
             return
-    for chosen in dict.fromkeys(map(tuple, (rows, every, first))):
-        other = case.edited(lambda i, t, chosen=chosen: _stack(t) if i in chosen else t)
-        rolled = case.edited(lambda i, t, chosen=chosen: _rolled(t) if i in chosen else t)
-        if not accepts(other) or not accepts(rolled) or not _means_a_batch(other, case, rolled):
-            continue
-        tested = True
-        for batch in (other, *_beyond(case, other, chosen)):
+    every = tuple(i for i, _ in case.arguments)
+    for chosen in dict.fromkeys((rows, every, every[:1])):
+        batches = _batches(case, chosen)
+        for batch in batches or ():
             shapes = ", ".join(str(tuple(t.shape)) for _, t in batch.arguments)
             when = f" with a leading dimension more, at shapes {shapes}"
             found = check_lines(batch, NAME, when, elsewhere=False)
@@ -47,21 +54,70 @@ def _run(case: Case) -> Iterator[Finding]:
             if found:
                 yield found
                 return
-        break
-    if not tested:
+        if batches is not None:
+            return
+    if not single:
         raise NotApplicable("forward takes no further dimension, or not as a batch")
 
 
-def _is_first(case: Case, single: Case) -> bool:
-    """Whether forward makes of the first row what stands first in what it makes of all."""
-    pairs = list(zip(case.all_outputs, single.all_outputs, strict=False))
-    return bool(pairs) and all(
+def _single(case: Case, rows: Sequence[int]) -> Case | None:
+    """Return the first row alone, where forward makes of it what stands first in what it makes of all."""
+    if case.leaves[0].dim() < 2 or elementwise(case):
+        return None
+    single = case.edited(lambda i, t: t[0] if i in rows and len(t) else t)
+    pairs = list(zip(case.all_outputs, single.all_outputs, strict=False)) if accepts(single) else []
+    first = all(
         y.shape[1:] == one.shape
         and y.dim() > one.dim()
         and len(y) > 0
         and torch.allclose(y[0], one, rtol=1e-6, atol=1e-9)
         for y, one in pairs
     )
+    return single if pairs and first else None
+
+
+def _batches(case: Case, chosen: tuple[int, ...]) -> list[Case] | None:
+    """Return the batches whose gradients are not known to be right; ``None`` where forward takes no batch."""
+    other = case.edited(lambda i, t: _stack(t) if i in chosen else t)
+    rolled = case.edited(lambda i, t: _rolled(t) if i in chosen else t)
+    joins = _joins(other, case, rolled) if accepts(other) and accepts(rolled) else None
+    if joins is None:
+        return None
+    known = _has_gradients(other, lambda v: _of_both((case, rolled), joins, v, chosen))
+    return [*([] if known else [other]), *_beyond(case, other, chosen)]
+
+
+def _has_gradients(other: Case, expected: Callable[[Sequence[Tensor]], Gradients]) -> bool:
+    """Whether the gradients are those that are known from the sample, for the same grad_output."""
+    try:
+        got = other.plain.grads
+        return not compare_all(NAME, other, got, expected(other.plain.cotangents))
+    except BackwardRaised:
+        return False
+
+
+def _of_first(case: Case, several: Sequence[Tensor], rows: Sequence[int]) -> Gradients:
+    """Return the gradients where the first row alone has a grad_output: that row's, and the whole of what is no row."""
+    first = []
+    for v, y in zip(several, case.plain.outputs, strict=True):
+        first.append(torch.zeros_like(y, memory_format=torch.contiguous_format))
+        first[-1][0] = v
+    (grads,) = case.vjps([first])
+    return [g[0] if i in rows else g for i, g in zip(case.where, grads, strict=True)]
+
+
+def _of_both(
+    pair: tuple[Case, Case], joins: list[Join], several: Sequence[Tensor], stacked: Sequence[int]
+) -> Gradients:
+    """Return the gradients of a batch of two samples: those of both, or their sum where they share an input."""
+    parts = []
+    for number, sample in enumerate(pair):
+        outputs = zip(sample.differentiable, several, strict=True)
+        parts.append(sample.vjps([[_SHARES[joins[k]](v, number) for k, v in outputs]])[0])
+    return [
+        torch.stack(two) if i in stacked else two[0] + two[1]
+        for i, two in zip(pair[0].where, zip(*parts, strict=True), strict=True)
+    ]
 
 
 def _beyond(case: Case, other: Case, chosen: tuple[int, ...]) -> list[Case]:
@@ -84,15 +140,20 @@ def _rolled(t: Tensor) -> Tensor:
     return t.roll(1, 0) if t.dim() else t
 
 
-def _means_a_batch(both: Case, one: Case, other: Case) -> bool:
-    """Whether forward makes of a batch what it makes of its samples: their stack, sum or mean."""
+def _joins(both: Case, one: Case, other: Case) -> list[Join] | None:
+    """Return what forward makes of a batch, an output: what it makes of its samples, stacked, added or averaged."""
+    found: list[Join] = []
     for y, a, b in zip(both.all_outputs, one.all_outputs, other.all_outputs, strict=True):
-        wanted = [torch.stack([a, b]), a + b, 0.5 * (a + b)]
-        if not any(
-            y.shape == w.shape and torch.allclose(y, w.to(y), rtol=1e-6, atol=1e-9) for w in wanted
-        ):
-            return False
-    return True
+        ways: dict[Join, Tensor] = {"stack": torch.stack([a, b]), "sum": a + b, "mean": (a + b) / 2}
+        kinds: list[Join] = [
+            kind
+            for kind, w in ways.items()
+            if y.shape == w.shape and torch.allclose(y, w.to(y), rtol=1e-6, atol=1e-9)
+        ]
+        if not kinds:
+            return None
+        found += kinds[:1]
+    return found
 
 
 CHECK = Check(

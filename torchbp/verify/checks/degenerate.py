@@ -14,7 +14,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.growth import elementwise
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
-from torchbp.verify.smooth import check_smooth
+from torchbp.verify.smooth import check_smooth, right_at_once
 from torchbp.verify.tolerance import largest
 
 NAME = "degenerate"
@@ -55,8 +55,9 @@ def _identity(t: Tensor) -> Tensor:
     return torch.eye(n, dtype=t.dtype, device=t.device).expand_as(t).contiguous()
 
 
+ROWS = "rows are equal, or zero"
 SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
-    "rows are equal, or zero": _equal_rows,
+    ROWS: _equal_rows,
     "a row is zero": _zero_row,
     "square matrices are the identity": _identity,
 }
@@ -70,20 +71,22 @@ def _samples(case: Case, inputs: list[int]) -> Iterator[tuple[str, Case]]:
         yield what, case.edited(lambda i, t, change=change: change(t) if i in inputs else t)
     for i in inputs[:ZERO]:
         yield f"{case.name_at[i]} is 0", case.edited(lambda j, t, i=i: t * 0 if i == j else t)
-    pair = next(((i, j) for i in inputs for j in inputs if i < j and _rows_alike(case, i, j)), None)
-    if pair:
-        a, b = (case.flat[k] for k in pair)
-        n = min(len(a), len(b))
-        met = torch.cat([a[:n], b[n:]])
-        yield (
-            f"{case.name_at[pair[0]]} and {case.name_at[pair[1]]} are equal",
-            case.edited(lambda i, t: met if i == pair[1] else t),
-        )
     constants = [t for i, t in case.arguments if i not in case.where and t.is_floating_point()]
     like = {i: c for i in inputs for c in constants if c.shape == case.flat[i].shape}
     if like:
         same = {i: c.to(case.flat[i].dtype) for i, c in like.items()}
         yield "an input equals its target", case.edited(same.get)
+
+
+def _pair(case: Case, inputs: list[int]) -> tuple[int, int] | None:
+    """Return two inputs whose rows may be equal."""
+    return next(((i, j) for i in inputs for j in inputs if i < j and _rows_alike(case, i, j)), None)
+
+
+def _met(case: Case, pair: tuple[int, int]) -> Case:
+    a, b = (case.flat[k] for k in pair)
+    n = min(len(a), len(b))
+    return case.edited(lambda i, t: torch.cat([a[:n], b[n:]]) if i == pair[1] else t)
 
 
 def _rows_alike(case: Case, i: int, j: int) -> bool:
@@ -98,17 +101,27 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("works element by element: see edges and ties")
     most = max(map(largest, case.plain.grads))
     tested = False
+    samples = dict(_samples(case, inputs))
+    pair = _pair(case, inputs)
+    if pair:
+        both = _met(samples[ROWS], pair)
+        both.__dict__["epsilon"] = case.epsilon
+        tested = right_at_once(both)
+        if tested:
+            del samples[ROWS]  # alone it leaves no question
+        else:
+            what = f"{case.name_at[pair[0]]} and {case.name_at[pair[1]]} are equal"
+            samples[what] = _met(case, pair)
     square = any(_is_square(case.flat[i]) for i in inputs)
     seen = [case]
-    for what, other in _samples(case, inputs):
+    for what, other in samples.items():
+        # An output that cancels would seem to hold few bits.
+        other.__dict__["epsilon"] = case.epsilon
         known = any(all(torch.equal(c.flat[i], other.flat[i]) for i in inputs) for c in seen)
         if known or not accepts(other):
             continue
         seen.append(other)
         tested = True
-        other.__dict__["epsilon"] = (
-            case.epsilon
-        )  # an output that cancels would seem to hold few bits
         found = check_smooth(
             other, NAME, f" where {what}", most, singular=square and what in SAMPLES
         )

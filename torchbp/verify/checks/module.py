@@ -23,7 +23,7 @@ def _run(case: Case) -> Iterator[Finding]:
     other = case.in_mode(not was)
     yield from _state(case, not was)
     if accepts(other) and other.steady:
-        found = check_lines(other, NAME, f" in {'eval' if was else 'train'} mode", number=2)
+        found = check_lines(other, NAME, f" in {'eval' if was else 'train'} mode")
         if found:
             yield found
 

@@ -12,6 +12,7 @@ from torchbp.verify.resize import (
     APART,
     Size,
     accepts,
+    apart,
     broadcast,
     explodes,
     resized,
@@ -81,7 +82,7 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _apart(case: Case, run: Run) -> Run:
     """Return the run for inputs, of several every other one, that are larger, which saves calls."""
-    other = scaled(run.plain, APART, range(0, len(case.leaves), 2))
+    other = apart(run.plain)
     if not accepts(other):
         return run
     case.memo.setdefault("scaled", set()).add(APART)
@@ -109,14 +110,22 @@ def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
             for size in free:
                 reached[size] = max(reached[size], size.within(run.plain))
             yield replace(run, ones=row == ONES)
-    for sizes in _alone(free, reached, indexed):
+    for sizes in _left(free, reached, indexed):
         run = _largest_that_runs(case, sizes)
         if run:
+            for size in sizes:
+                reached[size] = max(reached[size], size.within(run.plain))
             yield run
 
 
-def _alone(free: list[Size], reached: dict[Size, int], indexed: bool) -> Iterator[dict[Size, int]]:
-    """Yield sizes that came along small, or not at all, where others are large; and fewer frames than labels."""
+def _left(free: list[Size], reached: dict[Size, int], indexed: bool) -> Iterator[dict[Size, int]]:
+    """Yield sizes that came along small, or not at all, where others are large; and fewer frames than labels.
+
+    All at once, then alone each that is not ``reached`` yet.
+    """
+    small = {size: size.near(BLOCK) for size in free if reached[size] < BLOCK}
+    if len(small) > 1:
+        yield small
     for size in free:
         if reached[size] < BLOCK:
             yield {size: size.near(BLOCK)}
