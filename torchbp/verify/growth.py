@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised
-from torchbp.verify.resize import Places, Size, accepts, apart, resized
+from torchbp.verify.resize import Places, Size, accepts, resized
 from torchbp.verify.tolerance import largest
 
 __all__ = ["elementwise", "fits", "free_sizes", "one_more"]
@@ -30,29 +30,9 @@ def free_sizes(case: Case) -> list[Size]:
 
 
 def one_more(case: Case) -> list[Case]:
-    """Return the case with every other free size one larger, and with the rest so: odd ones are even there.
-
-    Where it refuses those, each alone.
-    """
-    free = free_sizes(case)
-    if len(free) > 2:
-        # What may change alone goes with the half that its like is not in.
-        order = {n: k for k, n in enumerate(dict.fromkeys(s.now for s in free))}
-        seen: set[int] = set()
-        sides: list[dict[Size, int]] = [{}, {}]
-        for s in free:
-            sides[(order[s.now] + (s.now in seen)) % 2][s] = s.more
-            seen.add(s.now)
-        *first, last = [_more(case, side) for side in sides if side]
-        if all(map(accepts, first)) and (accepts(apart(last)) or accepts(last)):
-            return [*first, last]
-    return list(case.memo.get("one more", {}).values())
-
-
-def _more(case: Case, sizes: Mapping[Size, int]) -> Case:
-    """Return the case at these sizes: one that was called already, where that is of one size."""
-    known = case.memo.get("one more", {}).get(next(iter(sizes))) if len(sizes) == 1 else None
-    return known or resized(case, sizes)
+    """Return the case with its free sizes one larger, all at once if it takes that, and what may change alone alone."""
+    _ = _growth(case)
+    return case.memo.get("one more", [])
 
 
 def fits(case: Case, sizes: Mapping[Size, int], most: int) -> bool:
@@ -89,8 +69,10 @@ class _Search:
         self.growth: dict[Size, float] = {}
         places = self._places()
         # A size of 1 may be a batch, a step or a channel of which the sample has one only.
-        for n in [*[n for n in places if n > 1][:MOST], *([1] if 1 in places else ())]:
-            self._together(n, places)
+        sizes = [*[n for n in places if n > 1][:MOST], *([1] if 1 in places else ())]
+        if len(sizes) < 2 or not self._at_once([Size(n, places[n]) for n in sizes]):
+            for n in sizes:
+                self._together(n, places)
         alone = 0
         for size in list(self.growth):
             if alone < LATER and size.places == places[size.now]:
@@ -120,6 +102,24 @@ class _Search:
             for n in dict.fromkeys(n for t in values for n in t.shape)
             if n and n not in tied
         }
+
+    def _at_once(self, sizes: list[Size]) -> bool:
+        """Find whether all sizes may be one larger at once, which spares a call each; outputs tell how they grow."""
+        self.attempts += 1
+        other = resized(self.case, {size: size.more for size in sizes})
+        if not accepts(other):
+            return False
+        growth = dict.fromkeys(sizes, 0.0)
+        by_change = {(size.now, size.more): size for size in sizes}
+        here, there = (max(c.all_outputs, key=Tensor.numel).shape for c in (self.case, other))
+        for change in zip(here, there, strict=False):
+            if change in by_change:
+                growth[by_change[change]] += 1
+            elif change[0] != change[1]:
+                return False  # of several dimensions in one
+        self.growth = growth
+        self.case.memo["one more"] = [other]
+        return True
 
     def _together(self, n: int, places: Mapping[int, Places]) -> None:
         """Find what of the dimensions of size ``n`` may change together: all of them, or the first or last alone."""
@@ -187,7 +187,7 @@ class _Search:
                 _ = other.plain
             except BackwardRaised:
                 return None
-        case.memo.setdefault("one more", {})[size] = other
+        case.memo.setdefault("one more", []).append(other)
         grown = _count(other.all_outputs) / _count(case.all_outputs)
         return math.log(grown) / math.log(size.more / size.now)
 
