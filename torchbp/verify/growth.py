@@ -160,6 +160,8 @@ class _Search:
                 grown = self._grows(alone, backward=True)
                 if grown is None:
                     break
+                if found:
+                    self.case.memo["one more"].pop(-2)  # one more is enough
                 found = alone, grown
             if found:
                 alone, grown = found
