@@ -4,6 +4,7 @@ from torch import Tensor
 
 from torchbp.verify._check import NotApplicable, Refused
 from torchbp.verify.cases import Case
+from torchbp.verify.halving import culprit
 from torchbp.verify.lines import Lines
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate, reason
 from torchbp.verify.report import Finding
@@ -47,7 +48,7 @@ def check_lines(
             continue
         agrees = rises or lines.agrees(direction)
         if agrees is False:
-            found = lines.along_all(n, check, when)
+            found = culprit(lines, n, check, when)
         elif agrees and beside:
             found = check_beside(case, lines, direction, check, when)
         else:

@@ -21,6 +21,7 @@ __all__ = ["elementwise", "fits", "free_sizes", "one_more"]
 
 MOST = 3  # sizes of the sample that are looked at
 LATER = 2  # sizes that may change alone, beside them
+SAME = 2**12  # elements of an input whose sizes are all the same
 ATTEMPTS = 10  # calls to find out
 
 
@@ -30,7 +31,7 @@ def free_sizes(case: Case) -> list[Size]:
 
 
 def one_more(case: Case) -> list[Case]:
-    """Return the case with its free sizes one larger, all at once if it takes that, and what may change alone alone."""
+    """Return the case with its free sizes one larger, or all the same if it takes that; and what may change alone."""
     _ = _growth(case)
     return case.memo.get("one more", [])
 
@@ -104,13 +105,25 @@ class _Search:
         }
 
     def _at_once(self, sizes: list[Size]) -> bool:
-        """Find whether all sizes may be one larger at once, which spares a call each; outputs tell how they grow."""
+        """Find whether all sizes may be the same larger one, which spares a call each; outputs tell how they grow.
+
+        A number that is another's and one more, or twice it, will not be the same.
+        """
+        same = max(size.now for size in sizes) + 1
+        new = dict.fromkeys(sizes, same)
+        wanted = {(i, d): same for size in sizes for i, d, _ in size.places}
+        largest = max(
+            math.prod(wanted.get((i, d), n) for d, n in enumerate(t.shape))
+            for i, t in self.case.arguments
+        )
+        if largest > SAME:
+            return False
         self.attempts += 1
-        other = resized(self.case, {size: size.more for size in sizes})
+        other = resized(self.case, new)
         if not accepts(other):
             return False
         growth = dict.fromkeys(sizes, 0.0)
-        by_change = {(size.now, size.more): size for size in sizes}
+        by_change = {(size.now, same): size for size in sizes}
         here, there = (max(c.all_outputs, key=Tensor.numel).shape for c in (self.case, other))
         for change in zip(here, there, strict=False):
             if change in by_change:

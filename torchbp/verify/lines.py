@@ -9,9 +9,8 @@ from torch import Tensor
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import central, settle
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
-from torchbp.verify.report import Finding
-from torchbp.verify.tensors import half, like, like_mask, real, scale_of, signed_like
-from torchbp.verify.tolerance import compare, largest
+from torchbp.verify.tensors import like, real, scale_of, signed_like
+from torchbp.verify.tolerance import largest
 
 __all__ = ["Lines"]
 
@@ -31,7 +30,9 @@ class Lines:
             False  # whether the gradient seems to be right at the sample and wrong beside it
         )
         self.elsewhere = elsewhere  # than at the user's sample
+        self.at_once = False  # whether the first step already said that all is well
         self.rise = math.nan  # of the last short step: ⟨v, f(x + step) - f(x)⟩
+        self.end: tuple[list[Tensor], tuple[Tensor, ...]] = ([], ())  # of it: leaves and outputs
         self.grads = [g.detach().cpu() for g in case.plain.grads]
         self.noise = (
             4
@@ -86,76 +87,6 @@ class Lines:
         value, settled = self.measure({which: direction}, got, allowed)
         return value / size, settled
 
-    def along_all(self, number: int, check: str, when: str = "") -> Finding | None:
-        """Move every element at once; on a mismatch halve the set until one element is left."""
-        directions = self.direction(number)
-        while sum(int((d != 0).sum()) for d in directions.values()) > 1:
-            first = half(directions)
-            rest = {i: d - first[i] if i in first else d for i, d in directions.items()}
-            if self.agrees(first) is False:
-                directions = first
-            elif self.agrees(rest) is False:
-                directions = rest
-            else:
-                return None
-        which, d = next((i, d) for i, d in directions.items() if d.any())
-        index = int(d.nonzero()[0])
-        value, settled = self.along_element(which, index)
-        if not self._in_detail(which, index, value):
-            return None
-        if self.elsewhere and not self._stands(which, index, value):
-            return None
-        g = self.grads[which]
-        truth, known = real(g).clone(), torch.zeros(real(g).numel(), dtype=torch.bool)
-        truth[index], known[index] = value, settled
-        return compare(
-            check,
-            self.case.names[which],
-            g,
-            like(truth, g),
-            self.tolerance(which),
-            known=like_mask(known, g),
-            when=f"{when} (found by halving a random direction; others may be wrong too)",
-            leaf=self.case.leaves[which].cpu(),
-        )
-
-    def _in_detail(self, which: int, index: int, value: float) -> bool:
-        """Return whether the shortest step that rounding allows says the same: others may miss fast oscillations."""
-        size = float(self.scales[which][index])
-        off = abs(value - float(real(self.grads[which])[index])) * size
-        if not off > 0:  # or NaN
-            return True
-        step = max(40 * self.noise / off, SHORTEST)
-        own = abs(float(real(self.case.leaves[which])[index])) / size
-        if (
-            2.0**-10 * own > self.noise / off
-        ):  # beside a pole at 0 a step is long that is not elsewhere
-            step = min(step, 2.0**-10 * own)
-        if not step < self.near:  # no shorter than what was tried
-            return True
-        direction = torch.zeros_like(real(self.grads[which]))
-        direction[index] = size
-        slope, _ = central(lambda t: self.value({which: direction}, t), step)
-        return not abs(slope - value * size) > 0.25 * off
-
-    def _stands(self, which: int, index: int, value: float) -> bool:
-        """Return whether what is wrong is more than what rounding of the inputs makes of the gradient.
-
-        A matrix may be singular at another size, a pole near at another scale.
-        """
-        generator = self.case.generator("stands")
-        moved = []
-        for leaf in self.case.leaves:
-            r = signed_like(leaf.real, generator)
-            moved.append((leaf * (1 + 16 * torch.finfo(leaf.dtype).eps * r)).requires_grad_())
-        try:
-            grads = self.case.backward(self.case.forward(moved), moved, self.case.plain.cotangents)
-        except (ForwardRaised, BackwardRaised):
-            return False
-        got = float(real(self.grads[which])[index])
-        again = float(real(grads[which].detach().cpu())[index])
-        return abs(again - got) <= 0.05 * abs(value - got) or not math.isfinite(got)
-
     def direction(self, number: int) -> dict[int, Tensor]:
         """Return a random direction that moves every element, one tensor a leaf."""
         generator = self.case.generator(f"line {number}")
@@ -198,6 +129,7 @@ class Lines:
         try:
             off = self._off(directions, self.near, got)
             if off <= allowed + (self.noise / self.near if self.elsewhere else 0):
+                self.at_once = True
                 return True
             if off <= 4 * self.noise / self.near:
                 long = 16 * self.near
@@ -235,14 +167,29 @@ class Lines:
         """Return how far the rise of a step is from the mean slope of its ends; infinite beyond the domain."""
         leaves, self.rise = self.moved(directions, step), math.nan
         try:
-            outputs = self.case.forward(leaves)
+            self.end = leaves, self.case.forward(leaves)
         except ForwardRaised:
             return float("inf")
+        return self._off_there(directions, step, got)
+
+    def _off_there(self, directions: dict[int, Tensor], step: float, got: float) -> float:
+        leaves, outputs = self.end
         self.rise = self._rise(outputs)
-        grads = self.case.backward(outputs, leaves, self.case.plain.cotangents)
+        v = self.case.plain.cotangents
+        grads = self.case.backward(outputs, leaves, v, retain_graph=True)
         there, _ = self._along([g.detach().cpu() for g in grads], directions)
         off = abs(self.rise / step - (got + there) / 2)
         return off if off == off else float("inf")  # noqa: PLR0124  # NaN
+
+    def rises_for(self, case: Case, directions: dict[int, Tensor]) -> bool:
+        """The same for another grad_output, that of ``case``, at the end of the step just taken: without a forward."""
+        other = Lines(case, elsewhere=self.elsewhere)
+        other.end = self.end
+        got, allowed = other._along(other.grads, directions)
+        try:
+            return other._off_there(directions, other.near, got) <= allowed
+        except BackwardRaised:
+            return True  # of a graph that can be run once only
 
     def measure(
         self, directions: dict[int, Tensor], got: float, allowed: float

@@ -59,7 +59,7 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("no dimension can change")
     refused = ""
     nearby = [Run(c, c, near=True) for c in (*broadcast(case), *one_more(case))]
-    if nearby:
+    if nearby and len(case.leaves) > 1:
         nearby[-1] = _apart(case, nearby[-1])
     for run in (*nearby, *_runs(case, free)):
         other = run.case
@@ -81,13 +81,12 @@ def _run(case: Case) -> Iterator[Finding]:
 
 
 def _apart(case: Case, run: Run) -> Run:
-    """Return the run for inputs, of several every other one, that are larger, which saves calls."""
+    """Return the run for inputs of which every other one is larger, which saves calls."""
     other = apart(run.plain)
     if not accepts(other):
         return run
     case.memo.setdefault("scaled", set()).add(APART)
-    which = "inputs" if len(case.leaves) == 1 else "every other input"
-    return Run(other, run.plain, f", for {which} {APART:g} times as large")
+    return Run(other, run.plain, f", for every other input {APART:g} times as large")
 
 
 def _runs(case: Case, free: list[Size]) -> Iterator[Run]:

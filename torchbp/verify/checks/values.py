@@ -8,14 +8,17 @@ direction is halved until the culprit is left. A mismatch is measured again with
 kink is told by its two one-sided slopes, between which any gradient is right.
 """
 
+import copy
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.calls import Plain
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_beside
+from torchbp.verify.halving import culprit
 from torchbp.verify.lines import Lines
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import like, like_mask, real
@@ -23,6 +26,7 @@ from torchbp.verify.tolerance import compare
 
 NAME = "values"
 EACH = 64  # real numbers up to which every one is moved alone, where the direction does not agree
+OTHERS = 2  # grad_outputs beside the first, of two backwards each
 ALONE = 2  # beyond that: this many
 MOST = 150  # calls for that; once one element is known to be wrong, the others need not all be looked at
 
@@ -33,6 +37,7 @@ def _run(case: Case) -> Iterator[Finding]:
     direction = lines.direction(0)
     rises = lines.rises(direction)
     agrees = rises or lines.agrees(direction)
+    agrees = agrees and (_rises_for_others(case, lines, direction) or None)
     exact = case.epsilon < 1e-12  # else the tolerance of a direction would hide a single element
     if agrees and (exact or size > EACH):
         found = None if rises and not lines.hidden else check_beside(case, lines, direction, NAME)
@@ -67,12 +72,23 @@ def _run(case: Case) -> Iterator[Finding]:
             case.wrong_here = True
             yield found
     if not case.wrong_here and size > EACH and agrees is False:
-        found = lines.along_all(0, NAME)
+        found = culprit(lines, 0, NAME)
         if found:
             case.wrong_here = True
             yield found
     if unsettled == len(elements) and agrees is None:
         raise NotApplicable("finite differences settle nowhere: no smooth point in the sample")
+
+
+def _rises_for_others(case: Case, lines: Lines, direction: dict[int, Tensor]) -> bool:
+    """Whether all is well for other grad_outputs too: chance may hide in one what is wrong in the eighth digit."""
+    for number in range(OTHERS if lines.at_once else 0):
+        v = case.cotangents(case.plain.outputs, f"{NAME} {number}")
+        other = copy.copy(case)
+        other.plain = Plain(case.plain.outputs, v, case.vjps([v])[0])
+        if not lines.rises_for(other, direction):
+            return False
+    return True
 
 
 def _disagrees(lines: Lines, truth: list[Tensor], known: list[Tensor]) -> bool:

@@ -1,0 +1,87 @@
+"""Which element's gradient is wrong, where a direction through all of them disagrees: halved until one is left."""
+
+import math
+
+import torch
+
+from torchbp.verify.differences import central
+from torchbp.verify.lines import SHORTEST, Lines
+from torchbp.verify.raised import BackwardRaised, ForwardRaised
+from torchbp.verify.report import Finding
+from torchbp.verify.tensors import half, like, like_mask, real, signed_like
+from torchbp.verify.tolerance import compare
+
+__all__ = ["culprit"]
+
+
+def culprit(lines: Lines, number: int, check: str, when: str = "") -> Finding | None:
+    """Move every element at once; on a mismatch halve the set until one element is left: what is wrong there."""
+    directions = lines.direction(number)
+    while sum(int((d != 0).sum()) for d in directions.values()) > 1:
+        first = half(directions)
+        rest = {i: d - first[i] if i in first else d for i, d in directions.items()}
+        if lines.agrees(first) is False:
+            directions = first
+        elif lines.agrees(rest) is False:
+            directions = rest
+        else:
+            return None
+    which, d = next((i, d) for i, d in directions.items() if d.any())
+    index = int(d.nonzero()[0])
+    value, settled = lines.along_element(which, index)
+    if not _in_detail(lines, which, index, value):
+        return None
+    if lines.elsewhere and not _stands(lines, which, index, value):
+        return None
+    g = lines.grads[which]
+    truth, known = real(g).clone(), torch.zeros(real(g).numel(), dtype=torch.bool)
+    truth[index], known[index] = value, settled
+    return compare(
+        check,
+        lines.case.names[which],
+        g,
+        like(truth, g),
+        lines.tolerance(which),
+        known=like_mask(known, g),
+        when=f"{when} (found by halving a random direction; others may be wrong too)",
+        leaf=lines.case.leaves[which].cpu(),
+    )
+
+
+def _in_detail(lines: Lines, which: int, index: int, value: float) -> bool:
+    """Return whether the shortest step that rounding allows says the same: others may miss fast oscillations."""
+    size = float(lines.scales[which][index])
+    off = abs(value - float(real(lines.grads[which])[index])) * size
+    if not off > 0:  # or NaN
+        return True
+    step = max(40 * lines.noise / off, SHORTEST)
+    own = abs(float(real(lines.case.leaves[which])[index])) / size
+    if (
+        2.0**-10 * own > lines.noise / off
+    ):  # beside a pole at 0 a step is long that is not elsewhere
+        step = min(step, 2.0**-10 * own)
+    if not step < lines.near:  # no shorter than what was tried
+        return True
+    direction = torch.zeros_like(real(lines.grads[which]))
+    direction[index] = size
+    slope, _ = central(lambda t: lines.value({which: direction}, t), step)
+    return not abs(slope - value * size) > 0.25 * off
+
+
+def _stands(lines: Lines, which: int, index: int, value: float) -> bool:
+    """Return whether what is wrong is more than what rounding of the inputs makes of the gradient.
+
+    A matrix may be singular at another size, a pole near at another scale.
+    """
+    generator = lines.case.generator("stands")
+    moved = []
+    for leaf in lines.case.leaves:
+        r = signed_like(leaf.real, generator)
+        moved.append((leaf * (1 + 16 * torch.finfo(leaf.dtype).eps * r)).requires_grad_())
+    try:
+        grads = lines.case.backward(lines.case.forward(moved), moved, lines.case.plain.cotangents)
+    except (ForwardRaised, BackwardRaised):
+        return False
+    got = float(real(lines.grads[which])[index])
+    again = float(real(grads[which].detach().cpu())[index])
+    return abs(again - got) <= 0.05 * abs(value - got) or not math.isfinite(got)
