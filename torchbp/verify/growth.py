@@ -163,28 +163,52 @@ class _Search:
             parts = [tuple(p for p in whole if p[1] == whole[0][1])]  # one dimension, of all inputs
         else:
             parts = [(p,) for p in (whole[0], whole[-1], *(whole[1:2] if len(whole) == 3 else ()))]
-        for number, part in enumerate(parts[:1] if len(whole) == 2 else parts):
+        several = len(whole) > 2
+        for part in parts if several else parts[:1]:
             rest = tuple(p for p in whole if p not in part)
-            one = Size(size.now, part, size.unit)
-            # What refuses to double refuses one more, too: heads of queries, to which those of keys stay as they are.
-            twice = replace(one, unit=size.now) if number == 0 and len(whole) > 2 else one
-            found = None
-            for alone in dict.fromkeys((twice, one)) if rest else ():
-                grown = self._grows(alone, backward=True)
-                if grown is None:
-                    break
-                if found:
-                    self.case.memo["one more"].pop(-2)  # one more is enough
-                found = alone, grown
+            if not rest:
+                continue
+            first = several and part == parts[0]
+            one, other = Size(size.now, part, size.unit), Size(size.now, rest, size.unit)
+            found = self._alone(one, twice=first)
             if found:
-                alone, grown = found
+                one, grown = found
+                other = replace(other, unit=one.unit)
                 self.growth = {
-                    (Size(s.now, rest, alone.unit) if s == size else s): g - grown * (s == size)
+                    (other if s == size else s): g - grown * (s == size)
                     for s, g in self.growth.items()
                 }
-                self.growth[alone] = grown
+                self.growth[one] = grown
+                return True
+            # Keys, perhaps, that may be more than queries, and not less.
+            found = self._alone(other, twice=False) if first else None
+            if found:
+                left = self.growth[size] - found[1]
+                self.growth = {
+                    (other if s == size else s): found[1] if s == size else g
+                    for s, g in self.growth.items()
+                }
+                self.growth[one] = left
                 return True
         return False
+
+    def _alone(self, size: Size, *, twice: bool) -> tuple[Size, float] | None:
+        """Return the size, with its unit, if forward takes it larger, and how outputs grow with it.
+
+        With ``twice`` a multiple will do: heads of queries, where those of keys stay as they are. What refuses to
+        double refuses one more, too.
+        """
+        if not twice:
+            grown = self._grows(size, backward=True)
+            return None if grown is None else (size, grown)
+        double = replace(size, unit=size.now)
+        grown = self._grows(double, backward=True)
+        if grown is None:
+            return None
+        once = self._alone(size, twice=False) if size.now > 1 else None
+        if once:
+            self.case.memo["one more"].pop(-2)  # one more is enough
+        return once or (double, grown)
 
     def _grows(self, size: Size, *, backward: bool = False) -> float | None:
         """Return how outputs grow with the size, if forward takes it one larger; keep that case.

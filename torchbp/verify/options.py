@@ -25,24 +25,31 @@ def options(case: Case) -> Values:
 
 def _defaults(case: Case) -> dict[str, Any]:
     """Return the numbers, flags and words that are defaults and not given, or attributes of a Module."""
-    if isinstance(case.func, nn.Module):
-        return {
-            f"{prefix}.{name}" if prefix else name: x
-            for prefix, module in case.func.named_modules()
-            for name, x in vars(module).items()
-            if isinstance(x, (bool, float, str)) and not name.startswith("_") and name != "training"
-        }
+    module = case.func if isinstance(case.func, nn.Module) else None
+    attributes = _attributes(module) if module else {}
     try:
-        signature = inspect.signature(case.func)
+        signature = inspect.signature(module.forward if module else case.func)
         bound = case.bound(signature)
     except (TypeError, ValueError):
-        return {}  # without a signature, as built-in functions are, or called in another way
-    return {
+        return (
+            attributes  # without a signature, as built-in functions are, or called in another way
+        )
+    return attributes | {
         name: parameter.default
         for name, parameter in signature.parameters.items()
         if name not in bound.arguments
         and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
         and isinstance(parameter.default, (*SIMPLE, tuple))
+        and name not in attributes
+    }
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {
+        f"{prefix}.{name}" if prefix else name: x
+        for prefix, part in module.named_modules()
+        for name, x in vars(part).items()
+        if isinstance(x, (bool, float, str)) and not name.startswith("_") and name != "training"
     }
 
 
@@ -51,8 +58,12 @@ def with_options(case: Case, change: Mapping[int | str, Any]) -> Case:
     other = case.replaced({i: x for i, x in change.items() if isinstance(i, int)})
     named = {i: x for i, x in change.items() if isinstance(i, str)}
     if isinstance(case.func, nn.Module):
-        return other.with_attributes(named)
-    if named:
+        attributes = _attributes(case.func)
+        other = other.with_attributes({n: x for n, x in named.items() if n in attributes})
+        for name, x in named.items():
+            if name not in attributes:
+                other = other.with_argument(name, x)
+    elif named:
         other.func = partial(case.func, **named)
     return other
 

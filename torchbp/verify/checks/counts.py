@@ -14,6 +14,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 
 NAME = "counts"
+MANY = 9  # tensors more, which only one that takes any number takes
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -21,7 +22,7 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("a Module")
     tested = False
     args, kwargs = case.structure()
-    for more in _longer(case, args):
+    for more in _longer(case, args, kwargs):
         other = case.of(more, kwargs)
         if accepts(other):
             tested = True
@@ -33,7 +34,7 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("takes no list of tensors, or of that number only")
 
 
-def _longer(case: Case, args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+def _longer(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
     """Yield the arguments with each list of tensors one longer, and one longer themselves where that may be."""
     for k, arg in enumerate(args):
         if isinstance(arg, (list, tuple)) and arg and all(isinstance(t, Tensor) for t in arg):
@@ -46,7 +47,10 @@ def _longer(case: Case, args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     except (TypeError, ValueError):
         return
     if inspect.Parameter.VAR_POSITIONAL in kinds and args and isinstance(args[-1], Tensor):
-        yield (*args, _another(args[-1]))
+        another = _another(args[-1])
+        # One that hands on what it is given, as a decorator does, takes as many as what is behind it.
+        if accepts(case.of((*args, *[another] * MANY), kwargs)):
+            yield (*args, another)
 
 
 def _another(t: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwd
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
@@ -94,16 +95,40 @@ def _dot_test(
     if not settled or abs(truth - forward) <= allowed:
         return None
     none = all(t is None or not t.any() for t in tangents)
+    torchs = none and _is_custom(case)
     return Finding(
         check=NAME,
-        severity="wrong",
+        severity="note" if torchs else "wrong",
         message=f"<v, J u> by forward mode is {forward:.6g}, expected {truth:.6g} "
         f"(by differences{f'; reverse mode {reverse:.6g}' if backward else ''}){when}",
         got=forward,
         expected=truth,
         ratio=forward / truth if truth else None,
-        cause="jvp gives zero: the tangent is dropped" if none else "the jvp rule is wrong",
+        cause="torch.library has no forward mode for a custom op, and torch.func.jvp says 0, not so"
+        if torchs
+        else "jvp gives zero: the tangent is dropped"
+        if none
+        else "the jvp rule is wrong",
     )
+
+
+class _Namespaces(TorchDispatchMode):
+    """Collects where the operations are from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_custom(case: Case) -> bool:
+    """Whether forward calls an op of `torch.library`."""
+    with _Namespaces() as operations:
+        case.call(case.fresh())
+    return bool(operations.found - {"aten", "prim", "prims"})
 
 
 def _batch(case: Case, u: list[Tensor], tangents: list[Tensor | None]) -> Iterator[Finding]:

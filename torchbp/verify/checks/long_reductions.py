@@ -20,6 +20,7 @@ from torchbp.verify.resize import Size, resized
 
 NAME = "long_reductions"
 LENGTH = 2048
+LARGE = 8192.0  # of the first row's grad_output: sums of 16 rows are lost on it in bfloat16
 SHORT = 128  # where nothing stalls yet
 LARGEST = 2**16
 OFF = 0.1  # of the norm: rounding of 2048 addends in another order stays below 0.02
@@ -52,11 +53,13 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> Finding | None:
     positive = case.variant(lambda t: t.abs() if t.is_floating_point() else t, parameters=True)
-    errors = _errors(resized(positive, {size: size.near(LENGTH)}), dtype)
+    long = size.near(LENGTH)
+    errors = _errors(resized(positive, {size: long}), long, dtype)
     worst = max(summed, key=errors.__getitem__) if errors else 0
     if not errors or errors[worst] <= OFF:
         return None
-    short = _errors(resized(positive, {size: size.near(SHORT)}), dtype)
+    few = size.near(SHORT)
+    short = _errors(resized(positive, {size: few}), few, dtype)
     if not short or errors[worst] < 4 * short[worst]:
         return None  # as bad at a short length: conditioning, no stall
     name = case.names[worst]
@@ -72,12 +75,12 @@ def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> F
     )
 
 
-def _errors(long: Case, dtype: torch.dtype) -> list[float]:
+def _errors(long: Case, length: int, dtype: torch.dtype) -> list[float]:
     """Return how far each gradient is off, of its norm; nothing where forward or float32 is off too."""
     low, exact = in_dtype(long, dtype)
     if not all(bool(y.isfinite().all()) for y in low.plain.outputs):
         return []
-    got, expected = _for_ones(low), _for_ones(exact)
+    got, expected = _large_first(low, length), _large_first(exact, length)
     pairs = zip(low.plain.outputs, exact.plain.outputs, strict=True)
     if any(rounded_norm_error(y, e) > 2 * torch.finfo(dtype).eps for y, e in pairs):
         return []  # forward loses as much: a recurrence or a sum in this dtype, by its own definition
@@ -90,12 +93,17 @@ def _errors(long: Case, dtype: torch.dtype) -> list[float]:
         return errors
     return [
         error if rounded_norm_error(s, e, floor) < OFF / 100 else 0.0
-        for error, s, e in zip(errors, _for_ones(_single(low)), expected, strict=True)
+        for error, s, e in zip(errors, _large_first(_single(low), length), expected, strict=True)
     ]
 
 
-def _for_ones(case: Case) -> tuple[Tensor, ...]:
-    return case.vjps([[torch.ones_like(y) for y in case.kept[1]]])[0]
+def _large_first(case: Case, length: int) -> tuple[Tensor, ...]:
+    """Return the gradients for a grad_output of ones, the first of the rows so large that a later one is lost on it."""
+    v = [torch.ones_like(y) for y in case.kept[1]]
+    for t in v:
+        for d in [d for d, n in enumerate(t.shape) if n == length][:1]:
+            t.select(d, 0).fill_(LARGE)
+    return case.vjps([v])[0]
 
 
 def _single(case: Case) -> Case:
