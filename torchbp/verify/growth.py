@@ -107,11 +107,12 @@ class _Search:
     def _at_once(self, sizes: list[Size]) -> bool:
         """Find whether all sizes may be the same larger one, which spares a call each; outputs tell how they grow.
 
-        A number that is another's and one more, or twice it, will not be the same.
+        A number that is another's and one more, or twice it, will not be the same. A size of 1, which may be broadcast
+        to what is the same now, becomes 2.
         """
         same = max(size.now for size in sizes) + 1
-        new = dict.fromkeys(sizes, same)
-        wanted = {(i, d): same for size in sizes for i, d, _ in size.places}
+        new = {size: same if size.now > 1 else size.more for size in sizes}
+        wanted = {(i, d): n for size, n in new.items() for i, d, _ in size.places}
         largest = max(
             math.prod(wanted.get((i, d), n) for d, n in enumerate(t.shape))
             for i, t in self.case.arguments
@@ -123,7 +124,7 @@ class _Search:
         if not accepts(other):
             return False
         growth = dict.fromkeys(sizes, 0.0)
-        by_change = {(size.now, same): size for size in sizes}
+        by_change = {(size.now, n): size for size, n in new.items()}
         here, there = (max(c.all_outputs, key=Tensor.numel).shape for c in (self.case, other))
         for change in zip(here, there, strict=False):
             if change in by_change:

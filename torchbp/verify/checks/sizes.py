@@ -169,7 +169,7 @@ def _largest_that_runs(case: Case, sizes: dict[Size, int], factor: float = 1.0) 
 
 CHECK = Check(
     name=NAME,
-    tests="the gradient is right at other sizes: one more, 1, 31, 32, 33, 64, 127, 128, 129, 192, 1025, 2053",
+    tests="the gradient is right at other sizes: one more, equal, 1, 31, 32, 33, 64, 127, 128, 129, 192, 1025, 2053",
     run=_run,
     order=80,
     needs=("same values",),
