@@ -162,6 +162,37 @@ def test_an_output_without_gradient_that_depends_on_the_input_is_noted():
     assert "output 1 changes with the inputs, and has no gradient" in str(report)
 
 
+class Normed(Function):
+    """A row divided by its norm; the bound of that has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, least):
+        y = x / x.norm(dim=-1, keepdim=True).clamp_min(least)
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        n = x.norm(dim=-1, keepdim=True)
+        return (grad_y - x * (x * grad_y).sum(-1, keepdim=True) / n**2) / n, None
+
+
+@pytest.mark.parametrize("stacks", [False, True], ids=["one", "any number"])
+def test_what_hands_on_its_arguments_takes_as_many_as_what_is_behind_it(stacks):
+    """A tensor more would be the bound, whose gradient nobody promised."""
+
+    def normed(x, least=1e-12):
+        return Normed.apply(x, least)
+
+    def behind(*tensors):
+        return sum(normed(x) for x in tensors) if stacks else normed(*tensors)
+
+    x = torch.tensor([[0.3, -0.8, 1.2], [2.0, 0.5, -0.7]], dtype=torch.float64, requires_grad=True)
+    report = torchbp.gradcheck(behind, (x,), checks=["values", "counts"])
+    assert report.capabilities["counts"].status == ("ok" if stacks else "not applicable")
+
+
 def test_nested_inputs_and_outputs():
     def function(pair, *, scale, flag):
         return {"a": pair["x"] * scale if flag else None, "b": [pair["y"].sin()]}
