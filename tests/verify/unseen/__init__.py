@@ -45,6 +45,7 @@ SEVENTH: dict[str, Unseen] = {}
 EIGHTH: dict[str, Unseen] = {}
 NINTH: dict[str, Unseen] = {}
 TENTH: dict[str, Unseen] = {}
+ELEVENTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -56,6 +57,7 @@ SETS = {
     "eighth set": EIGHTH,
     "ninth set": NINTH,
     "tenth set": TENTH,
+    "eleventh set": ELEVENTH,
 }
 
 
@@ -63,6 +65,12 @@ def every():
     """Import the files, which fill the sets."""
     from tests.verify.unseen import (  # noqa: F401
         eighth,
+        eleventh_algebra,
+        eleventh_attention,
+        eleventh_layers,
+        eleventh_physics,
+        eleventh_protocol,
+        eleventh_vision,
         fifth,
         fifth_algebra,
         fifth_attention,
