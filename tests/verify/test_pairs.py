@@ -48,7 +48,15 @@ def test_right_twin_passes(pair):
 # Each is what one part of a check is for.
 ALWAYS = {"conv_batch_chunks_7", "argmax_uint8_7", "cdist_coincident_7", "segment_max_ties_7"}
 ALWAYS |= {"border_sample_7", "render_background_7", "sparsemax_squeeze_8", "smoothed_ce_sum_8"}
-ALWAYS |= {"leaky_relu_9", "alignment_loss_9", "alpha_composite_9", "matmul_9", "segment_std_10"}
+ALWAYS |= {"layernorm_dw_accum_11", "batchnorm_module_11", "kvcache_causal_attention_11"}
+ALWAYS |= {
+    "scatter_mean_11",
+    "leaky_relu_9",
+    "alignment_loss_9",
+    "alpha_composite_9",
+    "matmul_9",
+    "segment_std_10",
+}
 
 
 def some(parameters, one_in):

@@ -2,7 +2,8 @@
 
 As they were written before any check ran on them, in six files. What `add` is given last is the public report that a
 fault is modelled on. As mended since: six pairs fail under torch.autocast, and are run outside of it; both twins of
-`neg_binomial_nll` were NaN at mu = x = 0; what computes half precision by way of float32 has its own signature.
+`neg_binomial_nll` were NaN at mu = x = 0, those of `gated_linear_attention` returned memory that was never written for
+keys beyond the queries; what computes half precision by way of float32 has its own signature.
 """
 
 import functools

@@ -508,7 +508,7 @@ class GLA(Function):
     @staticmethod
     def _bwd(ctx, do, ds):
         q, k, v, g, st = ctx.saved_tensors
-        dq, dk, dv, dg = (torch.empty_like(z) for z in (q, k, v, g))
+        dq, dk, dv, dg = (torch.zeros_like(z) for z in (q, k, v, g))
         for t in range(q.shape[0] - 1, -1, -1):
             ds = ds + torch.outer(q[t], do[t])
             dq[t] = st[t + 1] @ do[t]
