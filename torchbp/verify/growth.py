@@ -171,26 +171,19 @@ class _Search:
                 continue
             first = several and part == parts[0]
             one, other = Size(size.now, part, size.unit), Size(size.now, rest, size.unit)
-            found = self._alone(one, twice=first)
-            if found:
+            if found := self._alone(one, twice=first):
                 one, grown = found
                 other = replace(other, unit=one.unit)
-                self.growth = {
-                    (other if s == size else s): g - grown * (s == size)
-                    for s, g in self.growth.items()
-                }
-                self.growth[one] = grown
-                return True
             # Keys, perhaps, that may be more than queries, and not less.
-            found = self._alone(other, twice=False) if first else None
-            if found:
-                left = self.growth[size] - found[1]
-                self.growth = {
-                    (other if s == size else s): found[1] if s == size else g
-                    for s, g in self.growth.items()
-                }
-                self.growth[one] = left
-                return True
+            elif first and (found := self._alone(other, twice=False)):
+                grown = self.growth[size] - found[1]
+            else:
+                continue
+            self.growth = {
+                (other if s == size else s): g - grown * (s == size) for s, g in self.growth.items()
+            }
+            self.growth[one] = grown
+            return True
         return False
 
     def _alone(self, size: Size, *, twice: bool) -> tuple[Size, float] | None:

@@ -47,7 +47,8 @@ def _run(case: Case) -> Iterator[Finding]:
             if found and (found.expected != 0 or zero):
                 yield found
                 return
-            right.append(change)
+            if not found:
+                right.append(change)
             if len(change) > 1:
                 break
     if not tested:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwd
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.lines import Lines
+from torchbp.verify.operations import Operations
 from torchbp.verify.options import options, others, with_options
 from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
@@ -112,23 +112,11 @@ def _dot_test(
     )
 
 
-class _Namespaces(TorchDispatchMode):
-    """Collects where the operations are from."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found.add(func.namespace)
-        return func(*args, **(kwargs or {}))
-
-
 def _is_custom(case: Case) -> bool:
     """Whether forward calls an op of `torch.library`."""
-    with _Namespaces() as operations:
+    with Operations() as operations:
         case.call(case.fresh())
-    return bool(operations.found - {"aten", "prim", "prims"})
+    return bool(operations.namespaces - {"aten", "prim", "prims"})
 
 
 def _batch(case: Case, u: list[Tensor], tangents: list[Tensor | None]) -> Iterator[Finding]:

@@ -6,20 +6,18 @@ whose forward is not finite in it, is not blamed for its gradient there.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.conditioning import in_dtype, rounded_norm_error, spread, terms
 from torchbp.verify.growth import fits, free_sizes
+from torchbp.verify.operations import Operations
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate
 from torchbp.verify.report import Finding, Severity
 from torchbp.verify.resize import accepts, resized
-from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import largest
 
 NAME = "low_precision"
@@ -147,24 +145,11 @@ def _large(case: Case) -> Iterator[Finding]:
             return
 
 
-class _Dtypes(TorchDispatchMode):
-    """Collects the dtypes that operations give."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.found.update(t.dtype for t in tensors_in(result))
-        return result
-
-
 def _widens(low: Case) -> bool:
     """Whether forward computes in a wider dtype than that of its inputs, as for large ones it should."""
-    with _Dtypes() as dtypes:
+    with Operations() as operations:
         low.call(low.fresh())
-    return torch.float32 in dtypes.found
+    return torch.float32 in operations.dtypes
 
 
 def _plausible(grad: Tensor) -> bool:
