@@ -1,15 +1,14 @@
 """Times torchbp.gradcheck in a warm process beside torch.autograd.gradcheck, and counts the calls it makes.
 
-``python benchmarks/gradcheck.py`` prints the table and writes benchmarks/data/gradcheck-cpu-<date>.json. One thread,
-the time of the process: other programs disturb it little.
+``python benchmarks/gradcheck.py`` prints the table and writes benchmarks/data/gradcheck-<device>-<date>.json. One
+thread, the time of the process: other programs disturb it little. On a GPU the time on the wall.
 """
 
 import argparse
-import datetime
 import functools
 import json
 import statistics
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import torchbp
+sys.path.insert(0, str(Path(__file__).parent))
+from run import DATA, about, clock
 
-DATA = Path(__file__).parent / "data"
+import torchbp
 
 
 class Squared(torch.autograd.Function):
@@ -78,25 +78,30 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def timed(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+def timed(run: Callable[[], Any], repeats: int, now: Callable[[], float]) -> tuple[float, Any]:
     """Return the median seconds of a call, after one that is not counted, and its result."""
     result = run()
     seconds = []
     for _ in range(repeats):
-        begun = time.process_time()
+        begun = now()
         result = run()
-        seconds.append(time.process_time() - begun)
+        seconds.append(now() - begun)
     return statistics.median(seconds), result
 
 
-def measure(repeats: int) -> list[dict[str, Any]]:
+def measure(repeats: int, ways: list[str], device: str) -> list[dict[str, Any]]:
     rows = []
-    for name, (function, inputs) in CASES.items():
-        for way, options in WAYS.items():
+    now = clock(device, 1)
+    for name, (function, given) in CASES.items():
+        inputs = tuple(t.detach().to(device).requires_grad_() for t in given)
+        if isinstance(function, torch.nn.Module):
+            function.to(device)
+        for way in ways:
+            options = WAYS[way]
             check = functools.partial(
                 torchbp.gradcheck, function, inputs, raise_exception=False, **options
             )
-            seconds, report = timed(check, repeats)
+            seconds, report = timed(check, repeats, now)
             counts = {"forwards": report.forwards, "backwards": report.backwards}
             rows.append({"case": name, "way": way, "ms": 1000 * seconds, **counts})
         for way, fast in (("torch", False), ("torch, fast_mode", True)):
@@ -105,17 +110,19 @@ def measure(repeats: int) -> list[dict[str, Any]]:
             check = functools.partial(
                 torch.autograd.gradcheck, function, inputs, raise_exception=False, fast_mode=fast
             )
-            rows.append({"case": name, "way": way, "ms": 1000 * timed(check, repeats)[0]})
+            rows.append({"case": name, "way": way, "ms": 1000 * timed(check, repeats, now)[0]})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure(args.repeats)
+    rows = measure(args.repeats, args.ways, args.device)
     for row in rows:
         calls = (
             f"{row['forwards']:4} forward {row['backwards']:4} backward"
@@ -124,11 +131,10 @@ def main() -> None:
         )
         print(f"{row['case']:30} {row['way']:18} {row['ms']:9.1f} ms  {calls}")
     if not args.no_write:
-        date = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
-        about = {"date": date, "device": "cpu", "torch": torch.__version__, "threads": 1}
-        path = DATA / f"gradcheck-cpu-{date}.json"
+        facts = about(args.device) | {"threads": 1}
+        path = DATA / f"gradcheck-{args.device}-{facts['date']}.json"
         text = ",\n".join(json.dumps(r) for r in rows)
-        path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
+        path.write_text(f'{{"about": {json.dumps(facts)},\n"rows": [\n{text}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """What training keeps and takes: torch, its checkpoints and its compiler, against torchbp, lean, and lean with budgets.
 
 Method: README.md beside this file. Each model runs in one process, one thread, all ways in turns. Writes
-benchmarks/data/memory-<device>-<date>.json and draws docs/pictures/lean.svg from it.
+benchmarks/data/memory-<device>-<date>.json and draws docs/pictures/lean.svg from the CPU's. On a GPU bytes are those of
+CUDA's allocator, and times are on the wall.
 """
 
 import argparse
 import copy
 import ctypes
-import datetime
 import gc
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from memory_picture import draw
 from memory_ways import COMPILED, WAYS, WORDS_WAYS
 from models import MODELS, WORDS, Configuration, LanguageModel, loss
-from run import DATA, processor, settle_allocator
+from run import DATA, about, clock, settle_allocator
 
 from torchbp.recompute._live import Live
 
@@ -43,20 +42,24 @@ def ways_of(config: Configuration) -> dict[str, Any]:
 
 
 class Step:
-    """Forward, loss and backward of one model made one way, always on the same data."""
+    """Forward, loss and backward of one model made one way, always on the same data; ``half``: under autocast."""
 
-    def __init__(self, name: str, way: str, batch: int) -> None:
+    def __init__(
+        self, name: str, way: str, batch: int, device: str = "cpu", *, half: bool = False
+    ) -> None:
         torch.manual_seed(0)
         config = ALL[name]
-        self.model = ways_of(config)[way](config.model())
-        self.x, self.y = config.data(batch)
+        self.device, self.half = device, half
+        self.model = ways_of(config)[way](config.model().to(device))
+        self.x, self.y = (t.to(device) for t in config.data(batch))
 
     def forward(self) -> Tensor:
         """Return the loss; dropout draws alike each time."""
         torch.manual_seed(1)
-        if isinstance(self.model, LanguageModel):
-            return self.model(self.x, self.y)
-        return loss(self.model(self.x), self.y)
+        with torch.autocast(self.device, torch.bfloat16, self.half):
+            if isinstance(self.model, LanguageModel):
+                return self.model(self.x, self.y)
+            return loss(self.model(self.x), self.y)
 
     def __call__(self) -> None:
         self.model.zero_grad(set_to_none=False)
@@ -64,6 +67,8 @@ class Step:
 
     def bytes(self) -> tuple[int, int]:
         """Return what is alive between forward and backward, and at most in the whole step."""
+        if self.device == "cuda":
+            return self.allocated()
         apart = [*self.model.parameters(), *self.model.buffers(), self.x, self.y]
         apart += [p.grad for p in self.model.parameters() if p.grad is not None]
         gc.collect()
@@ -72,6 +77,17 @@ class Step:
             kept = live.now
             value.backward()
         return kept, live.peak
+
+    def allocated(self) -> tuple[int, int]:
+        """The same as CUDA's allocator counts it, workspaces of kernels included."""
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        value = self.forward()
+        kept = torch.cuda.memory_allocated() - before
+        value.backward()
+        return kept, torch.cuda.max_memory_allocated() - before
 
     def saved(self) -> int:
         """Return what saved-tensor hooks see, by storages: for compiled code, into which ``bytes`` can't see."""
@@ -93,9 +109,12 @@ class Step:
         return [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
 
 
-def measure(name: str, batch: int, seconds: float) -> list[dict[str, Any]]:
+def measure(
+    name: str, ways: list[str], batch: int, device: str, seconds: float, *, half: bool
+) -> list[dict[str, Any]]:
     """Return one row a way."""
-    steps = {way: Step(name, way, batch) for way in ways_of(ALL[name])}
+    steps = {way: Step(name, way, batch, device, half=half) for way in ways}
+    now = clock(device, 1)
     for step in steps.values():  # budgets are measured in the first
         step()
         step()
@@ -103,14 +122,15 @@ def measure(name: str, batch: int, seconds: float) -> list[dict[str, Any]]:
     for step in steps.values():
         for key, buffer in step.model.named_buffers():
             buffer.copy_(buffers[key])
-    sizes = {w: (s.saved(), 0) if w == COMPILED else s.bytes() for w, s in steps.items()}
+    unseen = COMPILED if device == "cpu" else None
+    sizes = {w: (s.saved(), 0) if w == unseen else s.bytes() for w, s in steps.items()}
     times: dict[str, list[float]] = {way: [] for way in steps}
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(times["torch"]) < 3:
         for way, step in steps.items():
-            before = time.process_time()
+            before = now()
             step()
-            times[way].append(time.process_time() - before)
+            times[way].append(now() - before)
     rows = []
     for way, step in steps.items():
         kept, peak = sizes[way]
@@ -125,6 +145,7 @@ def measure(name: str, batch: int, seconds: float) -> list[dict[str, Any]]:
             "time": statistics.median(ratios),
             "time_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
             "repeats": len(ratios),
+            **({"autocast": "bfloat16"} if half else {}),
         }
         if peak:
             row |= {"peak_bytes": peak, "peak": peak / sizes["torch"][1]}
@@ -137,10 +158,12 @@ def measure(name: str, batch: int, seconds: float) -> list[dict[str, Any]]:
 def same_bits(name: str, way: str, batch: int, step: Step) -> bool:
     """Return whether the gradients of a lean step are those of the converted model, which is not lean."""
     _, *criterion = way.split(", ")
-    other = Step(name, ", ".join(["torchbp", *criterion]), batch)
+    other = Step(name, ", ".join(["torchbp", *criterion]), batch, step.device, half=step.half)
     for mine, its in zip(step.model.buffers(), other.model.buffers(), strict=True):
         its.copy_(mine)
+    torch.use_deterministic_algorithms(step.device == "cuda", warn_only=True)
     pairs = zip(step.gradients(), other.gradients(), strict=True)
+    torch.use_deterministic_algorithms(False)
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -214,13 +237,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = "".join(f"{r[k]:8.2f}" if k in r else " " * 8 for k in ("kept", "peak", "time"))
         equal = r.get("bits_equal")
         note = "" if equal is None else "   bits equal" if equal else "   BITS DIFFER"
-        lines.append(f"{r['model']:18}{r['way']:32}{cells}{note}")
+        half = ", bfloat16" if r.get("autocast") else ""
+        lines.append(f"{r['model'] + half:18}{r['way']:32}{cells}{note}")
     return "\n".join(lines)
 
 
-def stored() -> dict[str, dict[str, Any]]:
+def stored(device: str = "cpu") -> dict[str, dict[str, Any]]:
     """Return the rows of the newest file, by what they are of."""
-    files = sorted(DATA.glob("memory-cpu-*.json"))
+    files = sorted(DATA.glob(f"memory-{device}-*.json"))
     rows = json.loads(files[-1].read_text())["rows"] if files else []
     return {key(r): r for r in rows}
 
@@ -228,24 +252,19 @@ def stored() -> dict[str, dict[str, Any]]:
 def key(row: dict[str, Any]) -> str:
     """Return what a row is of: a model made one way, or its largest batch."""
     mapped = ", mapped" if row.get("mapped") else ""
-    return f"{row['model']}, {row['way']}, {row.get('limit_mib', 'a step')}{mapped}"
+    half = ", bfloat16" if row.get("autocast") else ""
+    return f"{row['model']}, {row['way']}, {row.get('limit_mib', 'a step')}{mapped}{half}"
 
 
-def store(fresh: list[dict[str, Any]]) -> None:
+def store(fresh: list[dict[str, Any]], device: str) -> None:
     """Put rows into the file of today: bytes and times of a step stand in one row."""
-    rows = stored()
+    rows = stored(device)
     for row in fresh:
         rows[key(row)] = rows.get(key(row), {}) | row
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    about = {
-        "date": date,
-        "device": processor(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    facts = about(device)
     text = ",\n".join(json.dumps(r) for r in rows.values())
-    path = DATA / f"memory-cpu-{date}.json"
-    path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
+    path = DATA / f"memory-{device}-{facts['date']}.json"
+    path.write_text(f'{{"about": {json.dumps(facts)},\n"rows": [\n{text}\n]}}\n')
     print(f"wrote {path}")
 
 
@@ -261,6 +280,10 @@ def main() -> int:
         action="store_true",
         help="with either: the C library gives what is freed back to the system, from 256 KiB on",
     )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--ways", nargs="+", help="these and torch only")
+    parser.add_argument("--times", type=float, default=0.5, help="of the model's batch")
+    parser.add_argument("--autocast", action="store_true", help="to bfloat16")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -270,7 +293,8 @@ def main() -> int:
         return 0
     settle_allocator()
     for name in args.models or ALL:
-        batch = ALL[name].batch // 2  # all ways stand in memory at once
+        batch = int(ALL[name].batch * args.times)  # all ways stand in memory at once
+        ways = [w for w in ways_of(ALL[name]) if not args.ways or w in {"torch", *args.ways}]
         same: dict[str, Any] = {"model": name, "batch": batch}
         mapped = {"mapped": True} if args.mapped else {}
         if args.largest:
@@ -292,16 +316,18 @@ def main() -> int:
                     "way": w,
                     "resident_bytes": resident(name, w, batch, args.mapped),
                 }
-                for w in ways_of(ALL[name])
+                for w in ways
             ]
             for row in fresh:
                 row["resident"] = row["resident_bytes"] / fresh[0]["resident_bytes"]
                 print(f"{name:18}{row['way']:32}{row['resident']:8.2f}", flush=True)
         else:
-            fresh = measure(name, batch, args.seconds)
+            options = batch, args.device, args.seconds
+            fresh = measure(name, ways, *options, half=args.autocast)
             print(table(fresh), flush=True)
-        store(fresh)
-        draw()
+        store(fresh, args.device)
+        if args.device == "cpu":
+            draw()
     return 0
 
 

@@ -31,6 +31,8 @@ _KEPT = {
     aten.bmm.default,
     aten.convolution.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001
+    aten._scaled_dot_product_flash_attention.default,  # noqa: SLF001
+    aten._scaled_dot_product_efficient_attention.default,  # noqa: SLF001
 }
 
 
@@ -97,3 +99,5 @@ WORDS_WAYS: dict[str, Way] = {
     "lean, linear_cross_entropy": _with(bp.linear_cross_entropy, WAYS["lean"]),
     "lean 0.2, linear_cross_entropy": _with(bp.linear_cross_entropy, WAYS["lean 0.2"]),
 }
+if not hasattr(nn, "LinearCrossEntropyOptions"):  # before torch 2.13
+    del WORDS_WAYS["torch, linear_cross_entropy"]

@@ -5,20 +5,19 @@ time of the process, so that the writer's thread is in it too. ``torchbp.watch``
 steps of the same model: two equal models differ by up to 3 %, as their memory lies. The other ways have a
 twin that is not watched.
 ``make bench-monitor`` writes benchmarks/data/monitor-cpu-<date>.json and prints the table. ``wandb`` is
-timed where it is installed.
+timed where it is installed. With ``--device cuda`` a turn is of several steps and is timed on the wall,
+until the GPU and the writer's thread have done with it.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 import torchbp
-from benchmarks.run import DATA, processor
+from benchmarks.run import DATA, about, clock
 from torchbp.monitor import _governor as governor
 
 F = nn.functional
@@ -70,10 +69,12 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A small GPT: 12 layers, width 192, 65 tokens, as trained on characters."""
 
-    def __init__(self, depth: int = 12, width: int = 192, vocabulary: int = 65) -> None:
+    def __init__(
+        self, width: int = 192, heads: int = 6, vocabulary: int = 65, length: int = 128
+    ) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(128, width)
-        self.blocks = nn.ModuleList(Block(width, 6) for _ in range(depth))
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(12))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,12 +106,18 @@ class Task:
         turn: Steps before it is the other's turn: few where a step takes long, so that the machine is
             the same for both; many where it is short, so that each finds its own data in the caches.
         warm: Steps before the first that counts: all as often as asked for, but for the last.
+        half: Under autocast to bfloat16.
     """
 
     model: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, Tensor]]
     turn: int
     warm: int
+    half: bool = False
+
+
+def _tokens(vocabulary: int, *shape: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    return lambda: (torch.randint(0, vocabulary, shape), torch.randint(0, vocabulary, shape))
 
 
 TASKS = {
@@ -120,10 +127,16 @@ TASKS = {
     "ResNet-20, 32×32": Task(
         _resnet, lambda: (torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))), 1, 105
     ),
-    "GPT, 12 layers of 192": Task(
-        GPT, lambda: (torch.randint(0, 65, (8, 128)), torch.randint(0, 65, (8, 128))), 1, 105
+    "GPT, 12 layers of 192": Task(GPT, _tokens(65, 8, 128), 1, 105),
+}
+# As large as GPT-2: 124 million parameters.
+ON_GPU = {
+    **TASKS,
+    "GPT-2, 12 layers of 768": Task(
+        lambda: GPT(768, 12, 50304, 1024), _tokens(50304, 8, 1024), 1, 105, half=True
     ),
 }
+_TURN = 5  # steps at least, on a GPU, whose queue is empty at the end of a turn
 
 _BLOCK = 10  # steps at least
 _AS_ASKED = 60  # where a step takes long, the governor waits for so many instead of 300
@@ -259,52 +272,56 @@ WAYS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, str, ExitStack], Aft
 class Training:
     """A model that trains in a way of being watched."""
 
-    def __init__(self, task: Task, way: str, folder: str, end: ExitStack) -> None:
+    def __init__(self, task: Task, way: str, device: str, folder: str, end: ExitStack) -> None:
         torch.manual_seed(0)
-        self._model = task.model()
+        self._model = task.model().to(device)
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3, momentum=0.9)
-        self._inputs = task.inputs()
+        self._inputs = tuple(t.to(device) for t in task.inputs())
+        self._context = torch.autocast(device, torch.bfloat16) if task.half else nullcontext()
+        self._now = clock(device, 1)
         self.step = 0
         self._after = WAYS[way](self._model, self._optimizer, folder, end)
         self.watched = self._after if isinstance(self._after, Watched) else None
 
     def train(self, steps: int) -> float:
-        """Train; return the process time in seconds."""
-        start = time.process_time()
+        """Train; return the time in seconds."""
+        start = self._now()
         self._steps(steps, self._after)
         if self.watched is not None:
             self.watched.join()
-        return time.process_time() - start
+        return self._now() - start
 
     def plain(self, steps: int) -> float:
         """The same with the monitor set aside."""
         assert self.watched is not None
         with self.watched.aside():
-            start = time.process_time()
+            start = self._now()
             self._steps(steps, lambda _step, _loss: None)
-            return time.process_time() - start
+            return self._now() - start
 
     def _steps(self, steps: int, after: After) -> None:
         x, y = self._inputs
         for _ in range(steps):
             self._optimizer.zero_grad()
-            logits = self._model(x)
-            loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
+            with self._context:
+                logits = self._model(x)
+                loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
             loss.backward()
             self._optimizer.step()
             after(self.step, loss)
             self.step += 1
 
 
-def measure(name: str, way: str, seconds: float) -> dict[str, Any]:
+def measure(name: str, way: str, device: str, seconds: float) -> dict[str, Any]:
     """Return one row: the time of a step as it is and as it is watched, and their ratio with its interval."""
-    task = TASKS[name]
+    task = ON_GPU[name]
+    turn = task.turn if device == "cpu" else max(task.turn, _TURN)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as end:
         if task.turn == 1:
             end.enter_context(mock.patch.object(governor, "_FIRST", _AS_ASKED))
-        ours = Training(task, way, folder, end)
+        ours = Training(task, way, device, folder, end)
         watched = ours.watched
-        twin = None if watched else Training(task, "nothing", folder, end)
+        twin = None if watched else Training(task, "nothing", device, folder, end)
         ours.train(task.warm if watched else 55)
         if twin:
             twin.train(55)
@@ -312,7 +329,7 @@ def measure(name: str, way: str, seconds: float) -> dict[str, Any]:
         begin, spent = ours.step, watched.spent if watched else 0.0
         until = time.perf_counter() + seconds
         while time.perf_counter() < until or len(pairs) < 5:
-            pairs.append(block(ours, twin, task.turn))
+            pairs.append(block(ours, twin, turn))
         own = {}
         if watched:
             own = {
@@ -329,8 +346,8 @@ def measure(name: str, way: str, seconds: float) -> dict[str, Any]:
         "low": low,
         "high": high,
         "blocks": len(pairs),
-        "steps_a_block": max(task.turn, _BLOCK),
-        "steps_a_turn": task.turn,
+        "steps_a_block": max(turn, _BLOCK),
+        "steps_a_turn": turn,
         "plain_us": 1e6 * bare,
         "added_us": 1e6 * (ratio - bare),
         "load_average": os.getloadavg()[0],
@@ -386,7 +403,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     """Run the benchmark and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(TASKS), help="by the start of a name")
+    parser.add_argument("--models", nargs="+", default=[""], help="by the start of a name")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), help="by the start of a name")
     parser.add_argument("--seconds", type=float, default=30.0, help="for each row")
     parser.add_argument("--no-write", action="store_true", help="print only")
@@ -394,10 +412,11 @@ def main() -> int:
     torch.set_num_threads(1)
     os.environ.setdefault("WANDB_SILENT", "true")
     rows = []
-    for model in (m for m in TASKS if m.startswith(tuple(args.models))):
+    tasks = TASKS if args.device == "cpu" else ON_GPU
+    for model in (m for m in tasks if m.startswith(tuple(args.models))):
         for way in (w for w in WAYS if w.startswith(tuple(args.ways))):
             try:
-                rows.append(measure(model, way, args.seconds))
+                rows.append(measure(model, way, args.device, args.seconds))
             except ImportError as error:
                 print(f"{way}: not timed: {error}", file=sys.stderr)
                 continue
@@ -405,20 +424,14 @@ def main() -> int:
     print(table(rows))
     if not args.no_write:
         DATA.mkdir(exist_ok=True)
-        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        about = {
-            "date": date,
-            "device": processor(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        path = DATA / f"monitor-cpu-{date}.json"
+        facts = about(args.device)
+        path = DATA / f"monitor-{args.device}-{facts['date']}.json"
         if path.exists():  # what was not timed again is kept
             timed = {(row["model"], row["way"]) for row in rows}
             before = json.loads(path.read_text())["rows"]
             rows += [row for row in before if (row["model"], row["way"]) not in timed]
         text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
+        path.write_text(f'{{"about": {json.dumps(facts)},\n"rows": [\n{text}\n]}}\n')
         print(f"wrote {path}")
     return 0
 

@@ -94,6 +94,16 @@ def torchs(op: Op) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     return found
 
 
+def made(op: Op, n: int, dtype: str, device: str) -> Sample:
+    """Return the op's arguments. On a GPU they are drawn there: on the CPU the large ones take longer than the ops."""
+    make = Make(DTYPES[dtype], device)
+    if device == "cpu":
+        return op.benchmark(make, n)
+    make._generator = torch.Generator(device).manual_seed(0)  # noqa: SLF001
+    with torch.device(device):
+        return op.benchmark(make, n)
+
+
 def measure(
     op: Op, n: int, dtype: str, device: str, threads: int, seconds: float
 ) -> dict[str, Any]:
@@ -103,7 +113,7 @@ def measure(
     others then wait, many milliseconds at a time.
     """
     reference = torchs(op)
-    sample = op.benchmark(Make(DTYPES[dtype], device), n)
+    sample = made(op, n, dtype, device)
     torch.set_num_threads(threads)
     ours, theirs = interleaved(
         step(op.function, sample), step(reference, sample), clock(device, threads), seconds
@@ -125,6 +135,16 @@ def measure(
         "torchbp_bytes": kept_bytes(op.function, sample),
         "torch_bytes": kept_bytes(reference, sample),
         "backward": op.fused if op.fused and dtype == "float32" else "formula",
+    }
+
+
+def about(device: str = "cpu") -> dict[str, Any]:
+    """Return what the rows of a file share: date, device, versions."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
 
 
@@ -155,12 +175,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"{op[:26]:27}{dtype:9}{threads:2} thread{'s' if threads > 1 else ' '}{cells}   {kept}"
         )
-    large = [r["ratio"] for r in rows if r["n"] >= 1 << 20 and r["dtype"] == "float32"]
-    if large:
-        mean = math.exp(statistics.fmean(map(math.log, large)))
-        lines.append(
-            f"float32, 1M elements and more: geometric mean {mean:.2f}, worst {max(large):.2f}"
-        )
+    for dtype in DTYPES:
+        large = [r["ratio"] for r in rows if r["n"] >= 1 << 20 and r["dtype"] == dtype]
+        if large:
+            mean = math.exp(statistics.fmean(map(math.log, large)))
+            lines.append(
+                f"{dtype}, 1M elements and more: geometric mean {mean:.2f}, worst {max(large):.2f}"
+            )
     return "\n".join(lines)
 
 
@@ -222,8 +243,8 @@ def main() -> int:
     if unknown:
         parser.error(f"expected names of ops, got {', '.join(unknown)}; `torchbp ops` lists them")
     ops = [all_ops()[name] for name in args.ops or all_ops()]
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    path = DATA / f"{args.name}-{args.device}-{date}.json"
+    facts = about(args.device)
+    path = DATA / f"{args.name}-{args.device}-{facts['date']}.json"
     stored = stored_rows(path)
     rows: list[dict[str, Any]] = []
     known = {configuration(r) for r in stored} if args.resume else set()
@@ -252,15 +273,8 @@ def main() -> int:
     print(table(merged(stored, rows) if args.resume else rows))
     if not args.no_write:
         DATA.mkdir(exist_ok=True)
-        name = torch.cuda.get_device_name() if args.device == "cuda" else processor()
-        about = {
-            "date": date,
-            "device": name,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
         text = ",\n".join(json.dumps(r) for r in merged(stored, rows))
-        path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
+        path.write_text(f'{{"about": {json.dumps(facts)},\n"rows": [\n{text}\n]}}\n')
         print(f"wrote {path}")
     return 0
 

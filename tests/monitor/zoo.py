@@ -44,10 +44,10 @@ class Run:
     micro: int = 1
 
 
-def train(run: Run, seed: int = 0, share: float | None = None):
+def train(run: Run, seed: int = 0, share: float | None = None, device: str = "cpu"):
     """Train; watched as often as can be, so that a run is the same every time."""
     torch.manual_seed(seed)
-    model = run.model()
+    model = run.model().to(device)
     optimizer = run.optimizer([p for p in model.parameters() if p.requires_grad])
     scheduler = run.schedule and torch.optim.lr_scheduler.LambdaLR(optimizer, run.schedule)
     g = torch.Generator().manual_seed(seed)
@@ -55,7 +55,7 @@ def train(run: Run, seed: int = 0, share: float | None = None):
         for step in range(run.steps):
             optimizer.zero_grad()
             for _ in range(run.micro):
-                loss = run.loss(model, *run.batch(g)) / run.micro
+                loss = run.loss(model, *(t.to(device) for t in run.batch(g))) / run.micro
                 loss.backward()
             if run.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), run.clip)
@@ -125,8 +125,11 @@ def mse(model, x, y):
     return F.mse_loss(model(x), y)
 
 
-def val_digits(model):
-    return F.cross_entropy(model(_X[1500:]), _Y[1500:])
+def val_digits(model, *shape):
+    device = next(model.parameters()).device
+    return F.cross_entropy(
+        model(_X[1500:].view(-1, *(shape or (64,))).to(device)), _Y[1500:].to(device)
+    )
 
 
 # -------------------------------------------------------------------------------------- models
@@ -226,7 +229,7 @@ class GPT(nn.Module):
             self.head.weight = self.tokens.weight
 
     def forward(self, x):
-        h = self.tokens(x) + self.places(torch.arange(x.shape[1]))
+        h = self.tokens(x) + self.places(torch.arange(x.shape[1], device=x.device))
         for block in self.blocks:
             h = block(h)
         return self.head(self.norm(h))
@@ -296,7 +299,7 @@ class Experts(nn.Module):
 
     def forward(self, x):
         x = self.stem(x).relu()
-        scores = self.router(x) - torch.linspace(0, 3.5, 8)
+        scores = self.router(x) - torch.linspace(0, 3.5, 8, device=x.device)
         chosen = (scores - torch.empty_like(scores).exponential_().log()).argmax(1)  # Gumbel noise
         weights = scores.softmax(1).gather(1, chosen[:, None])[:, 0]
         out = x
@@ -572,7 +575,7 @@ HEALTHY = {
     "convnet-dropout-val": Run(
         convnet,
         batch=images,
-        validate=lambda m: F.cross_entropy(m(_X[1500:].view(-1, 1, 8, 8)), _Y[1500:]),
+        validate=lambda m: val_digits(m, 1, 8, 8),
     ),
     "gpt": Run(GPT, loss=lm_loss, batch=tokens, clip=1.0, optimizer=adam(1e-3)),
     "gpt-untied": Run(lambda: GPT(tied=False), loss=lm_loss, batch=tokens, schedule=warmup),

@@ -22,9 +22,20 @@ from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._norms import norms
 from torchbp.monitor._row import Pieces
 
-__all__ = ["Backwards", "graph_task", "in_backward"]
+__all__ = ["Backwards", "graph_task", "in_backward", "is_captured"]
 
 _KEPT = 16
+_BUILT = torch.backends.cuda.is_built()  # where it is not, torch raises on being asked
+_CAPTURED = (
+    "watch: expected a backward that runs, got one that a CUDA graph captures, whose replays call no hook; "
+    "capture layers instead, by torch.cuda.make_graphed_callables, or close the monitor first"
+)
+
+
+def is_captured() -> bool:
+    """Whether a CUDA graph captures the current stream: nothing is computed there now."""
+    return _BUILT and torch.cuda.is_current_stream_capturing()
+
 
 graph_task = torch._C._current_graph_task_id  # noqa: SLF001
 _queue = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001
@@ -120,6 +131,8 @@ class Backwards:
             _put_first(parameter._post_accumulate_grad_hooks, hook.id)  # noqa: SLF001
 
     def _fire(self, index: int, parameter: Tensor) -> None:
+        if parameter.is_cuda and is_captured():
+            raise RuntimeError(_CAPTURED)
         if self.paused:
             self.passed = True
             if self.everywhere:

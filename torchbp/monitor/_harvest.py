@@ -1,6 +1,6 @@
 """A drain: rows of sums on devices become tables of numbers on the host.
 
-One copy a device, asynchronous on CUDA. Over several ranks one all_reduce: every rank adds its
+One copy a device and dtype, asynchronous on CUDA. Over several ranks one all_reduce: every rank adds its
 shards and its part of the batch; what all ranks hold alike, one of them adds. Each row carries its
 step: one that the ranks don't agree on is dropped.
 """
@@ -61,7 +61,12 @@ class Sums:
 
 
 def harvest(
-    rows: Sequence[Row], parameters: int, layers: int, *, apart: bool = False
+    rows: Sequence[Row],
+    parameters: int,
+    layers: int,
+    *,
+    apart: bool = False,
+    streams: bool = False,
 ) -> Callable[[], list[Sums]]:
     """Start the copy of ``rows``; the function that is returned waits for it.
 
@@ -70,21 +75,26 @@ def harvest(
         parameters: Number of parameters P.
         layers: Number of layers L.
         apart: Leave every row of a backward by itself, to be summed over ranks.
+        streams: They may have been made in another stream of a GPU than the one that is current now.
     """
-    tensors = [value for row in rows for value in _values(row) if isinstance(value, Tensor)]
-    devices = dict.fromkeys(tensor.device for tensor in tensors)
-    sent = {d: [t for t in tensors if t.device == d] for d in devices}
-    waits = {device: _send(found) for device, found in sent.items()}
+    sent: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for value in (value for row in rows for value in _values(row)):
+        if isinstance(value, Tensor):
+            sent.setdefault((value.device, value.dtype), []).append(value)
+    if streams:
+        for device in {device for device, _ in sent if device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+    waits = {kind: _send(found) for kind, found in sent.items()}
     kinds: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
         kinds.setdefault(place if apart and row.backwards else row.kind, []).append(place)
 
     def receive() -> list[Sums]:
         arrived: dict[int, Vector] = {}
-        for device, wait in waits.items():
-            ends = np.cumsum([t.numel() for t in sent[device]])
+        for kind, wait in waits.items():
+            ends = np.cumsum([t.numel() for t in sent[kind]])
             parts = np.split(wait(), ends[:-1])
-            arrived.update(zip(map(id, sent[device]), parts, strict=True))
+            arrived.update(zip(map(id, sent[kind]), parts, strict=True))
 
         def take(value: Any) -> Any:
             return arrived[id(value)] if isinstance(value, Tensor) else value
@@ -226,15 +236,18 @@ def without_skipped(found: Sequence[Sums]) -> list[Sums]:
 
 
 def _send(tensors: list[Tensor]) -> Callable[[], Vector]:
-    """Start the copy of the tensors of one device; the function that is returned waits for it."""
-    joined = torch.cat([t.detach().reshape(-1).to(precise(t)) for t in tensors])
+    """Start the copy of tensors of one device and dtype; the function that is returned waits for it."""
+    joined = torch.cat([t.detach().reshape(-1) for t in tensors])
+    joined = joined.to(precise(joined))
     if joined.device.type != "cuda":
         host = joined.cpu()
         return lambda: host.double().numpy()
-    pinned = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
+    pinned = torch.empty(joined.shape, dtype=joined.dtype, device="cpu", pin_memory=True)
     pinned.copy_(joined, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
+    event = torch.cuda.Event(blocking=True)  # to sleep, and not to turn in a loop beside training
+    event.record(
+        torch.cuda.current_stream(joined.device)
+    )  # not of the current device, another perhaps
 
     def wait() -> Vector:
         event.synchronize()

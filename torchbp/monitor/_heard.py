@@ -183,7 +183,7 @@ class Heard:
                     rows.setdefault(id(forward.row), (forward.row, []))[1].append(index)
             for row, chosen in rows.values():
                 mine = [deltas[order[index]] for index in chosen]
-                part = values if len(chosen) == len(order) else values[chosen]
+                part = values if len(chosen) == len(order) else _picked(values, chosen)
                 places = [place for _, place, _, _, _ in mine]
                 batches = [forward.batch or 1 for forward, _, _, _, _ in mine]
                 sizes = [value.numel() for *_, value in mine]
@@ -212,7 +212,7 @@ class Heard:
                     chosen = [k for k, (row, *_) in enumerate(mine) if id(row) == key]
                     places = [mine[k][1] for k in chosen]
                     sizes = [mine[k][2].numel() for k in chosen]
-                    part = values if len(chosen) == len(mine) else values[chosen]
+                    part = values if len(chosen) == len(mine) else _picked(values, chosen)
                     row = mine[chosen[0]][0]
                     row.add(quantity.name, (places, part, [1.0] * len(chosen), sizes))
 
@@ -265,6 +265,14 @@ def _measured(quantity: Quantity, bundle: Bundle) -> Any:
     return bundle.measured(quantity.measure)
 
 
+def _picked(values: Any, indices: list[int]) -> Any:
+    """Return some of ``values``. A list as an index is copied to a GPU, and the host waits for that."""
+    if isinstance(values, Tensor) and not values.is_cpu:
+        parts = values.unbind()
+        return torch.stack([parts[i] for i in indices])
+    return values[indices]
+
+
 def _thinned(tensor: Tensor) -> Tensor:
     """Return every k-th of the batch of a large tensor: a batch's samples are drawn alike."""
     size = tensor.numel()
@@ -292,5 +300,5 @@ def _add_times(deltas: Sequence[_Delta], values: Any) -> None:
         width = max(map(len, ordered))  # an LSTM cell has two outputs
         columns = [[c[min(k, len(c) - 1)] for c in ordered] for k in range(width)]
         row = deltas[ordered[0][0]][0].row
-        squares = sum(values[column] ** 2 for column in columns)
+        squares = sum(_picked(values, column) ** 2 for column in columns)
         row.times.append((place, squares**0.5))

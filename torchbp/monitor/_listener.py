@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from torchbp.monitor._backwards import graph_task
+from torchbp.monitor._backwards import graph_task, is_captured
 from torchbp.monitor._catalogue import Catalogue
 from torchbp.monitor._heard import Forward, Heard
 from torchbp.monitor._row import Row
@@ -103,7 +103,7 @@ class Listener:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Listen to what comes back to the time steps of a recurrent layer's input."""
-        if not isinstance(module, nn.RNNBase) or _is_compiling():
+        if not isinstance(module, nn.RNNBase) or _is_compiling() or is_captured():
             return None
         place = self._catalogue.place(module)
         sequence = args[0] if args else None
@@ -119,7 +119,9 @@ class Listener:
         return (own, *args[1:])
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if _is_compiling():
+        if (
+            _is_compiling() or is_captured()
+        ):  # then nothing is computed, and later replays are silent
             return
         start = time.perf_counter()
         self._hear(module, args, output)

@@ -84,8 +84,10 @@ class Meter:
         plan = self._plans.get(key)
         groups = None if plan is None else plan.groups([found[i] for i in plan.order], room)
         if plan is None or groups is None:
-            self.settle()
-            if len(self._plans) >= _PLANS:
+            full = len(self._plans) >= _PLANS
+            if full or plan is not None:  # no more than that: parameters may wait there to be subtracted
+                self.settle()
+            if full:
                 self._plans.clear()
                 self._latest.clear()
                 self._buffers.clear()

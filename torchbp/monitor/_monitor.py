@@ -122,7 +122,7 @@ class Monitor:
         Over several ranks: what was found at the last drain, for only all together can drain.
         """
         if not self._shared.ranks:
-            self._drain()
+            self._drain(streams=True)
         self._desk.join()
         return list(self._judge.verdicts)
 
@@ -182,7 +182,7 @@ class Monitor:
         leave(id(self))
         self._capture.close()
         try:
-            self._drain(local=local)
+            self._drain(local=local, streams=True)
             self._desk.close()
         finally:
             if self._journal is not None:
@@ -244,11 +244,14 @@ class Monitor:
         restless, self._jumped = self._judge.restless or self._jumped, False
         return self._governor.vote(drain, restless=restless)
 
-    def _drain(self, *, keep: int = 0, local: bool = False, votes: bool = False) -> None:
+    def _drain(
+        self, *, keep: int = 0, local: bool = False, votes: bool = False, streams: bool = False
+    ) -> None:
         """Send rows to the host, to be judged and written there.
 
         ``keep``: so many of the last stay behind, for their loss may be logged after the step.
         ``votes``: decide how often to look from now on.
+        ``streams``: called from anywhere, perhaps in another stream of a GPU than training was in.
         """
         rows, between = self._ledger.take_out(keep)
         if not rows and not between:
@@ -259,7 +262,8 @@ class Monitor:
         self._capture.settle()
         count = len(self._catalogue)
         ranks = self._shared.ranks
-        arrive = harvest(rows, len(self._catalogue.parameters), count, apart=ranks)
+        size = len(self._catalogue.parameters)
+        arrive = harvest(rows, size, count, apart=ranks, streams=streams)
         vote = self._vote() if votes else Vote()
         if ranks:
             sums = arrive()

@@ -40,7 +40,8 @@ class _TapFunction(torch.autograd.Function):
         (delta,) = grads
         size = delta.numel()
         square = delta.to(ctx.dtype).square().sum()
-        told = torch.stack((square, square.new_tensor(size), square.new_tensor(size * ctx.batch)))
+        sizes = square.new_full((), size), square.new_full((), size * ctx.batch)
+        told = torch.stack((square, *sizes))
         return delta, told, None
 
 
@@ -119,7 +120,7 @@ class _Activation(_Hook):
                 layer.seen.add_(output.numel() // alive.shape[1])
         else:
             count = _measured(self.saturated, stack, self.function)
-            layer.counts.add_(torch.stack((count[0], count.new_tensor(output.numel()))))
+            layer.counts.add_(torch.stack((count[0], count.new_full((), output.numel()))))
 
 
 class Taps:
@@ -211,7 +212,8 @@ class Taps:
             self._steps = 0
             enough = torch.stack([layer.seen >= _WINDOW_SAMPLES for layer in layers])
             dead = torch.stack([(~layer.alive).sum(dtype=torch.float32) for layer in layers])
-            units = torch.tensor([float(layer.alive.numel()) for layer in layers]).to(dead)
+            sizes = [dead.new_full((), layer.alive.numel()) for layer in layers]
+            units = torch.stack(sizes)
             row.add(self._units.name, (places, dead * enough, ones, units * enough))
             for layer, told in zip(layers, enough, strict=True):
                 layer.alive.logical_and_(~told)

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from torchbp._random import forked
+
 __all__ = ["RangeTest", "lr_range_test"]
 
 _LEAST = 10  # steps before a rise of the loss may end the test: the first losses scatter
@@ -162,9 +164,8 @@ def _restored(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
     gradients = [(p, p.grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     state = copy.deepcopy(optimizer.state_dict())
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with forked():
             for parameter in model.parameters():
                 parameter.grad = None
             model.train()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
 from torchbp import swap
+from torchbp._random import forked
 from torchbp.ops._errors import wrong
 from torchbp.recompute._layer import RunningLayer
 from torchbp.recompute._lean import lean, lean_scope, revert
@@ -253,9 +254,9 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 @contextmanager
 def _random_state(state: list[Tensor]) -> Iterator[None]:
-    devices = {t.device for t in state if t.device.type != "cpu"}
+    devices = {t.device for t in state if t.device.type not in {"cpu", "cuda"}}
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(forked())
         for device in devices:
             stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
         yield

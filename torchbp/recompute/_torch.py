@@ -166,19 +166,22 @@ def _convolution_flops(node: Any, output: Tensor) -> int:
     return 2 * output.numel() * per_output
 
 
-def _attention(node: Any, _: Tensor | None) -> Callable[..., Any] | None:
-    if node._saved_dropout_p or node._saved_attn_mask is not None:
-        return None
-    kernel, causal, scale = (
-        aten._scaled_dot_product_flash_attention_for_cpu,
-        node._saved_is_causal,
-        node._saved_scale,
-    )
-    return lambda q, k, v: kernel(q, k, v, 0.0, causal, scale=scale)
+def _attention(kernel: Callable[..., Any], *before: object) -> Rule:
+    """Return the rule of an attention without mask and dropout; ``before``: what a kernel takes behind q, k, v."""
+
+    def read(node: Any, _: Tensor | None) -> Callable[..., Any] | None:
+        masks = (getattr(node, f"_saved_{name}", None) for name in ("attn_mask", "attn_bias"))
+        if node._saved_dropout_p or any(mask is not None for mask in masks):
+            return None
+        causal, scale = node._saved_is_causal, node._saved_scale
+        return lambda q, k, v: kernel(q, k, v, *before, 0.0, causal, scale=scale)
+
+    operands = (Operand(0, "query"), Operand(1, "key"), Operand(2, "value"))
+    return Rule(read, operands, flops=_attention_flops)
 
 
 def _attention_flops(node: Any, output: Tensor) -> int:
-    return 4 * output.numel() * node._saved_logsumexp.shape[-1] // (1 + node._saved_is_causal)
+    return 4 * output.numel() * output.shape[-2] // (1 + node._saved_is_causal)
 
 
 def _product_flops(_: Any, output: Tensor) -> int:
@@ -186,12 +189,15 @@ def _product_flops(_: Any, output: Tensor) -> int:
 
 
 _of_product = (Operand(0, "self"), Operand(1, "mat2"))
-_of_attention = (Operand(0, "query"), Operand(1, "key"), Operand(2, "value"))
 
 DEAR = {
     "ConvolutionBackward0": Rule(_convolution, _of_convolution, flops=_convolution_flops),
-    "ScaledDotProductFlashAttentionForCpuBackward0": Rule(
-        _attention, _of_attention, flops=_attention_flops
+    "ScaledDotProductFlashAttentionForCpuBackward0": _attention(
+        aten._scaled_dot_product_flash_attention_for_cpu
+    ),
+    "ScaledDotProductFlashAttentionBackward0": _attention(aten._scaled_dot_product_flash_attention),
+    "ScaledDotProductEfficientAttentionBackward0": _attention(
+        aten._scaled_dot_product_efficient_attention, None, True
     ),
     "MmBackward0": Rule(_always(torch.mm), _of_product, flops=_product_flops),
     "BmmBackward0": Rule(_always(torch.bmm), _of_product, flops=_product_flops),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchbp._random import forked
 from torchbp.verify._check import Check, Level, NotApplicable, NothingChecked, Refused, all_checks
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import (
@@ -181,7 +182,7 @@ def _run_all(
     start = time.perf_counter()
     findings: list[Finding] = []
     capabilities: dict[str, Capability] = {}
-    with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings():
+    with forked(), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         case, case.given = _build(func, inputs, kwargs, seed=seed, options=options)
         try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torchbp._random import states
 from torchbp.verify.calls import Calls, Plain
 from torchbp.verify.observed import Observed, observe
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
@@ -88,7 +89,7 @@ class Case(Sample):
             raise ForwardRaised(reason(error)) from error
         finally:
             if seeded:  # what runs after a forward, its backward first of all, meets another state each time
-                self.state_after = torch.get_rng_state()
+                self.states_after = states()
                 torch.manual_seed(self.seed + 1 + self.calls.forward)
 
     def bare(self) -> Callable[[Sequence[Tensor]], Any]:
@@ -186,9 +187,9 @@ class Case(Sample):
             self.copies_leaves = True
             leaves = self.fresh()  # it may have written in those before it raised
             outputs = tensors_in(self.call(leaves))
-        self.first_state = self.state_after
+        self.first_states = self.states_after
         torch.manual_seed(self.seed)
-        self.draws = not torch.equal(torch.get_rng_state(), self.first_state)
+        self.draws = not all(map(torch.equal, states(), self.first_states))
         torch.manual_seed(self.seed + 1 + self.calls.forward)
         return leaves, outputs
 

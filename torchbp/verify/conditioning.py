@@ -48,7 +48,7 @@ def spread(case: Case, dtype: torch.dtype) -> list[float]:
         def moved(t: Tensor, generator: torch.Generator = generator) -> Tensor:
             if not t.is_floating_point():
                 return t
-            r = torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t)
+            r = torch.rand(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t)
             return t * (1 + eps * (2 * r - 1))
 
         try:

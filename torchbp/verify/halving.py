@@ -34,7 +34,7 @@ def culprit(lines: Lines, number: int, check: str, when: str = "") -> Finding | 
     if lines.elsewhere and not _stands(lines, which, index, value):
         return None
     g = lines.grads[which]
-    truth, known = real(g).clone(), torch.zeros(real(g).numel(), dtype=torch.bool)
+    truth, known = real(g).clone(), torch.zeros_like(real(g), dtype=torch.bool)
     truth[index], known[index] = value, settled
     return compare(
         check,
@@ -44,7 +44,7 @@ def culprit(lines: Lines, number: int, check: str, when: str = "") -> Finding | 
         lines.tolerance(which),
         known=like_mask(known, g),
         when=f"{when} (found by halving a random direction; others may be wrong too)",
-        leaf=lines.case.leaves[which].cpu(),
+        leaf=lines.case.leaves[which],
     )
 
 

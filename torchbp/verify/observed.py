@@ -37,13 +37,13 @@ class Observed:
         outputs: As in the first call.
         grads: For the same grad_output.
         writes: What was written to that others hold.
-        state: State of torch's random generator after forward.
+        states: Of torch's random generators after forward.
     """
 
     outputs: tuple[Tensor, ...]
     grads: tuple[Tensor, ...]
     writes: tuple[Write, ...]
-    state: Tensor
+    states: Sequence[Tensor]
 
 
 def observe(case: "Case") -> Observed:
@@ -72,7 +72,7 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
             result = tensors_in(case.call(leaves, seed=seed, fixed=keep))
     else:
         result = tensors_in(case.call(leaves, seed=seed, fixed=keep))
-    state = case.state_after
+    states = case.states_after
     outputs = tuple(result[i] for i in case.differentiable)
     values = tuple(y.detach().clone() for y in outputs)
     forward = [] if case.copies_leaves else list(zip(case.names, leaves, case.leaves, strict=True))
@@ -87,7 +87,7 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
     ]
     grads = case.backward(outputs, leaves, v)
     writes += _changed("backward", backward)
-    return Observed(values, grads, tuple(writes), state)
+    return Observed(values, grads, tuple(writes), states)
 
 
 def _changed(phase: str, tensors: Sequence[tuple[str, Tensor, Tensor]]) -> Iterator[Write]:

@@ -89,7 +89,9 @@ def _grown(case: Case, wanted: Mapping[tuple[int, int], int]) -> Case:
                 t = t.index_select(d, at)
                 grown = True
         if grown and i in case.where and t.numel():
-            r = torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.real)
+            r = torch.rand(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+                t.real
+            )
             t = t * (1 + 0.05 * r) + 0.01 * r * largest(t)
         return t
 

@@ -81,7 +81,10 @@ def _is_linear(lines: Lines, direction: dict[int, Tensor]) -> bool:
         total = 0.0
         for k in (0, 1):
             part, bend = slope(
-                {i: d * ((torch.arange(len(d)) % period == 0) == k) for i, d in direction.items()}
+                {
+                    i: d * ((torch.arange(len(d), device="cpu") % period == 0) == k)
+                    for i, d in direction.items()
+                }
             )
             total += part
             if not bend < slack:

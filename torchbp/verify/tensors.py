@@ -39,8 +39,8 @@ def signed_like(t: Tensor, generator: torch.Generator) -> Tensor:
     """Return values of both signs, none near 0: |v| is in [0.5, 1.5). They hide nothing by being small."""
 
     def draw() -> Tensor:
-        r = torch.rand(t.shape, generator=generator, dtype=torch.float64)
-        sign = torch.randint(2, t.shape, generator=generator) * 2 - 1
+        r = torch.rand(t.shape, generator=generator, dtype=torch.float64, device="cpu")
+        sign = torch.randint(2, t.shape, generator=generator, device="cpu") * 2 - 1
         return sign * (r + 0.5)
 
     value = torch.complex(draw(), draw()) if t.is_complex() else draw()

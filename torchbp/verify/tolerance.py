@@ -1,6 +1,7 @@
 """When two numbers contradict each other, and the finding that says so."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ def compare(
     if known is not None and bool(known.all()):
         known = None  # the shapes tell more of the cause
     got, expected = _wide(got), _wide(expected)
+    tolerance, known, leaf, ones = map(_on_cpu, (tolerance, known, leaf, ones))
     if got.is_complex() != expected.is_complex():
         got, expected = got.to(torch.complex128), expected.to(torch.complex128)
     difference = (got - expected).abs()
@@ -148,6 +150,10 @@ def largest(t: Tensor) -> float:
 
 def _wide(t: Tensor) -> Tensor:
     return t.detach().to(torch.complex128 if t.is_complex() else torch.float64).cpu()
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _show(value: complex, other: complex) -> str:

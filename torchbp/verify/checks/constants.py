@@ -46,7 +46,7 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _varied(t: Tensor, generator: torch.Generator) -> Tensor:
     """Return other values of the same signs; what sums to 1 does so still, and a mask of 0 and 1 is left alone."""
-    r = torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t)
+    r = torch.rand(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t)
     values = t.unique().tolist()
     if values == [0.0]:
         return r - 0.5

@@ -6,6 +6,7 @@ not finite, or refuses, is outside of the function's domain.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,18 @@ from torchbp.verify.resize import accepts, resized
 
 NAME = "edges"
 MAGNITUDES = (0.0, 1.0, 1e-8, 0.5, 3.0, 6.0, 30.0, 800.0, 1e4)
-POINTS = torch.tensor([sign * m for m in MAGNITUDES for sign in (1, -1)], dtype=torch.float64)
+OPTIONS: Any = {"dtype": torch.float64, "device": "cpu"}  # whatever the default is
+POINTS = torch.tensor([sign * m for m in MAGNITUDES for sign in (1, -1)], **OPTIONS)
 SIZE = POINTS.abs().clamp(min=1.0).sqrt()
 STEPS = (2.0**-12, 2.0**-15)  # times SIZE
 SIDES = [(h, sign) for h in STEPS for sign in (-1, 1)]
 FAR = (1e6, 1e10)  # where a gradient that has a limit at infinity has about reached it
-BEYOND = torch.tensor([torch.inf, -torch.inf, *FAR, *(-x for x in FAR)], dtype=torch.float64)
+BEYOND = torch.tensor([torch.inf, -torch.inf, *FAR, *(-x for x in FAR)], **OPTIONS)
 # All that is asked of an input: the points, what lies beside them, and what is far away.
 ASKED = torch.cat([POINTS, *(POINTS + sign * h * SIZE for h, sign in SIDES), BEYOND])
-HOME = torch.arange(len(ASKED)) % len(POINTS)  # a point, and what lies beside it: one place
+HOME = torch.arange(len(ASKED), device="cpu") % len(
+    POINTS
+)  # a point, and what lies beside it: one place
 TOLERANCE = 1e-3
 LARGEST = 2**16  # elements
 
@@ -54,7 +58,7 @@ def _together(wide: Case, chosen: list[int]) -> Slopes | None:
     To the left and to the right of a point the other inputs are what they are at it. All is asked twice, in two orders;
     ``None`` where the answers differ, as for a slope per channel.
     """
-    n = torch.arange(len(ASKED))
+    n = torch.arange(len(ASKED), device="cpu")
     twice = torch.cat([n, n.flip(0)])
     found = _ask(wide, chosen, ASKED[twice], HOME[twice]) or {}
     for which, (y, g) in found.items():
@@ -174,7 +178,7 @@ def _stairs(case: Case, which: int, point: float, slopes: tuple[float, float]) -
     """Return whether in far shorter steps the slopes are others: those were over the steps of a function like round."""
     h = STEPS[1] / 64 * max(1.0, abs(point)) ** 0.5
     (below, y, above), _ = _evaluate(
-        case, which, torch.tensor([point - h, point, point + h], dtype=torch.float64)
+        case, which, torch.tensor([point - h, point, point + h], **OPTIONS)
     )
     noise = 8 * case.epsilon * float(y.abs()) / h
     near = float((y - below) / h), float((above - y) / h)

@@ -95,7 +95,7 @@ def _rows_alike(mask: Tensor) -> Tensor:
 
 
 def _half_flipped(mask: Tensor, generator: torch.Generator) -> Tensor:
-    order = torch.randperm(mask.numel(), generator=generator)
+    order = torch.randperm(mask.numel(), generator=generator, device="cpu")
     flat = mask.clone().reshape(-1)
     chosen = order[: max(1, mask.numel() // 2)]
     flat[chosen] = (flat[chosen] == 0).to(flat.dtype)

@@ -108,7 +108,7 @@ def _values(case: Case, name: str) -> Iterator[Any]:
     generator = case.generator(NAME)
 
     def weights(*shape: int) -> torch.Tensor:
-        r = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+        r = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
         return r.to(device=first.device, dtype=first.real.dtype)
 
     rows, whole = tuple(first.shape[:-1]), tuple(first.shape)

@@ -1,9 +1,11 @@
 """Random state: backward does not reseed the generator that everybody draws from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
+from torchbp._random import states
 from torchbp.verify._check import Check
 from torchbp.verify.cases import Case
 from torchbp.verify.report import Finding
@@ -12,14 +14,14 @@ NAME = "random_state"
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    states = {"forward": _after_forward(case), "backward": []}
+    found = {"forward": _after_forward(case), "backward": []}
     for seed in (case.seed + 1, case.seed + 2) if case.runs_again else ():
         leaves, outputs = case.kept
         torch.manual_seed(seed)
         case.backward(outputs, leaves, case.plain.cotangents, retain_graph=True)
-        states["backward"].append(torch.get_rng_state())
-    for phase, (one, other) in ((p, s) for p, s in states.items() if s):
-        if torch.equal(one, other):
+        found["backward"].append(states())
+    for phase, (one, other) in ((p, s) for p, s in found.items() if s):
+        if any(map(torch.equal, one, other)):
             yield Finding(
                 check=NAME,
                 severity="wrong" if phase == "backward" else "note",
@@ -28,12 +30,12 @@ def _run(case: Case) -> Iterator[Finding]:
             )
 
 
-def _after_forward(case: Case) -> list[torch.Tensor]:
+def _after_forward(case: Case) -> list[Sequence[Tensor]]:
     """Return the states that two forwards under two seeds leave."""
     if not case.draws:
-        return [case.first_state, case.again.state]
+        return [case.first_states, case.again.states]
     case.call(case.fresh(), seed=case.seed + 1)
-    return [case.first_state, case.state_after]
+    return [case.first_states, case.states_after]
 
 
 CHECK = Check(

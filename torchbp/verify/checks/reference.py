@@ -25,7 +25,9 @@ def _run(case: Case) -> Iterator[Finding]:
     def near(t: Tensor) -> Tensor:
         if not (t.is_floating_point() or t.is_complex()):
             return t
-        return t * (1 + 0.5 * torch.rand(t.shape, generator=generator, dtype=torch.float64)).to(t)
+        return t * (
+            1 + 0.5 * torch.rand(t.shape, generator=generator, dtype=torch.float64, device="cpu")
+        ).to(t)
 
     for where, other in (("", case), (" near the sample", case.variant(near))):
         found = _compare(other, reference, where)

@@ -94,7 +94,8 @@ class _Lines:
         self.points = [p.detach() for p in points]
         generator = case.generator(f"{NAME} lines")
         self.directions = [
-            like(signed_like(real(p), generator) * scale_of(p.cpu()), p).to(p) for p in self.points
+            like(signed_like(real(p.cpu()), generator) * scale_of(p.cpu()), p).to(p)
+            for p in self.points
         ]
         grads = case.plain.grads
         size = sum(float((a.abs() * g.abs()).sum()) for a, g in zip(w, grads, strict=True))

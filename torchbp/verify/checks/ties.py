@@ -76,7 +76,7 @@ def _all_equal(case: Case, which: int) -> Iterator[Finding]:
     if not value or not accepts(other):
         return
     lines = Lines(other, elsewhere=True)
-    along = {which: torch.full((leaf.numel(),), abs(value), dtype=torch.float64)}
+    along = {which: torch.full((leaf.numel(),), abs(value), dtype=torch.float64, device="cpu")}
     got = float(lines.grads[which].double().sum())
     slack = SLACK * float(lines.grads[which].abs().sum())
     if abs(lines.value(along, lines.near) / lines.near / abs(value) - got) <= slack:
@@ -121,7 +121,7 @@ def _where_apart(case: Case, ties: list[Tie], side: Plain, tied: Plain) -> Itera
 def _neighbours(case: Case, which: int) -> list[Tie]:
     """Return neighbours along the last and the first dimension, at the maximum and the minimum; no two overlap."""
     leaf = case.leaves[which]
-    places = torch.arange(leaf.numel()).view(leaf.shape)
+    places = torch.arange(leaf.numel(), device="cpu").view(leaf.shape)
     used: set[int] = set()
     ties: list[Tie] = []
     for dim in dict.fromkeys((leaf.dim() - 1, 0) if leaf.dim() else ()):

@@ -44,7 +44,7 @@ def _run(case: Case) -> Iterator[Finding]:
         if found:
             yield found
         return
-    known = [torch.zeros(g.numel() * (1 + g.is_complex()), dtype=torch.bool) for g in lines.grads]
+    known = [torch.zeros_like(real(g), dtype=torch.bool) for g in lines.grads]
     truth = [real(g).clone() for g in lines.grads]
     unsettled = 0
     elements = list(_elements(case, lines.grads))
@@ -64,7 +64,7 @@ def _run(case: Case) -> Iterator[Finding]:
             like(truth[which], g),
             lines.tolerance(which),
             known=like_mask(known[which], g),
-            leaf=leaf.cpu(),
+            leaf=leaf,
             ones=lines.ones(which),
             sizes=_sizes(case),
         )
@@ -107,7 +107,7 @@ def _elements(case: Case, grads: list[Tensor]) -> Iterator[tuple[int, int]]:
     largest = max(range(len(sizes)), key=lambda i: sizes[i])
     n = sizes[largest]
     generator = case.generator("elements")
-    random = int(torch.randint(n, (), generator=generator))
+    random = int(torch.randint(n, (), generator=generator, device="cpu"))
     steepest = int(real(grads[largest]).abs().nan_to_num(torch.inf).argmax())
     yield from ((largest, j) for j in dict.fromkeys([steepest, n - 1, random][:ALONE]))
 
