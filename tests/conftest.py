@@ -3,7 +3,29 @@
 import pytest
 import torch
 
+from tests import device
+
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tests/ops computes: cpu, cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device.DEVICE = config.getoption("--device", "cpu")
+    try:
+        torch.empty(1, device=device.DEVICE)
+    except Exception as error:
+        raise pytest.UsageError(f"--device {device.DEVICE}: {error}") from None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out on another device what is marked as the CPU's own, with the reason that the mark states."""
+    if device.DEVICE != "cpu":
+        for item in items:
+            for mark in item.iter_markers("cpu"):
+                item.add_marker(pytest.mark.skip(reason=f"the CPU's own: {mark.args[0]}"))
 
 
 @pytest.fixture(autouse=True)

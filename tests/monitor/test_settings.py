@@ -194,12 +194,17 @@ def test_a_closure_counts_where_the_step_begins(tmp_path):
         loss.backward()
         return loss
 
+    updates = []
     with torchbp.watch(model, optimizer, log_dir=tmp_path) as monitor:
         for _ in range(3):
             want.append(true_norms(model))
+            before = [p.detach().clone() for p in model.parameters()]
             optimizer.step(closure)
+            pairs = zip(model.parameters(), before, strict=True)
+            updates.append([(p - b).norm().item() for p, b in pairs])
     assert monitor.step == 3
     np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+    np.testing.assert_allclose(norms(tmp_path, "update_norm"), updates, rtol=1e-4)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["user's hooks first", "ours first"])

@@ -446,3 +446,14 @@ def test_steps_that_are_not_read_are_counted_once(tmp_path, begin):
                 optimizer.step()
     read_at = [step for step in range(begin, begin + 9) if step % 3 == 0]
     assert read(tmp_path).vectors["gradient_norm"].steps.tolist() == read_at
+
+
+def test_whatever_the_default_device_is(tmp_path):
+    model, (x, y) = mlp(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.device("meta"), torchbp.watch(model, optimizer, log_dir=tmp_path) as monitor:
+        for _ in range(12):
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert monitor.verdicts == []
+    assert len(read(tmp_path).vectors["gradient_norm"].steps) == 12

@@ -389,3 +389,14 @@ def test_estimator_passes_without_what_uses_differences():
 
     assert not torchbp.gradcheck(Round.apply, sample(3, 4), raise_exception=False, skip=COMPILE)
     assert torchbp.gradcheck(Round.apply, sample(3, 4), skip=["differences", "compile"])
+
+
+def test_whatever_the_default_device_is():
+    def function(x, w):
+        return (x.relu() @ w).sort().values.softmax(-1)
+
+    inputs = sample(3, 4), sample(4, 3)
+    with torch.device("meta"):
+        report = torchbp.gradcheck(function, inputs, skip=COMPILE)
+    assert report
+    assert not [c.detail for c in report.capabilities.values() if "itself failed" in c.detail]

@@ -25,7 +25,6 @@ from torchbp.monitor._row import Pieces
 __all__ = ["Backwards", "graph_task", "in_backward", "is_captured"]
 
 _KEPT = 16
-_BUILT = torch.backends.cuda.is_built()  # where it is not, torch raises on being asked
 _CAPTURED = (
     "watch: expected a backward that runs, got one that a CUDA graph captures, whose replays call no hook; "
     "capture layers instead, by torch.cuda.make_graphed_callables, or close the monitor first"
@@ -34,7 +33,7 @@ _CAPTURED = (
 
 def is_captured() -> bool:
     """Whether a CUDA graph captures the current stream: nothing is computed there now."""
-    return _BUILT and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 graph_task = torch._C._current_graph_task_id  # noqa: SLF001
