@@ -89,10 +89,11 @@ def timed(run: Callable[[], Any], repeats: int, now: Callable[[], float]) -> tup
     return statistics.median(seconds), result
 
 
-def measure(repeats: int, ways: list[str], device: str) -> list[dict[str, Any]]:
+def measure(repeats: int, cases: list[str], ways: list[str], device: str) -> list[dict[str, Any]]:
     rows = []
     now = clock(device, 1)
-    for name, (function, given) in CASES.items():
+    for name in cases:
+        function, given = CASES[name]
         inputs = tuple(t.detach().to(device).requires_grad_() for t in given)
         if isinstance(function, torch.nn.Module):
             function.to(device)
@@ -117,12 +118,14 @@ def measure(repeats: int, ways: list[str], device: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", default=[""], help="by the start of a name")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure(args.repeats, args.ways, args.device)
+    cases = [name for name in CASES if name.startswith(tuple(args.cases))]
+    rows = measure(args.repeats, cases, args.ways, args.device)
     for row in rows:
         calls = (
             f"{row['forwards']:4} forward {row['backwards']:4} backward"
