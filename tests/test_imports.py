@@ -15,10 +15,11 @@ ARROWS = {
     "functional": {"ops"},
     "nn": {"ops", "functional"},
     "swap": {"ops"},
-    "recompute": {"ops", "swap"},
-    "verify": set(),
-    "monitor": {"tensorboard"},
+    "recompute": {"ops", "swap", "_random"},
+    "verify": {"_random"},
+    "monitor": {"tensorboard", "_random"},
     "tensorboard": set(),
+    "_random": set(),
 }
 FOREIGN = {"verify": {"tensorboard"}, "ops": {"tensorboard", "numpy"}, "tensorboard": {"torch"}}
 
