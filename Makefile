@@ -19,6 +19,9 @@ test: .venv/test ## Run the test suite
 test-all: .venv/test data ## Run the test suite, the slow tests too
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
+test-cuda: .venv/test ## Run the tests of the ops on a GPU; fails where there is none
+	$(BIN)/python -m pytest -n 8 -m "not slow" --device cuda tests/ops $(ARGS)
+
 check: .venv/dev ## Lint, format, types, generated files, documentation, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

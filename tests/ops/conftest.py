@@ -1,13 +1,21 @@
 """Parametrises the generic tests: ``op`` is every op, ``sample`` every sample of every op; ids are names."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tests import device
 from torchbp.ops._op import Op, all_ops
 from torchbp.ops._samples import Make, Sample, one_tensor, over_tensors
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def make(dtype: torch.dtype = torch.float64) -> Make:
+    """Return what makes samples where the tests compute."""
+    return Make(dtype, device.DEVICE)
 
 
 def twin(cls):
@@ -23,21 +31,14 @@ class Case:
     its values, gradients included.
     """
 
-    def __init__(self, op: Op, index: int) -> None:
-        self.op, self.index = op, index
+    def __init__(self, op: Op, index: int, name: str = "") -> None:
+        self.op, self.index, self.name = op, index, name
 
     def __repr__(self) -> str:
-        return f"{self.op.name}-{self.sample().name or self.index}"
-
-    def param(self, few: int):
-        """Return the test's parameter; slow but for ``few`` samples of each op, evenly taken from all."""
-        count = len(list(self.op.samples(Make())))
-        taken = {round(k * (count - 1) / (few - 1)) for k in range(few)}
-        marks = [] if count <= few or self.index in taken else [pytest.mark.slow]
-        return pytest.param(self, id=repr(self), marks=marks)
+        return f"{self.op.name}-{self.name or self.index}"
 
     def sample(self, dtype=torch.float64) -> Sample:
-        return list(self.op.samples(Make(dtype)))[self.index]
+        return list(self.op.samples(make(dtype)))[self.index]
 
     def function(self, *args, **kwargs):
         if self.op.random:
@@ -78,6 +79,24 @@ def with_args(sample: Sample, change) -> Sample:
     return sample.over_tensors(change)
 
 
+def cases_of(op: Op) -> list[Case]:
+    """Return each sample of one op."""
+    return [Case(op, i, s.name) for i, s in enumerate(op.samples(Make()))]
+
+
+def drawn(shape, dtype=torch.float64, seed: int = 7) -> torch.Tensor:
+    """Return normal values, the same on every device, whatever was drawn before; not those of Make."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(device.DEVICE, dtype)
+
+
+def constructed_on_device(constructed):
+    """Return a Module, made where the tests compute, and a sample of its inputs."""
+    op, i = constructed
+    cls, ctor, inputs = list(op.module_samples(make(torch.float32)))[i]
+    return cls(*ctor.args, **ctor.kwargs).to(device.DEVICE), inputs
+
+
 def torchs(op: Op):
     """Return torch's function of the op's name, or the reference where torch has none."""
     return op.torchs or op.reference
@@ -93,12 +112,31 @@ def tensors_of(value) -> list[torch.Tensor]:
     return [t for t in Sample((value,)).tensors() if t.is_floating_point()]
 
 
-def _cases(one_each: bool = False) -> list[Case]:
+@cache
+def _cases() -> list[list[Case]]:
+    """Return every sample of each op."""
+    return [cases_of(op) for op in all_ops().values()]
+
+
+@cache
+def _params(few: int) -> list:
+    """Return the test's parameters; slow are all but ``few`` samples of each op, evenly taken from all."""
     found = []
-    for op in all_ops().values():
-        count = len(list(op.samples(Make())))
-        found += [Case(op, i) for i in range(1 if one_each else count)]
+    for cases in _cases():
+        taken = {round(k * (len(cases) - 1) / (few - 1)) for k in range(few)}
+        for case in cases:
+            marks = [] if len(cases) <= few or case.index in taken else [pytest.mark.slow]
+            found.append(pytest.param(case, id=repr(case), marks=marks))
     return found
+
+
+@cache
+def _constructed() -> list:
+    return [
+        pytest.param((op, i), id=f"{cls.__name__}-{x.name or i}")
+        for op in all_ops().values()
+        for i, (cls, _, x) in enumerate(op.module_samples(Make()))
+    ]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -106,25 +144,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("op", all_ops().values(), ids=repr)
     if "case" in metafunc.fixturenames:  # every sample
         heavy = metafunc.definition.get_closest_marker("heavy") is not None
-        metafunc.parametrize("case", [c.param(few=2 if heavy else 6) for c in _cases()])
+        metafunc.parametrize("case", _params(2 if heavy else 6))
     if "first" in metafunc.fixturenames:  # the first sample of each op: for what is slow
-        metafunc.parametrize("first", _cases(one_each=True), ids=repr)
+        metafunc.parametrize("first", [cases[0] for cases in _cases()], ids=repr)
     if "constructed" in metafunc.fixturenames:
-        params = [
-            (op, i)
-            for op in all_ops().values()
-            for i in range(len(list(op.module_samples(Make()))))
-        ]
-        ids = [
-            f"{cls.__name__}-{x.name or i}"
-            for op in all_ops().values()
-            for i, (cls, _, x) in enumerate(op.module_samples(Make()))
-        ]
-        metafunc.parametrize("constructed", params, ids=ids)
+        metafunc.parametrize("constructed", _constructed())
     if "wrong" in metafunc.fixturenames:
         wrong = [
-            (op, i, s.name) for op in all_ops().values() for i, s in enumerate(op.errors(Make()))
+            pytest.param((op, i), id=f"{op.name}-{s.name}")
+            for op in all_ops().values()
+            for i, s in enumerate(op.errors(Make()))
         ]
-        metafunc.parametrize(
-            "wrong", [w[:2] for w in wrong], ids=[f"{op.name}-{name}" for op, _, name in wrong]
-        )
+        metafunc.parametrize("wrong", wrong)

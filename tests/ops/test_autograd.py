@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from tests.ops.conftest import HALF, with_args
+from tests.device import DEVICE
+from tests.ops.conftest import HALF, drawn, with_args
 from tests.ops.test_values import gradients
 
 
@@ -54,9 +55,9 @@ def test_layouts(case, layout):
     (f, a), (g, b) = case.of_tensors(changed), case.of_tensors(plain)
     y, z = f(*a), g(*b)
     torch.testing.assert_close(y, z)
-    regular = torch.randn(y.shape, dtype=y.dtype)
+    regular = torch.randn(y.shape, dtype=y.dtype, device=DEVICE)
     irregular = laid_out(regular) if y.dim() > 1 else regular
-    for v in (irregular, regular, torch.ones((), dtype=y.dtype).expand_as(y)):
+    for v in (irregular, regular, torch.ones((), dtype=y.dtype, device=DEVICE).expand_as(y)):
         want = torch.autograd.grad(z, b, v.contiguous(), retain_graph=True)
         for output, inputs in ((y, a), (z, b)):
             ours = torch.autograd.grad(output, inputs, v, retain_graph=True)
@@ -101,8 +102,7 @@ def test_one_gradient_at_a_time(case):
     for i, t in enumerate(tensors):
         alone = [u if u is t else u.detach() for u in tensors]
         y = f(*alone)
-        v = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-        (grad,) = torch.autograd.grad(y, t, v)
+        (grad,) = torch.autograd.grad(y, t, drawn(y.shape))
         torch.testing.assert_close(grad, together[i], rtol=1e-9, atol=1e-12)
 
 
@@ -157,9 +157,13 @@ def test_a_changed_saved_tensor_raises(first):
 
 def test_backward_under_saved_tensor_hooks(case):
     """Offloading hooks that move what is kept elsewhere change no gradient."""
+
+    def placed(array):
+        return torch.from_numpy(array).to(DEVICE)
+
     f, tensors = case.of_tensors(case.sample())
     want = gradients(f, tensors)
-    with saved_tensors_hooks(lambda t: t.detach().numpy().copy(), torch.from_numpy):
+    with saved_tensors_hooks(lambda t: t.detach().cpu().numpy().copy(), placed):
         ours = gradients(f, tensors)
     for a, b in zip(ours, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)

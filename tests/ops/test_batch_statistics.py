@@ -7,6 +7,7 @@ import torch
 
 import torchbp
 import torchbp.functional as F
+from tests.device import DEVICE
 from tests.ops.test_autograd import kept_storages, storage_bytes
 from torchbp.ops._function import formula_only
 
@@ -20,14 +21,14 @@ SHAPES |= {"InstanceNorm1d": (4, 3, 5), "InstanceNorm2d": (4, 3, 5, 2)}
 def test_statistics_over_steps_as_in_torch(name, momentum, track):
     """Buffers, outputs and gradients of torch's module, over training steps, frozen statistics and evaluation."""
     kwargs = {"momentum": momentum, "track_running_stats": track, "affine": True}
-    ours = getattr(torchbp.nn, name)(3, **kwargs).double()
-    theirs = getattr(torch.nn, name)(3, **kwargs).double()
+    ours = getattr(torchbp.nn, name)(3, **kwargs).to(DEVICE).double()
+    theirs = getattr(torch.nn, name)(3, **kwargs).to(DEVICE).double()
     with torch.no_grad():
         for module in (ours, theirs):
-            module.weight.copy_(torch.tensor([0.5, -1.0, 2.0]))
+            module.weight.copy_(torch.tensor([0.5, -1.0, 2.0], device=DEVICE))
     for step in range(5):
         training = step < 4
-        x = (3 * torch.randn(SHAPES[name], dtype=torch.float64) + 1).requires_grad_()
+        x = (3 * torch.randn(SHAPES[name], dtype=torch.float64, device=DEVICE) + 1).requires_grad_()
         v = torch.randn_like(x)
         results = []
         for module in (ours, theirs):
@@ -42,10 +43,10 @@ def test_statistics_over_steps_as_in_torch(name, momentum, track):
 
 def test_training_with_statistics_that_are_not_tracked():
     """track_running_stats switched off later: the batch's statistics in training, the buffers in evaluation."""
-    ours, theirs = torchbp.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    ours, theirs = torchbp.nn.BatchNorm1d(3, device=DEVICE), torch.nn.BatchNorm1d(3, device=DEVICE)
     for module in (ours, theirs):
         module.track_running_stats = False
-    x = torch.randn(5, 3)
+    x = torch.randn(5, 3, device=DEVICE)
     before = copy.deepcopy(ours.state_dict())
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
@@ -56,10 +57,10 @@ def test_training_with_statistics_that_are_not_tracked():
 @pytest.mark.parametrize("training", [True, False])
 def test_weight_and_statistics_of_any_stride(training):
     """Torch 2.13 on the CPU reads a strided weight of two-dimensional input as if it were contiguous, in backward."""
-    x = torch.randn(5, 2, requires_grad=True)
-    strided = [torch.rand(4).add(0.5)[::2].requires_grad_() for _ in range(4)]
+    x = torch.randn(5, 2, requires_grad=True, device=DEVICE)
+    strided = [torch.rand(4, device=DEVICE).add(0.5)[::2].requires_grad_() for _ in range(4)]
     dense = [t.detach().contiguous().requires_grad_() for t in strided]
-    v = torch.randn(5, 2)
+    v = torch.randn(5, 2, device=DEVICE)
     results = []
     for w, b, mean, var in (strided, dense):
         y = F.batch_norm(x, mean.detach(), var.detach(), w, b, training)
@@ -76,8 +77,8 @@ def test_weight_and_statistics_of_any_stride(training):
 @pytest.mark.parametrize("buffers", ["half", "float"])
 def test_half_precision_rounds_once(dtype, buffers):
     """A mean far from 0 is not rounded to half precision before it is subtracted."""
-    x = (torch.randn(64, 4, 9) + 10).to(dtype)
-    mean, var = torch.zeros(4), torch.ones(4)
+    x = (torch.randn(64, 4, 9, device=DEVICE) + 10).to(dtype)
+    mean, var = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
     if buffers == "half":
         mean, var = mean.to(dtype), var.to(dtype)
     y = F.batch_norm(x, mean, var, training=True)
@@ -90,9 +91,9 @@ def test_half_precision_rounds_once(dtype, buffers):
 
 
 def test_frozen_evaluation_keeps_nothing_of_the_input():
-    x = torch.randn(64, 8, 16, requires_grad=True)
-    statistics = torch.randn(8), torch.rand(8) + 0.5
-    w, b = torch.randn(8), torch.randn(8)
+    x = torch.randn(64, 8, 16, requires_grad=True, device=DEVICE)
+    statistics = torch.randn(8, device=DEVICE), torch.rand(8, device=DEVICE) + 0.5
+    w, b = torch.randn(8, device=DEVICE), torch.randn(8, device=DEVICE)
     for f in (F.batch_norm, lambda *a: F.instance_norm(*a, use_input_stats=False)):
         _, kept = kept_storages(lambda x, f=f: f(x, *statistics, w, b), [x])
         assert storage_bytes(kept) == 2 * 8 * 4  # the weight and the variance
@@ -100,8 +101,8 @@ def test_frozen_evaluation_keeps_nothing_of_the_input():
 
 def test_under_torch_func():
     """func.grad of a training step updates the running statistics, as torch's does; vmap over them is refused."""
-    x, w = torch.randn(5, 3), torch.randn(3)
-    ours, theirs = [(torch.zeros(3), torch.ones(3)) for _ in range(2)]
+    x, w = torch.randn(5, 3, device=DEVICE), torch.randn(3, device=DEVICE)
+    ours, theirs = [(torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)) for _ in range(2)]
 
     def loss(x, f, buffers):
         return f(x, *buffers, w, training=True).sin().sum()
@@ -116,10 +117,10 @@ def test_under_torch_func():
 
 def test_compiled_training_step_updates_the_statistics():
     torch._dynamo.reset()
-    ours, theirs = torchbp.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    ours, theirs = torchbp.nn.BatchNorm1d(3, device=DEVICE), torch.nn.BatchNorm1d(3, device=DEVICE)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     for _ in range(2):
-        x = torch.randn(5, 3, requires_grad=True)
+        x = torch.randn(5, 3, requires_grad=True, device=DEVICE)
         for y, module in ((compiled(x), ours), (theirs(x), theirs)):
             grads = torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])
             module.result = (y, *grads, *module.buffers())
@@ -128,8 +129,8 @@ def test_compiled_training_step_updates_the_statistics():
 
 def test_mixed_precision_as_in_torch():
     """Half-precision input with float32 parameters and statistics: torch's dtypes."""
-    x = torch.randn(6, 3, 2).bfloat16().requires_grad_()
-    ours, theirs = torchbp.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    x = torch.randn(6, 3, 2, device=DEVICE).bfloat16().requires_grad_()
+    ours, theirs = torchbp.nn.BatchNorm1d(3, device=DEVICE), torch.nn.BatchNorm1d(3, device=DEVICE)
     for module in (ours, theirs):
         y = module(x)
         module.result = (y, *torch.autograd.grad(y.float().sin().sum(), [x, *module.parameters()]))

@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from tests.device import DEVICE
+from tests.ops.conftest import make
 from torchbp.ops._capabilities import CAPABILITIES, kept_bytes, measure
 from torchbp.ops._op import all_ops
-from torchbp.ops._samples import Make, Sample
+from torchbp.ops._samples import Sample
 
 torchs = torch.nn.functional
 
@@ -37,6 +39,7 @@ def careless(input):
     return Careless.apply(input)
 
 
+@pytest.mark.cpu("the table is of the CPU")
 def test_a_careless_function_is_refused_column_by_column():
     op = dataclasses.replace(all_ops()["sigmoid"], function=careless, modules=())
     found = measure(op).can
@@ -45,6 +48,7 @@ def test_a_careless_function_is_refused_column_by_column():
     assert {name for name, can in found.items() if can is False} >= refused
 
 
+@pytest.mark.cpu("the table is of the CPU")
 def test_edges_where_torch_is_nan():
     def silu(input):
         return torchs.silu(input)
@@ -55,6 +59,7 @@ def test_edges_where_torch_is_nan():
     assert measure(all_ops()["silu"]).can["edges"] is True
 
 
+@pytest.mark.cpu("the table is of the CPU")
 @pytest.mark.parametrize(
     ("name", "column"),
     [("gradient_clip", "gradcheck"), ("softmax", "edges"), ("prelu", "complex")],
@@ -66,7 +71,7 @@ def test_a_dash_where_there_is_nothing_to_compare_with(name, column):
 
 
 def test_own_bytes_are_neither_input_nor_output():
-    x = torch.randn(8, requires_grad=True)
+    x = torch.randn(8, requires_grad=True, device=DEVICE)
     assert kept_bytes(torch.sigmoid, Sample((x,))) == 32
     assert kept_bytes(torch.sigmoid, Sample((x,)), own=True) == 0
     assert kept_bytes(lambda x: torch.sigmoid(x).sum(), Sample((x,)), own=True) == 32
@@ -77,7 +82,7 @@ def test_own_bytes_are_neither_input_nor_output():
 def test_no_more_bytes_than_torch(op, dtype):
     if op.torchs is None:
         pytest.skip("torch has no such op")
-    sample = op.benchmark(Make(dtype), 1 << 14)
+    sample = op.benchmark(make(dtype), 1 << 14)
     try:
         theirs = kept_bytes(op.torchs, sample)
     except RuntimeError as reason:

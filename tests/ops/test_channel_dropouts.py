@@ -8,6 +8,7 @@ import torch
 
 import torchbp
 import torchbp.functional as F
+from tests.device import DEVICE
 
 CHANNELS = {
     "dropout1d": (200, 50, 3),
@@ -20,7 +21,7 @@ CHANNELS = {
 @pytest.mark.parametrize("name", CHANNELS)
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_channels_are_dropped_whole_and_at_the_rate(name, p):
-    y = getattr(F, name)(torch.ones(CHANNELS[name]), p, True)
+    y = getattr(F, name)(torch.ones(CHANNELS[name], device=DEVICE), p, True)
     channels = y.flatten(2)
     assert (channels == channels[..., :1]).all()
     dropped = channels[..., 0] == channels.min()
@@ -33,21 +34,25 @@ def test_channels_are_dropped_whole_and_at_the_rate(name, p):
 @pytest.mark.parametrize("name", ["alpha_dropout", "feature_alpha_dropout"])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_mean_and_variance_stay(name, p):
-    y = getattr(F, name)(torch.randn(1000, 1000), p, True)
+    y = getattr(F, name)(torch.randn(1000, 1000, device=DEVICE), p, True)
     assert abs(y.mean()) < 2e-2
     assert abs(y.var() - 1) < 3e-2
 
 
 @pytest.mark.parametrize("name", ["alpha_dropout", "feature_alpha_dropout"])
 def test_two_values_of_a_constant_as_in_torch(name):
-    ours = getattr(F, name)(torch.ones(40, 40, dtype=torch.float64), 0.3, True).unique()
-    theirs = getattr(torch.nn.functional, name)(torch.ones(40, 40).double(), 0.3, True).unique()
+    ours = getattr(F, name)(
+        torch.ones(40, 40, dtype=torch.float64, device=DEVICE), 0.3, True
+    ).unique()
+    theirs = getattr(torch.nn.functional, name)(
+        torch.ones(40, 40, device=DEVICE).double(), 0.3, True
+    ).unique()
     torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout"])
 def test_reproducible_and_anew(name):
-    module, x = getattr(torchbp.nn, name)(0.5), torch.ones(8, 8, 2, 2)
+    module, x = getattr(torchbp.nn, name)(0.5), torch.ones(8, 8, 2, 2, device=DEVICE)
     x = x if name == "Dropout2d" else x[..., 0] if name == "Dropout1d" else x[..., None]
     torch.manual_seed(3)
     first, second = module(x), module(x)
@@ -61,7 +66,7 @@ def test_reproducible_and_anew(name):
 @pytest.mark.parametrize("dims", range(1, 7))
 def test_other_dimensions_as_in_torch(name, dims):
     """What torch refuses, and what it takes with a warning."""
-    x = torch.randn(*range(2, 2 + dims))
+    x = torch.randn(*range(2, 2 + dims), device=DEVICE)
 
     def outcome(function):
         with warnings.catch_warnings(record=True) as caught:
@@ -78,8 +83,8 @@ def test_other_dimensions_as_in_torch(name, dims):
 def test_an_image_without_batch_is_a_batch_of_sequences():
     """dropout2d takes three dimensions as (N, C, L), dropout3d four as (C, D, H, W), as torch does."""
     with pytest.warns(UserWarning, match="dropout2d"):
-        y = F.dropout2d(torch.ones(100, 50, 3))
+        y = F.dropout2d(torch.ones(100, 50, 3, device=DEVICE))
     assert (y == y[..., :1]).all()
     assert not (y[:, 0] == y[:1, 0]).all()
-    z = F.dropout3d(torch.ones(100, 50, 3, 2))
+    z = F.dropout3d(torch.ones(100, 50, 3, 2, device=DEVICE))
     assert (z == z[:, :1, :1, :1]).all()

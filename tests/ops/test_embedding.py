@@ -5,18 +5,21 @@ import torch
 
 import torchbp
 import torchbp.functional as F
+from tests.device import DEVICE
 from torchbp.ops._function import formula_only
 
-INDEX = torch.tensor([[0, 2, 2], [4, 1, 2]])
+INDEX = torch.tensor([[0, 2, 2], [4, 1, 2]], device=DEVICE)
 
 
 def both(**kwargs):
     """Value and weight gradient, ours and torch's, of equal tables."""
     results = []
     for f in (F.embedding, torch.nn.functional.embedding):
-        table = torch.arange(15.0, dtype=torch.float64).reshape(5, 3).requires_grad_()
+        table = (
+            torch.arange(15.0, dtype=torch.float64, device=DEVICE).reshape(5, 3).requires_grad_()
+        )
         y = f(INDEX, table, **kwargs)
-        y.backward(torch.arange(18.0, dtype=torch.float64).reshape(2, 3, 3))
+        y.backward(torch.arange(18.0, dtype=torch.float64, device=DEVICE).reshape(2, 3, 3))
         results.append((y, table, table.grad))
     return results
 
@@ -55,7 +58,7 @@ def test_by_frequency_as_in_torch(engine):
 def both_sparse_and_dense():
     results = []
     for sparse in (True, False):
-        table = torch.ones(5, 3, requires_grad=True)
+        table = torch.ones(5, 3, requires_grad=True, device=DEVICE)
         y = F.embedding(INDEX, table, scale_grad_by_freq=True, sparse=sparse)
         y.sum().backward()
         results.append((y, table, table.grad))
@@ -67,15 +70,17 @@ def test_bounded_norms_as_in_torch(norm_type):
     """The selected rows are scaled in the table itself, the others stay."""
     ours, theirs = both(max_norm=2.5, norm_type=norm_type)
     torch.testing.assert_close(ours, theirs)
-    assert torch.equal(ours[1][3], torch.tensor([9.0, 10.0, 11.0], dtype=torch.float64))
+    assert torch.equal(
+        ours[1][3], torch.tensor([9.0, 10.0, 11.0], dtype=torch.float64, device=DEVICE)
+    )
     assert ours[0].norm(norm_type, dim=-1).max() <= 2.5 + 1e-6
 
 
 def test_forward_mode_is_the_transpose():
     """By frequency and with padding, forward mode is that of the same linear map as backward."""
     kwargs = {"padding_idx": 1, "scale_grad_by_freq": True}
-    table, t = torch.randn(5, 3), torch.randn(5, 3)
-    v = torch.randn(2, 3, 3)
+    table, t = torch.randn(5, 3, device=DEVICE), torch.randn(5, 3, device=DEVICE)
+    v = torch.randn(2, 3, 3, device=DEVICE)
     f = lambda w: F.embedding(INDEX, w, **kwargs)  # noqa: E731
     _, tangent = torch.func.jvp(f, (table,), (t,))
     _, pullback = torch.func.vjp(f, table)
@@ -83,7 +88,7 @@ def test_forward_mode_is_the_transpose():
 
 
 def test_trains_with_sparse_adam():
-    module = torchbp.nn.Embedding(5, 3, sparse=True)
+    module = torchbp.nn.Embedding(5, 3, sparse=True, device=DEVICE)
     before = module.weight.detach().clone()
     optimizer = torch.optim.SparseAdam(module.parameters())
     module(INDEX).sum().backward()

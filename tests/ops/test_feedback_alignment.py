@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
+from tests.device import DEVICE
 from torchbp import nn
 
 
@@ -17,7 +18,7 @@ def direct(*widths: int) -> nn.DirectFeedbackAlignment:
     layers = [nn.Linear(*widths[:2])]
     for a, b in pairwise(widths[1:]):
         layers += [nn.Tanh(), nn.DirectFeedbackAlignmentLinear(a, b, widths[-1])]
-    return nn.DirectFeedbackAlignment(nn.Sequential(*layers))
+    return nn.DirectFeedbackAlignment(nn.Sequential(*layers)).to(DEVICE)
 
 
 def by_hand(model: nn.DirectFeedbackAlignment, x, t) -> list[torch.Tensor]:
@@ -44,7 +45,11 @@ def loss_of(model, x, t):
 def small():
     torch.manual_seed(0)
     model = direct(5, 7, 6, 3).double()
-    return model, torch.randn(4, 5).double(), torch.randn(4, 3).double()
+    return (
+        model,
+        torch.randn(4, 5, device=DEVICE).double(),
+        torch.randn(4, 3, device=DEVICE).double(),
+    )
 
 
 def assert_same(grads, wanted):
@@ -85,9 +90,9 @@ def test_backward_twice(small):
 def test_a_layer_used_twice_learns_from_both(small):
     _, x, t = small
     torch.manual_seed(1)
-    shared = nn.DirectFeedbackAlignmentLinear(5, 5, 3).double()
-    last = nn.DirectFeedbackAlignmentLinear(5, 3, 3).double()
-    first = torch.nn.Linear(5, 5).double()
+    shared = nn.DirectFeedbackAlignmentLinear(5, 5, 3, device=DEVICE).double()
+    last = nn.DirectFeedbackAlignmentLinear(5, 3, 3, device=DEVICE).double()
+    first = torch.nn.Linear(5, 5, device=DEVICE).double()
     model = nn.DirectFeedbackAlignment(
         nn.Sequential(first, nn.Tanh(), shared, nn.Tanh(), shared, nn.Tanh(), last)
     )
@@ -102,7 +107,7 @@ def test_one_inside_another_keeps_to_its_own(small):
     """The inner model's layers see the inner output's error, the outer's the outer's."""
     _, x, t = small
     torch.manual_seed(2)
-    inner, top = direct(5, 6, 4).double(), torch.nn.Linear(4, 3).double()
+    inner, top = direct(5, 6, 4).double(), torch.nn.Linear(4, 3, device=DEVICE).double()
     outer = nn.DirectFeedbackAlignment(nn.Sequential(inner, top))
     loss_of(outer, x, t).backward()
     with torch.no_grad():
@@ -114,15 +119,15 @@ def test_one_inside_another_keeps_to_its_own(small):
 @pytest.mark.parametrize("kind", ["feedback", "direct"])
 def test_state_copies_and_pickles(kind):
     torch.manual_seed(0)
-    model = direct(5, 7, 3) if kind == "direct" else nn.FeedbackAlignmentLinear(5, 3)
+    model = direct(5, 7, 3) if kind == "direct" else nn.FeedbackAlignmentLinear(5, 3, device=DEVICE)
     layer = model.module[2] if kind == "direct" else model
     name = "module.2.feedback" if kind == "direct" else "feedback"
     assert torch.equal(model.state_dict()[name], layer.feedback)
     assert name not in dict(model.named_parameters())
-    x, t = torch.randn(4, 5), torch.randn(4, 3)
+    x, t = torch.randn(4, 5, device=DEVICE), torch.randn(4, 3, device=DEVICE)
     pickled = pickle.dumps(model)
     assert b"torchbp.ops" not in pickled
-    fresh = direct(5, 7, 3) if kind == "direct" else nn.FeedbackAlignmentLinear(5, 3)
+    fresh = direct(5, 7, 3) if kind == "direct" else nn.FeedbackAlignmentLinear(5, 3, device=DEVICE)
     fresh.load_state_dict(model.state_dict())
     grads = []
     for m in (model, copy.deepcopy(model), pickle.loads(pickled), fresh):
@@ -172,7 +177,7 @@ def test_per_sample_gradients(small):
 def test_autocast_trains(small):
     model, x, t = small
     model, x, t = model.float(), x.float(), t.float()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         loss = loss_of(model, x, t)
     loss.backward()
     with torch.no_grad():
@@ -214,28 +219,34 @@ def test_threads_do_not_meet(small):
 
 def test_outside_of_its_wrapper():
     """Data may pass, and evaluation; an input that should learn is refused, also after a forward that failed."""
-    layer = nn.DirectFeedbackAlignmentLinear(3, 2, 4)
-    x = torch.randn(5, 3, requires_grad=True)
+    layer = nn.DirectFeedbackAlignmentLinear(3, 2, 4, device=DEVICE)
+    x = torch.randn(5, 3, requires_grad=True, device=DEVICE)
     assert layer(x.detach()).shape == (5, 2)
     with torch.no_grad():
         assert layer(x).shape == (5, 2)
     with pytest.raises(ValueError, match=r"expected feedback of shape \(2, 3\), got \(4, 3\)"):
         nn.DirectFeedbackAlignment(layer)(x)
     with pytest.raises(RuntimeError):
-        nn.DirectFeedbackAlignment(nn.Sequential(layer, torch.nn.Linear(7, 7)))(x)
+        nn.DirectFeedbackAlignment(nn.Sequential(layer, torch.nn.Linear(7, 7, device=DEVICE)))(x)
     with pytest.raises(RuntimeError, match="expected to run inside DirectFeedbackAlignment"):
         layer(x)
 
 
 def test_refuses_what_has_no_one_output():
     with pytest.raises(TypeError, match="expected module to return one tensor, got tuple"):
-        nn.DirectFeedbackAlignment(torch.nn.GRU(3, 3))(torch.randn(2, 3))
+        nn.DirectFeedbackAlignment(torch.nn.GRU(3, 3, device=DEVICE))(
+            torch.randn(2, 3, device=DEVICE)
+        )
 
 
 def test_refuses_shapes_that_do_not_fit():
     from torchbp.functional import direct_feedback_alignment, feedback_alignment_linear
 
-    y, h, b = torch.randn(4, 3), torch.randn(4, 5), torch.randn(3, 5)
+    y, h, b = (
+        torch.randn(4, 3, device=DEVICE),
+        torch.randn(4, 5, device=DEVICE),
+        torch.randn(3, 5, device=DEVICE),
+    )
     with pytest.raises(ValueError, match="as many feedback as hidden, got 1 and 2"):
         direct_feedback_alignment(y, [h], [b, b])
     with pytest.raises(ValueError, match=r"hidden of the leading dimensions of output \(4, 3\)"):
@@ -274,7 +285,7 @@ def test_learns_digits(rule):
     """Three layers on scikit-learn's digits, from a plain training loop; the first layers must learn too."""
     from sklearn.datasets import load_digits
 
-    x, t = (torch.tensor(a) for a in load_digits(return_X_y=True))
+    x, t = (torch.tensor(a, device=DEVICE) for a in load_digits(return_X_y=True))
     x, order = x.float() / 16, torch.randperm(len(t), generator=torch.Generator().manual_seed(0))
     train, held = order[:1400], order[1400:]
     accuracy = {}
@@ -284,7 +295,9 @@ def test_learns_digits(rule):
             model = direct(64, 40, 40, 10)
         else:
             fa = nn.FeedbackAlignmentLinear
-            model = nn.Sequential(fa(64, 40), nn.Tanh(), fa(40, 40), nn.Tanh(), fa(40, 10))
+            model = nn.Sequential(fa(64, 40), nn.Tanh(), fa(40, 40), nn.Tanh(), fa(40, 10)).to(
+                DEVICE
+            )
         live = list(model.parameters())[-2:] if frozen else model.parameters()
         optimizer = torch.optim.Adam(live, 3e-3)
         for _ in range(6):

@@ -5,6 +5,7 @@ import torch
 
 import torchbp
 import torchbp.functional as F
+from tests.device import DEVICE
 from tests.ops.conftest import HALF
 from tests.ops.test_autograd import kept_storages, storage_bytes
 
@@ -13,11 +14,11 @@ ROWS = 8192
 
 def sums(name, dtype, of_parameters=None):
     """Gradients that are 8192 in exact arithmetic: each row adds 1."""
-    x = torch.ones(ROWS, 4, dtype=dtype)
-    ones = torch.ones(4, dtype=of_parameters or dtype, requires_grad=True)
+    x = torch.ones(ROWS, 4, dtype=dtype, device=DEVICE)
+    ones = torch.ones(4, dtype=of_parameters or dtype, requires_grad=True, device=DEVICE)
     if name == "embedding":
-        table = torch.ones(3, 4, dtype=dtype, requires_grad=True)
-        y = F.embedding(torch.ones(ROWS, dtype=torch.long), table)
+        table = torch.ones(3, 4, dtype=dtype, requires_grad=True, device=DEVICE)
+        y = F.embedding(torch.ones(ROWS, dtype=torch.long, device=DEVICE), table)
         return torch.autograd.grad(y.sum(), table)[0][1]
     calls = {
         "layer_norm": lambda: F.layer_norm(x, (4,), None, ones),
@@ -26,7 +27,9 @@ def sums(name, dtype, of_parameters=None):
         "instance_norm": lambda: F.instance_norm(x.reshape(-1, 4, 2), None, None, None, ones),
         "rms_norm": lambda: F.rms_norm(x, (4,), ones),
         "dyt": lambda: F.dyt(x, ones.new_ones(1), None, ones),
-        "bilinear": lambda: F.bilinear(x, x, torch.zeros(4, 4, 4, dtype=dtype), ones),
+        "bilinear": lambda: F.bilinear(
+            x, x, torch.zeros(4, 4, 4, dtype=dtype, device=DEVICE), ones
+        ),
     }
     return torch.autograd.grad(calls[name]().sum(), ones)[0]
 
@@ -44,7 +47,9 @@ def test_eight_thousand_ones(name, dtype, threads):
         grad = sums(name, dtype)
     finally:
         torch.set_num_threads(1)
-    torch.testing.assert_close(grad.double(), torch.full((4,), float(ROWS), dtype=torch.float64))
+    torch.testing.assert_close(
+        grad.double(), torch.full((4,), float(ROWS), dtype=torch.float64, device=DEVICE)
+    )
     assert grad.dtype == dtype
 
 
@@ -64,11 +69,11 @@ def test_eight_thousand_ones_into_float32(name, dtype):
 def test_weight_gradients_round_once(name, dtype):
     """With the values that they are given, half-precision modules sum as float64 does, to one rounding."""
     arguments = {"GroupNorm": (2, 8)}.get(name, (8,))
-    module = getattr(torchbp.nn, name)(*arguments).to(dtype)
-    wide = getattr(torch.nn, name)(*arguments).double()
+    module = getattr(torchbp.nn, name)(*arguments).to(DEVICE, dtype)
+    wide = getattr(torch.nn, name)(*arguments).double().to(DEVICE)
     if name == "RMSNorm":
         wide.eps = torch.finfo(torch.float32).eps
-    x, v = (torch.randn(1000, 8).add(1).to(dtype) for _ in range(2))
+    x, v = (torch.randn(1000, 8, device=DEVICE).add(1).to(dtype) for _ in range(2))
     module(x).backward(v)
     wide(x.double()).backward(v.double())
     for a, b in zip(module.parameters(), wide.parameters(), strict=True):
@@ -88,13 +93,13 @@ def test_weight_gradients_round_once(name, dtype):
 )
 def test_bytes_per_element(name, dtype, each):
     """The input and nothing else of its size, besides parameters."""
-    x = torch.randn(4, 64, 128, dtype=dtype, requires_grad=True)
-    w = torch.ones(128, dtype=dtype, requires_grad=True)
+    x = torch.randn(4, 64, 128, dtype=dtype, requires_grad=True, device=DEVICE)
+    w = torch.ones(128, dtype=dtype, requires_grad=True, device=DEVICE)
     f = getattr(F, name)
     arguments = {
         "rms_norm": ((128,), w),
         "local_response_norm": (5,),
-        "dyt": (torch.ones(1, requires_grad=True), w, w.detach().clone()),
+        "dyt": (torch.ones(1, requires_grad=True, device=DEVICE), w, w.detach().clone()),
     }.get(name, ())
     y, kept = kept_storages(lambda x: f(x, *arguments), [x])
     assert y.requires_grad

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import torchbp.functional as F
+from tests.device import DEVICE
 
 
 def column(*values):
-    return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
+    return torch.tensor(values, dtype=torch.float64, device=DEVICE).unsqueeze(1)
 
 
 def manhattan(u, v):
@@ -20,8 +21,11 @@ AT = {  # name: arguments of which the kink is the middle row, or element
     "hinge_embedding_loss": ((column(0.5, 1, 2),), {"target": -column(1, 1, 1)}),
     "margin_ranking_loss": ((column(0, 0.5, 2), column(0, 0, 0), column(1, 1, 1)), {"margin": 0.5}),
     "cosine_embedding_loss": (
-        (torch.eye(2).double()[[0, 0, 0]], torch.tensor([[1.0, 1], [0, 1], [-1, 1]]).double()),
-        {"target": -torch.ones(3)},
+        (
+            torch.eye(2, device=DEVICE).double()[[0, 0, 0]],
+            torch.tensor([[1.0, 1], [0, 1], [-1, 1]], device=DEVICE).double(),
+        ),
+        {"target": -torch.ones(3, device=DEVICE)},
     ),
     "triplet_margin_loss": (
         (column(0, 0, 0), column(2, 1, 0.5), column(2, 2, 2)),
@@ -31,7 +35,10 @@ AT = {  # name: arguments of which the kink is the middle row, or element
         (column(0, 0, 0), column(2, 1, 0.5), column(2, 2, 2)),
         {"distance_function": manhattan},
     ),
-    "normalize": ((torch.tensor([[1.0, 2.0], [3.0, 4.0], [6.0, 8.0]]).double(),), {"eps": 5.0}),
+    "normalize": (
+        (torch.tensor([[1.0, 2.0], [3.0, 4.0], [6.0, 8.0]], device=DEVICE).double(),),
+        {"eps": 5.0},
+    ),
 }
 AT["triplet_margin_loss-swap"] = (AT["triplet_margin_loss"][0], {"eps": 0.0, "swap": True})
 AT["triplet_margin_loss-1"] = (AT["triplet_margin_loss"][0], {"eps": 0.0, "p": 1})
@@ -49,14 +56,14 @@ def test_slope_at_the_kink(kink):
         f = partial(getattr(home, name), **options)
         live = [t.clone().requires_grad_() for t in tensors]
         y = f(*live)
-        weights = torch.arange(1.0, 1 + y.numel(), dtype=y.dtype).view_as(y)
+        weights = torch.arange(1.0, 1 + y.numel(), dtype=y.dtype, device=DEVICE).view_as(y)
         gradients = torch.autograd.grad(y, live, weights)
         tangents = torch.func.jvp(f, tensors, tuple(torch.ones_like(t) * 0.3 for t in tensors))
         results.append((y.detach(), gradients, tangents))
     torch.testing.assert_close(*results)
 
 
-ONE = torch.ones(1, dtype=torch.float64)
+ONE = torch.ones(1, dtype=torch.float64, device=DEVICE)
 TWICE = {  # name: the input where the first derivative has a kink, and further arguments
     "elu": (0.0, (0.7,)),
     "celu": (0.0, (0.7,)),
@@ -81,5 +88,7 @@ def test_second_derivative_at_the_kink(kink):
             torch.autograd.grad(3 * g.sum(), x, retain_graph=True, allow_unused=True)[0]
             for g in first
         ]
-        results.append([*first, *(torch.zeros(1).double() if g is None else g for g in second)])
+        results.append(
+            [*first, *(torch.zeros(1, device=DEVICE).double() if g is None else g for g in second)]
+        )
     torch.testing.assert_close(*results)

@@ -15,14 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 import torchbp
 import torchbp.functional as F
-from tests.ops.conftest import Case, with_args
+from tests.device import DEVICE
+from tests.ops.conftest import cases_of, with_args
 from tests.ops.test_autograd import storage_bytes
 from tests.ops.test_values import gradients, widened
 from torchbp.ops._op import all_ops
-from torchbp.ops._samples import Make
 
 OP = all_ops()["linear_cross_entropy"]
-CASES = [Case(OP, i) for i in range(len(list(OP.samples(Make()))))]
+CASES = cases_of(OP)
 HOME = sys.modules["torchbp.ops.losses.linear_cross_entropy"]
 CHUNKS = sys.modules["torchbp.ops.losses._chunked_logits"]
 
@@ -70,9 +70,9 @@ def test_second_derivatives_do_not_see_the_gradients_of_the_forward(any_case, ea
 
 def example(positions=64, features=16, classes=2048):
     torch.manual_seed(0)
-    x = torch.randn(positions, features, requires_grad=True)
-    weight = (torch.randn(classes, features) / 4).requires_grad_()
-    return x, weight, torch.randint(classes, (positions,))
+    x = torch.randn(positions, features, requires_grad=True, device=DEVICE)
+    weight = (torch.randn(classes, features, device=DEVICE) / 4).requires_grad_()
+    return x, weight, torch.randint(classes, (positions,), device=DEVICE)
 
 
 def test_forward_mode_over_a_plain_backward():
@@ -136,14 +136,18 @@ def test_tokens(early_too, soft, reduction, request):
     if early_too:
         request.getfixturevalue("early")
     torch.manual_seed(0)
-    x = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
-    target = torch.randint(11, (2, 7))
+    x = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True, device=DEVICE)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True, device=DEVICE)
+    target = torch.randint(11, (2, 7), device=DEVICE)
     target[0, 3] = 4
     logits = (x @ weight.T).detach()
     if soft:
-        target = torch.randn(2, 7, 11, dtype=torch.float64).softmax(-1)
-        options, counts, label = {}, torch.ones(2, 7, dtype=torch.bool), target.argmax(-1)
+        target = torch.randn(2, 7, 11, dtype=torch.float64, device=DEVICE).softmax(-1)
+        options, counts, label = (
+            {},
+            torch.ones(2, 7, dtype=torch.bool, device=DEVICE),
+            target.argmax(-1),
+        )
     else:
         options, counts, label = {"ignore_index": 4}, target != 4, target
     options |= {"z_loss": 0.1, "reduction": reduction}
@@ -174,7 +178,7 @@ def test_padded_vocabulary():
     """A bias of -∞ takes classes out: no loss, no gradient, no NaN."""
     x, weight, target = example(classes=2100)
     target = target % 2048
-    bias = torch.zeros(2100)
+    bias = torch.zeros(2100, device=DEVICE)
     bias[2048:] = -torch.inf
     loss = F.linear_cross_entropy(x, weight, target, linear_bias=bias)
     got = torch.autograd.grad(loss, (x, weight))
@@ -198,7 +202,7 @@ def test_options_of_torch():
 def test_in_a_lean_scope_and_under_a_checkpoint():
     """The same bits: the hidden states are a recipe's, the gradients of the forward are kept or made again."""
     x, weight, target = example(256, 64)  # smaller ones are not worth a recipe
-    scale = torch.ones(64, requires_grad=True)
+    scale = torch.ones(64, requires_grad=True, device=DEVICE)
 
     def loss():
         return F.linear_cross_entropy(F.layer_norm(F.gelu(x), (64,), scale), weight, target)
@@ -224,7 +228,7 @@ class LanguageModel(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens):
-        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], device=DEVICE)
         return self.norm(self.block(self.token(tokens), src_mask=mask, is_causal=True))
 
 
@@ -233,12 +237,12 @@ def test_a_language_model_trains_alike():
     losses = []
     for fused in (False, True):
         torch.manual_seed(0)
-        model = torchbp.convert(LanguageModel())
+        model = torchbp.convert(LanguageModel()).to(DEVICE)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         generator = torch.Generator().manual_seed(1)
         losses.append([])
         for _ in range(12):
-            tokens = torch.randint(97, (4, 33), generator=generator) // 3
+            tokens = torch.randint(97, (4, 33), generator=generator).to(DEVICE) // 3
             hidden, target = model(tokens[:, :-1]), tokens[:, 1:]
             if fused:
                 loss = F.linear_cross_entropy(hidden, model.token.weight, target)
@@ -271,6 +275,7 @@ print(value.item())
 """
 
 
+@pytest.mark.cpu("a process of its own")
 def test_where_torch_has_none():
     """In torch before 2.13 the layer and the function are there, with its constructor, repr and parameters."""
     run = subprocess.run(
@@ -280,7 +285,7 @@ def test_where_torch_has_none():
     loss = torchbp.nn.LinearCrossEntropyLoss(
         5, 7, out_features=(2,), bias=True, label_smoothing=0.1
     )
-    value = loss(torch.randn(3, 5), torch.randint(7, (3, 2)))
+    value = loss(torch.randn(3, 5, device=DEVICE), torch.randint(7, (3, 2), device=DEVICE))
     text, _, number = run.stdout.strip().rpartition("\n")
     assert text == str(loss) or not hasattr(nn, "LinearCrossEntropyLoss")
     assert float(number) == pytest.approx(value.item())
@@ -375,13 +380,18 @@ def run_shards(path, world: int) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.cpu("processes of gloo")
 def test_sharded_vocabulary(tmp_path):
     """Two gloo processes with 7 and 4 of the classes: loss, tokens and every gradient of one process with all."""
     one, two = run_shards(tmp_path / "one", 1), run_shards(tmp_path / "two", 2)
     for name, values in one.items():
         for a, b in zip(values, two[name], strict=True):
             torch.testing.assert_close(
-                torch.tensor(b), torch.tensor(a), rtol=1e-6, atol=1e-7, msg=name
+                torch.tensor(b, device=DEVICE),
+                torch.tensor(a, device=DEVICE),
+                rtol=1e-6,
+                atol=1e-7,
+                msg=name,
             )
     assert "expected one backward, without create_graph" in two["second"]
     assert "expected class indices in [0, 11)" in two["range"]

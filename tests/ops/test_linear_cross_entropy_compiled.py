@@ -7,15 +7,15 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import torchbp.functional as F
-from tests.ops.conftest import Case
+from tests.device import DEVICE
+from tests.ops.conftest import cases_of
 from torchbp.ops._op import all_ops
-from torchbp.ops._samples import Make
 from torchbp.ops.losses._linear_cross_entropy_compiled import opaque
 
 OP = all_ops()["linear_cross_entropy"]
 CASES = [
-    pytest.param(Case(OP, i), id=repr(Case(OP, i)), marks=pytest.mark.slow if i % 8 else ())
-    for i in range(len(list(OP.samples(Make()))))
+    pytest.param(case, id=repr(case), marks=pytest.mark.slow if case.index % 8 else ())
+    for case in cases_of(OP)
 ]
 HOME = sys.modules["torchbp.ops.losses.linear_cross_entropy"]
 
@@ -30,7 +30,7 @@ def early(monkeypatch):
 def gradients(f, tensors):
     leaves = [t for t in tensors if t.requires_grad]
     y = f(*tensors)
-    seed = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).reshape(y.shape)
+    seed = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype, device=DEVICE).reshape(y.shape)
     return [y.detach(), *torch.autograd.grad(y, leaves, seed)]
 
 
@@ -45,9 +45,9 @@ def test_as_eager(any_case, early):
 
 def language_model(dtype=torch.float32):
     torch.manual_seed(0)
-    x = torch.randn(256, 16, dtype=dtype, requires_grad=True)
-    weight = torch.randn(512, 16, dtype=dtype, requires_grad=True)
-    return x, weight, torch.randint(512, (256,))
+    x = torch.randn(256, 16, dtype=dtype, requires_grad=True, device=DEVICE)
+    weight = torch.randn(512, 16, dtype=dtype, requires_grad=True, device=DEVICE)
+    return x, weight, torch.randint(512, (256,), device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -138,7 +138,7 @@ def test_compiled_transforms_run_the_formula(argnums):
 @pytest.mark.parametrize("tokens", [False, True])
 def test_the_op_is_what_torch_expects_of_one(tokens):
     x, weight, target = language_model()
-    bias, w = torch.randn(512, requires_grad=True), torch.rand(512)
+    bias, w = torch.randn(512, requires_grad=True, device=DEVICE), torch.rand(512, device=DEVICE)
     settings = ("mean", -100, 0.1, 0.1, 20.0, 64, [True, True, True], tokens)
     torch.library.opcheck(opaque, (x, weight, bias, target, w, *settings))
     settings = ("sum", 3, 0.0, 0.0, None, 64, [False, True, False], tokens)

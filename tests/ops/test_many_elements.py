@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from tests.device import DEVICE
+from tests.ops.conftest import make
 from torchbp.ops._function import formula_only
 from torchbp.ops._op import all_ops
-from torchbp.ops._samples import Make, one_tensor
+from torchbp.ops._samples import one_tensor
 
 OPS = [op for op in all_ops().values() if not op.random]
 MANY = 1 << 15  # elements; more than every "few"
@@ -14,13 +16,17 @@ MANY = 1 << 15  # elements; more than every "few"
 def value_and_gradients(op, sample):
     leaves = [t for t in sample.tensors() if t.requires_grad]
     y = one_tensor(op.function(*sample.args, **sample.kwargs))
-    v = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape) if y.dim() else None
+    v = (
+        torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=DEVICE).view(y.shape)
+        if y.dim()
+        else None
+    )
     return y.detach(), *torch.autograd.grad(y, leaves, v)
 
 
 @pytest.mark.parametrize("many", OPS, ids=repr)
 def test_many_elements_as_the_formula(many):
-    sample = many.benchmark(Make(torch.float64), MANY)
+    sample = many.benchmark(make(), MANY)
     found = value_and_gradients(many, sample)
     with formula_only():
         expected = value_and_gradients(many, sample)

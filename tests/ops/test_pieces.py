@@ -11,6 +11,7 @@ from torchbp.ops._function import formula_only
 from torchbp.ops._op import all_ops
 from torchbp.ops._samples import Make, one_tensor
 
+pytestmark = pytest.mark.cpu("a GPU takes every tensor whole")
 ELEMENTWISE = [op for op in all_ops().values() if op.elementwise and not op.random]
 
 

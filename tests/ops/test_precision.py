@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.device import DEVICE
 from tests.ops.conftest import HALF
 from torchbp import functional as F
 from torchbp.ops._op import all_ops
@@ -19,7 +20,7 @@ def test_no_further_from_the_truth_than_torch(op, dtype):
     leave a seventh of noise in the mean, more in the percentile, where terms cancel.
     """
     try:
-        ours, theirs = measure(op, dtype, VALUES)
+        ours, theirs = measure(op, dtype, VALUES, DEVICE)
     except LookupError as reason:
         pytest.skip(str(reason))
     if theirs is None:
@@ -46,7 +47,11 @@ EXACT = {
 def test_saturated_gradients_do_not_die_by_rounding(name, dtype):
     """Wherever the true derivative is a normal number, it is there to half a unit in the last place: 0.4 % at most."""
     x = torch.cat(
-        [torch.linspace(-20, 20, 4001), torch.logspace(-3, 2, 501), -torch.logspace(-3, 2, 501)]
+        [
+            torch.linspace(-20, 20, 4001, device=DEVICE),
+            torch.logspace(-3, 2, 501, device=DEVICE),
+            -torch.logspace(-3, 2, 501, device=DEVICE),
+        ]
     )
     x = x.to(dtype).requires_grad_()
     getattr(F, name)(x).sum().backward()
@@ -59,10 +64,15 @@ def test_saturated_gradients_do_not_die_by_rounding(name, dtype):
 def test_ulps():
     """Of numbers known by hand: one, one below a power of two, a subnormal one, no number."""
     eps = 2.0**-23
-    exact = torch.tensor([1.0, 1.0, 2.0 - 2 * eps, 0.0, 1.0], dtype=torch.float64)
-    found = torch.tensor([1.0, 1.0 + eps, 2.0 - eps, 2.0**-149, torch.nan])
+    exact = torch.tensor([1.0, 1.0, 2.0 - 2 * eps, 0.0, 1.0], dtype=torch.float64, device=DEVICE)
+    found = torch.tensor([1.0, 1.0 + eps, 2.0 - eps, 2.0**-149, torch.nan], device=DEVICE)
     assert ulps(found, exact, torch.float32).tolist() == [0, 1, 1, 1, torch.inf]
-    assert ulps(torch.tensor([3 * eps]), torch.tensor([0.0]), torch.float32, 1.0).tolist() == [3]
+    assert ulps(
+        torch.tensor([3 * eps], device=DEVICE),
+        torch.tensor([0.0], device=DEVICE),
+        torch.float32,
+        1.0,
+    ).tolist() == [3]
 
 
 def test_it_can_tell():
@@ -77,7 +87,7 @@ def test_it_can_tell():
         return torch.nn.functional.sigmoid(input)
 
     ours, theirs = measure(
-        dataclasses.replace(op, function=sigmoid, modules=()), torch.bfloat16, VALUES
+        dataclasses.replace(op, function=sigmoid, modules=()), torch.bfloat16, VALUES, DEVICE
     )
     assert ours == theirs
-    assert ours.tail > 100 > 1 > measure(op, torch.bfloat16, VALUES)[0].tail
+    assert ours.tail > 100 > 1 > measure(op, torch.bfloat16, VALUES, DEVICE)[0].tail

@@ -8,6 +8,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import torchbp.nn
+from tests.device import DEVICE
 from tests.ops.conftest import HALF, tensors_of
 from tests.ops.test_autograd import kept_storages, storage_bytes
 from torchbp.ops.recurrent.gru import _gru
@@ -18,7 +19,7 @@ LAYERS = ["RNN", "GRU", "LSTM"]
 
 
 def random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True, device=DEVICE)
 
 
 def tanh(sizes, reverse):
@@ -75,8 +76,8 @@ CASES = [
 
 def pair(name: str, dtype=torch.float64, **options):
     torch.manual_seed(0)
-    ours = getattr(torchbp.nn, name)(3, 5, dtype=dtype, **options)
-    theirs = getattr(nn, name)(3, 5, dtype=dtype, **options)
+    ours = getattr(torchbp.nn, name)(3, 5, dtype=dtype, device=DEVICE, **options)
+    theirs = getattr(nn, name)(3, 5, dtype=dtype, device=DEVICE, **options)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -84,10 +85,10 @@ def pair(name: str, dtype=torch.float64, **options):
 def states(module: nn.RNNBase, n: int, dtype=torch.float64):
     """Return hx for ``n`` sequences as the module takes it, and its tensors."""
     count = module.num_layers * (1 + module.bidirectional)
-    h = torch.randn(count, n, module.proj_size or 5, dtype=dtype, requires_grad=True)
+    h = torch.randn(count, n, module.proj_size or 5, dtype=dtype, requires_grad=True, device=DEVICE)
     if not isinstance(module, nn.LSTM):
         return h, [h]
-    c = torch.randn(count, n, 5, dtype=dtype, requires_grad=True)
+    c = torch.randn(count, n, 5, dtype=dtype, requires_grad=True, device=DEVICE)
     return (h, c), [h, c]
 
 
@@ -116,7 +117,9 @@ def test_values_and_gradients_equal_torch(name, options, packed, what):
         outputs = tensors_of(module(given, hx))
         loss = sum((k + t).cos().sum() for k, t in enumerate(WHAT[what](outputs)))
         grads = torch.autograd.grad(loss, (x, *leaves, *module.parameters()), allow_unused=True)
-        results.append((outputs, [torch.zeros(()) if g is None else g for g in grads]))
+        results.append(
+            (outputs, [torch.zeros((), device=DEVICE) if g is None else g for g in grads])
+        )
     for a, b in zip(*results, strict=True):
         for p, q in zip(a, b, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
@@ -182,9 +185,9 @@ def test_dropout_between_layers(name):
 def test_half_precision_rounds_once(name, dtype):
     """Output and gradients over 30 steps are those of float64 to a few roundings, where torch's errors add up."""
     module, _ = pair(name, dtype=dtype)
-    wide = getattr(nn, name)(3, 5, dtype=torch.float64)
+    wide = getattr(nn, name)(3, 5, dtype=torch.float64, device=DEVICE)
     wide.load_state_dict(module.state_dict())
-    x = torch.randn(30, 4, 3).to(dtype).requires_grad_()
+    x = torch.randn(30, 4, 3, device=DEVICE).to(dtype).requires_grad_()
     y, exact_x = module(x)[0], x.detach().double().requires_grad_()
     exact = wide(exact_x)[0]
     unit = torch.finfo(dtype).eps
@@ -203,8 +206,8 @@ def test_autocast_gives_torchs_dtypes(name, options):
     if options and name != "LSTM":
         pytest.skip("LSTM only")
     ours, theirs = pair(name, dtype=torch.float32, **options)
-    x = torch.randn(4, 2, 3)
-    with torch.autocast("cpu", torch.bfloat16):
+    x = torch.randn(4, 2, 3, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
         a, b = tensors_of(ours(x)), tensors_of(theirs(x))
     assert [t.dtype for t in a] == [t.dtype for t in b]
     for p, q in zip(a, b, strict=True):
@@ -224,7 +227,7 @@ UNITS = {"RNN": 1, "GRU": 5, "LSTM": 6}
 def test_keeps_what_it_says(name, dtype):
     """Over time: the input, the weights, and in float32 so many values a unit and step; never more than torch."""
     ours, theirs = pair(name, dtype=dtype)
-    x = torch.randn(20, 4, 3).to(dtype).requires_grad_()
+    x = torch.randn(20, 4, 3, device=DEVICE).to(dtype).requires_grad_()
     _, kept = kept_storages(lambda x: ours(x)[0], (x,))
     _, torchs = kept_storages(lambda x: theirs(x)[0], (x,))
     h0 = 2 if name == "LSTM" else 1  # zeros, expanded
@@ -280,7 +283,7 @@ def test_an_ensemble_by_vmap(name):
         for p in members[1].parameters():
             p.mul_(-0.5)
     parameters, _ = stack_module_state(members)
-    x = torch.randn(3, 2, 3, dtype=torch.float64)
+    x = torch.randn(3, 2, 3, dtype=torch.float64, device=DEVICE)
 
     def loss(parameters, x):
         return functional_call(members[0], parameters, (x,))[0].sin().sum()
@@ -296,7 +299,7 @@ def test_an_ensemble_by_vmap(name):
 def test_compile(name):
     """One graph, forward and backward; dynamo asks for its switch for any recurrent layer, torch's too."""
     module, _ = pair(name, dtype=torch.float32, bidirectional=True)
-    x = torch.randn(3, 2, 3, requires_grad=True)
+    x = torch.randn(3, 2, 3, requires_grad=True, device=DEVICE)
     inputs = (x, *module.parameters())
     want = torch.autograd.grad(module(x)[0].sin().sum(), inputs)
     with torch._dynamo.config.patch(allow_rnn=True):
@@ -309,31 +312,33 @@ def test_compile(name):
 
 def test_a_saturated_unit_passes_nothing_on():
     """x = -∞ saturates; the gradient of the weight it meets tends to 0, and torch's 0 · ∞ is NaN."""
-    cell = torchbp.nn.RNNCell(1, 2)
-    h = cell(torch.tensor([[-torch.inf]]))
-    assert torch.equal(h.abs(), torch.ones(1, 2))
+    cell = torchbp.nn.RNNCell(1, 2, device=DEVICE)
+    h = cell(torch.tensor([[-torch.inf]], device=DEVICE))
+    assert torch.equal(h.abs(), torch.ones(1, 2, device=DEVICE))
     h.sum().backward()
     for p in cell.parameters():
         assert torch.equal(p.grad, torch.zeros_like(p))
 
 
 WRONG = {
-    "dimensions": lambda m: m(torch.ones(2)),
-    "features": lambda m: m(torch.ones(4, 2, 5)),
-    "dtype": lambda m: m(torch.ones(4, 2, 3).double()),
-    "half": lambda m: m(torch.ones(4, 2, 3).bfloat16()),
-    "no-step": lambda m: m(torch.ones(0, 2, 3)),
+    "dimensions": lambda m: m(torch.ones(2, device=DEVICE)),
+    "features": lambda m: m(torch.ones(4, 2, 5, device=DEVICE)),
+    "dtype": lambda m: m(torch.ones(4, 2, 3, device=DEVICE).double()),
+    "half": lambda m: m(torch.ones(4, 2, 3, device=DEVICE).bfloat16()),
+    "no-step": lambda m: m(torch.ones(0, 2, 3, device=DEVICE)),
     "text": lambda m: m("text"),
-    "batch": lambda m: m(torch.ones(4, 2, 3), hx(m, 1, 3, 5)),
-    "units": lambda m: m(torch.ones(4, 2, 3), hx(m, 1, 2, 4)),
-    "layers": lambda m: m(torch.ones(4, 2, 3), hx(m, 2, 2, 5)),
-    "unbatched-states": lambda m: m(torch.ones(4, 3), hx(m, 1, 1, 5)),
-    "states-dtype": lambda m: m(torch.ones(4, 2, 3), hx(m, 1, 2, 5, dtype=torch.float64)),
+    "batch": lambda m: m(torch.ones(4, 2, 3, device=DEVICE), hx(m, 1, 3, 5)),
+    "units": lambda m: m(torch.ones(4, 2, 3, device=DEVICE), hx(m, 1, 2, 4)),
+    "layers": lambda m: m(torch.ones(4, 2, 3, device=DEVICE), hx(m, 2, 2, 5)),
+    "unbatched-states": lambda m: m(torch.ones(4, 3, device=DEVICE), hx(m, 1, 1, 5)),
+    "states-dtype": lambda m: m(
+        torch.ones(4, 2, 3, device=DEVICE), hx(m, 1, 2, 5, dtype=torch.float64)
+    ),
 }
 
 
 def hx(module, *shape, dtype=None):
-    h = torch.zeros(shape, dtype=dtype)
+    h = torch.zeros(shape, dtype=dtype, device=DEVICE)
     return (h, h) if isinstance(module, nn.LSTM) else h
 
 
@@ -353,21 +358,21 @@ def test_packed_rows_of_another_width_are_refused(name):
     """torch's LSTM takes them, and computes something."""
     module, _ = pair(name, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="the last of them 3, got"):
-        module(pack_sequence([torch.ones(2, 4)]))
+        module(pack_sequence([torch.ones(2, 4, device=DEVICE)]))
 
 
 @pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
 def test_wrong_arguments_of_cells(name):
-    ours, theirs = getattr(torchbp.nn, name)(3, 5), getattr(nn, name)(3, 5)
-    h = torch.ones(2, 5)
+    ours, theirs = (getattr(home, name)(3, 5, device=DEVICE) for home in (torchbp.nn, nn))
+    h = torch.ones(2, 5, device=DEVICE)
     state = (h, h) if name == "LSTMCell" else h
     for args in (
-        (torch.ones(1, 2, 3),),
-        (torch.ones(2, 4),),
-        (torch.ones(3, 3), state),
-        (torch.ones(3), state),
-        (torch.ones(2, 3).double(),),
-        (torch.ones(2, 3).bfloat16(),),
+        (torch.ones(1, 2, 3, device=DEVICE),),
+        (torch.ones(2, 4, device=DEVICE),),
+        (torch.ones(3, 3, device=DEVICE), state),
+        (torch.ones(3, device=DEVICE), state),
+        (torch.ones(2, 3, device=DEVICE).double(),),
+        (torch.ones(2, 3, device=DEVICE).bfloat16(),),
         ("text",),
     ):
         with pytest.raises(Exception) as wanted:  # noqa: PT011
@@ -377,10 +382,10 @@ def test_wrong_arguments_of_cells(name):
 
 
 def test_a_converted_layer_is_a_hand_written_one():
-    model = nn.Sequential(nn.LSTM(3, 5), nn.GRUCell(2, 2))
+    model = nn.Sequential(nn.LSTM(3, 5), nn.GRUCell(2, 2)).to(DEVICE)
     torchbp.convert(model)
     assert type(model[0]) is torchbp.nn.LSTM
-    x = torch.randn(4, 2, 3, requires_grad=True)
+    x = torch.randn(4, 2, 3, requires_grad=True, device=DEVICE)
     assert "LSTMFunction" in _names(model[0](x)[0].grad_fn)
 
 

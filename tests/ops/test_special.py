@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import torchbp.functional as F
+from tests.device import DEVICE
 from tests.ops.conftest import HALF
 from tests.ops.test_values import ENGINES
 from torchbp.ops.losses.cross_entropy import cross_entropy
@@ -17,11 +18,11 @@ def test_layer_norm_sums_in_float32(dtype, threads, engine):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        x = torch.randn(8192, 16).to(dtype).requires_grad_()
-        w = torch.ones(16, dtype=dtype, requires_grad=True)
-        b = torch.zeros(16, dtype=dtype, requires_grad=True)
+        x = torch.randn(8192, 16, device=DEVICE).to(dtype).requires_grad_()
+        w = torch.ones(16, dtype=dtype, requires_grad=True, device=DEVICE)
+        b = torch.zeros(16, dtype=dtype, requires_grad=True, device=DEVICE)
         with ENGINES[engine]():
-            F.layer_norm(x, (16,), w, b).backward(torch.ones(8192, 16, dtype=dtype))
+            F.layer_norm(x, (16,), w, b).backward(torch.ones(8192, 16, dtype=dtype, device=DEVICE))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(b.grad, torch.full_like(b, 8192))
@@ -35,7 +36,7 @@ def test_layer_norm_sums_in_float32(dtype, threads, engine):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_saturated_gradients_do_not_die_by_rounding(name, dtype):
     """Wherever the true derivative is a normal number, it is there to half a unit in the last place."""
-    x = torch.linspace(-9, 9, 2001).to(dtype).requires_grad_()
+    x = torch.linspace(-9, 9, 2001, device=DEVICE).to(dtype).requires_grad_()
     getattr(F, name)(x).sum().backward()
     wide = x.detach().double()
     s = wide.sigmoid() * (-wide).sigmoid()
@@ -47,17 +48,19 @@ def test_saturated_gradients_do_not_die_by_rounding(name, dtype):
 
 def test_bce_gradient_keeps_its_tail():
     """In float32 σ(x) - 1 is 0 at x = 20; the gradient is not."""
-    x = torch.tensor([20.0], requires_grad=True)
-    F.binary_cross_entropy_with_logits(x, torch.ones(1)).backward()
-    torch.testing.assert_close(x.grad, torch.tensor([-2.0611537e-09]), rtol=1e-6, atol=0)
+    x = torch.tensor([20.0], requires_grad=True, device=DEVICE)
+    F.binary_cross_entropy_with_logits(x, torch.ones(1, device=DEVICE)).backward()
+    torch.testing.assert_close(
+        x.grad, torch.tensor([-2.0611537e-09], device=DEVICE), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("n", [0, 5], ids=["empty", "all-ignored"])
 def test_cross_entropy_of_nothing(n, smoothing):
     """The mean over no position is NaN and its gradient 0, as in torch."""
-    x = torch.randn(n, 4, requires_grad=True)
-    loss = cross_entropy(x, torch.full((n,), -100), label_smoothing=smoothing)
+    x = torch.randn(n, 4, requires_grad=True, device=DEVICE)
+    loss = cross_entropy(x, torch.full((n,), -100, device=DEVICE), label_smoothing=smoothing)
     assert loss.isnan()
     loss.backward()
     assert torch.equal(x.grad, torch.zeros_like(x))
@@ -65,28 +68,28 @@ def test_cross_entropy_of_nothing(n, smoothing):
 
 def test_cross_entropy_of_minus_infinity():
     """A class ruled out by -inf has probability 0 and gradient 0."""
-    x = torch.tensor([[1.0, -torch.inf, 2.0]], requires_grad=True)
-    cross_entropy(x, torch.tensor([0])).backward()
+    x = torch.tensor([[1.0, -torch.inf, 2.0]], requires_grad=True, device=DEVICE)
+    cross_entropy(x, torch.tensor([0], device=DEVICE)).backward()
     assert x.grad[0, 1] == 0
-    torch.testing.assert_close(x.grad.sum(), torch.tensor(0.0))
+    torch.testing.assert_close(x.grad.sum(), torch.tensor(0.0, device=DEVICE))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.9, 1e-4])
 def test_dropout_draws_with_probability_p(p):
     n = 2_000_000
-    dropped = (F.dropout(torch.ones(n), p) == 0).double().mean().item()
+    dropped = (F.dropout(torch.ones(n, device=DEVICE), p) == 0).double().mean().item()
     assert abs(dropped - p) < 5 * (p * (1 - p) / n) ** 0.5
 
 
 def test_dropout_draws_neighbours_independently():
     """One 64-bit draw serves two elements: they must not know of each other, nor odd sizes of their padding."""
-    m = (F.dropout(torch.ones(1_000_001), 0.5) == 0).double() - 0.5
+    m = (F.dropout(torch.ones(1_000_001, device=DEVICE), 0.5) == 0).double() - 0.5
     for lag in (1, 2, 3):
         assert abs((m[:-lag] * m[lag:]).mean().item() * 4) < 5e-3
 
 
 def test_dropout_is_reproducible_and_drawn_anew():
-    x = torch.ones(1000)
+    x = torch.ones(1000, device=DEVICE)
     torch.manual_seed(3)
     a, b = F.dropout(x), F.dropout(x)
     torch.manual_seed(3)
@@ -96,16 +99,16 @@ def test_dropout_is_reproducible_and_drawn_anew():
 
 
 def test_dropout_leaves_alone_what_it_does_not_drop():
-    x = torch.randn(5)
+    x = torch.randn(5, device=DEVICE)
     assert F.dropout(x, 0.0) is x
     assert F.dropout(x, 0.5, training=False) is x
-    assert torch.equal(F.dropout(x, 1.0), torch.zeros(5))
+    assert torch.equal(F.dropout(x, 1.0), torch.zeros(5, device=DEVICE))
 
 
 def test_linear_keeps_only_what_a_gradient_needs():
     from tests.ops.test_autograd import kept_storages
 
-    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    x, w = torch.randn(4, 3, requires_grad=True, device=DEVICE), torch.randn(5, 3, device=DEVICE)
     _, kept = kept_storages(lambda x: F.linear(x, w), (x,))
     assert [t.data_ptr() for t in kept] == [w.data_ptr()], "a frozen weight needs no input"
     w.requires_grad_()
@@ -117,13 +120,13 @@ def test_messages_say_what_to_do():
     with pytest.raises(
         RuntimeError, match=r"linear: expected input of shape \(\*, 3\).*got \(4, 2\); "
     ):
-        F.linear(torch.ones(4, 2), torch.ones(5, 3))
+        F.linear(torch.ones(4, 2, device=DEVICE), torch.ones(5, 3, device=DEVICE))
     with pytest.raises(ValueError, match=r"dropout: expected p in \[0, 1\], got 1\.5; "):
-        F.dropout(torch.ones(1), 1.5)
+        F.dropout(torch.ones(1, device=DEVICE), 1.5)
     with pytest.warns(
         UserWarning, match=r"mse_loss: expected target of the input's shape \(3, 4\), got \(4,\)"
     ):
-        F.mse_loss(torch.ones(3, 4), torch.ones(4))
+        F.mse_loss(torch.ones(3, 4, device=DEVICE), torch.ones(4, device=DEVICE))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
@@ -131,11 +134,14 @@ def test_messages_say_what_to_do():
 @pytest.mark.parametrize("name", ["relu", "linear", "layer_norm"])
 def test_nested_tensors_are_torchs_own(name, layout):
     """A nested batch, as in a padded-free transformer, trains as with torch's functions."""
-    w, b = torch.randn(4, 4, requires_grad=True), torch.randn(4)
+    w, b = torch.randn(4, 4, requires_grad=True, device=DEVICE), torch.randn(4, device=DEVICE)
     rest = {"relu": (), "linear": (w, b), "layer_norm": ((4,), b + 3, b)}[name]
     grads = []
     for functional in (F, torch.nn.functional):
-        rows = [torch.ones(2, 4, requires_grad=True), torch.ones(3, 4, requires_grad=True)]
+        rows = [
+            torch.ones(2, 4, requires_grad=True, device=DEVICE),
+            torch.ones(3, 4, requires_grad=True, device=DEVICE),
+        ]
         x = torch.nested.as_nested_tensor([2 * r for r in rows], layout=layout)
         getattr(functional, name)(x, *rest).to_padded_tensor(0.0).sin().sum().backward()
         grads.append([r.grad for r in rows])
@@ -144,19 +150,19 @@ def test_nested_tensors_are_torchs_own(name, layout):
 
 
 def test_sparse_tensors_are_torchs_own():
-    x = torch.eye(3).to_sparse().requires_grad_()
+    x = torch.eye(3, device=DEVICE).to_sparse().requires_grad_()
     F.relu(x).to_dense().sum().backward()
-    assert torch.equal(x.grad.to_dense(), torch.eye(3))
-    w = torch.randn(2, 3, requires_grad=True)
-    F.linear(torch.eye(3).to_sparse(), w).sum().backward()
-    assert torch.equal(w.grad, torch.ones(2, 3))
+    assert torch.equal(x.grad.to_dense(), torch.eye(3, device=DEVICE))
+    w = torch.randn(2, 3, requires_grad=True, device=DEVICE)
+    F.linear(torch.eye(3, device=DEVICE).to_sparse(), w).sum().backward()
+    assert torch.equal(w.grad, torch.ones(2, 3, device=DEVICE))
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "tanh", "relu", "leaky_relu"])
 def test_keeps_its_output_which_the_next_layer_keeps_anyway(name):
     from tests.ops.test_autograd import kept_storages
 
-    x = torch.randn(4, 3, requires_grad=True)
+    x = torch.randn(4, 3, requires_grad=True, device=DEVICE)
     y, kept = kept_storages(getattr(F, name), (x,))
     assert [t.data_ptr() for t in kept] == [y.data_ptr()]
 
@@ -165,7 +171,7 @@ def test_keeps_its_output_which_the_next_layer_keeps_anyway(name):
 def test_local_response_norm_where_the_divisor_is_constant(alpha, beta):
     """It may be 0 to the power of 0 then: the function is x, and its gradient no NaN."""
     k = 0.0 if beta == 0 else 1.0
-    x = torch.randn(1, 3, 4, dtype=torch.float64)
+    x = torch.randn(1, 3, 4, dtype=torch.float64, device=DEVICE)
     x[0, 1] = 0
     x.requires_grad_()
     y = F.local_response_norm(x, 3, alpha, beta, k)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import torchbp.functional as F
 import torchbp.nn
+from tests.device import DEVICE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # raised while torch's lists are made
@@ -107,7 +108,7 @@ def of_log_probabilities(function, name):
 @pytest.mark.parametrize("listed", OPS, ids=lambda op: op.name + op.variant_test_name)
 def test_function(listed, dtype):
     name = listed.name.rpartition(".")[2]
-    if dtype not in listed.dtypes or (name, dtype) in WIDER:
+    if dtype not in listed.supported_dtypes(DEVICE) or (name, dtype) in WIDER:
         pytest.skip("torch has none")
     set_rng_seed(0)
     ours = of_log_probabilities(getattr(F, name), name)
@@ -115,7 +116,8 @@ def test_function(listed, dtype):
     tolerance = TOLERANCE[dtype]
     if name in HALF_CONSTANTS:
         tolerance = TOLERANCE[torch.float32]
-    for sample in listed.sample_inputs("cpu", dtype, requires_grad=dtype in listed.backward_dtypes):
+    grad = dtype in listed.supported_backward_dtypes(DEVICE)
+    for sample in listed.sample_inputs(DEVICE, dtype, requires_grad=grad):
         args = (sample.input, *sample.args)
         expected = outcome(theirs, args, sample.kwargs)
         assert_same(outcome(ours, args, sample.kwargs), expected, tolerance)
@@ -164,14 +166,14 @@ def test_transform(listed, transform):
     set_rng_seed(0)
     ours = of_log_probabilities(getattr(F, name), name)
     theirs = of_log_probabilities(getattr(torch.nn.functional, name), name)
-    for sample in listed.sample_inputs("cpu", torch.float64, requires_grad=True):
+    for sample in listed.sample_inputs(DEVICE, torch.float64, requires_grad=True):
         args = (sample.input, *sample.args)
         try:
             expected = transform(theirs, args, sample.kwargs)
         except Exception:
             continue
         got = transform(ours, args, sample.kwargs)
-        zero = torch.zeros((), dtype=torch.float64)  # for None
+        zero = torch.zeros((), dtype=torch.float64, device=DEVICE)  # for None
         for pair in zip(tree_leaves(got), tree_leaves(expected), strict=True):
             same_shape = torch.broadcast_tensors(*(zero if x is None else x for x in pair))
             torch.testing.assert_close(*same_shape, rtol=1e-7, atol=1e-8, equal_nan=True)
@@ -185,7 +187,7 @@ def test_error(listed):
     name = listed.name.rpartition(".")[2]
     if (name, "error") in WIDER:
         pytest.skip("torchbp takes more")
-    for error in listed.error_inputs("cpu"):
+    for error in listed.error_inputs(DEVICE):
         sample = error.sample_input
         args = (sample.input, *sample.args)
         expected = outcome(getattr(torch.nn.functional, name), args, sample.kwargs)
@@ -202,7 +204,7 @@ def test_module(info, training):
     name, dtype = info.module_cls.__name__, torch.float64
     set_rng_seed(0)
     for given in info.module_inputs_func(
-        info, device="cpu", dtype=dtype, requires_grad=True, training=training
+        info, device=DEVICE, dtype=dtype, requires_grad=True, training=training
     ):
         if given.forward_input is None:
             continue
@@ -211,7 +213,7 @@ def test_module(info, training):
             torch.manual_seed(0)
             made.append(
                 kind(*given.constructor_input.args, **given.constructor_input.kwargs)
-                .to(dtype)
+                .to(DEVICE, dtype)
                 .train(training)
             )
         ours, theirs = made
@@ -243,7 +245,7 @@ def test_module_error(info):
         return None
 
     for wrong in info.module_error_inputs_func(
-        info, device="cpu", dtype=torch.float64, requires_grad=False, training=True
+        info, device=DEVICE, dtype=torch.float64, requires_grad=False, training=True
     ):
         given = wrong.module_error_input
         expected = error_of(info.module_cls, given)

@@ -13,7 +13,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import torchbp
-from tests.ops.conftest import Case, changed, tensors_of, torchs, twin, with_args
+from tests.device import DEVICE
+from tests.ops.conftest import (
+    Case,
+    changed,
+    constructed_on_device,
+    tensors_of,
+    torchs,
+    twin,
+    with_args,
+)
 from tests.ops.test_values import widened
 from torchbp.ops._samples import Make
 
@@ -97,7 +106,7 @@ def test_forward_mode_in_forward_mode(first):
 
 def test_forward_mode_three_times_and_under_vmap():
     """Of a function of several ops; each level's vmap batches what the next one saves."""
-    x = torch.randn(3, dtype=torch.float64)
+    x = torch.randn(3, dtype=torch.float64, device=DEVICE)
 
     def f(nn, x):
         return nn.silu(nn.normalize(nn.sigmoid(x), dim=0) * x).prod()
@@ -233,7 +242,7 @@ def test_autocast(case, dtype):
         sample = case.sample(made)
         f, tensors = case.of_tensors(sample)
         g, _ = case.of_tensors(sample, case.reference)
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(DEVICE, dtype):
             ours = f(*tensors)
             try:
                 theirs = case.of_tensors(sample, torchs(case.op))[0](*tensors)
@@ -258,18 +267,12 @@ def test_autocast_leaves_no_cast_weight_behind():
     """A weight cast under autocast keeps its history where torch's own linear meets it afterwards."""
     import torchbp.functional as F
 
-    weight = torch.randn(3, 3, requires_grad=True)
-    x = torch.randn(2, 3)
-    with torch.autocast("cpu", torch.bfloat16):
+    weight = torch.randn(3, 3, requires_grad=True, device=DEVICE)
+    x = torch.randn(2, 3, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
         F.linear(x, weight)
         y = torch.nn.functional.linear(x, weight)
     assert y.requires_grad
-
-
-def modules(constructed):
-    op, i = constructed
-    cls, ctor, inputs = list(op.module_samples(Make(torch.float32)))[i]
-    return cls(*ctor.args, **ctor.kwargs), inputs
 
 
 def torchs_traces(module) -> bool:
@@ -284,7 +287,7 @@ def torchs_traces(module) -> bool:
 
 
 def test_fx(constructed):
-    module, inputs = modules(constructed)
+    module, inputs = constructed_on_device(constructed)
     try:
         traced = torch.fx.symbolic_trace(module.eval())
     except torch.fx.proxy.TraceError:
@@ -298,7 +301,7 @@ def test_fx(constructed):
 
 def test_fx_takes_modules_for_leaves(constructed):
     """Inside a model every Module is one node, as torch's are: recurrent layers too, and the mode can change later."""
-    module, inputs = modules(constructed)
+    module, inputs = constructed_on_device(constructed)
 
     forwards = (
         lambda self, a: self.layer(a),
@@ -328,16 +331,16 @@ def test_fx_traces_through_a_forward_of_ones_own():
         def forward(self, input):
             return 2 * super().forward(input)
 
-    model = torch.nn.Sequential(Doubled(3, 3))
+    model = torch.nn.Sequential(Doubled(3, 3)).to(DEVICE)
     traced = torch.fx.symbolic_trace(model)
     assert not [n for n in traced.graph.nodes if n.op == "call_module"]
-    x = torch.randn(2, 3)
+    x = torch.randn(2, 3, device=DEVICE)
     torch.testing.assert_close(traced(x), model(x))
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export(constructed, strict):
-    module, inputs = modules(constructed)
+    module, inputs = constructed_on_device(constructed)
     args = changed(inputs.args, Tensor.detach)
     try:
         exported = torch.export.export(module.eval(), copy.deepcopy(args), strict=strict)
@@ -376,6 +379,7 @@ def test_fake_tensors(case):
     assert forms(case, case.op.function, FakeTensorMode()) == forms(case, case.op.function)
 
 
+@pytest.mark.cpu("what has no values is on no device")
 def test_meta_tensors(constructed):
     """A Module on the meta device runs there as torch's does: shapes and dtypes, forward and backward."""
     op, i = constructed

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.conftest import HALF, Case, with_args
+from tests.device import DEVICE
+from tests.ops.conftest import HALF, Case, drawn, make, with_args
 from torchbp.ops._function import formula_only
-from torchbp.ops._samples import EDGES, Make
+from torchbp.ops._samples import EDGES
 
 FLOAT32 = torch.finfo(torch.float32)
 ENGINES = {"fused": nullcontext, "formula": formula_only}  # what may run a backward
@@ -16,8 +17,7 @@ ENGINES = {"fused": nullcontext, "formula": formula_only}  # what may run a back
 
 def gradients(function, tensors) -> list[Tensor | None]:
     y = function(*tensors)
-    generator = torch.Generator().manual_seed(7)  # not that of Make: v would be x
-    v = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    v = drawn(y.shape, y.dtype)
     return list(torch.autograd.grad(y, tensors, v, allow_unused=True)) if tensors else []
 
 
@@ -82,7 +82,7 @@ def test_gradient_against_float64(case, dtype, engine):
 def sign(t: Tensor) -> Tensor:
     """Return 1 or -1 for each element, by chance."""
     generator = torch.Generator().manual_seed(5)
-    return torch.randint(2, t.shape, generator=generator) * 2.0 - 1
+    return (torch.randint(2, t.shape, generator=generator) * 2.0 - 1).to(t.device)
 
 
 def widened(t: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def test_edge_values(op, dtype, engine):
     """Elementwise ops: forward as torch's, and the derivative as torch's in float64 wherever that is a number."""
     if not op.elementwise or op.random:
         pytest.skip("not a function of single elements")
-    x = torch.tensor(EDGES, dtype=dtype, requires_grad=True)
+    x = torch.tensor(EDGES, dtype=dtype, requires_grad=True, device=DEVICE)
     wide = x.detach().double().requires_grad_()
     y, exact, torchs = op.function(x), op.reference(wide), op.reference(x).detach()
     with ENGINES[engine]():
@@ -191,7 +191,7 @@ def test_mixed_dtypes_as_in_torch(op, dtype, other):
         pytest.skip("nothing to compare with")
     compared = 0
     for reduction in ("mean", "none"):
-        sample = next(iter(op.samples(Make(torch.float64))))
+        sample = next(iter(op.samples(make())))
         if "reduction" in sample.kwargs:
             sample.kwargs["reduction"] = reduction
         first, *others = [t for t in sample.tensors() if t.is_floating_point()]
@@ -213,7 +213,9 @@ def test_mixed_dtypes_as_in_torch(op, dtype, other):
                 f, tensors = case.of_tensors(given, function)
                 try:
                     y = f(*tensors)
-                    v = torch.linspace(0.5, 1, y.numel(), dtype=torch.float64).view(y.shape)
+                    v = torch.linspace(0.5, 1, y.numel(), dtype=torch.float64, device=DEVICE).view(
+                        y.shape
+                    )
                     grads = torch.autograd.grad(y, tensors, v.to(y.dtype), allow_unused=True)
                 except (RuntimeError, NotImplementedError, ValueError, IndexError):
                     if not results:

@@ -35,7 +35,9 @@ class Errors:
     broken: int
 
 
-def measure(op: Op, dtype: torch.dtype, values: int) -> tuple[Errors, Errors | None]:
+def measure(
+    op: Op, dtype: torch.dtype, values: int, device: str = "cpu"
+) -> tuple[Errors, Errors | None]:
     """Return the errors of ``op``, and of torch's function on the same inputs.
 
     Torch's is the function of that name, or the composition of its ops that is the op's reference; ``None`` where it
@@ -51,7 +53,7 @@ def measure(op: Op, dtype: torch.dtype, values: int) -> tuple[Errors, Errors | N
     composed = unwrap(op.reference) if op.reference else None
     theirs = None if op.other_gradient else op.torchs or composed
     pools: dict[Callable[..., Any], list[Tensor]] = {f: [] for f in (op.function, theirs) if f}
-    for sample, v in _draws(op, dtype, values):
+    for sample, v in _draws(op, dtype, values, device):
         for function in list(pools):
             try:
                 found = _gradients(function, sample, v)
@@ -124,11 +126,11 @@ def _pooled(errors: list[Tensor]) -> Errors:
     )
 
 
-def _draws(op: Op, dtype: torch.dtype, values: int) -> Iterator[tuple[Sample, Tensor]]:
+def _draws(op: Op, dtype: torch.dtype, values: int, device: str) -> Iterator[tuple[Sample, Tensor]]:
     """Yield samples of all in all about ``values`` elements, each with an incoming gradient."""
     each = min(values // 4, 1 << 16)  # pieces: some formulas take N · C² numbers
     for k in range(values // each):
-        make = Make(dtype, seed=k, fine=True)
+        make = Make(dtype, device, seed=k, fine=True)
         sample = op.benchmark(make, each)
         if (
             "reduction" in signature(op.function).parameters
@@ -149,7 +151,7 @@ def _at_edges(op: Op, sample: Sample, make: Make) -> Sample:
         wide = (torch.sign(wide) * 10**powers).to(make.dtype)
         large = 10 * make.normal(*x.shape, requires_grad=False)
         wide = torch.where(powers.abs() < 10, large, wide)
-        wide.view(-1)[: len(EDGES)] = torch.tensor(EDGES)
+        wide.view(-1)[: len(EDGES)] = wide.new_tensor(EDGES)
     elif (wide < 0).any():  # no probabilities
         wide = 8 * wide
     return Sample((wide.requires_grad_(x.requires_grad), *rest), sample.kwargs)

@@ -114,6 +114,10 @@ class Make:
         """Class indices, int64."""
         return torch.randint(classes, shape, generator=self._generator).to(self.device)
 
+    def integers(self, values: Any) -> Tensor:
+        """The integers given, int64."""
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
     def probabilities(self, *shape: int, dim: int, requires_grad: bool = False) -> Tensor:
         """Values that sum to 1 along ``dim``."""
         values = torch.randn(shape, generator=self._generator, dtype=torch.float64).softmax(dim)

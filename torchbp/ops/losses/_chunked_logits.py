@@ -161,9 +161,8 @@ class Rows:
         self.x = torch.empty(x.shape, **options) if gradients.x else None
         self.weight = torch.zeros(weight.shape, **options) if gradients.weight else None
         self.bias = torch.zeros(len(weight), **options) if gradients.bias else None
-        if (
-            weight.dtype != wide
-        ):  # in half precision |g| is brought to 1: float16 would make 0 of s = 1/N
+        # In half precision |g| is brought to 1: float16 would make 0 of s = 1/N.
+        if weight.dtype != wide and len(x):
             self._unit = gradients.s.abs().amax().clamp_min(torch.finfo(wide).tiny)
 
     def add(self, g: Tensor, x: Tensor, weight: Tensor, chunk: slice) -> None:

@@ -16,8 +16,8 @@ __all__ = ["arguments", "benchmark", "errors", "reference", "samples", "saved_by
 def arguments(make: Make, row: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return x, the targets (padded, or in a row) and both lengths, of three sequences."""
     x = make.normal(5, 3, 4, requires_grad=False).double().log_softmax(2).to(make.dtype)
-    targets = torch.tensor([[1, 1], [2, 3], [3, 1]])
-    times, lengths = torch.tensor([5, 4, 3]), torch.tensor([2, 2, 1])
+    targets = make.integers([[1, 1], [2, 3], [3, 1]])
+    times, lengths = make.integers([5, 4, 3]), make.integers([2, 2, 1])
     targets = torch.cat([v[:n] for v, n in zip(targets, lengths, strict=True)]) if row else targets
     return x.requires_grad_(), targets, times, lengths
 
@@ -28,13 +28,13 @@ def samples(make: Make) -> Iterator[Sample]:
         yield Sample(arguments(make), {"reduction": reduction}, reduction)
     yield Sample(arguments(make, row=True), name="row")
     x, targets, _, lengths = arguments(make)
-    short = torch.tensor([2, 4, 1])  # two labels alike need three times
+    short = make.integers([2, 4, 1])  # two labels alike need three times
     yield Sample((x, targets, short, lengths), {"zero_infinity": True}, "zero-infinity")
     one = (
         x[:, 0].detach().clone().requires_grad_(),
         targets[1].clone(),
-        torch.tensor(5),
-        torch.tensor(2),
+        make.integers(5),
+        make.integers(2),
     )
     yield Sample(one, {"blank": 1, "reduction": "none"}, "1d")
 
@@ -59,7 +59,7 @@ def benchmark(make: Make, n: int) -> Sample:
     steps = max(20, n // (16 * 64))
     x = make.normal(steps, 16, 64, requires_grad=False).log_softmax(2).requires_grad_()
     labels = 1 + make.labels(16, steps // 4, classes=63)
-    times, lengths = torch.full((16,), steps), torch.full((16,), steps // 4)
+    times, lengths = make.integers([steps] * 16), make.integers([steps // 4] * 16)
     return Sample((x, labels, times, lengths))
 
 
@@ -105,7 +105,7 @@ def _of_paths(x: Tensor, labels: Sequence[int], blank: int) -> Tensor:
     paths = paths[torch.tensor(spelt)]
     if not len(paths):
         return x.sum() * 0 - torch.inf
-    return x.gather(1, paths.T).sum(0).logsumexp(0)
+    return x.gather(1, paths.T.to(x.device)).sum(0).logsumexp(0)
 
 
 def saved_bytes(x: Tensor, targets: Tensor, times: Tensor, lengths: Tensor, **_: object) -> int:

@@ -58,7 +58,13 @@ class IndexCrossEntropyFunction(Function):
 
 
 def _by_rows(x: Tensor) -> bool:
-    return x.dim() == 2 and x.numel() >= 64 * _PIECE and fused(x) and x.is_floating_point()
+    return (
+        x.dim() == 2
+        and x.numel() >= 64 * _PIECE
+        and x.is_cpu
+        and fused(x)
+        and x.is_floating_point()
+    )
 
 
 def _values_by_rows(

@@ -236,22 +236,22 @@ class CosineEmbeddingLoss(nn.CosineEmbeddingLoss):
 
 def _samples(make: Make) -> Iterator[Sample]:
     for reduction in ("mean", "sum", "none"):
-        args = (make.normal(5, 4), make.normal(5, 4), torch.tensor([1, -1, -1, 1, 0]))
+        args = (make.normal(5, 4), make.normal(5, 4), make.integers([1, -1, -1, 1, 0]))
         yield Sample(args, {"reduction": reduction, "margin": -0.2}, reduction)
-    yield Sample((make.normal(4), make.normal(4), torch.tensor(1)), name="1d")
+    yield Sample((make.normal(4), make.normal(4), make.integers(1)), name="1d")
     b = make.normal(5, 4, requires_grad=False)
-    yield Sample((make.normal(5, 4), b, torch.tensor([1, -1, 1, -1, 1])), name="data")
+    yield Sample((make.normal(5, 4), b, make.integers([1, -1, 1, -1, 1])), name="data")
 
 
 def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
-    args = (make.normal(3, 4), make.normal(3, 4), torch.tensor([1, -1, 1]))
+    args = (make.normal(3, 4), make.normal(3, 4), make.integers([1, -1, 1]))
     yield CosineEmbeddingLoss, Sample(), Sample(args)
     kwargs = {"margin": 0.3, "reduction": "sum"}
     yield CosineEmbeddingLoss, Sample((), kwargs), Sample(args, name="margin")
 
 
 def _errors(make: Make) -> Iterator[Sample]:
-    x, target = make.normal(3, 4), torch.tensor([1, -1, 1])
+    x, target = make.normal(3, 4), make.integers([1, -1, 1])
     yield Sample((x, x, target), {"reduction": "average"}, name="reduction")
     yield Sample((x, x, target[:2]), name="rows")
     yield Sample((x[None], x[None], target), name="dimensions")

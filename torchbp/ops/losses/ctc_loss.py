@@ -157,15 +157,21 @@ def ctc_loss(
     )
     single = log_probs.dim() == 2
     x = log_probs.unsqueeze(1) if single else log_probs
-    _check(x, targets, times, lengths, blank)
-    targets = targets.long().unsqueeze(0) if single and targets.dim() == 1 else targets.long()
-    labels = targets if targets.dim() == 2 else _padded(targets, lengths)
+    longest = _check(x, targets, times, lengths, blank)
+    targets = targets.to(x.device).long()
+    targets = targets.unsqueeze(0) if single and targets.dim() == 1 else targets
+    labels = targets if targets.dim() == 2 else _padded(targets, lengths, longest)
     (x,) = in_autocast_float32(x)
-    loss = _ctc_loss(x, labels.to(x.device), times, lengths, blank, zero_infinity, reduction)
+    loss = _ctc_loss(x, labels, times, lengths, blank, zero_infinity, reduction)
     return loss.squeeze(0) if single and loss.dim() else loss
 
 
-def _check(x: Tensor, targets: Tensor, times: Tensor, lengths: Tensor, blank: int) -> None:
+def _check(x: Tensor, targets: Tensor, times: Tensor, lengths: Tensor, blank: int) -> int:
+    """Raise for what does not fit; return the length of the longest target, or where nothing is looked at, of all.
+
+    The lengths are looked at on every device, as in torch, which waits for them, too: one beyond its tensor would be
+    read from memory that is not the tensor's.
+    """
     if not x.is_floating_point():
         raise NotImplementedError(wrong("ctc_loss", "floating-point x", x.dtype, "cast it"))
     if x.dim() != 3 or targets.dim() not in (1, 2):
@@ -177,21 +183,22 @@ def _check(x: Tensor, targets: Tensor, times: Tensor, lengths: Tensor, blank: in
     if not times.numel() == lengths.numel() == x.shape[1]:
         rule, got = f"{x.shape[1]} lengths", f"{times.numel()} and {lengths.numel()}"
         raise RuntimeError(wrong("ctc_loss", rule, got, "one of each for every sequence"))
-    if not (eager() and x.is_cpu):
-        return
     room = targets.shape[1] if targets.dim() == 2 else targets.numel()
-    for name, values, most in (("input", times, x.shape[0]), ("target", lengths, room)):
-        if ((values < 0) | (values > most)).any():
+    if not eager():
+        return room
+    known = lengths.tolist()
+    for name, values, most in (("input", times.tolist(), x.shape[0]), ("target", known, room)):
+        if not all(0 <= v <= most for v in values):
             rule = f"{name}_lengths in [0, {most}]"
-            raise RuntimeError(wrong("ctc_loss", rule, values.tolist(), "see the tensors' shapes"))
-    if targets.dim() == 1 and x.shape[1] != 1 and lengths.sum() != room:
-        rule, got = f"target_lengths that sum to the {room} labels in a row", lengths.tolist()
-        raise RuntimeError(wrong("ctc_loss", rule, got, "cut the labels, or pad them to (N, S)"))
+            raise RuntimeError(wrong("ctc_loss", rule, values, "see the tensors' shapes"))
+    if targets.dim() == 1 and x.shape[1] != 1 and sum(known) != room:
+        rule = f"target_lengths that sum to the {room} labels in a row"
+        raise RuntimeError(wrong("ctc_loss", rule, known, "cut the labels, or pad them to (N, S)"))
+    return max(known, default=room)
 
 
-def _padded(targets: Tensor, lengths: Tensor) -> Tensor:
-    """Return targets that stand in a row as (N, S)."""
-    longest = int(lengths.max()) if eager() and lengths.numel() else targets.numel()
+def _padded(targets: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    """Return targets that stand in a row as (N, S), S the longest."""
     start = lengths.cumsum(0) - lengths
     index = start[:, None] + torch.arange(longest, device=targets.device)
     return targets[index.clamp(max=max(0, targets.numel() - 1))]

@@ -46,9 +46,7 @@ from torchbp.ops._samples import Make, Sample, square, stored
 __all__ = ["MultiLabelMarginLoss", "MultiLabelMarginLossFunction", "multilabel_margin_loss"]
 
 _NAME = "multilabel_margin_loss"
-_FEW = (
-    1 << 10
-)  # elements; up to these the kernels, which look at the indices, make the membership again
+_FEW = 1 << 10  # elements; up to these torch's forward makes the membership again, on a CPU
 _forward = kernel("multilabel_margin_loss_forward")
 _backward = kernel("multilabel_margin_loss_backward")
 
@@ -75,7 +73,7 @@ class MultiLabelMarginLossFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
         x, target = ctx.saved_tensors
-        if x.numel() <= _FEW and x.is_cpu and fused(x, grad):
+        if (x.numel() <= _FEW or not x.is_cpu) and fused(x, grad):  # a look would wait for a GPU
             how = REDUCTIONS[ctx.reduction]
             members = _forward(x, target, how)[1]
             return _backward(grad, x, target, how, members), None, None
@@ -193,21 +191,21 @@ class MultiLabelMarginLoss(nn.MultiLabelMarginLoss):
 
 
 def _samples(make: Make) -> Iterator[Sample]:
-    target = torch.tensor([[1, 3, -1, 0], [0, -1, -1, -1], [-1, 0, 1, 2], [2, 2, 1, -1]])
+    target = make.integers([[1, 3, -1, 0], [0, -1, -1, -1], [-1, 0, 1, 2], [2, 2, 1, -1]])
     for reduction in ("mean", "sum", "none"):
         yield Sample((make.normal(4, 4), target.clone()), {"reduction": reduction}, reduction)
-    ends = torch.full((13,), -1).index_fill(0, torch.arange(3), 5)
+    ends = make.integers([5] * 3 + [-1] * 10)
     yield Sample((make.normal(13), ends), {"reduction": "none"}, "1d")
 
 
 def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
-    args = (make.normal(2, 4), torch.tensor([[1, 3, -1, 0], [0, -1, -1, -1]]))
+    args = (make.normal(2, 4), make.integers([[1, 3, -1, 0], [0, -1, -1, -1]]))
     yield MultiLabelMarginLoss, Sample(), Sample(args)
     yield MultiLabelMarginLoss, Sample((), {"reduction": "sum"}), Sample(args, name="sum")
 
 
 def _errors(make: Make) -> Iterator[Sample]:
-    x, target = make.normal(2, 4), torch.tensor([[1, 3, -1, 0], [0, -1, -1, -1]])
+    x, target = make.normal(2, 4), make.integers([[1, 3, -1, 0], [0, -1, -1, -1]])
     yield Sample((x, target), {"reduction": "average"}, name="reduction")
     yield Sample((x, target[:, :2]), name="shape")
     yield Sample((x, target + 4), name="range")
