@@ -1,5 +1,7 @@
 """What every test has: its own random numbers, and one thread, so that two workers do not fight for two cores."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -18,6 +20,11 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.empty(1, device=device.DEVICE)
     except Exception as error:
         raise pytest.UsageError(f"--device {device.DEVICE}: {error}") from None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out, on the CPU, what asks what a GPU does."""
+    return True if device.DEVICE == "cpu" and collection_path.name == "test_cuda.py" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

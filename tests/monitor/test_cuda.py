@@ -16,8 +16,6 @@ import torchbp
 from tests.device import DEVICE
 from torchbp.tensorboard import read
 
-pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="asks what a GPU does: --device cuda")
-
 _SPEC = importlib.util.spec_from_file_location("torchbp_zoo", Path(__file__).with_name("zoo.py"))
 zoo = sys.modules["torchbp_zoo"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(zoo)

@@ -16,7 +16,6 @@ from tests.recompute.compared import Count, both, same, step
 from torchbp.recompute._budget import Plan
 
 pytestmark = [
-    pytest.mark.skipif(DEVICE == "cpu", reason="asks what a GPU does: --device cuda"),
     pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
     pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled"),
     pytest.mark.filterwarnings("ignore:lean. expected a budget that can be met"),

@@ -11,8 +11,6 @@ import torchbp
 from benchmarks.models import MODELS, loss
 from tests.device import DEVICE
 
-pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="asks what a GPU does: --device cuda")
-
 
 def losses(model, x, y, context):
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, fused=True)
