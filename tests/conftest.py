@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where tests/ops computes: cpu, cuda")
+    parser.addoption("--device", default="cpu", help="where tests compute: cpu, cuda")
 
 
 def pytest_configure(config: pytest.Config) -> None:
