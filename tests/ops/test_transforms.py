@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,6 +24,7 @@ from tests.ops.conftest import (
     with_args,
 )
 from tests.ops.test_values import widened
+from torchbp.ops._function import visible
 from torchbp.ops._samples import Make
 
 
@@ -377,6 +378,32 @@ def test_fake_tensors(case):
     except Exception:  # values that it looks at, targets in bytes
         pytest.skip("torch's own refuses")
     assert forms(case, case.op.function, FakeTensorMode()) == forms(case, case.op.function)
+
+
+@pytest.mark.cpu("values elsewhere are not looked at")
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+def test_what_is_visible():
+    """Values are looked at where torch's own kernels would, and nothing follows the calls."""
+    seen = []
+
+    def look(x):
+        seen.append(visible(x))
+        return x + 1
+
+    x = torch.ones(3)
+    for t in (x, nn.Parameter(x), x.as_subclass(type("Named", (Tensor,), {}))):
+        look(t)
+    assert seen == [True] * 3
+    seen.clear()
+    with FakeTensorMode() as mode:
+        look(mode.from_tensor(x))
+    look(mode.from_tensor(x))  # outside of it, too
+    look(x.to("meta"))
+    vmap(look)(x)
+    grad(lambda x: look(x).sum())(x)
+    make_fx(look)(x)
+    torch.jit.trace(look, (x,), check_trace=False)
+    assert seen == [False] * 7
 
 
 @pytest.mark.cpu("what has no values is on no device")

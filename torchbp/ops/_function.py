@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._C import _is_tracing as is_script_tracing
 from torch._C import _len_torch_dispatch_stack as modes_active
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 from torch._functorch.utils import unwrap_dead_wrappers
@@ -41,6 +42,7 @@ __all__ = [
     "overwrite",
     "public",
     "scale_fresh",
+    "visible",
 ]
 
 P = ParamSpec("P")
@@ -48,6 +50,8 @@ R = TypeVar("R")
 
 _FAKE, _PROXY = _TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY
 _HALF = (torch.bfloat16, torch.float16)
+# What a class has that does not answer for torch's ops itself, as fake and distributed tensors do.
+_PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 _formula_only = False
 
 
@@ -287,8 +291,20 @@ def in_autocast_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def eager() -> bool:
-    """Whether values may be looked at here: not traced by ``torch.compile``, transformed by ``torch.func``, or fake."""
-    return not (is_dynamo_compiling() or transforms_active() or (modes_active() and _is_fake()))
+    """Whether values may be looked at here: not traced by ``torch.compile`` or ``torch.jit``, transformed, or fake."""
+    return not (
+        is_dynamo_compiling()
+        or transforms_active()
+        or is_script_tracing()
+        or (modes_active() and _is_fake())
+    )
+
+
+def visible(x: Tensor) -> bool:
+    """Whether the values of ``x`` may be looked at: it breaks no trace, and waits for no device or other machine."""
+    if not (x.is_cpu and eager()):
+        return False
+    return type(x).__torch_dispatch__ is _PLAIN  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _is_fake() -> bool:

@@ -1,9 +1,9 @@
 """Random numbers by the million: torch's own generator, read in a cheaper way."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchbp.ops._function import eager
+from torchbp.ops._function import visible
 
 __all__ = ["cheap", "int32_of"]
 
@@ -12,7 +12,7 @@ _INT64_MIN = -(2**63)
 
 def cheap(x: Tensor) -> bool:
     """Whether :func:`int32_of` is faster than ``torch.rand_like`` here, and right: on a CPU, outside transforms."""
-    return x.is_cpu and eager() and type(x) in (Tensor, nn.Parameter)
+    return visible(x)
 
 
 def int32_of(shape: torch.Size) -> Tensor:

@@ -10,17 +10,15 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch._C import _is_tracing
+from torch import Tensor
 
-from torchbp.ops._function import eager
+from torchbp.ops._function import visible
 from torchbp.ops.activations._invalid import FEW, at_hand, sound
 
 __all__ = ["FAR", "bounded", "known_finite", "limited", "mended", "with_limits"]
 
 # From here on |x| is so large that s(x) is 0 or 1 and the derivative too, in every dtype.
 FAR = 1000.0
-_TENSORS = (Tensor, nn.Parameter)
 
 
 def known_finite(x: Tensor, *, many: bool = True) -> bool | None:
@@ -30,7 +28,7 @@ def known_finite(x: Tensor, *, many: bool = True) -> bool | None:
         x: Looked at where that neither waits for a device nor breaks a trace.
         many: Whether a look at many elements is worth its time.
     """
-    if type(x) not in _TENSORS or not x.is_cpu or not eager() or _is_tracing():
+    if not (isinstance(x, Tensor) and visible(x)):  # what is none, the kernel refuses
         return False
     if x.numel() <= FEW or at_hand():
         return None

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch._C import _is_tracing
 
-from torchbp.ops._function import eager, is_half
+from torchbp.ops._function import is_half, visible
 
 __all__ = ["all_count", "along_classes", "class_dim", "counted", "positions"]
 
@@ -26,9 +25,7 @@ def along_classes(w: Tensor, x: Tensor) -> Tensor:
 
 def all_count(target: Tensor, ignored: int) -> bool:
     """Whether no position is ignored, looked at where that neither waits for a device nor breaks a trace."""
-    if type(target) is not Tensor or not target.is_cpu or not eager() or _is_tracing():
-        return False
-    return not (target == ignored).any()
+    return visible(target) and not (target == ignored).any()
 
 
 def counted(

@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._C import _is_tracing
 
-from torchbp.ops._function import eager
+from torchbp.ops._function import visible
 
 __all__ = ["product", "with_limits"]
 
@@ -23,7 +22,7 @@ def with_limits(plain: Callable[[], Tensor], limits: Callable[[], Tensor], x: Te
         limits: Gives it, too; called at once where a look would wait for a device, or break a trace.
         x: What both are computed from.
     """
-    if x.is_cpu and eager() and not _is_tracing():
+    if visible(x):
         loss = plain()
         if torch.equal(loss, loss):
             return loss

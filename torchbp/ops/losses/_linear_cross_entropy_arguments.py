@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import eager
+from torchbp.ops._function import visible
 
 __all__ = ["NAME", "check", "check_dtypes", "check_range"]
 
@@ -92,7 +92,7 @@ def check_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
 
 def check_range(target: Tensor, ignored: int, classes: int) -> None:
     """Raise for an index that no class has: on a CPU, in eager mode; looking costs other devices a wait."""
-    if not (eager() and target.is_cpu and math.prod(target.shape)):
+    if not (visible(target) and math.prod(target.shape)):
         return
     counted = target[target != ignored]
     if counted.numel() and not 0 <= counted.min() <= counted.max() < classes:

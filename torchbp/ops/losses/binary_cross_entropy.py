@@ -32,13 +32,13 @@ from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
     directional,
-    eager,
     entry,
     fused,
     in_autocast_float32,
     kernel,
     public,
     scale_fresh,
+    visible,
 )
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
@@ -206,7 +206,7 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> bool | None:
             rule = f"weight that can be broadcast to {shape(input)}"
             raise RuntimeError(wrong(_NAME, rule, shape(weight), "reshape it"))
     n = input.numel()
-    if not (n and input.is_cpu and eager()):
+    if not (n and visible(input)):
         return False
     if weight is None and n <= FEW and input.dtype == target.dtype in _WIDE:
         return None

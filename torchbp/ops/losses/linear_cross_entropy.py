@@ -42,7 +42,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, eager, entry, fused, in_autocast_dtype, public
+from torchbp.ops._function import Context, eager, entry, fused, in_autocast_dtype, public, visible
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import named
 from torchbp.ops._samples import Make, Sample
@@ -179,7 +179,7 @@ def _scaled(made: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``made`` times ``grad``; written into it where this is its last use, as it may be as large as W."""
     if _keep_graph():  # another backward may follow
         return (made * grad).to(dtype)
-    if not (eager() and grad.is_cpu and grad.item() == 1):
+    if not (visible(grad) and grad.item() == 1):
         made.mul_(grad)
     return made.to(dtype)
 

@@ -28,13 +28,13 @@ from torch.autograd.function import Function
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
-    eager,
     entry,
     fused,
     in_autocast_float32,
     in_float32,
     kernel,
     public,
+    visible,
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import REDUCTIONS, named, reduce, spread
@@ -176,8 +176,7 @@ def multi_margin_loss(
     try:
         loss = _multi_margin_loss(rows, index, weight, p, margin, reduction)
     except RuntimeError:  # torch's kernel for few elements has looked at the indices
-        if eager():
-            _check_indices(index, rows.shape[1])
+        _check_indices(index, rows.shape[1])
         raise
     return loss.squeeze(0) if target.dim() == 0 and loss.dim() else loss
 
@@ -199,12 +198,12 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
         if weight.requires_grad and torch.is_grad_enabled():
             rule = "a weight without requires_grad, as in torch"
             raise RuntimeError(wrong(_NAME, rule, "one that requires it", "detach it"))
-    if eager() and input.numel() > _FEW:
+    if input.numel() > _FEW:
         _check_indices(target, classes)
 
 
 def _check_indices(target: Tensor, classes: int) -> None:
-    if target.is_cpu and target.numel():
+    if visible(target) and target.numel():
         least, greatest = torch.aminmax(target)
         if least.item() < 0 or greatest.item() >= classes:
             rule = f"class indices in [0, {classes})"

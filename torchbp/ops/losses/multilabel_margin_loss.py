@@ -30,7 +30,6 @@ from torch.autograd.function import Function
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
-    eager,
     entry,
     fused,
     in_autocast_float32,
@@ -38,6 +37,7 @@ from torchbp.ops._function import (
     is_half,
     kernel,
     public,
+    visible,
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import REDUCTIONS, named, reduce, spread
@@ -174,7 +174,7 @@ def multilabel_margin_loss(
 
 
 def _check_indices(target: Tensor, classes: int) -> None:
-    if eager() and target.is_cpu and target.numel():
+    if visible(target) and target.numel():
         low, high = (v.item() for v in torch.aminmax(target))
         if low < -1 or high >= classes:
             rule = f"class indices in [-1, {classes})"
