@@ -31,7 +31,15 @@ from torch.autograd.function import Function
 from torchbp.ops import _samples
 from torchbp.ops._clamp import clipped
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, is_half, kernel, overwrite, public
+from torchbp.ops._function import (
+    Context,
+    entry,
+    is_half,
+    kernel,
+    overwrite,
+    public,
+    undifferentiated,
+)
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
@@ -68,7 +76,7 @@ class ELUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
         (kept,) = ctx.saved_tensors
-        if fused(grad_y, half=True):
+        if undifferentiated():
             grad_x = _elu_backward(grad_y, *ctx.settings, kept)
         else:
             grad_x = _times_derivative(grad_y, kept, *ctx.settings)  # (3)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, kernel, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops._samples import Make, Sample
@@ -51,7 +51,7 @@ class GLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if fused(grad_y):  # of the dtype of x
+        if undifferentiated() and not is_half(x):
             return _glu_backward(grad_y, x, ctx.dim), None
 
         def formula(v: Tensor, x: Tensor) -> Tensor:

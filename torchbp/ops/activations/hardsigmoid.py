@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, kernel, overwrite, public
+from torchbp.ops._function import Context, entry, kernel, overwrite, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
@@ -53,7 +53,7 @@ class HardsigmoidFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if fused(grad_y, half=True) and x.dtype != torch.float64:
+        if undifferentiated() and x.dtype != torch.float64:
             return _hardsigmoid_backward(grad_y, x)
         return _times_derivative(grad_y, x)  # (2)
 

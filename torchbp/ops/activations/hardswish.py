@@ -25,7 +25,7 @@ from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, kernel, overwrite, public
+from torchbp.ops._function import Context, entry, kernel, overwrite, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
@@ -54,7 +54,7 @@ class HardswishFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if fused(grad_y, half=True):
+        if undifferentiated():
             return _hardswish_backward(grad_y, x), None  # right at ±∞, too
         return in_pieces(_times_derivative, grad_y, bounded(x)), None  # (2)
 

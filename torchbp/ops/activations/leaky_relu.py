@@ -27,7 +27,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, kernel, public
+from torchbp.ops._function import Context, entry, kernel, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -58,7 +58,7 @@ class LeakyReLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (kept,) = ctx.saved_tensors
-        if fused(grad_y, half=True):
+        if undifferentiated():
             grad_x = _leaky_relu_backward(grad_y, kept, ctx.slope, False)
             return grad_x, None, None
         return _times_slope(grad_y, kept, ctx.slope), None, None  # (2)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops._samples import Make, Sample
@@ -55,7 +55,7 @@ class LogSoftmaxFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        if fused(grad_y, kept):
+        if undifferentiated() and not (is_half(kept) or is_half(grad_y)):
             grad_x = _log_softmax_backward_data(grad_y, kept, ctx.dim, kept.dtype)
             return grad_x, None
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, kernel, public
+from torchbp.ops._function import Context, entry, kernel, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
@@ -50,7 +50,7 @@ class LogSigmoidFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if fused(grad_y, half=True):
+        if undifferentiated():
             # log σ(x) = -softplus(-x): that kernel needs no buffer beside x; at 40 σ is 1 in every dtype
             return _softplus_backward(grad_y, x, -1, 40)
         return in_pieces(_times_derivative, grad_y, x)  # (2)

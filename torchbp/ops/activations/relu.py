@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, kernel, public
+from torchbp.ops._function import Context, entry, kernel, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -51,7 +51,7 @@ class ReLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        if fused(grad_y, half=True):
+        if undifferentiated():
             return _threshold_backward(grad_y, y, 0.0), None
         return _where_positive(grad_y, y), None  # (2)
 

@@ -22,7 +22,7 @@ from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, kernel, public
+from torchbp.ops._function import Context, entry, kernel, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -51,7 +51,7 @@ class ReLU6Function(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        if fused(grad_y, half=True):
+        if undifferentiated():
             return _hardtanh_backward(grad_y, y, 0.0, 6.0), None
         return _where_between(grad_y, y), None  # (2)
 

@@ -26,7 +26,15 @@ from torch.overrides import has_torch_function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, fused, in_float32, is_half, kernel, public
+from torchbp.ops._function import (
+    Context,
+    entry,
+    in_float32,
+    is_half,
+    kernel,
+    public,
+    undifferentiated,
+)
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -53,7 +61,7 @@ class SoftmaxFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        if fused(grad_y, half=True):
+        if undifferentiated():
             return _softmax_backward_data(grad_y, y, ctx.dim, y.dtype), None
         return project(grad_y, y, ctx.dim), None
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, kernel, public
+from torchbp.ops._function import Context, entry, kernel, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations.softmax import along, project
@@ -52,7 +52,7 @@ class SoftminFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        if fused(grad_y, half=True):
+        if undifferentiated():
             return _softmax_backward_data(grad_y, y, ctx.dim, y.dtype).neg_(), None
         return -project(grad_y, y, ctx.dim), None  # (1)
 

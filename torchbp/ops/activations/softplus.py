@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, kernel, public
+from torchbp.ops._function import Context, entry, kernel, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
@@ -50,7 +50,7 @@ class SoftplusFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        if fused(grad_y, half=True):
+        if undifferentiated():
             return _softplus_backward(grad_y, x, ctx.beta, ctx.threshold), None, None
         return _times_derivative(grad_y, x, ctx.beta, ctx.threshold), None, None  # (2)
 

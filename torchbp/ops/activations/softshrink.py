@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, kernel, public
+from torchbp.ops._function import Context, entry, kernel, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -48,7 +48,7 @@ class SoftshrinkFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        if fused(grad_y, half=True):
+        if undifferentiated():
             return _softshrink_backward(grad_y, y, 0), None
         return _where_not_zero(grad_y, y), None  # (2)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
+from torchbp.ops._function import Context, entry, is_half, kernel, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
@@ -56,7 +56,7 @@ class TanhFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (kept,) = ctx.saved_tensors
-        if fused(grad_y, kept):
+        if undifferentiated() and not is_half(kept):
             return _tanh_backward(grad_y, kept)
         return _times_derivative(grad_y, kept)  # (3)
 

@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, is_half, kernel, overwrite, public
+from torchbp.ops._function import (
+    Context,
+    entry,
+    is_half,
+    kernel,
+    overwrite,
+    public,
+    undifferentiated,
+)
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -57,7 +65,7 @@ class ThresholdFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (kept,) = ctx.saved_tensors
-        if fused(grad_y, half=True):
+        if undifferentiated():
             return _threshold_backward(grad_y, kept, ctx.t), None, None, None
         return _where_above(grad_y, kept, ctx.t), None, None, None  # (2)
 
