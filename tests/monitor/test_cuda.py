@@ -405,6 +405,7 @@ def test_layers_that_a_graph_captured(tmp_path):
     assert got.steps.tolist() == list(range(30))
     np.testing.assert_allclose(got.values, want, rtol=1e-3, atol=1e-6)
     assert alarms(monitor) == {}
+    assert "a CUDA graph has captured them" in monitor.summary()
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

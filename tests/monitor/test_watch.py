@@ -457,3 +457,18 @@ def test_whatever_the_default_device_is(tmp_path):
             optimizer.step()
     assert monitor.verdicts == []
     assert len(read(tmp_path).vectors["gradient_norm"].steps) == 12
+
+
+def test_says_where_no_layer_is_heard():
+    model, (x, _) = mlp(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    whole = model.forward
+    with torchbp.watch(model, optimizer) as monitor:
+        model.forward = lambda t: t @ model[0].weight.T  # as a CUDA graph does
+        for _ in range(3):
+            model(x).square().mean().backward()
+            optimizer.step()
+        assert "runs without its layers" in monitor.summary()
+        model.forward = whole
+        model(x).square().mean().backward()
+        assert "not seen" not in monitor.summary()

@@ -29,6 +29,8 @@ __all__ = ["Listener"]
 _Role = tuple[Callable[[], nn.Module | None], int | None, str | None, bool]
 _NONE: _Role = (lambda: None), None, None, False
 
+_SILENT = "the model runs without its layers: it is scripted, or a CUDA graph has captured them"
+
 _is_compiling = torch.compiler.is_compiling
 
 _MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
@@ -43,12 +45,11 @@ class Listener:
         row: Gives the row of the step under way.
 
     Attributes:
-        deaf: Never; it is of a compiled model.
+        deaf: Why no layer was heard though the model ran, if so.
     """
 
-    deaf = False
-
     def __init__(self, model: nn.Module, catalogue: Catalogue, row: Callable[[], Row]) -> None:
+        self.deaf = ""
         self._model = weakref.ref(model)
         self._catalogue = catalogue
         self._row = row
@@ -200,8 +201,11 @@ class Listener:
             self._heard.function(forward.row, forward.last, function, output)
 
     def _end_forward(self, args: tuple[Any, ...]) -> None:
-        if self._forward.over:
-            return  # no layer of it ran
+        if self._forward.over:  # no layer of it ran
+            if torch.is_grad_enabled():
+                self.deaf = _SILENT
+            return
+        self.deaf = ""
         tensors = (t for t in args if isinstance(t, Tensor) and t.ndim)
         self._forward.shape = next((tuple(t.shape) for t in tensors), self._forward.shape)
         self._forward.over = True

@@ -30,9 +30,8 @@ __all__ = ["Monitor"]
 
 _EARLY_DRAINS = frozenset({2, 5, 10, 20})
 _DEAF = (
-    "the model had been compiled and called before it was watched: its layers can't be listened to, "
-    "so error signals and activations are not seen, nor is vanishing or exploding; watch it before "
-    "its first call"
+    "its layers can't be listened to, so error signals and activations are not seen, nor is vanishing "
+    "or exploding"
 )
 _THAWED = "to see what has begun to learn since, close the monitor and watch the model again"
 
@@ -87,7 +86,8 @@ class Monitor:
     @property
     def notes(self) -> list[str]:
         """What can't be seen of this model, or is seen less often than asked for, and why."""
-        notes = [f"not seen: {_DEAF}"] if self._capture.deaf else []
+        deaf = self._capture.deaf
+        notes = [f"not seen: {deaf}: {_DEAF}"] if deaf else []
         model = self._model()
         late = self._catalogue.missing(model) if model is not None else []
         if late:

@@ -24,6 +24,9 @@ __all__ = ["Taps", "is_compiled"]
 
 _FUNCTIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
 _WINDOW_SAMPLES, _WINDOW_STEPS = 1024, 10
+_COMPILED = (
+    "the model had been compiled and called before it was watched; watch it before its first call"
+)
 _UNITS = ("out_features", "out_channels", "num_features")
 
 
@@ -130,14 +133,14 @@ class Taps:
         batch: Length of the first tensor that the first layer was called with last, 0-d; None before, and
             where a layer of the model takes the batch as its second dimension.
         own_time: Nothing: what is done in the graph is not told apart.
-        deaf: Whether a backward has shown that the taps are not in the compiled graph.
+        deaf: Why nothing is heard, where a backward has shown that the taps are not in the compiled graph.
     """
 
     def __init__(self, model: nn.Module, catalogue: Catalogue, row: Any) -> None:
         self.batch: Tensor | None = None
         self._first = all(getattr(m, "batch_first", True) for m in model.modules())
         self.own_time = 0.0
-        self.deaf = False
+        self.deaf = ""
         self._row = row
         self._switch = _Switch()
         self._layers: dict[int, _Layer] = {}
@@ -183,9 +186,9 @@ class Taps:
             return
         heard = [layer for layer in self._layers.values() if layer.leaf.grad is not None]
         if not heard:
-            self.deaf = not self._heard
+            self.deaf = "" if self._heard else _COMPILED
             return
-        self._heard, self.deaf, row = True, False, self._row()
+        self._heard, self.deaf, row = True, "", self._row()
         with torch.no_grad():
             told = torch.stack([layer.leaf.grad for layer in heard if layer.leaf.grad is not None])
             batch = told[0, 2] / told[0, 1]

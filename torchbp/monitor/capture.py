@@ -121,8 +121,8 @@ class Capture:
         return self._own_time + self._listener.own_time
 
     @property
-    def deaf(self) -> bool:
-        """Whether the layers can't be listened to."""
+    def deaf(self) -> str:
+        """Why the layers can't be listened to, if so."""
         return self._listener.deaf
 
     def seek(self, step: int) -> None:
