@@ -10,9 +10,9 @@ from tests.device import DEVICE
 from tests.ops.conftest import HALF
 from tests.ops.test_values import ENGINES
 from torchbp.ops._function import formula_only
+from torchbp.ops._invalid import at_hand, sound
 from torchbp.ops._op import all_ops
 from torchbp.ops.activations._infinities import known_finite, limited
-from torchbp.ops.activations._invalid import at_hand, sound
 
 INF = torch.inf
 GATES = ["silu", "gelu", "mish", "hardswish", "quick_gelu"]

@@ -26,6 +26,7 @@ from torchbp.ops._pieces import (
 __all__ = [
     "FEW",
     "REDUCTIONS",
+    "WIDE",
     "as_composed",
     "broadcast",
     "in_common_dtype",
@@ -36,7 +37,10 @@ __all__ = [
     "reduced",
     "spread",
 ]
-_WIDE = (torch.float32, torch.float64)  # of which a mean is the sum's quotient
+WIDE = (
+    torch.float32,
+    torch.float64,
+)  # autocast leaves their losses alone; a mean is the sum's quotient
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's kernels count them
 
 
@@ -54,7 +58,7 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
     """Return ``values`` themselves, their mean or their sum."""
     if reduction == "none":
         return values
-    if reduction == "mean" and values.dtype not in _WIDE:
+    if reduction == "mean" and values.dtype not in WIDE:
         return values.mean()
     return _of_sum(values.sum(), reduction, values)
 
@@ -123,12 +127,16 @@ def in_common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     That is what torch's arithmetic computes in. Outside the op, so that each has its gradient in its own dtype.
     Integers stay. What has no dimensions does not widen the others, as in torch.
     """
-    tensors = in_autocast_float32(*tensors)
     first = tensors[0].dtype
     for t in tensors:
         if t.dtype != first:
             break
     else:
+        if first in WIDE:
+            return tensors
+    tensors = in_autocast_float32(*tensors)
+    first = tensors[0].dtype
+    if all(t.dtype == first for t in tensors):
         return tensors
     inexact = [t for t in tensors if t.is_floating_point() or t.is_complex()]
     dtypes = [t.dtype for t in inexact if t.dim()] or [t.dtype for t in inexact]
@@ -151,7 +159,7 @@ def as_composed(loss: Tensor, *tensors: Tensor) -> Tensor:
 
 def laid_out(loss: Tensor, like: Tensor) -> Tensor:
     """Return ``loss`` contiguous where ``like`` is, whose layout torch's has, so that it can be viewed in any shape."""
-    return loss.contiguous() if like.is_contiguous() else loss
+    return loss.contiguous() if loss.dim() and like.is_contiguous() else loss
 
 
 def matched(op: str, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, fused, is_half, kernel
+from torchbp.ops._invalid import FEW, sound
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops.activations import gelu, silu
 from torchbp.ops.activations._infinities import (
@@ -27,7 +28,6 @@ from torchbp.ops.activations._infinities import (
     limited,
     mended,
 )
-from torchbp.ops.activations._invalid import FEW, sound
 
 __all__ = ["gated", "halves"]
 

@@ -1,9 +1,9 @@
 """x · s(x) at x = ±∞, where torch's kernels form ∞ · 0 = NaN though the limit is relu(x), with derivative 0 or 1.
 
 Mending it takes passes over memory, about half of such an op's time. So the kernels run as they are where one look says
-that they may: on one thread, and of few elements, at what forward and backward gave (`_invalid.py`), some 0.1 to 0.6 µs
-each; else at the input, once, before the kernel, which then finds it in the cache. Which it is, is asked once, before
-the Function.
+that they may: on one thread, and of few elements, at what forward and backward gave (`../_invalid.py`), some 0.1 to
+0.6 µs each; else at the input, once, before the kernel, which then finds it in the cache. Which it is, is asked once,
+before the Function.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchbp.ops._function import visible
-from torchbp.ops.activations._invalid import FEW, at_hand, sound
+from torchbp.ops._invalid import FEW, at_hand, sound
 
 __all__ = ["FAR", "bounded", "known_finite", "limited", "mended", "with_limits"]
 

@@ -30,11 +30,11 @@ def tanh(x: Tensor) -> Tensor:
     """
     if (
         not _AT_HAND
+        or is_compiling()
+        or x.numel() < _MANY
         or type(x) not in _TENSORS
         or x.dtype != torch.float32
-        or is_compiling()
         or transforms_active()
-        or x.numel() < _MANY
         or not x.is_cpu
         or not x.is_contiguous()
         or _len_torch_dispatch_stack()

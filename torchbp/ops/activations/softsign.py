@@ -25,11 +25,11 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._function import Context, entry, fused, public
+from torchbp.ops._invalid import FEW, sound
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import known_finite
-from torchbp.ops.activations._invalid import FEW, sound
 
 __all__ = ["Softsign", "SoftsignFunction", "softsign"]
 

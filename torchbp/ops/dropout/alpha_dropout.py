@@ -57,7 +57,10 @@ class AlphaDropoutFunction(Function):
     def forward(  # (*), and what can be expanded to it -> (*)
         x: Tensor, mask: Tensor, a: float, b: float, inplace: bool
     ) -> Tensor:
-        y = in_float32(lambda x: _chosen(x, mask, a, b), x)
+        if x.numel() <= _FEW and one_kernel(x, mask) is not None:
+            y = _chosen_of_few(x, mask, a, b)
+        else:
+            y = in_float32(lambda x: _chosen(x, mask, a, b), x)
         return x.copy_(y) if inplace else y
 
     @staticmethod
@@ -83,12 +86,15 @@ class AlphaDropoutFunction(Function):
 
 def _chosen(x: Tensor, mask: Tensor, a: float, b: float) -> Tensor:
     """Return (2) as a · m · x + offset; torch.where takes 3.8 ms for a million elements of a random mask, this 1.5."""
-    if one_kernel(x, mask) is not None and x.numel() <= _FEW:  # two calls instead of six
-        offset = torch.add(constant(a * _SATURATION + b, x.dtype), mask, alpha=-a * _SATURATION)
-        return torch.addcmul(offset, x, mask, value=a)
     scale = mask.to(x.dtype) * a
     y = x * scale
     return y.add_(scale.mul_(-_SATURATION).add_(a * _SATURATION + b))  # (2)
+
+
+def _chosen_of_few(x: Tensor, mask: Tensor, a: float, b: float) -> Tensor:
+    """Return (2) as a · (x - α') · m + a · α' + b, in two calls instead of six."""
+    above = x - constant(_SATURATION, x.dtype)
+    return torch.addcmul(constant(a * _SATURATION + b, x.dtype), above, mask, value=a)
 
 
 _alpha_dropout = entry(AlphaDropoutFunction, again=AlphaDropoutFunction.forward)

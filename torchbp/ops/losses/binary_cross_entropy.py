@@ -42,7 +42,7 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import FEW, REDUCTIONS, named, reduce, reduced, spread
+from torchbp.ops._reduction import FEW, REDUCTIONS, WIDE, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["BCELoss", "BCELossFunction", "binary_cross_entropy"]
@@ -50,7 +50,6 @@ __all__ = ["BCELoss", "BCELossFunction", "binary_cross_entropy"]
 _NAME = "binary_cross_entropy"
 _EPS = 1e-12  # torch's
 _LOWEST = -100.0  # torch's, of a logarithm
-_WIDE = (torch.float32, torch.float64)
 _backward = kernel("binary_cross_entropy_backward")
 
 
@@ -73,16 +72,16 @@ class BCELossFunction(Function):
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str, bool | None], output: Tensor
     ) -> None:
-        *tensors, ctx.reduction, ctx.inside = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        x, target, weight, ctx.reduction, ctx.inside = inputs
+        ctx.save_for_backward(x, target, weight)
+        ctx.save_for_forward(x, target, weight)
 
     @staticmethod
     def backward(
         ctx: Context, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, target, weight = ctx.saved_tensors
-        need_x, need_target, *_ = ctx.needs_input_grad
+        need_x, need_target, _, _, _ = ctx.needs_input_grad
         if ctx.inside is None and not need_target and fused(grad):
             low, high = torch.aminmax(x)
             if _inside(low.item(), high.item()):
@@ -179,7 +178,8 @@ def binary_cross_entropy(
         rule = f"target of the input's shape {shape(input)}"
         raise ValueError(wrong(_NAME, rule, shape(target), "reshape one of them"))
     inside = _check(input, target, weight)
-    input, target = in_autocast_float32(input, target)
+    if inside is not None:  # else both are wide
+        input, target = in_autocast_float32(input, target)
     try:
         return _binary_cross_entropy(input, target, weight, reduction, inside)
     except RuntimeError:
@@ -208,7 +208,7 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> bool | None:
     n = input.numel()
     if not (n and visible(input)):
         return False
-    if weight is None and n <= FEW and input.dtype == target.dtype in _WIDE:
+    if weight is None and n <= FEW and input.dtype == target.dtype in WIDE:
         return None
     _extremes("target", target)
     low, high = _extremes("input", input)

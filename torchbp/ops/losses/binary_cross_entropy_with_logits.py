@@ -37,12 +37,14 @@ from torchbp.ops._function import (
     kernel,
     public,
     scale_fresh,
+    visible,
 )
 from torchbp.ops._numbers import constant
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import alike, in_pieces
 from torchbp.ops._reduction import (
     REDUCTIONS,
+    WIDE,
     in_common_dtype,
     laid_out,
     named,
@@ -104,16 +106,21 @@ class BCEWithLogitsLossFunction(Function):
         inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, str],
         output: Tensor,
     ) -> None:
-        *tensors, ctx.reduction = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        x, target, weight, pos_weight, ctx.reduction = inputs
+        ctx.save_for_backward(x, target, weight, pos_weight)
+        ctx.save_for_forward(x, target, weight, pos_weight)
 
     @staticmethod
     def backward(
         ctx: Context, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, target, weight, pos_weight = ctx.saved_tensors
-        need_x, need_target, *_ = ctx.needs_input_grad
+        need_x, need_target, _, _, _ = ctx.needs_input_grad
+        unweighted = weight is None is pos_weight
+        one = unweighted and not need_target and ctx.reduction != "none"
+        if one and _few_alike(x, target, grad):
+            s = grad.item() / (x.numel() if ctx.reduction == "mean" else 1)
+            return _gradient_x_of_one(x, target, s), None, None, None, None
         s = spread(grad, ctx.reduction, x.numel())
         s = s if weight is None else s * weight
         c = () if pos_weight is None else (pos_weight,)
@@ -178,7 +185,18 @@ def _gradient_x_into(grad_x: Tensor, p: Tensor, x: Tensor, target: Tensor, s: Te
 
 
 def _few_alike(x: Tensor, target: Tensor, s: Tensor) -> bool:
-    return x.numel() <= _FEW and x.is_cpu and fused(s, x) and x.dtype == target.dtype == s.dtype
+    """Whether there are few elements, of one dtype, and ``s`` may be looked at."""
+    return (
+        x.numel() <= _FEW and s.dtype is x.dtype is target.dtype in WIDE and visible(x) and fused(s)
+    )
+
+
+def _gradient_x_of_one(x: Tensor, target: Tensor, s: float) -> Tensor:
+    """Return (1) as :func:`_gradient_x_of_few` does, for one s."""
+    of_one, of_minus = constant(s, x.dtype), constant(-s, x.dtype)
+    positive = _softplus_backward(of_one, x, 1.0, 40.0)  # s · σ(x)
+    minus = _softplus_backward(of_minus, x, -1.0, 40.0)  # -s · σ(-x)
+    return torch.lerp(positive, minus, target)
 
 
 def _gradient_x_of_few(x: Tensor, target: Tensor, s: Tensor) -> Tensor:
@@ -236,12 +254,13 @@ def binary_cross_entropy_with_logits(
         if factor is not None and factor.requires_grad and torch.is_grad_enabled():
             rule = f"{name} without requires_grad, as in torch"
             raise RuntimeError(wrong(_NAME, rule, "one that requires it", "detach it"))
-    input, target = in_autocast_float32(input, target)
-    if input.is_floating_point() and not target.is_floating_point():
-        rule = "floating-point target"
-        raise RuntimeError(wrong(_NAME, rule, target.dtype, "cast it"))
-    dtype = target.dtype  # of the result, as in torch
-    input, target = in_common_dtype(input, target)
+    dtype = target.dtype
+    if not (input.dtype is dtype in WIDE):
+        input, target = in_autocast_float32(input, target)
+        dtype = target.dtype  # of the result, as in torch
+        if input.is_floating_point() and not target.is_floating_point():
+            raise RuntimeError(wrong(_NAME, "floating-point target", dtype, "cast it"))
+        input, target = in_common_dtype(input, target)
     loss = _binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction)
     return laid_out(as_dtype(loss, dtype), target)
 

@@ -38,12 +38,14 @@ from torchbp.ops._function import (
     kernel,
     public,
     scale_fresh,
+    undifferentiated,
 )
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import (
     FEW,
     REDUCTIONS,
+    WIDE,
     in_common_dtype,
     matched,
     named,
@@ -85,14 +87,14 @@ class HuberLossFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, target = ctx.saved_tensors
-        need_x, need_target, *_ = ctx.needs_input_grad
-        if fused(grad, x, target):
-            given = grad, x, target, REDUCTIONS[ctx.reduction], ctx.delta
-            if x.numel() <= FEW:
-                gradient = _huber_loss_backward(*given)  # (1)
-            else:
-                into = torch.empty_like(x)  # else the kernel fills it with zeros first
-                gradient = _huber_loss_backward_into(*given, grad_input=into)
+        need_x, need_target, _, _ = ctx.needs_input_grad
+        given = grad, x, target, REDUCTIONS[ctx.reduction], ctx.delta
+        wide = grad.dtype is x.dtype is target.dtype in WIDE
+        if wide and x.numel() <= FEW and undifferentiated():
+            gradient = _huber_loss_backward(*given)  # (1)
+        elif wide and fused(grad):
+            into = torch.empty_like(x)  # else the kernel fills it with zeros first
+            gradient = _huber_loss_backward_into(*given, grad_input=into)
         else:
             s = spread(grad, ctx.reduction, x.numel())
             gradient = in_pieces(lambda x, t, s: _gradient(x - t, s, ctx.delta), x, target, s)
@@ -155,7 +157,7 @@ def huber_loss(
         rule = f"weight of the input's shape {shape(input)}"
         raise ValueError(wrong("huber_loss", rule, shape(weight), "expand it first"))
     input, target = in_common_dtype(*matched("huber_loss", input, target))
-    if input.is_floating_point() and not target.is_floating_point():
+    if input.dtype != target.dtype and input.is_floating_point() and not target.is_floating_point():
         target = target.to(input.dtype)  # the kernel of backward wants both alike
     if weight is None:
         return _huber_loss(input, target, delta, reduction)

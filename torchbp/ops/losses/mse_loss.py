@@ -36,10 +36,11 @@ from torchbp.ops._function import (
     kernel,
     public,
     scale_fresh,
+    undifferentiated,
 )
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import FEW, REDUCTIONS, matched, named, reduce, reduced, spread
+from torchbp.ops._reduction import FEW, REDUCTIONS, WIDE, matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square
 
 __all__ = ["MSELoss", "MSELossFunction", "mse_loss"]
@@ -55,22 +56,20 @@ class MSELossFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, target: Tensor, w: Tensor | None, reduction: str) -> Tensor:
-        if w is None:
-            like = (
-                x.dtype == target.dtype and x.is_floating_point()
-            )  # else torch's rules and refusals
-            if not like or (x.numel() <= FEW and not is_half(x)):
-                return _nn.mse_loss(x, target, REDUCTIONS[reduction])
-            return reduced(_values, reduction, x, target)  # (*), (*) -> () or (*)
-        return reduce((x - target).square() * w, reduction)
+        if w is not None:
+            return reduce((x - target).square() * w, reduction)
+        few = x.numel() <= FEW and not is_half(x)
+        if few or x.dtype != target.dtype or not x.is_floating_point():  # torch's rules, refusals
+            return _nn.mse_loss(x, target, REDUCTIONS[reduction])
+        return reduced(_values, reduction, x, target)  # (*), (*) -> () or (*)
 
     @staticmethod
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str], output: Tensor
     ) -> None:
-        *tensors, ctx.reduction = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        x, target, w, ctx.reduction = inputs
+        ctx.save_for_backward(x, target, w)
+        ctx.save_for_forward(x, target, w)
 
     @staticmethod
     def backward(
@@ -78,19 +77,18 @@ class MSELossFunction(Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, target, w = ctx.saved_tensors
         need_x, need_target, need_w, _ = ctx.needs_input_grad
+        wide = grad.dtype is x.dtype is target.dtype in WIDE
+        if wide and w is None and x.numel() <= FEW and undifferentiated():
+            gradient = _mse_loss_backward(grad, x, target, REDUCTIONS[ctx.reduction])  # (1)
+            return gradient if need_x else None, -gradient if need_target else None, None, None
         grad_x = grad_target = grad_w = None
         if need_x or need_target:
             v, how = grad, ctx.reduction
             if w is not None:
                 v, how = spread(grad, how, x.numel()) * w, "none"
             if fused(v) and v.dtype == x.dtype == target.dtype:
-                if x.numel() <= FEW:
-                    gradient = _mse_loss_backward(v, x, target, REDUCTIONS[how])
-                else:
-                    into = torch.empty_like(x)  # else the kernel fills it with zeros first
-                    gradient = _mse_loss_backward_into(
-                        v, x, target, REDUCTIONS[how], grad_input=into
-                    )
+                into = torch.empty_like(x)  # else the kernel fills it with zeros first
+                gradient = _mse_loss_backward_into(v, x, target, REDUCTIONS[how], grad_input=into)
             else:
                 gradient = in_pieces(_gradient, x, target, spread(v, how, x.numel()))
             grad_x = as_dtype(gradient, x.dtype) if need_x else None
@@ -163,10 +161,12 @@ def mse_loss(
     """
     reduction = named("mse_loss", reduction, size_average, reduce)
     input, target = matched("mse_loss", input, target)
-    if torch.bool in (input.dtype, target.dtype) and input.dtype != target.dtype:
-        input, target = input + 0, target + 0  # masks are not subtracted
+    if not (input.dtype is target.dtype in WIDE):
+        if torch.bool in (input.dtype, target.dtype) and input.dtype != target.dtype:
+            input, target = input + 0, target + 0  # masks are not subtracted
+        if weight is None:
+            input, target = in_autocast_float32(input, target)
     if weight is None:
-        input, target = in_autocast_float32(input, target)
         return _mse_loss(input, target, None, reduction)
     if weight.size() != input.size():
         rule = f"weight of the input's shape {shape(input)}"

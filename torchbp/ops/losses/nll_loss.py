@@ -17,6 +17,7 @@ Sources:
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,9 @@ class NLLLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int
     ) -> tuple[Tensor, Tensor | None]:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *); Σ w_t
-        simple = x.dim() == 2 and target.dtype is torch.int64 and target.shape == x.shape[:1]
-        if simple and (w is None or w.dtype is x.dtype) and fused(x):
+        simple = x.dim() == 2 and target.dim() == 1 and target.size(0) == x.size(0)
+        simple = simple and target.dtype is torch.int64 and (w is None or w.dtype is x.dtype)
+        if simple and fused(x):
             return _nll_loss_forward(x, target, w, REDUCTIONS[reduction], ignored)
         if target.dtype == torch.uint8:  # torch has no batching rule for it
             target = target.long()
@@ -115,11 +117,19 @@ def _by_kernel(
         total = grad if grad.dim() == 0 else grad.new_empty(())  # not read
     elif total is None:
         total = counted(grad, target, w, ctx.ignored)[2]
-    # of x the kernel asks for the shape alone
-    like_x = (grad.unsqueeze(1) if grad.dim() else grad).expand(ctx.shape)
+    if grad.dim() or not grad.is_cpu:
+        like_x = (grad.unsqueeze(1) if grad.dim() else grad).expand(ctx.shape)
+    else:
+        like_x = _shaped(ctx.shape, grad.dtype)
     if target.dtype is not torch.int64:
         target = target.long()
     return _nll_loss_backward(grad, like_x, target, w, REDUCTIONS[reduction], ctx.ignored, total)
+
+
+@lru_cache(64)
+def _shaped(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return one number in a shape: of x the kernel asks for no more, and to expand another takes 3 µs."""
+    return torch.zeros((), dtype=dtype, device="cpu").expand(shape)
 
 
 _nll_loss = entry(NLLLossFunction)

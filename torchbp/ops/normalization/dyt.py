@@ -57,9 +57,7 @@ class DyTFunction(Function):
     ) -> None:
         x, alpha, weight, bias = inputs
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        last = x.shape[-1:]
-        vectors = (weight is None or weight.shape == last) and (bias is None or bias.shape == last)
-        ctx.along_rows = vectors and x.numel() > 0
+        ctx.along_rows = x.numel() > 0 and _is_vector(weight, x) and _is_vector(bias, x)
         ctx.save_for_backward(x, alpha, weight)
         ctx.save_for_forward(x, alpha, weight)
 
@@ -105,6 +103,11 @@ class DyTFunction(Function):
         return tangent_y.to(x.dtype)
 
 
+def _is_vector(t: Tensor | None, x: Tensor) -> bool:
+    """Whether ``t`` has one element for each of a row of ``x``."""
+    return t is None or (t.dim() == 1 and x.dim() > 0 and t.size(0) == x.size(-1))
+
+
 def _of_few(
     grad_y: Tensor,
     x: Tensor,
@@ -117,7 +120,7 @@ def _of_few(
     need_x, need_alpha, need_weight, need_bias = needs
     grad_x = grad_alpha = grad_weight = grad_bias = None
     v = x * alpha
-    rows = tuple(range(x.dim() - 1))
+    rows = (0,) if x.dim() == 2 else tuple(range(x.dim() - 1))
     if need_weight:
         product = grad_y * torch.tanh(v)
         grad_weight = product.sum(rows) if rows else product  # (3)
@@ -128,7 +131,8 @@ def _of_few(
         s = grad_y / c if weight is None else (grad_y * weight).div_(c)
         s.div_(c)
         if need_alpha:
-            grad_alpha = (s * x).sum().reshape(alpha.shape)  # (2)
+            grad_alpha = (s * x).sum()  # (2)
+            grad_alpha = grad_alpha.view(alpha.shape) if alpha.dim() else grad_alpha
         if need_x:
             grad_x = s * alpha  # (1)
     return grad_x, grad_alpha, grad_weight, grad_bias
