@@ -10,6 +10,26 @@ from tests.ops.test_values import ENGINES
 from torchbp.ops.losses.cross_entropy import cross_entropy
 
 
+@pytest.mark.cpu("the kernels differ by device")
+@pytest.mark.parametrize("dims", [(4, 8, 64), (16, 8, 32, 32)], ids=["few", "many"])
+def test_instance_norm_far_from_zero(dims):
+    """The mean of what the rounding of μ leaves is seen in Σ s · x̂, unless it is taken out."""
+    torch.manual_seed(0)
+    x, g, w = torch.randn(dims) + 10, torch.randn(dims), torch.randn(dims[1])
+
+    def gradients(function, dtype):
+        x_, w_ = (t.to(dtype).requires_grad_() for t in (x, w))
+        return torch.autograd.grad(function(x_, weight=w_), (x_, w_), g.to(dtype))
+
+    truth = gradients(torch.nn.functional.instance_norm, torch.float64)
+    ours, theirs = (
+        [(a - b).abs().mean() for a, b in zip(gradients(f, torch.float32), truth, strict=True)]
+        for f in (F.instance_norm, torch.nn.functional.instance_norm)
+    )
+    assert ours[0] < 1.3 * theirs[0]  # by 1/σ, which torch has from sums in float64
+    assert ours[1] < 0.5 * theirs[1]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
