@@ -31,8 +31,8 @@ def tanh(x: Tensor) -> Tensor:
     if (
         not _AT_HAND
         or is_compiling()
-        or x.numel() < _MANY
         or type(x) not in _TENSORS
+        or x.numel() < _MANY
         or x.dtype != torch.float32
         or transforms_active()
         or not x.is_cpu
