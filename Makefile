@@ -19,8 +19,8 @@ test: .venv/test ## Run the test suite
 test-all: .venv/test data ## Run the test suite, the slow tests too
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-test-cuda: .venv/test ## Run the tests of the ops on a GPU; fails where there is none
-	$(BIN)/python -m pytest -n 8 -m "not slow" --device cuda tests/ops $(ARGS)
+test-cuda: .venv/test ## Run the ops' tests, and what asks what a GPU does, on one; fails where there is none
+	$(BIN)/python -m pytest -n 8 -m "not slow" --device cuda tests/ops tests/test_cuda.py tests/*/test_cuda.py $(ARGS)
 
 check: .venv/dev ## Lint, format, types, generated files, documentation, tests
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ _KEPT = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001
     aten._scaled_dot_product_flash_attention.default,  # noqa: SLF001
     aten._scaled_dot_product_efficient_attention.default,  # noqa: SLF001
+    aten._scaled_dot_product_cudnn_attention.default,  # noqa: SLF001
 }
 
 

@@ -79,6 +79,17 @@ def test_it_is_met(name, monkeypatch):
         assert count.of(lean, x) > 0.3 * share * whole, "no more than needed is let go"
 
 
+def test_it_is_met_under_autocast(monkeypatch):
+    """A bias that is cast stands nowhere, and is cast again."""
+    model, x, _ = made("GPT")
+    count = Bytes(monkeypatch)
+    with AUTOCAST():
+        free = count.of(torchbp.lean(copy.deepcopy(model)), x)
+        lean = torchbp.lean(copy.deepcopy(model), 0.3)
+        assert count.of(lean, x) == free
+        assert count.of(lean, x) < 0.6 * free
+
+
 def test_biases_that_were_written_to_before_are_known_from_the_first():
     """By their initialization: convolutions note nothing of what they read."""
     layers = [nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3)]

@@ -14,6 +14,7 @@ from benchmarks.models import GPT, MODELS, Llama, ResNet, loss
 from tests.device import DEVICE
 from tests.recompute.compared import Count, both, same, step
 from torchbp.recompute._budget import Plan
+from torchbp.verify.tensors import graph
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
@@ -86,8 +87,9 @@ def test_attention_is_made_again_within_a_budget(context, monkeypatch):
 
     monkeypatch.setattr(Plan, "choose", noted)
     with context():
-        loss(lean(x), x).backward()
-    assert sum("_attention" in call for call in calls) == 2, calls
+        value = loss(lean(x), x)
+    used = {node.name() for node in graph([value]) if "Attention" in node.name()}
+    assert sum("_attention" in call for call in calls) == 2, (used, calls)
 
 
 @pytest.mark.parametrize("name", ["GPT", "ResNet-20"])
@@ -188,7 +190,7 @@ MIDDLING = {
     "ResNet-20": lambda: ResNet(width=16, blocks=3, classes=10),
 }
 # Of what torch keeps: in float32, and under autocast.
-SHARES = {"GPT": (0.66, 0.64), "Llama": (0.62, 0.60), "ResNet-20": (0.62, 0.64)}
+SHARES = {"GPT": (0.64, 0.65), "Llama": (0.66, 0.64), "ResNet-20": (0.62, 0.62)}
 
 
 def taken(model, x, y, context):
@@ -227,8 +229,8 @@ def test_keeps_far_fewer_bytes(name):
     print(name, found)
     for k, kind in enumerate(("float32", "autocast")):
         assert found["lean", kind][0] <= SHARES[name][k], found
-        assert found["lean", kind][1] <= 0.9, found
-        assert found["lean 0.3", kind][0] <= 0.45, found
+        assert found["lean 0.3", kind][0] <= 0.33, found
+    assert found["lean", "float32"][1] <= 0.9, found
 
 
 def test_memory_is_given_back():

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 
 import pytest
 import torch
@@ -17,6 +18,18 @@ from tests.verify.unseen import every
 from torchbp.cli import main
 from torchbp.ops._op import all_ops
 from torchbp.ops._samples import Make, over_tensors
+
+
+@pytest.fixture(autouse=True)
+def _alive():
+    """After a fault of a kernel nothing runs any more: let pytest-xdist start another process."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
 
 
 def there(values):

@@ -159,6 +159,7 @@ def _filled(
     # Let the memory go.
     for row in rows:
         row.parameters, row.layers, row.times, row.earlier, row.unreduced = {}, {}, [], [], []
+        row.host, row.scale = dict.fromkeys(row.host), None
     return sums
 
 

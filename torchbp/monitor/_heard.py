@@ -74,6 +74,7 @@ class Heard:
 
     Attributes:
         own_time: Seconds spent while training went on, in hooks.
+        windows: By layers, which of their units have been seen alive, of how many samples, in how many steps.
     """
 
     def __init__(self) -> None:
@@ -90,7 +91,7 @@ class Heard:
         self._shelves: dict[tuple[torch.Size, ...], Shelf] = {}
         self._waiting: list[tuple[Row, tuple[int, ...], str, Tensor]] = []
         self._waits = 0
-        self._windows: dict[tuple[int, ...], tuple[Tensor, int, int]] = {}
+        self.windows: dict[tuple[int, ...], tuple[Tensor, int, int]] = {}
 
     def forget(self) -> None:
         """Drop what no backward has followed."""
@@ -152,8 +153,12 @@ class Heard:
                 yield order, Bundle([tensors[i] for i in order])
 
     # ---------------------------------------------------------------------------- error signals
-    def delta(self, forward: Forward, place: int, call: int, first: bool, value: Tensor) -> None:
-        """Take the gradient of a layer's output."""
+    def delta(
+        self, forward: Forward, place: int, call: int, first: bool, value: Tensor | None
+    ) -> None:
+        """Take the gradient of a layer's output; None of one of several that nothing was made of."""
+        if value is None:
+            return
         start = time.perf_counter()
         if self._keeps(value):
             self._deltas.append((forward, place, call, first, value))
@@ -162,9 +167,9 @@ class Heard:
                 self._measure_deltas([(forward, place, call, first, _thinned(value))])
         self.own_time += time.perf_counter() - start
 
-    def times(self, row: Row, place: int, value: Tensor, dim: int) -> None:
+    def times(self, row: Row, place: int, value: Tensor | None, dim: int) -> None:
         """Take the gradient of a sequence that a recurrent layer was called with."""
-        if value.shape[dim] >= _STEPS:
+        if value is not None and value.shape[dim] >= _STEPS:
             with torch.no_grad():
                 others = [d for d in range(value.ndim) if d != dim]
                 norms = torch.linalg.vector_norm(value, dim=others, dtype=torch.float64)
@@ -241,16 +246,16 @@ class Heard:
             self._note_units(row, places, alive, size // max(alive.shape[1], 1))
 
     def _note_units(self, row: Row, places: tuple[int, ...], alive: Tensor, samples: int) -> None:
-        before, seen, steps = self._windows.get(places, (alive, 0, 0))
+        before, seen, steps = self.windows.get(places, (alive, 0, 0))
         if before.shape != alive.shape:
             before, seen, steps = alive, 0, 0
         alive, seen, steps = before | alive, seen + samples, steps + 1
-        self._windows[places] = (alive, seen, steps)
+        self.windows[places] = (alive, seen, steps)
         if seen >= _WINDOW_SAMPLES and steps >= _WINDOW_STEPS:
             dead = (~alive).sum(1, dtype=torch.float32)
             ones, units = [1.0] * len(places), [alive.shape[1]] * len(places)
             row.add(self._units.name, (places, dead, ones, units))
-            del self._windows[places]
+            del self.windows[places]
 
     def _keeps(self, tensor: Tensor) -> bool:
         size = tensor.numel()

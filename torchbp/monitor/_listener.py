@@ -87,8 +87,10 @@ class Listener:
             self._hooks = []
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away, and measure and let go what is left."""
         self.listen(False)
+        self._heard.measure()
+        self._heard.windows = {}
 
     def settle(self) -> None:
         """Measure what was heard, now that a backward has ended."""

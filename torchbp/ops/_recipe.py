@@ -38,6 +38,8 @@ class Edge(NamedTuple):
     place: int
     version: int
     storage: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(slots=True)
@@ -150,7 +152,8 @@ def _argument(
                 return _SAVED[place]
     if t.requires_grad:
         # The call itself has raised the version of what it wrote to.
-        return Edge(edge, t._version - written, t.untyped_storage()._cdata)
+        storage = t.untyped_storage()._cdata
+        return Edge(edge, t._version - written, storage, t.dtype, t.device)
     return t.detach().clone() if not written and _is_small(t, output) else None
 
 

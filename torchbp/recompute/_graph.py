@@ -38,6 +38,12 @@ class Reading(NamedTuple):
 
     version: int
     storage: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def is_of(self, version: int, storage: int) -> bool:
+        """Whether it was this version of what stands there."""
+        return self[:2] == (version, storage)
 
 
 def kept_or_share(t: Tensor, forward: Forward | None = None) -> Kept | Share:
@@ -112,7 +118,7 @@ def _made(node: Any, base: Tensor, forward: Forward | None) -> Made | None:
     storage = base.untyped_storage()
     if storage.nbytes() != base.numel() * base.element_size():
         return None  # holes, or a part of something larger
-    reading = Reading(base._version, storage._cdata)
+    reading = Reading(base._version, storage._cdata, base.dtype, base.device)
     how = _how(node, base.output_nr, reading, base)
     if how is None or how[0].steps > longest:
         if forward is None:
@@ -147,8 +153,9 @@ def _how(
         return None if found is None else (found, None)
     if nr or note.arguments is None or (note.flops and dear is None):
         return None
-    last = (note.version, note.storage)
-    if note.witness._version != note.version if reading is None else reading != last:
+    if reading is None and note.witness._version != note.version:
+        return None
+    if reading is not None and not reading.is_of(note.version, note.storage):
         return None
     parts = _arguments(node, note.arguments, dear)
     if parts is None or not _last(parts):
@@ -172,8 +179,8 @@ def _of_torch(
         # Written to since it was made; all is well if by the op itself, as `x += y` does to its first operand.
         if reading.version > 1 or not rule.may_write:
             return None
-        first = Reading(reading.version - 1, reading.storage)
-    call = rule.read(node, output)
+        first = reading._replace(version=reading.version - 1)
+    call = rule.read(node, reading)
     if call is None:
         return None
     operands = rule.operands(node) if callable(rule.operands) else rule.operands
@@ -187,9 +194,8 @@ def _of_torch(
         first = None
     if not _last(parts):
         return None
-    device = "cpu" if output is None else output.device.type
     flops = 0 if rule.flops is None or output is None else rule.flops(node, output)
-    return Recipe(call, tuple(parts), None, device, flops, OVER.get(call))
+    return Recipe(call, tuple(parts), None, reading.device.type, flops, OVER.get(call))
 
 
 def _operand(
@@ -210,7 +216,7 @@ def _arguments(node: Any, arguments: tuple[Any, ...], dear: Forward | None) -> l
         if type(a) is Saved:
             part = _part(saved[a.place])
         elif type(a) is Edge:
-            part = _along(node, a.place, Reading(a.version, a.storage), dear)
+            part = _along(node, a.place, Reading(*a[1:]), dear)
         elif isinstance(a, Tensor):
             part = Kept(a)
         elif a is None:
@@ -234,14 +240,17 @@ def _along(
         if reading is None:
             same = is_as_read(leaf, node, dear is not None and dear.measures)
         else:
-            same = reading == (leaf._version, leaf.untyped_storage()._cdata)
+            same = reading.is_of(leaf._version, leaf.untyped_storage()._cdata)
         return Kept(leaf) if same else None
     found = _registered(source, nr)
     if found is None:
         how = _how(source, nr, reading, None, dear)
         return None if how is None else how[0]
-    now = (found.version, found.storage)
-    if not found.untouched() if reading is None else reading != now:
+    if reading is None:
+        as_read = found.untouched()
+    else:
+        as_read = found.version is not None and reading.is_of(found.version, found.storage)
+    if not as_read:
         return None
     return Share(found, None, checked=False) if isinstance(found, Made) else found
 

@@ -6,7 +6,7 @@ node saves them as, or, where it doesn't, by the edge they came along. Such a no
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,18 +26,32 @@ class Operand(NamedTuple):
 Operands = Sequence[Operand] | Callable[[Any], Sequence[Operand]] | None
 
 
+class Output(Protocol):
+    """What is known of a node's output."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it was."""
+        ...
+
+
 class Rule(NamedTuple):
     """How the output of a kind of node is made again.
 
     Attributes:
-        read: Called with the node, and the output where it is at hand; gives what makes the output from the operands,
-            or ``None`` if that can't be told.
+        read: Called with the node, and what is known of the output; gives what makes the output from the operands, or
+            ``None`` if that can't be told.
         operands: Of the call, in order, or what tells them from the node; ``None``: one along each edge.
         may_write: Whether the op has an in-place form, into its first operand, with the same node.
         flops: Floating-point operations of the call, from the node and the output; ``None`` where it is cheap.
     """
 
-    read: Callable[[Any, Tensor | None], Callable[..., Tensor] | None]
+    read: Callable[[Any, Output], Callable[..., Tensor] | None]
     operands: "Operands"
     may_write: bool = False
     flops: Callable[[Any, Tensor], int] | None = None
@@ -46,38 +60,36 @@ class Rule(NamedTuple):
 def _unary(call: Callable[..., Tensor], *attributes: str) -> Rule:
     """Return the rule of an op of one tensor, which its node saves, and attributes that are named alike."""
 
-    def read(node: Any, _: Tensor | None) -> Callable[..., Tensor]:
+    def read(node: Any, _: Output) -> Callable[..., Tensor]:
         values = [getattr(node, f"_saved_{name}") for name in attributes]
         return lambda x: call(x, *values)
 
     return Rule(read, (Operand(0, "self"),))
 
 
-def _always(call: Callable[..., Tensor]) -> Callable[[Any, Tensor | None], Callable[..., Tensor]]:
+def _always(call: Callable[..., Tensor]) -> Callable[[Any, Output], Callable[..., Tensor]]:
     return lambda _node, _output: call
 
 
 def _with_alpha(call: Callable[..., Tensor]) -> Rule:
-    def read(node: Any, _: Tensor | None) -> Callable[..., Tensor]:
+    def read(node: Any, _: Output) -> Callable[..., Tensor]:
         return call if node._saved_alpha == 1 else partial(call, alpha=node._saved_alpha)
 
     return Rule(read, (Operand(0), Operand(1)), may_write=True)
 
 
-def _cat(node: Any, _: Tensor | None) -> Callable[..., Tensor]:
+def _cat(node: Any, _: Output) -> Callable[..., Tensor]:
     dim = node._saved_dim
     dim = dim - (1 << 64) if dim >= 1 << 63 else dim  # a negative one reads as unsigned
     return lambda *tensors: torch.cat(tensors, dim)
 
 
-def _cast(_: Any, output: Tensor | None) -> Callable[..., Tensor] | None:
-    if output is None:
-        return None
+def _cast(_: Any, output: Output) -> Callable[..., Tensor]:
     dtype, device = output.dtype, output.device
     return lambda x: x.to(device, dtype)
 
 
-def _gelu(node: Any, _: Tensor | None) -> Callable[..., Tensor]:
+def _gelu(node: Any, _: Output) -> Callable[..., Tensor]:
     return partial(aten.gelu, approximate=node._saved_approximate)
 
 
@@ -141,7 +153,7 @@ OVER = {
 # ------------------------------------------------------------------------------------------------ dear ones
 
 
-def _convolution(node: Any, _: Tensor | None) -> Callable[..., Tensor]:
+def _convolution(node: Any, _: Output) -> Callable[..., Tensor]:
     stride, padding, dilation = node._saved_stride, node._saved_padding, node._saved_dilation
     more = (node._saved_transposed, node._saved_output_padding, node._saved_groups)
 
@@ -169,7 +181,7 @@ def _convolution_flops(node: Any, output: Tensor) -> int:
 def _attention(kernel: Callable[..., Any], *before: object) -> Rule:
     """Return the rule of an attention without mask and dropout; ``before``: what a kernel takes behind q, k, v."""
 
-    def read(node: Any, _: Tensor | None) -> Callable[..., Any] | None:
+    def read(node: Any, _: Output) -> Callable[..., Any] | None:
         masks = (getattr(node, f"_saved_{name}", None) for name in ("attn_mask", "attn_bias"))
         if node._saved_dropout_p or any(mask is not None for mask in masks):
             return None
@@ -198,6 +210,9 @@ DEAR = {
     "ScaledDotProductFlashAttentionBackward0": _attention(aten._scaled_dot_product_flash_attention),
     "ScaledDotProductEfficientAttentionBackward0": _attention(
         aten._scaled_dot_product_efficient_attention, None, True
+    ),
+    "ScaledDotProductCudnnAttentionBackward0": _attention(
+        aten._scaled_dot_product_cudnn_attention, None, True
     ),
     "MmBackward0": Rule(_always(torch.mm), _of_product, flops=_product_flops),
     "BmmBackward0": Rule(_always(torch.bmm), _of_product, flops=_product_flops),

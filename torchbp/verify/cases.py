@@ -14,6 +14,7 @@ from torchbp.verify.observed import Observed, observe
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.sample import Sample
 from torchbp.verify.tensors import signed_like, tensors_in
+from torchbp.verify.wild import refuse_wild_indices
 
 __all__ = ["Case"]
 
@@ -52,6 +53,7 @@ class Case(Sample):
         """Return the case of the same function with other arguments."""
         other = Case(self.func, args, kwargs, seed=self.seed, options=self.options)
         other.calls, other.copies_leaves = self.calls, self.copies_leaves
+        other.origin = self.origin
         return other
 
     def fresh(self) -> list[Tensor]:
@@ -77,6 +79,7 @@ class Case(Sample):
             fixed: Makes what is passed of a tensor that is not a leaf; by default a copy, for functions that write.
         """
         self.calls.count(forward=1)
+        refuse_wild_indices(self)
         if self.copies_leaves:
             leaves = [leaf.clone() for leaf in leaves]
         others = {i: fixed(x) for i, x in enumerate(self.flat) if isinstance(x, Tensor)}
@@ -84,7 +87,7 @@ class Case(Sample):
         if seeded:
             torch.manual_seed(self.seed if seed is None else seed)
         try:
-            return self._invoke(flat, func)
+            return self.invoke(flat, func)
         except Exception as error:
             raise ForwardRaised(reason(error)) from error
         finally:
@@ -96,7 +99,7 @@ class Case(Sample):
         """Return the function of the leaves alone, with nothing of ours around it that a tracer would meet."""
 
         def run(leaves: Sequence[Tensor]) -> Any:
-            return self._invoke(self._filled(leaves, {}))
+            return self.invoke(self._filled(leaves, {}))
 
         return run
 

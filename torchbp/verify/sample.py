@@ -26,6 +26,7 @@ class Sample:
         where: Positions of the leaves, the differentiable tensors, in ``flat``.
         names: One name a leaf: ``input 0``, ``input 1['w']``, ``parameter weight``.
         name_at: One name for each of ``flat``.
+        origin: What the user gave, by its name, where this is a neighbour.
         memo: What checks work out about the sample and share.
     """
 
@@ -57,6 +58,7 @@ class Sample:
         ]
         self.name_at = [n for n, _ in named]
         self.names = [named[i][0] for i in self.where]
+        self.origin = dict(zip(self.name_at, self.flat, strict=True))
         if not self.where:
             raise ValueError(
                 "gradcheck: expected an input that requires grad, got none; "
@@ -171,7 +173,8 @@ class Sample:
         flat = self._filled(leaves, {})[: self._arguments]
         return pytree.tree_unflatten(flat, self._spec)
 
-    def _invoke(self, flat: list[Any], func: Callable[..., Any] | None = None) -> Any:
+    def invoke(self, flat: list[Any], func: Callable[..., Any] | None = None) -> Any:
+        """Call the function, or another, with the values of ``flat``."""
         args, kwargs = pytree.tree_unflatten(flat[: self._arguments], self._spec)
         if func is not None or self._module is None:
             return (func or self.func)(*args, **kwargs)

@@ -1,0 +1,58 @@
+"""An index out of range ends the process on a GPU, where on the CPU it raises: so the CPU is asked first.
+
+Checks try a function at other sizes and with other indices, to see which ones it takes. Where integers are among the
+tensors, and these or a size are not the user's, the function is called on copies on the CPU before.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchbp.verify.raised import ForwardRaised, reason
+
+if TYPE_CHECKING:
+    from torchbp.verify.sample import Sample
+
+__all__ = ["refuse_wild_indices"]
+
+
+def refuse_wild_indices(sample: "Sample") -> None:
+    """Raise :class:`ForwardRaised` where the function, on the CPU, does not take the sample; once found, remembered."""
+    if "wild" not in sample.memo:
+        sample.memo["wild"] = _refusal(sample) if _may_be_wild(sample) else None
+    if sample.memo["wild"] is not None:
+        raise ForwardRaised(sample.memo["wild"])
+
+
+def _may_be_wild(sample: "Sample") -> bool:
+    tensors = [x for x in sample.flat if isinstance(x, Tensor)]
+    if not any(map(_counts, tensors)) or all(t.device.type == "cpu" for t in tensors):
+        return False
+    pairs = zip(sample.name_at, sample.flat, strict=True)
+    return any(not _alike(value, sample.origin.get(name)) for name, value in pairs)
+
+
+def _counts(t: Tensor) -> bool:
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+
+
+def _alike(value: Any, origin: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return value is origin or (type(value) is type(origin) and value == origin)
+    if not isinstance(origin, Tensor) or value.shape != origin.shape:
+        return False
+    return not _counts(value) or torch.equal(value, origin)
+
+
+def _refusal(sample: "Sample") -> str | None:
+    """Return what the function says on the CPU, if it raises there."""
+    flat = [x.detach().cpu() if isinstance(x, Tensor) else x for x in sample.flat]
+    for i in sample.where:
+        flat[i].requires_grad_()
+    try:
+        with torch.device("cpu"):
+            sample.invoke(flat)
+    except Exception as error:
+        return f"on the CPU, where a wild index does no harm: {reason(error)}"
+    return None
