@@ -1,12 +1,14 @@
 """gradcheck keeps to the device of its inputs; no GPU is needed to see it."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
 import torchbp
-from tests.pretended import moved, pretend
+from tests.pretended import Pretending, moved, pretend
 
 pytestmark = pytest.mark.cpu("it pretends to be on a GPU")
 
@@ -92,23 +94,44 @@ def test_a_reference():
     assert not run(torch.sigmoid, normal(3, 4), reference=torch.tanh)
 
 
-def test_no_wild_index_is_given_to_a_gpu():
-    """There it would end the process: what a check tries is asked on the CPU before."""
-    asked = []
+class Pick(Function):
+    """One element of each row, as a kernel would: forward counts negative places from the end, backward does not."""
 
-    def pick(x, i):
-        low, high, classes = int(i.min()), int(i.max()), x.shape[1]
+    asked: ClassVar[list[tuple[bool, int]]] = []
+
+    @staticmethod
+    def look(x, i, lowest):
+        within = lowest <= int(i.min()) and int(i.max()) < x.shape[1]
         if x.is_cuda:
-            asked.append((low, high, classes))
-        elif low < 0 or high >= classes:
+            Pick.asked.append((within, x.shape[1]))
+        elif not within:
             raise IndexError("index out of range")
-        chosen = i[:, None] == torch.arange(classes, device=x.device)
-        return (x * chosen).sum(1)
+        return (i % x.shape[1])[:, None] == torch.arange(x.shape[1], device=x.device)
 
+    @staticmethod
+    def forward(ctx, x, i):
+        ctx.save_for_backward(x, i)
+        return (x * Pick.look(x, i, -x.shape[1])).sum(1)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, i = ctx.saved_tensors
+        return grads[0][:, None] * Pick.look(x, i, 0), None
+
+
+def test_no_wild_index_is_given_to_a_gpu(monkeypatch):
+    """There it would end the process: what a check tries is asked on the CPU before."""
+    inner = Pick.backward
+
+    def backward(ctx, *grads):  # a hook, where torch has switched the pretence off
+        with Pretending():
+            return inner(ctx, *grads)
+
+    monkeypatch.setattr(Pick, "backward", staticmethod(backward))
     inputs = moved((normal(4, 3), torch.tensor([0, 2, 1, 0])))
     with pretend():
         assert torchbp.gradcheck(
-            pick, inputs, checks=["sizes", "batch_dimension", "ignored_index", "indices"]
+            Pick.apply, inputs, checks=["sizes", "batch_dimension", "ignored_index", "indices"]
         )
-    assert len({classes for *_, classes in asked}) > 1, "no other size was tried"
-    assert all(low >= 0 and high < classes for low, high, classes in asked)
+    assert len({classes for _, classes in Pick.asked}) > 1, "no other size was tried"
+    assert all(within for within, _ in Pick.asked)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchbp.verify.raised import ForwardRaised, reason
+from torchbp.verify.tensors import tensors_in
 
 if TYPE_CHECKING:
     from torchbp.verify.sample import Sample
@@ -50,9 +51,21 @@ def _refusal(sample: "Sample") -> str | None:
     flat = [x.detach().cpu() if isinstance(x, Tensor) else x for x in sample.flat]
     for i in sample.where:
         flat[i].requires_grad_()
-    try:
-        with torch.device("cpu"):
-            sample.invoke(flat)
-    except Exception as error:
-        return f"on the CPU, where a wild index does no harm: {reason(error)}"
+    asked = "on the CPU, where a wild index does no harm: "
+    with torch.device("cpu"), torch.enable_grad():
+        try:
+            outputs = [y for y in tensors_in(sample.invoke(flat)) if y.requires_grad]
+        except Exception as error:
+            return asked + reason(error)
+        try:
+            leaves = [flat[i] for i in sample.where]
+            ones = [torch.ones_like(y) for y in outputs]
+            torch.autograd.grad(outputs, leaves, ones, allow_unused=True)
+        except Exception as error:  # other faults are for the checks to find
+            return asked + reason(error) if _is_of_an_index(error) else None
     return None
+
+
+def _is_of_an_index(error: Exception) -> bool:
+    told = str(error).lower()
+    return isinstance(error, IndexError) or any(w in told for w in ("index", "out of", "target"))
