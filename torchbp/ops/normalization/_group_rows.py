@@ -61,7 +61,7 @@ def _of_rows(s: Tensor, centred: Tensor, r: Tensor) -> Tensor:
 
 
 def channels_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+    grad_y: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return the gradients of x, w and b where each channel is a group (instance normalization).
 
@@ -72,7 +72,7 @@ def channels_backward(
     """
     n, channels = x.shape[:2]
     if x.numel() <= _FEW:
-        return _few_channels_backward(grad_y, x, weight, rstd)
+        return _few_channels_backward(grad_y, x, weight, eps)
     rows, g = (t.reshape(n * channels, -1) for t in (x, grad_y))
     width = rows.shape[1]
     r = rstd.reshape(-1, 1).double()
@@ -93,13 +93,17 @@ def channels_backward(
 
 
 def _few_channels_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor
+    grad_y: Tensor, x: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return what :func:`channels_backward` does, in half as many calls, all of it in float64."""
     shape = (*x.shape[:2], -1)
-    rows, g = (t.reshape(shape).to(torch.float64, copy=True) for t in (x, grad_y))
-    centred, r = rows.sub_(rows.mean(2, keepdim=True)), rstd.unsqueeze(2).double()
+    rows, g = (t.reshape(shape).to(torch.float64) for t in (x, grad_y))
+    dims = rows.shape[2:]
+    normalized, mean, r = torch.native_layer_norm(rows, dims, None, None, eps)
     s = g if weight is None else g * weight.unsqueeze(1)
-    grad_x = _of_rows(s.contiguous(), centred.contiguous(), r).reshape(x.shape)  # (1)
-    grad_weight = None if weight is None else centred.mul_(r).mul_(g).sum((0, 2)).to(x.dtype)  # (2)
-    return grad_x.to(x.dtype), grad_weight, g.sum((0, 2)).to(x.dtype)  # (3)
+    needs = [True, False, False]
+    grad_x = _layer_norm_backward(s, rows, dims, mean, r, None, None, needs)[0]  # (1)
+    grad_weight = None
+    if weight is not None:
+        grad_weight = normalized.mul_(g).sum((0, 2)).to(x.dtype)  # (2)
+    return grad_x.reshape(x.shape).to(x.dtype), grad_weight, g.sum((0, 2)).to(x.dtype)  # (3)

@@ -112,7 +112,7 @@ class GroupNormFunction(Function):
             return grad_x, None, grad_weight, grad_bias, None
         if x is not None and x.numel() and fused(grad_y, x) and not (need_bias and weight is None):
             if ctx.groups == x.shape[1]:
-                grads = channels_backward(grad_y, x, weight, mean, rstd)
+                grads = channels_backward(grad_y, x, weight, mean, rstd, ctx.eps)
             else:
                 dense_x = as_kernels_take_it(x)
                 dense = (gradient_as_kernels_take_it(grad_y, dense_x), dense_x, mean, rstd)
