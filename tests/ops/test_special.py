@@ -11,6 +11,23 @@ from torchbp.ops.losses.cross_entropy import cross_entropy
 
 
 @pytest.mark.cpu("the kernels differ by device")
+def test_triplets_of_short_rows_round_as_often_as_torchs():
+    torch.manual_seed(0)
+    rows = [torch.randn(64, 8) for _ in range(3)]
+
+    def gradients(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in rows]
+        return torch.cat(torch.autograd.grad(function(*leaves, reduction="sum"), leaves))
+
+    torchs = torch.nn.functional.triplet_margin_loss
+    truth = gradients(torchs, torch.float64)
+    ours, theirs = (
+        (gradients(f, torch.float32) - truth).abs().mean() for f in (F.triplet_margin_loss, torchs)
+    )
+    assert ours < 1.02 * theirs
+
+
+@pytest.mark.cpu("the kernels differ by device")
 @pytest.mark.parametrize("dims", [(4, 8, 64), (16, 8, 32, 32)], ids=["few", "many"])
 def test_instance_norm_far_from_zero(dims):
     """The mean of what the rounding of μ leaves is seen in Σ s · x̂, unless it is taken out."""

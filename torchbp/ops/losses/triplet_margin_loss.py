@@ -43,7 +43,7 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._numbers import number
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import broadcast, in_common_dtype, named, reduce, spread
+from torchbp.ops._reduction import FEW, broadcast, in_common_dtype, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
 __all__ = ["TripletMarginLoss", "TripletMarginLossFunction", "triplet_margin_loss"]
@@ -188,8 +188,13 @@ def _euclidean_gradients(
     near, far = ds
     zero = number(0, near)
     s = s * above(near - far + number(margin, near), zero).to(near.dtype)
-    by_near, by_far = (s / ds).masked_fill_(ds == zero, 0).unsqueeze(-1)
-    grad_p, grad_n = torch.mul(ap, -by_near), torch.mul(an, by_far)
+    if ap.numel() <= FEW:  # in short rows the rounding of s / d is seen, a third of the error
+        of_near, of_far = ds.masked_fill(ds == zero, math.inf).unsqueeze(-1)
+        s = s.unsqueeze(-1)
+        grad_p, grad_n = (ap / of_near).mul_(-s), (an / of_far).mul_(s)
+    else:
+        by_near, by_far = (s / ds).masked_fill_(ds == zero, 0).unsqueeze(-1)
+        grad_p, grad_n = torch.mul(ap, -by_near), torch.mul(an, by_far)
     need_a, need_p, need_n = needs
     grad_a = torch.add(grad_p, grad_n).neg_() if need_a else None
     return grad_a, grad_p if need_p else None, grad_n if need_n else None
