@@ -9,7 +9,8 @@ from tests.ops.conftest import Case, drawn, tensors_of, torchs
 from tests.ops.test_transforms import check_compiled
 from torchbp.ops._op import all_ops
 
-pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs --device cuda")
+if DEVICE != "cuda":
+    pytest.skip("needs --device cuda", allow_module_level=True)
 
 
 def forward_and_backward(f, tensors, v):
