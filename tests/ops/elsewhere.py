@@ -21,6 +21,7 @@ from torchbp.ops._function import formula_only
 from torchbp.ops._op import all_ops
 from torchbp.ops._samples import Make, Sample, one_tensor
 
+MANY = 1 << 13  # elements; more than every "few"
 LOOKS = dict.fromkeys(("DataDependentOutputException", "DynamicOutputShapeException"), "looks")
 
 
@@ -38,6 +39,7 @@ def planted(function):
         function=function,
         torchs=torch.nn.functional.relu,
         samples=lambda make: [Sample((make.normal(3),))],
+        benchmark=lambda make, n: Sample((make.normal(n),)),
     )
 
 
@@ -64,11 +66,14 @@ def fault(function, sample: Sample, backward: bool = True) -> str | None:
     return None
 
 
-def faults(op, some: slice):
+def faults(op, some: slice, ways):
     """Yield what goes wrong with one op and not with torch's."""
     for dtype in (torch.float32, torch.bfloat16):
-        for sample in list(op.samples(Make(dtype)))[some]:
-            for way in (nullcontext, formula_only):
+        samples = list(op.samples(Make(dtype)))[some]
+        if dtype == torch.float32:
+            samples.append(op.benchmark(Make(dtype), MANY))
+        for sample in samples:
+            for way in ways:
                 with way():
                     message = fault(op.function, sample)
                 if message in (None, "NotImplementedError"):  # a kernel without a fake twin
@@ -82,8 +87,12 @@ def main(samples: str) -> None:
     logging.disable()  # torch's own account of each error
     _setup_privateuseone_for_python_backend("elsewhere")
     _function._is_fake = lambda: False  # kernels, as on a real device: not what a compiler gets
+    which, ways = {
+        "first": (slice(1), [nullcontext]),
+        "all": (slice(None), [nullcontext, formula_only]),
+    }[samples]
     for op in (*all_ops().values(), planted(mixes), planted(looks)):
-        for line in faults(op, slice(1) if samples == "first" else slice(None)):
+        for line in faults(op, which, ways):
             print(line)
 
 

@@ -42,6 +42,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(case, layout):
     """Inputs and incoming gradients of any strides: the values and gradients of contiguous ones."""
+    if case.op.random and DEVICE != "cpu" and layout in ("transposed", "channels last"):
+        pytest.skip("draws in the order of memory, as torch does there")
     sample = case.sample()
 
     def laid_out(t: Tensor) -> Tensor:

@@ -91,7 +91,8 @@ def test_cuda_graph(first, dtype):
 
 def test_a_captured_dropout_draws_anew():
     x = torch.ones(1000, device=DEVICE, requires_grad=True)
-    graph, (y, slope) = captured(torchbp.functional.dropout, (x,), torch.ones_like(x))
+    v = torch.ones_like(x)  # the graph reads where it lies
+    graph, (y, slope) = captured(torchbp.functional.dropout, (x,), v)
     graph.replay()
     before = y.clone()
     graph.replay()
@@ -112,16 +113,12 @@ def test_recurrent_layers_as_cudnn(name, packed):
     if packed:
         lengths = torch.tensor([50, 3, 20, 1, 49, 50, 7, 30])
         given = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        results = []
+    results = []
+    with torch.backends.cudnn.flags(allow_tf32=False):
         for module in (ours, theirs):
             outputs = tensors_of(module(given))
             loss = sum((k + t).cos().sum() for k, t in enumerate(outputs))
             results.append((*outputs, *torch.autograd.grad(loss, (x, *module.parameters()))))
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * max(1.0, b.abs().max().item()))
 

@@ -129,6 +129,20 @@ def test_small_gradients_of_float16_do_not_vanish():
         torch.testing.assert_close(t.grad.double(), g, rtol=1e-3, atol=1e-3 * g.abs().max().item())
 
 
+def test_large_features_of_float16_do_not_overflow():
+    """A gradient of the weight that adds up to 122 880 before it is divided by the number of positions."""
+    x = torch.full((1024, 16), 120.0, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    weight = torch.zeros(512, 16, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    target = torch.zeros(1024, dtype=torch.long, device=DEVICE)
+    F.linear_cross_entropy(x, weight, target).backward()
+    torch.testing.assert_close(
+        weight.grad[0].double(),
+        torch.full_like(weight[0], -120 * 511 / 512).double(),
+        rtol=1e-3,
+        atol=0,
+    )
+
+
 @pytest.mark.parametrize("early_too", [False, True])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -74,7 +74,11 @@ def test_jacobians_and_hessian(case):
     if not 0 < x.numel() <= 12 or case.op.random:
         pytest.skip("large, or draws anew inside the transform")
     with torchs_own_loops():
-        jacobian, second = jacrev(g)(x), hessian(g)(x)
+        jacobian = jacrev(g)(x)
+        try:
+            second = hessian(g)(x)
+        except NotImplementedError:  # a GPU's fused cells have no forward mode
+            second = jacrev(jacrev(g))(x)
     torch.testing.assert_close(jacrev(f)(x), jacobian)
     forward = (
         jacfwd(g)(x) if case.op.estimator else jacobian
@@ -236,6 +240,10 @@ def test_compile_without_a_gradient(first):
         torch.testing.assert_close(got, want)
 
 
+# "Unsafe to autocast", as probabilities in float16 would be: here they are cast to float32.
+REFUSED_ON_A_GPU = {"binary_cross_entropy"} if DEVICE == "cuda" else set()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(case, dtype):
     """The dtypes of torch under autocast, outputs and gradients, and the values of float64, for both input dtypes."""
@@ -248,8 +256,8 @@ def test_autocast(case, dtype):
             try:
                 theirs = case.of_tensors(sample, torchs(case.op))[0](*tensors)
             except Exception:  # torch has it not in half precision
-                theirs = g(*tensors)
-        assert ours.dtype == theirs.dtype
+                theirs = None if case.op.name in REFUSED_ON_A_GPU else g(*tensors)
+        assert ours.dtype == (torch.float32 if theirs is None else theirs.dtype)
         if case.op.random:  # in another dtype it draws other numbers
             continue
         wide = with_args(sample, lambda t: widened(t) if t.is_floating_point() else t)

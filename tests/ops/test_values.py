@@ -69,13 +69,19 @@ def test_gradient_against_float64(case, dtype, engine):
     columns = (ours, gradients(g, wide), gradients(h, again), gradients(g, stirred))
     for a, b, torchs, moved in zip(*columns, strict=True):
         assert a.dtype == dtype
+        # On a GPU rsqrt, exp and tanh are themselves within two ulps (CUDA C++ programming guide), not one.
+        few = 4 if DEVICE == "cpu" else 8
         # A few roundings, of v, of the result and of the formula; where terms cancel, what torch loses itself, or what
         # four roundings of the inputs do to the exact gradient (no more than 1e-6: at a kink it would be all).
         scale = b.abs().max().item() if b.numel() else 0.0
         cancelled = (torchs.double() - b).abs().max().item() if b.numel() else 0.0
         cancelled += min(1e-6, 4 * (moved - b).abs().max().item()) if b.numel() else 0.0
         torch.testing.assert_close(
-            a.double(), b, rtol=2 * unit, atol=4 * unit * scale + cancelled + 1e-12, equal_nan=True
+            a.double(),
+            b,
+            rtol=2 * unit,
+            atol=few * unit * scale + cancelled + 1e-12,
+            equal_nan=True,
         )
 
 
@@ -105,8 +111,11 @@ def test_complex_and_integer_inputs_as_in_torch(first):
                 first.call(changed)
             except type(error):
                 continue
-            assert "does not support automatic differentiation" in str(error)  # noqa: PT017
+            gaps = ("does not support automatic differentiation", "not implemented for")
+            assert any(gap in str(error) for gap in gaps)  # noqa: PT017
             f, tensors = first.of_tensors(changed)
+            if not tensors:
+                continue
             assert torch.autograd.gradcheck(f, tensors, check_forward_ad=True)
             continue
         torch.testing.assert_close(first.call(changed), theirs)

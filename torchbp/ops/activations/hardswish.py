@@ -43,7 +43,7 @@ class HardswishFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
-        return limited(_nn.hardswish(x), x, finite)
+        return limited(_value(x), x, finite)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
@@ -64,9 +64,23 @@ class HardswishFunction(Function):
         return in_pieces(_times_derivative, tangent_x, bounded(x))
 
 
+def _value(x: Tensor) -> Tensor:
+    if (
+        isinstance(x, Tensor) and x.dtype == torch.float64 and not x.is_cpu
+    ):  # a GPU's kernel rounds 1/6 to float32
+        return x * (x + 3).clamp(0, 6) / 6
+    return _nn.hardswish(x)
+
+
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
     middle = v * (x / 3 + 0.5)
     return torch.where(x <= -3, 0, torch.where(x < 3, middle, v))  # (1)
+
+
+def _reference(input: Tensor, inplace: bool = False) -> Tensor:
+    """Torch's, or where that is rounded the definition."""
+    wide = input.dtype == torch.float64 and not input.is_cpu
+    return input * F.relu6(input + 3) / 6 if wide else F.hardswish(input, inplace)
 
 
 _hardswish = entry(HardswishFunction, again=HardswishFunction.forward)
@@ -116,7 +130,7 @@ def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sampl
 OP = Op(
     function=hardswish,
     modules=(Hardswish,),
-    reference=F.hardswish,
+    reference=_reference,
     samples=_samples.elementwise,
     module_samples=_module_samples,
     errors=_samples.elementwise_errors,

@@ -76,7 +76,8 @@ class ThresholdFunction(Function):
 
 
 def _where_above(v: Tensor, kept: Tensor, t: float) -> Tensor:
-    wide = kept.float() if is_half(kept) else kept  # else t would be rounded before it is compared
+    # On a CPU t is compared as it is, elsewhere as kept's dtype rounds it: as the kernels do, of the forward too.
+    wide = kept.float() if is_half(kept) and kept.is_cpu else kept
     return v.masked_fill(wide <= t, 0)  # (1); so written, NaN passes
 
 

@@ -172,14 +172,32 @@ class Rows:
         if self._unit is not None:
             g = (g / self._unit).to(weight.dtype)
             if self.x is not None:
-                self.x[chunk] = (g @ weight).to(self.x.dtype).mul_(self._unit)  # (2)
-            if self.weight is not None:
-                self.weight.addcmul_(g.T @ x, self._unit)  # (3)
+                product = wide_product(g, weight, self.x.dtype)
+                torch.mul(product, self._unit, out=self.x[chunk])  # (2)
+            if self.weight is not None and g.is_cuda:
+                dtype = self.weight.dtype
+                torch.addmm(self.weight, g.T, x, out_dtype=dtype, out=self.weight)  # (3)
+            elif self.weight is not None:
+                self.weight.add_(g.T @ x)
             return
         if self.x is not None:
             torch.mm(g, weight, out=self.x[chunk])  # (2)
         if self.weight is not None:
             self.weight.addmm_(g.T, x)  # (3)
+
+    def finish(self) -> None:
+        """Give the weight's gradient its unit again."""
+        if self._unit is not None and self.weight is not None:
+            self.weight.mul_(self._unit)
+
+
+def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
+    """Return a b in ``dtype``, written into ``room``; of half precision on a GPU as its kernels have summed it up."""
+    if a.dtype == dtype:
+        return torch.mm(a, b, out=room)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 def chunk_rows(positions: int, features: int) -> int:
@@ -223,17 +241,19 @@ def over_chunks(
     low = x.dtype if is_half(x) and not x.is_cpu else wide
     weight = weight.to(low)
     out = Rows(x, weight, gradients, predict, wide)
-    buffer = torch.empty(min(rows, len(x)), len(weight), dtype=low, device=x.device)
+    buffer = weight.new_empty(min(rows, len(x)), len(weight)) if low == wide else None
     for start in range(0, len(x), rows):
         chunk = slice(start, min(start + rows, len(x)))
         some = x[chunk].to(low)
-        z = torch.mm(some, weight.T, out=buffer[: len(some)]).to(wide)
+        room = None if buffer is None else buffer[: len(some)]
+        z = wide_product(some, weight.T, wide, room)
         # Across shards a block is a chunk: each block costs two collectives.
         for block in [slice(0, len(z))] if shard.group else _row_blocks(z):
             inside = slice(start + block.start, start + block.stop)
             _rowwise(z[block], bias, target, inside, softcap, shard, gradients, out)
         if gradients is not None:
             out.add(z, some, weight, chunk)
+    out.finish()
     if out.x is not None:
         out.x = shard.sum(out.x)
     return out

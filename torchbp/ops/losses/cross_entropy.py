@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import is_half, public
+from torchbp.ops._function import in_autocast_float32, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import named
 from torchbp.ops._samples import Make, Sample, square, stored
@@ -124,6 +124,8 @@ def _cross_entropy(
             raise RuntimeError(
                 wrong("cross_entropy", rule, ignore_index, "mask with reduction='none'")
             )
+        if not input.is_cpu:  # there autocast takes the logarithm in float32, and with it all
+            (input,) = in_autocast_float32(input)
         return of_probabilities(input, target, weight, reduction, label_smoothing)
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         rule = "a weight without requires_grad for class indices, as in torch"

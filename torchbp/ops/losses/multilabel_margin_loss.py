@@ -73,11 +73,13 @@ class MultiLabelMarginLossFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
         x, target = ctx.saved_tensors
-        if (x.numel() <= _FEW or not x.is_cpu) and fused(x, grad):  # a look would wait for a GPU
+        if x.numel() <= _FEW and x.is_cpu and fused(x, grad):
             how = REDUCTIONS[ctx.reduction]
             members = _forward(x, target, how)[1]
             return _backward(grad, x, target, how, members), None, None
         s = spread(grad, ctx.reduction, x.shape[0]).expand(x.shape[0])
+        if fused(x, grad) and not x.is_cpu:
+            return _by_gpu(s, x, target), None, None
         if fused(x, grad):
             longest = int((target >= 0).sum(1).max()) if target.numel() else 0  # most is padding
             _, members = _members(target[:, :longest], x.shape[1])
@@ -98,6 +100,23 @@ def _members(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     index = target.clamp(min=0)
     none = target.new_zeros(target.shape[0], classes)
     return counts, none.scatter_add(1, index, counts.to(target.dtype)) > 0
+
+
+def _by_gpu(s: Tensor, x: Tensor, target: Tensor) -> Tensor:
+    """Return (1) and (2) by torch's kernel, with one more class for the last target.
+
+    In the kernel (torch 2.11) one thread adds the last target's share while the others already scale the row, and the
+    share may be lost. That class has the score ∞, and no share.
+    """
+    classes = x.shape[1]
+    counts, members = _members(target, classes)
+    more = F.pad(x, (0, 1), value=torch.inf)
+    end = counts.sum(1, keepdim=True)
+    targets = F.pad(target.masked_fill(~counts, -1), (0, 1), value=-1)
+    targets = targets.scatter(1, end, classes)
+    members = F.pad(members.to(x.dtype), (0, 1), value=1)
+    s = (s * ((classes + 1) / max(1, classes))).contiguous()  # it divides by how many there are
+    return _backward(s, more, targets, 0, members)[:, :classes]
 
 
 def _active(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ round once. Statistics are not kept: a second forward makes them again, which ta
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ __all__ = [
     "sizes",
 ]
 
-batch_norm_backward = kernel("native_batch_norm_backward")
+_batch_norm_backward = kernel("native_batch_norm_backward")
 group_norm_backward = kernel("native_group_norm_backward")
 
 
@@ -38,6 +40,41 @@ def as_kernels_take_it(x: Tensor) -> Tensor:
         return x.contiguous()
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if last else x.contiguous()
+
+
+def batch_norm_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    statistics: Sequence[Tensor | None],
+    training: bool,
+    eps: float,
+    needs: list[bool],
+) -> tuple[Any, ...]:
+    """Return the gradients of x, w and b by torch's kernel, those that are needed.
+
+    A GPU's kernels (torch 2.11) give empty tensors, or fail, where not all are asked for, where there is no weight, and
+    in evaluation without the batch's statistics: they are given all, and asked for all.
+
+    Args:
+        grad_y: ``(N, C, *)``.
+        x: ``(N, C, *)``.
+        weight: ``(C,)``.
+        statistics: The running mean and variance, in evaluation; the batch's μ and r, in training.
+        training: Which of the two.
+        eps: Added to the variance.
+        needs: Which gradients are needed.
+    """
+    if x.is_cpu:
+        found = _batch_norm_backward(grad_y, x, weight, *statistics, training, eps, needs)
+    else:
+        running_mean, running_var, mean, rstd = statistics
+        if not training and running_mean is not None and running_var is not None:
+            mean, rstd = running_mean, torch.rsqrt(running_var + eps)
+        weight = weight if weight is not None or mean is None else torch.ones_like(mean)
+        statistics = (running_mean, running_var, mean, rstd)
+        found = _batch_norm_backward(grad_y, x, weight, *statistics, training, eps, [True] * 3)
+    return tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
 
 
 def gradient_as_kernels_take_it(grad_y: Tensor, x: Tensor) -> Tensor:
@@ -57,7 +94,10 @@ def half_group_norm(
     w = ones(x) if weight is None else weight.float()
     b = torch.zeros_like(w) if bias is None else bias.float()
     x, w, b = as_kernels_take_it(x), w.contiguous(), b.contiguous()
-    return torch.native_group_norm(x, w, b, *sizes(x), groups, eps)
+    if x.is_cpu:
+        return torch.native_group_norm(x, w, b, *sizes(x), groups, eps)
+    y, mean, rstd = torch.native_group_norm(x.float(), w, b, *sizes(x), groups, eps)
+    return y.to(x.dtype), mean, rstd  # elsewhere they take one dtype
 
 
 def half_group_norm_backward(
@@ -73,6 +113,8 @@ def half_group_norm_backward(
     w = ones(x) if weight is None else weight.float().contiguous()
     x = as_kernels_take_it(x)
     grad_y = gradient_as_kernels_take_it(grad_y, x)
+    if not x.is_cpu:
+        grad_y, x = grad_y.float(), x.float()
     return group_norm_backward(grad_y, x, mean, rstd, w, *sizes(x), groups, needs)
 
 
@@ -109,7 +151,7 @@ def half_batch_norm_backward(
     training: bool,
     eps: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """Return the gradients, those of the parameters in float32."""
     w = ones(x) if weight is None else weight.float().contiguous()
     if training:
@@ -118,4 +160,4 @@ def half_batch_norm_backward(
     else:
         running = (running_mean, running_var)
         statistics = (*(t if t is None else t.float().contiguous() for t in running), None, None)
-    return batch_norm_backward(grad_y, x, w, *statistics, training, eps, needs)
+    return batch_norm_backward(grad_y, x, w, statistics, training, eps, needs)

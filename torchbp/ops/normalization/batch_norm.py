@@ -71,6 +71,8 @@ class BatchNormFunction(Function):
         if x.numel() == 0:
             return x.clone(), x.new_empty(0), x.new_empty(0)
         rule = (training, momentum, eps)
+        if not x.is_cpu:
+            x = _dense(x)
         if not is_half(x):
             return torch.native_batch_norm(x, weight, bias, running_mean, running_var, *rule)
         return half_batch_norm(x, weight, bias, running_mean, running_var, *rule)
@@ -132,19 +134,19 @@ class BatchNormFunction(Function):
         if x is not None and x.numel() and fused(grad_y, x):
             statistics = (None, None, a, b) if ctx.training else (a, b, None, None)
             # contiguous: with two dimensions the CPU kernel (torch 2.13) reads them as if they were
-            dense = [None if t is None else t.contiguous() for t in (weight, *statistics)]
+            weight, *dense = (None if t is None else t.contiguous() for t in (weight, *statistics))
             grads[:3] = batch_norm_backward(
-                grad_y, x, *dense, ctx.training, ctx.eps, [need_x, need_weight, need_bias]
+                grad_y, x, weight, dense, ctx.training, ctx.eps, [need_x, need_weight, need_bias]
             )
             return tuple(grads)
 
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        if x is not None and x.numel() and x.is_cpu and is_half(x) and fused(grad_y, half=True):
+        if x is not None and x.numel() and is_half(x) and fused(grad_y, half=True):
             needs = [need_x, need_weight, need_bias]
             found = half_batch_norm_backward(grad_y, x, weight, a, b, ctx.training, ctx.eps, needs)
             grads[:3] = (
-                g.to(dtype) if needed else None
-                for g, dtype, needed in zip(found, ctx.dtypes, needs, strict=True)
+                None if g is None else g.to(dtype)
+                for g, dtype in zip(found, ctx.dtypes, strict=True)
             )
             return tuple(grads)
         g = widened(grad_y)
@@ -184,6 +186,13 @@ class BatchNormFunction(Function):
         if tangent_bias is not None:
             tangent_y = tangent_y + along_channels(tangent_bias, x)
         return tangent_y.to(x.dtype), None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return ``x`` contiguous, or channels last: a GPU's kernel (torch 2.11) gives y whatever strides x has."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
+    return x if last else x.contiguous()
 
 
 def _dims(x: Tensor) -> tuple[int, ...]:

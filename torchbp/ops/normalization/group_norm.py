@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
@@ -102,7 +103,7 @@ class GroupNormFunction(Function):
             needs = (need_x, need_weight, need_bias)
             grad_x, grad_weight, grad_bias = rows_backward(grad_y, x, weight, mean, rstd, needs)
             return grad_x, None, grad_weight, grad_bias, None
-        if x is not None and x.numel() and x.is_cpu and is_half(x) and fused(grad_y, half=True):
+        if x is not None and x.numel() and is_half(x) and fused(grad_y, half=True):
             needs = [need_x, need_weight, need_bias]
             grads = half_group_norm_backward(grad_y, x, ctx.groups, weight, ctx.eps, needs)
             grad_x, grad_weight, grad_bias = (
@@ -215,6 +216,11 @@ def group_norm(
             raise RuntimeError(wrong("group_norm", rule, shape(t), "one a channel"))
         if t is not None and t.dtype != input.dtype and not is_half(input):
             raise RuntimeError(wrong("group_norm", f"{name} of {input.dtype}", t.dtype, "cast one"))
+    if not input.is_cpu and autocasts(
+        input.device.type
+    ):  # there it is one of autocast's float32 ops
+        weight, bias = (t if t is None else widened(t) for t in (weight, bias))
+        input = widened(input)
     return _group_norm(input, num_groups, weight, bias, eps)[0]
 
 

@@ -28,7 +28,14 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from torchbp.ops._clamp import above
-from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._function import (
+    Context,
+    entry,
+    fused,
+    in_autocast_float32,
+    is_half,
+    public,
+)
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.normalization._standardize import widened
@@ -136,6 +143,8 @@ def normalize(
     """
     if out is not None:
         return torch.div(input, _norm(input, p, dim).clamp_min(eps), out=out)
+    if not input.is_cpu:  # there the norm is one of autocast's float32 ops
+        (input,) = in_autocast_float32(input)
     return _normalize(input, p, dim, eps)
 
 

@@ -273,10 +273,12 @@ def _layer(
     sizes: Sizes,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run one layer in one direction; autocast casts all but the state, as in torch."""
+    """Run one layer in one direction; autocast casts all but the state, on a GPU that too, as in torch."""
     (h0,) = states
     if autocasts(x.device.type):
         x, *weights = in_autocast_dtype(x, *weights)
+        if not x.is_cpu:
+            (h0,) = in_autocast_dtype(h0)
         check_dtypes("GRU", x, weights)
     else:
         check_dtypes("GRU", x, (h0, *weights))

@@ -330,11 +330,11 @@ def _layer(
     *,
     cast_c: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Run one layer in one direction; autocast casts all, the state c only where it is told to."""
+    """Run one layer in one direction; autocast casts all, the state c only on a GPU or where it is told to."""
     h0, c0 = states
     if autocasts(x.device.type):
         x, h0, *weights = in_autocast_dtype(x, h0, *weights)
-        if cast_c:
+        if cast_c or not x.is_cpu:
             (c0,) = in_autocast_dtype(c0)
         check_dtypes("LSTM", x, (h0, *weights))
     else:
