@@ -1,11 +1,11 @@
 """Random numbers by the million: torch's own generator, read in a cheaper way."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchbp.ops._function import visible
+from torchbp.ops._function import eager, visible
 
-__all__ = ["cheap", "int32_of"]
+__all__ = ["cheap", "int32_of", "plain"]
 
 _INT64_MIN = -(2**63)
 
@@ -13,6 +13,11 @@ _INT64_MIN = -(2**63)
 def cheap(x: Tensor) -> bool:
     """Whether :func:`int32_of` is faster than ``torch.rand_like`` here, and right: on a CPU, outside transforms."""
     return visible(x)
+
+
+def plain(x: Tensor) -> bool:
+    """Whether what is like ``x`` may be drawn in place: a tensor as any other, on any device, outside transforms."""
+    return eager() and type(x) in (Tensor, nn.Parameter)
 
 
 def int32_of(shape: torch.Size) -> Tensor:
