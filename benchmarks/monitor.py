@@ -400,6 +400,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def store(fresh: list[dict[str, Any]], device: str) -> None:
+    """Put rows into the file of today; what was not timed again is kept."""
+    DATA.mkdir(exist_ok=True)
+    facts = about(device)
+    path = DATA / f"monitor-{device}-{facts['date']}.json"
+    timed = {(row["model"], row["way"]) for row in fresh}
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = fresh + [row for row in before if (row["model"], row["way"]) not in timed]
+    text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text(f'{{"about": {json.dumps(facts)},\n"rows": [\n{text}\n]}}\n')
+
+
 def main() -> int:
     """Run the benchmark and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -421,18 +433,9 @@ def main() -> int:
                 print(f"{way}: not timed: {error}", file=sys.stderr)
                 continue
             print(json.dumps(rows[-1]), file=sys.stderr)
+            if not args.no_write:
+                store(rows, args.device)
     print(table(rows))
-    if not args.no_write:
-        DATA.mkdir(exist_ok=True)
-        facts = about(args.device)
-        path = DATA / f"monitor-{args.device}-{facts['date']}.json"
-        if path.exists():  # what was not timed again is kept
-            timed = {(row["model"], row["way"]) for row in rows}
-            before = json.loads(path.read_text())["rows"]
-            rows += [row for row in before if (row["model"], row["way"]) not in timed]
-        text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        path.write_text(f'{{"about": {json.dumps(facts)},\n"rows": [\n{text}\n]}}\n')
-        print(f"wrote {path}")
     return 0
 
 

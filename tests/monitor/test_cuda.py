@@ -261,7 +261,9 @@ def test_the_same_numbers_as_on_the_cpu(name, tmp_path):
     got, want = one(DEVICE), one("cpu")
     assert got.vectors.keys() == want.vectors.keys()
     for key, series in want.vectors.items():
-        if key == "gradient_zeros":  # what cancels to 0 on one is 1e-10 on the other
+        # What cancels to 0 on one is 1e-10 on the other; and the second output of a cell in one kernel gets only what
+        # comes back from later steps.
+        if key == "gradient_zeros" or (key == "through_time" and name == "cells"):
             continue
         scale = np.nanmax(np.abs(series.values), initial=0.0)
         np.testing.assert_allclose(

@@ -133,5 +133,7 @@ def test_no_wild_index_is_given_to_a_gpu(monkeypatch):
         assert torchbp.gradcheck(
             Pick.apply, inputs, checks=["sizes", "batch_dimension", "ignored_index", "indices"]
         )
+        x, i = inputs
+        assert torchbp.gradcheck(lambda t: Pick.apply(t, i), (x,), checks=["values", "sizes"])
     assert len({classes for _, classes in Pick.asked}) > 1, "no other size was tried"
     assert all(within for within, _ in Pick.asked)

@@ -1,7 +1,8 @@
 """An index out of range ends the process on a GPU, where on the CPU it raises: so the CPU is asked first.
 
-Checks try a function at other sizes and with other indices, to see which ones it takes. Where integers are among the
-tensors, and these or a size are not the user's, the function is called on copies on the CPU before.
+Checks try a function at other sizes and with other indices, to see which ones it takes. Where these are not the user's,
+the function is called on copies on the CPU before. Where integers are among the inputs whatever it says there counts;
+else what it says of an index: one of its own, which it holds on the GPU, is told of, too.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,14 +22,15 @@ __all__ = ["refuse_wild_indices"]
 def refuse_wild_indices(sample: "Sample") -> None:
     """Raise :class:`ForwardRaised` where the function, on the CPU, does not take the sample; once found, remembered."""
     if "wild" not in sample.memo:
-        sample.memo["wild"] = _refusal(sample) if _may_be_wild(sample) else None
+        sample.memo["wild"] = _refusal(sample) if _is_another(sample) else None
     if sample.memo["wild"] is not None:
         raise ForwardRaised(sample.memo["wild"])
 
 
-def _may_be_wild(sample: "Sample") -> bool:
+def _is_another(sample: "Sample") -> bool:
+    """Whether it is on a GPU, and of other sizes or integers than the user's."""
     tensors = [x for x in sample.flat if isinstance(x, Tensor)]
-    if not any(map(_counts, tensors)) or all(t.device.type == "cpu" for t in tensors):
+    if all(t.device.type == "cpu" for t in tensors):
         return False
     pairs = zip(sample.name_at, sample.flat, strict=True)
     return any(not _alike(value, sample.origin.get(name)) for name, value in pairs)
@@ -56,7 +58,8 @@ def _refusal(sample: "Sample") -> str | None:
         try:
             outputs = [y for y in tensors_in(sample.invoke(flat)) if y.requires_grad]
         except Exception as error:
-            return asked + reason(error)
+            given = any(isinstance(x, Tensor) and _counts(x) for x in flat)
+            return asked + reason(error) if given or _is_of_an_index(error) else None
         try:
             leaves = [flat[i] for i in sample.where]
             ones = [torch.ones_like(y) for y in outputs]

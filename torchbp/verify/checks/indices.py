@@ -88,7 +88,7 @@ def _left_out(t: Tensor) -> Tensor:
     flat = t.reshape(-1).clone()
     if bool((flat[1:] < flat[:-1]).any()) or flat[0] == flat[-1]:
         return t
-    flat[flat == flat[flat > flat[0]][0]] = flat[0]
+    flat[flat == flat[flat > flat[0]][0]] = flat[0].clone()  # CUDA takes no part of flat itself
     return flat.view(t.shape)
 
 
