@@ -265,6 +265,8 @@ def main() -> int:
         except RuntimeError as error:  # torch has no kernel for the dtype, say
             reason = str(error).splitlines()[0]
             print(f"\r{op.name} {dtype} {n}: not timed: {reason}\033[K", file=sys.stderr)
+            if args.device == "cuda":  # what torch keeps for later, cuBLAS lacks now
+                torch.cuda.empty_cache()
             continue
         rows.append(row)
         progress = f"\r{op.name} {dtype} {n} on {count}: {row['ratio']:.2f}\033[K"
