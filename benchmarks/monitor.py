@@ -136,7 +136,7 @@ ON_GPU = {
         lambda: GPT(768, 12, 50304, 1024), _tokens(50304, 8, 1024), 1, 105, half=True
     ),
 }
-_TURN = 5  # steps at least, on a GPU, whose queue is empty at the end of a turn
+_TURN = 5  # steps, on a GPU, whose queue is empty at the end of a turn
 
 _BLOCK = 10  # steps at least
 _AS_ASKED = 60  # where a step takes long, the governor waits for so many instead of 300
@@ -315,7 +315,7 @@ class Training:
 def measure(name: str, way: str, device: str, seconds: float) -> dict[str, Any]:
     """Return one row: the time of a step as it is and as it is watched, and their ratio with its interval."""
     task = ON_GPU[name]
-    turn = task.turn if device == "cpu" else max(task.turn, _TURN)
+    turn = task.turn if device == "cpu" else _TURN
     with tempfile.TemporaryDirectory() as folder, ExitStack() as end:
         if task.turn == 1:
             end.enter_context(mock.patch.object(governor, "_FIRST", _AS_ASKED))
