@@ -46,6 +46,7 @@ EIGHTH: dict[str, Unseen] = {}
 NINTH: dict[str, Unseen] = {}
 TENTH: dict[str, Unseen] = {}
 ELEVENTH: dict[str, Unseen] = {}
+TWELFTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -58,6 +59,7 @@ SETS = {
     "ninth set": NINTH,
     "tenth set": TENTH,
     "eleventh set": ELEVENTH,
+    "twelfth set": TWELFTH,
 }
 
 
@@ -106,6 +108,13 @@ def every():
         third,
         third_layers,
         transforms,
+        twelfth_attention,
+        twelfth_geometry,
+        twelfth_layers,
+        twelfth_losses,
+        twelfth_numerics,
+        twelfth_objectives,
+        twelfth_scans,
     )
 
     return {name: p for pairs in SETS.values() for name, p in pairs.items()}

@@ -9,10 +9,7 @@ from functools import wraps
 import torch
 from torch.amp import custom_bwd, custom_fwd
 
-from tests.verify.unseen import SETS, Unseen, pair
-
-TWELFTH: dict[str, Unseen] = {}
-SETS["twelfth set"] = TWELFTH
+from tests.verify.unseen import TWELFTH, pair
 
 recorded = custom_fwd(device_type="cpu")  # tells as_forward whether forward ran under autocast
 as_forward = custom_bwd(device_type="cpu")
