@@ -182,6 +182,7 @@ def test_make_fx(first):
     torch.testing.assert_close(recorded(*others), f(*others))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(case, dynamic):
     """One graph, forward and backward, with the values and gradients of eager."""

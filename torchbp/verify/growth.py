@@ -108,20 +108,16 @@ class _Search:
         """Find whether all sizes may be the same larger one, which spares a call each; outputs tell how they grow.
 
         A number that is another's and one more, or twice it, will not be the same. A size of 1, which may be broadcast
-        to what is the same now, becomes 2.
+        to what is the same now, becomes 2. What is refused for an odd number may be taken for an even one, of which
+        that 2 is a part: heads of queries for each head of keys.
         """
         same = max(size.now for size in sizes) + 1
-        new = {size: same if size.now > 1 else size.more for size in sizes}
-        wanted = {(i, d): n for size, n in new.items() for i, d, _ in size.places}
-        largest = max(
-            math.prod(wanted.get((i, d), n) for d, n in enumerate(t.shape))
-            for i, t in self.case.arguments
-        )
-        if largest > SAME:
-            return False
-        self.attempts += 1
-        other = resized(self.case, new)
-        if not accepts(other):
+        other, new = self._same(sizes, same)
+        if other is None:
+            if same % 2 and any(size.now == 1 for size in sizes):
+                other, _ = self._same(sizes, same + 1)
+            if other is not None:
+                self.case.memo["one more"] = [other]
             return False
         growth = dict.fromkeys(sizes, 0.0)
         by_change = {(size.now, n): size for size, n in new.items()}
@@ -134,6 +130,20 @@ class _Search:
         self.growth = growth
         self.case.memo["one more"] = [other]
         return True
+
+    def _same(self, sizes: list[Size], same: int) -> tuple[Case | None, dict[Size, int]]:
+        """Return the case in which all sizes are ``same``, if forward takes it, and what each is then."""
+        new = {size: same if size.now > 1 else size.more for size in sizes}
+        wanted = {(i, d): n for size, n in new.items() for i, d, _ in size.places}
+        largest = max(
+            math.prod(wanted.get((i, d), n) for d, n in enumerate(t.shape))
+            for i, t in self.case.arguments
+        )
+        if largest > SAME:
+            return None, new
+        self.attempts += 1
+        other = resized(self.case, new)
+        return (other if accepts(other) else None), new
 
     def _together(self, n: int, places: Mapping[int, Places]) -> None:
         """Find what of the dimensions of size ``n`` may change together: all of them, or the first or last alone."""

@@ -180,22 +180,32 @@ def _with_one_at(case: Case, value: float, takes: Callable[[Tensor], Any]) -> Ca
 
 
 def broadcast(case: Case) -> list[Case]:
-    """Return the case with leaves that are broadcast along a dimension as large as what they are broadcast to."""
+    """Return the case with leaves that are broadcast along a dimension as large as what they are broadcast to.
+
+    And, where that leaves two dimensions of them, along all but the last.
+    """
     others = [t.shape for _, t in case.arguments if t.dim()]
-    wanted: dict[tuple[int, int], int] = {}
+    larger: dict[tuple[int, int], int] = {}
+    smaller: dict[tuple[int, int], int] = {}
     for i in case.where:
         shape = case.flat[i].shape if i < case.size else ()
         for d, n in enumerate(shape):
             like = [s[d - len(shape)] for s in others if len(s) >= len(shape) - d]
             if n == 1 and max(like) > 1:
-                wanted[i, d] = max(like)
-    if not wanted:
-        return []
-    other = _grown(case, wanted)
-    same = accepts(other) and all(
-        a.shape == b.shape for a, b in zip(case.all_outputs, other.all_outputs, strict=False)
-    )
-    return [other] if same else []
+                larger[i, d] = max(like)
+        if any((i, d) in larger for d in range(len(shape))):
+            kept = [d for d, n in enumerate(shape) if n > 1]
+            smaller.update(((i, d), 1) for d in kept[:-1])
+    return [
+        other
+        for wanted in (larger, smaller)
+        if wanted and accepts(other := _grown(case, wanted)) and _same_shapes(case, other)
+    ]
+
+
+def _same_shapes(case: Case, other: Case) -> bool:
+    pairs = zip(case.all_outputs, other.all_outputs, strict=False)
+    return all(a.shape == b.shape for a, b in pairs)
 
 
 def accepts(case: Case) -> bool:

@@ -66,7 +66,6 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
     rest = {i: ys for i, x in values.items() if i not in reals and (ys := others(case, x))}
     if reals:
         yield _all_or_each({i: _nearby(x) for i, x in reals.items()})
-        yield [{i: -x for i, x in reals.items()}]
         yield _all_or_each({i: 0.0 for i, x in reals.items() if x})
     if len(rest) > 1:
         yield [{i: ys[0] for i, ys in rest.items()}]

@@ -69,8 +69,8 @@ def _with_zeros(t: Tensor) -> Tensor:
 
 
 def _barred(t: Tensor) -> Tensor:
-    """Return zeros, what may be a mask that is added, with every third element -inf."""
-    if bool(t.any()) or t.numel() < 2:
+    """Return zeros of two dimensions or more, what may be a mask that is added, with every third element -inf."""
+    if bool(t.any()) or t.numel() < 2 or t.dim() < 2:
         return t
     flat = t.clone().reshape(-1)
     flat[::3] = -torch.inf

@@ -120,8 +120,14 @@ def _values(case: Case, name: str) -> Iterator[Any]:
     result = case.all_outputs[0].shape
     sizes = first.shape[-1:] + first.shape[1:2] + result[-1:] + result[1:2]
     vectors = [(n,) for n in sizes]
-    yield from (weights(*shape) for shape in dict.fromkeys([*vectors, whole, rows]))
+    states = [s[:d] + s[d + 1 :] for s in _shapes(case) for d in range(1, len(s) - 1)]
+    yield from (weights(*shape) for shape in dict.fromkeys([*vectors, whole, rows, *states]))
     yield from (0.75, 2, 0)
+
+
+def _shapes(case: Case) -> list[tuple[int, ...]]:
+    """Return the shapes of the floating-point inputs: without the steps between rows and features, that of a state."""
+    return [tuple(t.shape) for _, t in case.arguments if t.is_floating_point()]
 
 
 def _asked(other: Case, at: int, value: Any) -> Case:

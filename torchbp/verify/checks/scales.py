@@ -2,7 +2,8 @@
 
 All change together; at one scale only every other one of several, which changes what they are to each other. An input
 that is nowhere negative, or nowhere positive, is also taken with the other sign, alone, where forward takes it so:
-coordinates, what came out of a ReLU, a slope. A single number may be a limit, though, within which nothing is then.
+coordinates, what came out of a ReLU, a slope; the first of two is larger at once, and the sign of a sum may turn there.
+A single number may be a limit, though, within which nothing is then.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from torchbp.verify.resize import APART, accepts, explodes, scaled
 NAME = "scales"
 FACTORS = (2.0**-10, APART, -(2.0**10))
 EXPLODES = 1e14  # times as large outputs: out of the sample's domain
-NEGATED = 2  # inputs at most
+NEGATED = (-APART, -1.0)  # times as large: of two inputs; of one the latter
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -35,12 +36,13 @@ def _run(case: Case) -> Iterator[Finding]:
         if found:
             yield replace(found, severity="note") if explodes(case, other, EXPLODES) else found
             return
-    for which in _one_sided(case)[:NEGATED]:
-        other = _negated(case, case.where[which])
+    one_sided = _one_sided(case)[: len(NEGATED)]
+    for which, factor in zip(one_sided, NEGATED[-len(one_sided) :], strict=False):
+        other = _negated(case, case.where[which], factor)
         if not accepts(other) or _closed(case, other, which):
             continue
         tested = True
-        found = check_lines(other, NAME, f" where {case.names[which]} is negated")
+        found = check_lines(other, NAME, f" where {case.names[which]} is {factor:g} times as large")
         if found:
             yield found
             return
@@ -60,8 +62,8 @@ def _one_sided(case: Case) -> list[int]:
     ]
 
 
-def _negated(case: Case, position: int) -> Case:
-    return case.edited(lambda i, t: -t if i == position else t)
+def _negated(case: Case, position: int, factor: float) -> Case:
+    return case.edited(lambda i, t: factor * t if i == position else t)
 
 
 def _closed(case: Case, other: Case, which: int) -> bool:
