@@ -90,7 +90,10 @@ def _apart(case: Case, run: Run) -> Run:
 
 
 def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
-    indexed = any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
+    integers = [t for _, t in case.arguments if not (t.is_floating_point() or t.is_complex())]
+    indexed = bool(integers)
+    # What an integer reaches is the end of something: of a box, of a row. A slice that ends beyond is not refused.
+    ends = {int(t.max()) for t in integers if t.numel()}
     ran = False
     reached = dict.fromkeys(free, 0)
     for row in RUNS:
@@ -109,7 +112,7 @@ def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
             for size in free:
                 reached[size] = max(reached[size], size.within(run.plain))
             yield replace(run, ones=row == ONES)
-    for sizes in _left(free, reached, indexed):
+    for sizes in _left(free, reached, [size for size in free if indexed and size.now not in ends]):
         run = _largest_that_runs(case, sizes)
         if run:
             for size in sizes:
@@ -117,10 +120,12 @@ def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
             yield run
 
 
-def _left(free: list[Size], reached: dict[Size, int], indexed: bool) -> Iterator[dict[Size, int]]:
+def _left(
+    free: list[Size], reached: dict[Size, int], lessened: list[Size]
+) -> Iterator[dict[Size, int]]:
     """Yield sizes that came along small, or not at all, where others are large; and fewer frames than labels.
 
-    All at once, then alone each that is not ``reached`` yet.
+    All at once, then alone each that is not ``reached`` yet; small once more each that is to be ``lessened``.
     """
     small = {size: size.near(BLOCK) for size in free if reached[size] < BLOCK}
     if len(small) > 1:
@@ -129,7 +134,8 @@ def _left(free: list[Size], reached: dict[Size, int], indexed: bool) -> Iterator
         if reached[size] < BLOCK:
             yield {size: size.near(BLOCK)}
         few = size.near(min(FEW, size.now - 1))
-        if indexed and 0 < few < size.now:  # forward refuses where an index points at what is gone
+        # Forward refuses where an index points at what is gone.
+        if size in lessened and 0 < few < size.now:
             yield {size: few}
 
 
