@@ -31,7 +31,6 @@ RUNS = (
     (32, 128, 33, 3, 2),
     (64, 192, 5, 2, 3),
 )
-ONES = RUNS[3]
 # Rows that are run at other scales at once, which saves calls; at 0 slices are of very unequal magnitude.
 SCALED = {RUNS[2]: -(2.0**10), RUNS[4]: 2.0**-10, RUNS[5]: 0.0}
 # Rows in which what is equal in the sample stays so.
@@ -49,7 +48,6 @@ class Run:
     case: Case
     plain: Case
     scale: str = ""
-    ones: bool = False
     near: bool = False
 
 
@@ -67,10 +65,8 @@ def _run(case: Case) -> Iterator[Finding]:
         found = check_lines(other, NAME, when + run.scale, elsewhere=not run.near)
         if found and run.scale and accepts(run.plain):
             found = check_lines(run.plain, NAME, when) or found
-        if found and found.got is None and (refused or not run.ones):
-            refused = (
-                refused or found.message
-            )  # backward raised: sizes that do not go together, perhaps
+        if found and found.got is None:  # backward raised: sizes that do not go together, perhaps
+            refused = refused or found.message
             continue
         if found:
             out = explodes(case, other, EXPLODES if run.scale else EXPLODES**0.5)
@@ -111,7 +107,7 @@ def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
             ran = True
             for size in free:
                 reached[size] = max(reached[size], size.within(run.plain))
-            yield replace(run, ones=row == ONES)
+            yield run
     for sizes in _left(free, reached, [size for size in free if indexed and size.now not in ends]):
         run = _largest_that_runs(case, sizes)
         if run:
