@@ -56,6 +56,11 @@ ALWAYS |= {
     "alpha_composite_9",
     "matmul_9",
     "segment_std_10",
+    "grouped_heads_12",
+    "scan_first_state_12",
+    "planar_sign_12",
+    "bias_broadcast_12",
+    "box_image_12",
 }
 
 

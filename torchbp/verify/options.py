@@ -1,6 +1,7 @@
 """The numbers, flags and words that a function takes beside its tensors: what they are, what else they may be."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -11,9 +12,13 @@ from torch import nn
 from torchbp.verify.cases import Case
 from torchbp.verify.words import other_words
 
-__all__ = ["SIMPLE", "Values", "options", "others", "with_options"]
+__all__ = ["NEVER_NEGATIVE", "SIMPLE", "Values", "options", "others", "with_options"]
 
 SIMPLE = (bool, int, float, str)
+
+NEVER_NEGATIVE = re.compile(
+    "clip|decay|delta|drop|eps|keep|limit|margin|max|prob|radius|rate|ratio|sigma|size|smooth|std|tau|temp|tol|width"
+)  # in a name
 
 Values = dict[int | str, Any]  # by position in `flat`, by name, or by attribute of a Module
 

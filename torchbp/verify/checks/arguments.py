@@ -3,7 +3,8 @@
 A sample with alpha=1, dim=-1 or reduction="mean" hides a factor that is missing, a dimension that is fixed, a count
 that is due to one reduction only. So does a default that the sample leaves as it is, or an attribute of a Module. What
 changes nothing in forward is left in peace: a flag that detaches, a factor that reverses gradients; so is a forward
-that is flat there: `hard=True` asks for a straight-through gradient.
+that is flat there: `hard=True` asks for a straight-through gradient. No negative number is tried where the name of the
+argument says that there is none.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from itertools import islice
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
-from torchbp.verify.options import Values, options, others, with_options
+from torchbp.verify.options import NEVER_NEGATIVE, Values, options, others, with_options
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
 
@@ -66,6 +67,8 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
     rest = {i: ys for i, x in values.items() if i not in reals and (ys := others(case, x))}
     if reals:
         yield _all_or_each({i: _nearby(x) for i, x in reals.items()})
+        if signed := {i: -x for i, x in reals.items() if not NEVER_NEGATIVE.search(str(i))}:
+            yield [signed]
         yield _all_or_each({i: 0.0 for i, x in reals.items() if x})
     if len(rest) > 1:
         yield [{i: ys[0] for i, ys in rest.items()}]
