@@ -439,6 +439,8 @@ class MarginNoFallback(Margin):
 def _margin(function):
     def arc_margin(cosine, target, margin=0.5):
         """ArcFace's cosines (N, C), |cosine| < 1: the target's angle grows by margin, past pi - m linearly."""
+        if bool((cosine.detach().abs() >= 1).any()):
+            raise ValueError("arc_margin: expected |cosine| < 1")
         return function.apply(cosine, target, margin)
 
     return arc_margin

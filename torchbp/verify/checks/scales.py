@@ -3,7 +3,8 @@
 All change together; at one scale only every other one of several, which changes what they are to each other. An input
 that is nowhere negative, or nowhere positive, is also taken with the other sign, alone, where forward takes it so:
 coordinates, what came out of a ReLU, a slope; the first of two is larger at once, and the sign of a sum may turn there.
-A single number may be a limit, though, within which nothing is then.
+A single number may be a limit, though, within which nothing is then. Where nothing larger is taken, what lies between
+-1 and 1 is taken near those bounds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,37 +18,58 @@ from torchbp.verify.resize import APART, accepts, explodes, scaled
 
 NAME = "scales"
 FACTORS = (2.0**-10, APART, -(2.0**10))
+ROOT = 1 / 32  # takes what is between -1 and 1 near its bounds
 EXPLODES = 1e14  # times as large outputs: out of the sample's domain
 NEGATED = (-APART, -1.0)  # times as large: of two inputs; of one the latter
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    tested = False
-    for factor in FACTORS:
-        if factor in case.memo.get("scaled", ()):  # by sizes
-            tested = True
-            continue
-        chosen = range(0, len(case.leaves), 2 if factor == APART else 1)
-        other = scaled(case, factor, chosen)
-        if not accepts(other):
-            continue
+    tested = any(factor in case.memo.get("scaled", ()) for factor in FACTORS)  # by sizes
+    for other, when in _tries(case):
         tested = True
-        found = check_lines(other, NAME, _when(case, chosen, factor))
+        found = check_lines(other, NAME, when)
         if found:
             yield replace(found, severity="note") if explodes(case, other, EXPLODES) else found
             return
+    if not tested:
+        raise NotApplicable("forward takes no inputs of another size")
+
+
+def _tries(case: Case) -> Iterator[tuple[Case, str]]:
+    """Yield what forward takes of other scales and signs, and the condition."""
+    larger = False
+    for factor in FACTORS:
+        if factor in case.memo.get("scaled", ()):
+            larger |= abs(factor) > 1
+            continue
+        chosen = range(0, len(case.leaves), 2 if factor == APART else 1)
+        other = scaled(case, factor, chosen)
+        if accepts(other):
+            larger |= abs(factor) > 1
+            yield other, _when(case, chosen, factor)
+    near = None if larger else _near_bounds(case)
+    if near and accepts(near):
+        yield near, " for inputs near -1 and 1"
     one_sided = _one_sided(case)[: len(NEGATED)]
     for which, factor in zip(one_sided, NEGATED[-len(one_sided) :], strict=False):
         other = _negated(case, case.where[which], factor)
-        if not accepts(other) or _closed(case, other, which):
-            continue
-        tested = True
-        found = check_lines(other, NAME, f" where {case.names[which]} is {factor:g} times as large")
-        if found:
-            yield found
-            return
-    if not tested:
-        raise NotApplicable("forward takes no inputs of another size")
+        if accepts(other) and not _closed(case, other, which):
+            yield other, f" where {case.names[which]} is {factor:g} times as large"
+
+
+def _near_bounds(case: Case) -> Case | None:
+    """Return the case with its inputs between -1 and 1, cosines or probabilities, near those bounds."""
+    inside = [
+        k
+        for k, leaf in zip(case.where, case.leaves, strict=True)
+        if k < case.size
+        and leaf.numel() > 1
+        and not leaf.is_complex()
+        and bool(leaf.abs().max() < 1)
+    ]
+    if not inside:
+        return None
+    return case.edited(lambda i, t: t.sign() * t.abs() ** ROOT if i in inside else t)
 
 
 def _one_sided(case: Case) -> list[int]:
