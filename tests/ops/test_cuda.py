@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import torchbp.nn
 from tests.device import DEVICE
@@ -109,13 +110,11 @@ def test_recurrent_layers_as_cudnn(name, packed):
     ours, theirs = (getattr(home, name)(32, 64, **options) for home in (torchbp.nn, torch.nn))
     theirs.load_state_dict(ours.state_dict())
     x = drawn((50, 8, 32), torch.float32).requires_grad_()
-    given = x
-    if packed:
-        lengths = torch.tensor([50, 3, 20, 1, 49, 50, 7, 30])
-        given = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+    lengths = torch.tensor([50, 3, 20, 1, 49, 50, 7, 30])
     results = []
     with torch.backends.cudnn.flags(allow_tf32=False):
         for module in (ours, theirs):
+            given = pack_padded_sequence(x, lengths, enforce_sorted=False) if packed else x
             outputs = tensors_of(module(given))
             loss = sum((k + t).cos().sum() for k, t in enumerate(outputs))
             results.append((*outputs, *torch.autograd.grad(loss, (x, *module.parameters()))))

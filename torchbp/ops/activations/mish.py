@@ -54,7 +54,9 @@ class MishFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
-        if isinstance(x, Tensor) and x.numel() > _FEW:  # what is no tensor torch's refuses
+        if (
+            isinstance(x, Tensor) and x.numel() > _FEW and x.is_cpu
+        ):  # what is no tensor torch's refuses
             return in_pieces(lambda x: mended(_nn.mish(x), x), x, into=_value_into, spare=1)
         return limited(_nn.mish(x), x, finite)
 
@@ -67,7 +69,7 @@ class MishFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if x.numel() <= _FEW and fused(grad_y, half=True):
+        if (x.numel() <= _FEW or not x.is_cpu) and fused(grad_y, half=True):
             return with_limits(_mish_backward, grad_y, x, ctx.finite), None
         into = _times_derivative_into
         return in_pieces(_times_derivative, grad_y, x, into=into, spare=2), None  # (2)

@@ -60,8 +60,9 @@ class MultiLabelMarginLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, reduction: str
     ) -> Tensor:  # (N, C), (N, C) -> () or (N,)
-        if fused(x):
-            return _nn.multilabel_margin_loss(x, target, REDUCTIONS[reduction])
+        if fused(x) or (not x.is_cpu and fused(x, half=True)):
+            how = REDUCTIONS[reduction]
+            return in_float32(lambda x: _nn.multilabel_margin_loss(x, target, how), x)
         return reduce(in_float32(lambda x: _values(x, target), x), reduction)
 
     @staticmethod
@@ -78,8 +79,8 @@ class MultiLabelMarginLossFunction(Function):
             members = _forward(x, target, how)[1]
             return _backward(grad, x, target, how, members), None, None
         s = spread(grad, ctx.reduction, x.shape[0]).expand(x.shape[0])
-        if fused(x, grad) and not x.is_cpu:
-            return _by_gpu(s, x, target), None, None
+        if not x.is_cpu and fused(x, grad, half=True):
+            return in_float32(lambda x, s: _by_gpu(s, x, target), x, s), None, None
         if fused(x, grad):
             longest = int((target >= 0).sum(1).max()) if target.numel() else 0  # most is padding
             _, members = _members(target[:, :longest], x.shape[1])
@@ -106,7 +107,7 @@ def _by_gpu(s: Tensor, x: Tensor, target: Tensor) -> Tensor:
     """Return (1) and (2) by torch's kernel, with one more class for the last target.
 
     In the kernel (torch 2.11) one thread adds the last target's share while the others already scale the row, and the
-    share may be lost. That class has the score ∞, and no share.
+    share may be lost. That class has the score ∞, and no share. What it counts is scaled here, as exactly as can be.
     """
     classes = x.shape[1]
     counts, members = _members(target, classes)
@@ -115,8 +116,8 @@ def _by_gpu(s: Tensor, x: Tensor, target: Tensor) -> Tensor:
     targets = F.pad(target.masked_fill(~counts, -1), (0, 1), value=-1)
     targets = targets.scatter(1, end, classes)
     members = F.pad(members.to(x.dtype), (0, 1), value=1)
-    s = (s * ((classes + 1) / max(1, classes))).contiguous()  # it divides by how many there are
-    return _backward(s, more, targets, 0, members)[:, :classes]
+    shares = _backward(torch.ones_like(s), more, targets, 0, members)[:, :classes]
+    return (shares * (classes + 1)).round_().mul_((s / max(1, classes)).unsqueeze(1))
 
 
 def _active(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,32 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchbp.ops._function import is_half
 from torchbp.ops._samples import Make, Sample
 
-__all__ = ["benchmark", "errors", "module_samples", "samples", "saved_bytes"]
+__all__ = ["benchmark", "errors", "module_samples", "reference", "samples", "saved_bytes"]
+
+
+def reference(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *rule: bool | float,
+    **named: bool | float,
+) -> Tensor:
+    """Torch's; on a GPU (torch 2.11) it has no gradient of a bias without a weight, which is given it."""
+    if weight is None and bias is not None and not input.is_cpu:
+        weight = torch.ones_like(bias)
+    arguments: tuple[Any, ...] = (running_mean, running_var, weight, bias, *rule)
+    return F.batch_norm(input, *arguments, **named)  # pyright: ignore[reportArgumentType]
 
 
 def samples(make: Make) -> Iterator[Sample]:

@@ -190,6 +190,8 @@ class BatchNormFunction(Function):
 
 def _dense(x: Tensor) -> Tensor:
     """Return ``x`` contiguous, or channels last: a GPU's kernel (torch 2.11) gives y whatever strides x has."""
+    if torch._C._are_functorch_transforms_active():  # vmap cannot tell the latter
+        return x.contiguous()
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
     return x if last else x.contiguous()
@@ -310,7 +312,7 @@ class BatchNorm3d(nn.BatchNorm3d):
 OP = Op(
     function=batch_norm,
     modules=(BatchNorm1d, BatchNorm2d, BatchNorm3d),
-    reference=F.batch_norm,
+    reference=_batch_norm_samples.reference,
     samples=_batch_norm_samples.samples,
     module_samples=lambda make: _batch_norm_samples.module_samples(
         make, BatchNorm1d, BatchNorm2d, BatchNorm3d

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._function import Context, eager, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import row_pieces
 from torchbp.ops._samples import Make, Sample, square
@@ -35,6 +35,8 @@ from torchbp.ops.normalization._standardize import affine, widened
 
 __all__ = ["RMSNorm", "RMSNormFunction", "rms_norm"]
 
+_forward = torch.ops.aten._fused_rms_norm
+_backward = torch.ops.aten._fused_rms_norm_backward
 _FEW = 1 << 12  # elements
 
 
@@ -47,6 +49,8 @@ class RMSNormFunction(Function):
     def forward(  # (*, D), (D,) -> (*, D)
         x: Tensor, dims: tuple[int, ...], weight: Tensor | None, eps: float
     ) -> Tensor:
+        if eager() and _on_gpu(x, weight):
+            return _forward(x.contiguous(), x.shape[-len(dims) :], weight, eps)[0]
         wide = widened(x)
         y = wide * _rstd(wide, dims, eps)
         y = affine(y, weight).contiguous()  # as torch's, whatever the layout of x
@@ -69,6 +73,9 @@ class RMSNormFunction(Function):
             return None, None, None, None
         x, weight = ctx.saved_tensors
         need_x, _, need_weight, _ = ctx.needs_input_grad
+        if _on_gpu(x, weight) and fused(grad_y, half=True):
+            grad_x, grad_weight = _by_gpu(grad_y, x, weight, ctx.dims, ctx.eps)
+            return grad_x if need_x else None, None, grad_weight if need_weight else None, None
         if fused(grad_y, x) and not x.is_complex() and x.numel():
             made = _of_few if x.numel() <= _FEW and need_x else _by_rows
             grad_x, grad_weight = made(grad_y, x, weight, ctx.dims, ctx.eps, need_x, need_weight)
@@ -100,6 +107,24 @@ class RMSNormFunction(Function):
         if tangent_weight is not None:
             tangent_y = tangent_y + normalized * tangent_weight
         return tangent_y.to(x.dtype)
+
+
+def _on_gpu(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether a GPU's kernels take these: they compute and sum half precision in float32."""
+    one_dtype = weight is None or weight.dtype == x.dtype
+    return x.is_cuda and x.is_floating_point() and x.numel() > 0 and one_dtype
+
+
+def _by_gpu(
+    grad_y: Tensor, x: Tensor, weight: Tensor | None, dims: tuple[int, ...], eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return (1) and (2); r is made again, in one pass over x."""
+    shape = x.shape[-len(dims) :]
+    dtype = torch.float32 if is_half(x) else x.dtype
+    norm = torch.linalg.vector_norm(x, 2, dims, keepdim=True, dtype=dtype)
+    r = torch.rsqrt(norm.square() / math.prod(shape) + eps)
+    needs = [True, weight is not None]
+    return _backward(grad_y.contiguous(), x.contiguous(), shape, r, weight, needs)
 
 
 def _rstd(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
