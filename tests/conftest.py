@@ -10,6 +10,16 @@ from tests import device
 torch.set_num_threads(1)
 
 
+# What torch itself says on a GPU, of its own debug mode, layers, batching rules and compiler.
+SAID_ON_A_GPU = (
+    "Synchronization debug mode is a prototype",
+    "RNN module weights are not part of single contiguous chunk",
+    "There is a performance drop because we have not yet implemented the batching rule",
+    "An output with one or more elements was resized",
+    r"\s*Online softmax is disabled",
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tests compute: cpu, cuda")
 
@@ -20,6 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.empty(1, device=device.DEVICE)
     except Exception as error:
         raise pytest.UsageError(f"--device {device.DEVICE}: {error}") from None
+    if device.DEVICE != "cpu":
+        for message in SAID_ON_A_GPU:
+            config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
