@@ -15,7 +15,7 @@ from torch import Tensor
 from torchbp.ops._function import visible
 from torchbp.ops._invalid import FEW, at_hand, sound
 
-__all__ = ["FAR", "bounded", "known_finite", "limited", "mended", "with_limits"]
+__all__ = ["FAR", "bounded", "known_finite", "limited", "mended", "value", "with_limits"]
 
 # From here on |x| is so large that s(x) is 0 or 1 and the derivative too, in every dtype.
 FAR = 1000.0
@@ -45,6 +45,13 @@ def limited(y: Tensor, x: Tensor, finite: bool | None) -> Tensor:
     if finite or (finite is None and sound(y)):
         return y
     return mended(y, x)
+
+
+def value(forward: Callable[[Tensor], Tensor], x: Tensor, finite: bool | None) -> Tensor:
+    """Return torch's kernel ``forward(x)``, but its limit where ``x`` is ±∞; on a GPU by one more kernel, before it."""
+    if isinstance(x, Tensor) and not x.is_cpu and x.is_floating_point():
+        return forward(x.clamp(min=-FAR))  # at ∞ the kernels are right
+    return limited(forward(x), x, finite)
 
 
 def with_limits(

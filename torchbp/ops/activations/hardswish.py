@@ -29,7 +29,7 @@ from torchbp.ops._function import Context, entry, kernel, overwrite, public, und
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations._infinities import bounded, known_finite, limited
+from torchbp.ops.activations._infinities import bounded, known_finite, value
 
 __all__ = ["Hardswish", "HardswishFunction", "hardswish"]
 
@@ -43,7 +43,7 @@ class HardswishFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
-        return limited(_value(x), x, finite)
+        return value(_value, x, finite)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:

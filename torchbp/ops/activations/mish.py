@@ -35,8 +35,8 @@ from torchbp.ops.activations._infinities import (
     FAR,
     bounded,
     known_finite,
-    limited,
     mended,
+    value,
     with_limits,
 )
 
@@ -58,7 +58,7 @@ class MishFunction(Function):
             isinstance(x, Tensor) and x.numel() > _FEW and x.is_cpu
         ):  # what is no tensor torch's refuses
             return in_pieces(lambda x: mended(_nn.mish(x), x), x, into=_value_into, spare=1)
-        return limited(_nn.mish(x), x, finite)
+        return value(_nn.mish, x, finite)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:

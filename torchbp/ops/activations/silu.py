@@ -33,7 +33,7 @@ from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
     bounded,
     known_finite,
-    limited,
+    value,
     with_limits,
 )
 
@@ -49,7 +49,7 @@ class SiLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
-        return limited(_nn.silu(x), x, finite)
+        return value(_nn.silu, x, finite)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
