@@ -36,6 +36,7 @@ from torchbp.ops.activations._infinities import (
     bounded,
     known_finite,
     limited,
+    value,
     with_limits,
 )
 
@@ -61,8 +62,9 @@ class GELUFunction(Function):
     @staticmethod
     def forward(x: Tensor, approximate: str, finite: bool | None) -> Tensor:  # x, y: (*)
         few = approximate == "none" and type(x) in _TENSORS and _is_few(x)
-        y = F.gelu(x.double()).float() if few else F.gelu(x, approximate=approximate)
-        return limited(y, x, finite)
+        if few:
+            return limited(F.gelu(x.double()).float(), x, finite)
+        return value(partial(F.gelu, approximate=approximate), x, finite)
 
     @staticmethod
     def setup_context(
