@@ -54,7 +54,8 @@ def _tries(case: Case) -> Iterator[tuple[Case, str]]:
     for which, factor in zip(one_sided, NEGATED[-len(one_sided) :], strict=False):
         other = _negated(case, case.where[which], factor)
         if accepts(other) and not _closed(case, other, which):
-            yield other, f" where {case.names[which]} is {factor:g} times as large"
+            by = "negated" if factor == -1 else f"{factor:g} times as large"
+            yield other, f" where {case.names[which]} is {by}"
 
 
 def _near_bounds(case: Case) -> Case | None:
