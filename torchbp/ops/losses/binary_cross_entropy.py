@@ -64,9 +64,6 @@ class BCELossFunction(Function):
     ) -> Tensor:  # (*), (*) -> () or (*)
         if inside is None:  # it looks whether values are in [0, 1], too
             return _nn.binary_cross_entropy(x, target, None, REDUCTIONS[reduction])
-        if not x.is_cpu and fused(x, target) and x.dtype == target.dtype:  # one of a GPU's
-            w = None if weight is None else weight.to(x.dtype).expand_as(x)
-            return _nn.binary_cross_entropy(x, target, w, REDUCTIONS[reduction])
         if weight is None:
             return reduced(_values, reduction, x, target)
         return reduce(scale_fresh(in_pieces(_values, x, target), weight), reduction)
