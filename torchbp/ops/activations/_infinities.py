@@ -49,8 +49,8 @@ def limited(y: Tensor, x: Tensor, finite: bool | None) -> Tensor:
 
 def value(forward: Callable[[Tensor], Tensor], x: Tensor, finite: bool | None) -> Tensor:
     """Return torch's kernel ``forward(x)``, but its limit where ``x`` is ±∞; on a GPU by one more kernel, before it."""
-    if isinstance(x, Tensor) and not x.is_cpu and x.is_floating_point():
-        return forward(x.clamp(min=-FAR))  # at ∞ the kernels are right
+    if isinstance(x, Tensor) and x.is_cuda and x.is_floating_point():
+        return forward(x.clamp(min=-FAR))  # at ∞ CUDA's kernels are right
     return limited(forward(x), x, finite)
 
 
