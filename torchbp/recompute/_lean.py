@@ -35,7 +35,8 @@ def lean(model: M, budget: float | None = None) -> M:
     saved-tensor hooks (a checkpoint, ``save_on_cpu``). :func:`torchbp.revert` undoes it.
 
     With a ``budget`` outputs of Linear, convolution and attention are let go too, the cheapest to make again for each
-    byte first, until what is kept is within it. The first forward measures; the second is within the budget. Sharded
+    byte first, until what is kept is within it. The first forward measures; the second is within the budget,
+    under autocast perhaps only the fourth. Sharded
     models (FSDP) let go what is cheap alone.
 
     Args:
