@@ -37,10 +37,8 @@ __all__ = [
     "reduced",
     "spread",
 ]
-WIDE = (
-    torch.float32,
-    torch.float64,
-)  # autocast leaves their losses alone; a mean is the sum's quotient
+# Autocast leaves losses of these dtypes alone; a mean is the sum's quotient.
+WIDE = (torch.float32, torch.float64)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's kernels count them
 
 
