@@ -29,15 +29,13 @@ _CAPTURED = (
     "watch: expected a backward that runs, got one that a CUDA graph captures, whose replays call no hook; "
     "capture layers instead, by torch.cuda.make_graphed_callables, or close the monitor first"
 )
+graph_task = torch._C._current_graph_task_id  # noqa: SLF001
+_queue = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001
 
 
 def is_captured() -> bool:
     """Whether a CUDA graph captures the current stream: nothing is computed there now."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-graph_task = torch._C._current_graph_task_id  # noqa: SLF001
-_queue = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001
 
 
 def in_backward() -> bool:

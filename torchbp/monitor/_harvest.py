@@ -246,9 +246,8 @@ def _send(tensors: list[Tensor]) -> Callable[[], Vector]:
     pinned = torch.empty(joined.shape, dtype=joined.dtype, device="cpu", pin_memory=True)
     pinned.copy_(joined, non_blocking=True)
     event = torch.cuda.Event(blocking=True)  # to sleep, and not to turn in a loop beside training
-    event.record(
-        torch.cuda.current_stream(joined.device)
-    )  # not of the current device, another perhaps
+    # The stream of the tensor's device: the current one may be another.
+    event.record(torch.cuda.current_stream(joined.device))
 
     def wait() -> Vector:
         event.synchronize()

@@ -122,9 +122,7 @@ class Listener:
         return (own, *args[1:])
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if (
-            _is_compiling() or is_captured()
-        ):  # then nothing is computed, and later replays are silent
+        if _is_compiling() or is_captured():  # nothing is computed, and later replays are silent
             return
         start = time.perf_counter()
         self._hear(module, args, output)

@@ -85,9 +85,8 @@ class Meter:
         groups = None if plan is None else plan.groups([found[i] for i in plan.order], room)
         if plan is None or groups is None:
             full = len(self._plans) >= _PLANS
-            if (
-                full or plan is not None
-            ):  # no more than that: parameters may wait there to be subtracted
+            # No more often than that: parameters may wait there to be subtracted.
+            if full or plan is not None:
                 self.settle()
             if full:
                 self._plans.clear()

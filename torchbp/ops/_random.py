@@ -3,16 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from torchbp.ops._function import eager, visible
+from torchbp.ops._function import eager
 
-__all__ = ["cheap", "int32_of", "plain"]
+__all__ = ["int32_of", "plain"]
 
 _INT64_MIN = -(2**63)
-
-
-def cheap(x: Tensor) -> bool:
-    """Whether :func:`int32_of` is faster than ``torch.rand_like`` here, and right: on a CPU, outside transforms."""
-    return visible(x)
 
 
 def plain(x: Tensor) -> bool:

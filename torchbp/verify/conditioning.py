@@ -5,6 +5,7 @@ from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
+from torchbp.verify.tensors import uniform
 
 __all__ = ["in_dtype", "rounded_norm_error", "spread", "terms"]
 
@@ -48,7 +49,7 @@ def spread(case: Case, dtype: torch.dtype) -> list[float]:
         def moved(t: Tensor, generator: torch.Generator = generator) -> Tensor:
             if not t.is_floating_point():
                 return t
-            r = torch.rand(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t)
+            r = uniform(t.shape, generator).to(t)
             return t * (1 + eps * (2 * r - 1))
 
         try:

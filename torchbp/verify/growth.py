@@ -114,10 +114,9 @@ class _Search:
         same = max(size.now for size in sizes) + 1
         other, new = self._same(sizes, same)
         if other is None:
-            if same % 2 and any(size.now == 1 for size in sizes):
-                other, _ = self._same(sizes, same + 1)
-            if other is not None:
-                self.case.memo["one more"] = [other]
+            may_divide = same % 2 and any(size.now == 1 for size in sizes)
+            even, _ = self._same(sizes, same + 1) if may_divide else (None, {})
+            self.case.memo["one more"] = [] if even is None else [even]
             return False
         growth = dict.fromkeys(sizes, 0.0)
         by_change = {(size.now, n): size for size, n in new.items()}

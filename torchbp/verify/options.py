@@ -16,9 +16,10 @@ __all__ = ["NEVER_NEGATIVE", "SIMPLE", "Values", "options", "others", "with_opti
 
 SIMPLE = (bool, int, float, str)
 
+# In the name of an argument.
 NEVER_NEGATIVE = re.compile(
     "clip|decay|delta|drop|eps|keep|limit|margin|max|prob|radius|rate|ratio|sigma|size|smooth|std|tau|temp|tol|width"
-)  # in a name
+)
 
 Values = dict[int | str, Any]  # by position in `flat`, by name, or by attribute of a Module
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import ForwardRaised
-from torchbp.verify.tensors import scale_of
+from torchbp.verify.tensors import scale_of, uniform
 from torchbp.verify.tolerance import largest
 
 __all__ = [
@@ -89,9 +89,7 @@ def _grown(case: Case, wanted: Mapping[tuple[int, int], int]) -> Case:
                 t = t.index_select(d, at)
                 grown = True
         if grown and i in case.where and t.numel():
-            r = torch.rand(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(
-                t.real
-            )
+            r = uniform(t.shape, generator).to(t.real)
             t = t * (1 + 0.05 * r) + 0.01 * r * largest(t)
         return t
 

@@ -19,6 +19,7 @@ __all__ = [
     "scale_of",
     "signed_like",
     "tensors_in",
+    "uniform",
 ]
 
 _DOUBLE = {
@@ -35,11 +36,16 @@ def double(t: Tensor) -> Tensor:
     return t.to(_DOUBLE.get(t.dtype, t.dtype))
 
 
+def uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return float64 values in [0, 1), drawn on the CPU whatever the default device is."""
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
 def signed_like(t: Tensor, generator: torch.Generator) -> Tensor:
     """Return values of both signs, none near 0: |v| is in [0.5, 1.5). They hide nothing by being small."""
 
     def draw() -> Tensor:
-        r = torch.rand(t.shape, generator=generator, dtype=torch.float64, device="cpu")
+        r = uniform(t.shape, generator)
         sign = torch.randint(2, t.shape, generator=generator, device="cpu") * 2 - 1
         return sign * (r + 0.5)
 

@@ -42,9 +42,7 @@ class HardsigmoidFunction(Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:  # x, y: (*)
-        if (
-            isinstance(x, Tensor) and x.dtype == torch.float64 and not x.is_cpu
-        ):  # a GPU's kernel rounds 1/6 to float32
+        if rounds_a_sixth(x):
             return (x + 3).clamp(0, 6) / 6
         return F.hardsigmoid(x)
 
@@ -65,6 +63,11 @@ class HardsigmoidFunction(Function):
     def jvp(ctx: Context, tangent_x: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return _times_derivative(tangent_x, x)
+
+
+def rounds_a_sixth(x: Tensor) -> bool:
+    """Whether torch's kernel of a hard gate rounds 1/6 to float32, though ``x`` is float64: a GPU's (torch 2.11)."""
+    return isinstance(x, Tensor) and x.dtype == torch.float64 and not x.is_cpu
 
 
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import bounded, known_finite, value
+from torchbp.ops.activations.hardsigmoid import rounds_a_sixth
 
 __all__ = ["Hardswish", "HardswishFunction", "hardswish"]
 
@@ -65,9 +66,7 @@ class HardswishFunction(Function):
 
 
 def _value(x: Tensor) -> Tensor:
-    if (
-        isinstance(x, Tensor) and x.dtype == torch.float64 and not x.is_cpu
-    ):  # a GPU's kernel rounds 1/6 to float32
+    if rounds_a_sixth(x):
         return x * (x + 3).clamp(0, 6) / 6
     return _nn.hardswish(x)
 
@@ -79,8 +78,9 @@ def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
 
 def _reference(input: Tensor, inplace: bool = False) -> Tensor:
     """Torch's, or where that is rounded the definition."""
-    wide = input.dtype == torch.float64 and not input.is_cpu
-    return input * F.relu6(input + 3) / 6 if wide else F.hardswish(input, inplace)
+    if rounds_a_sixth(input):
+        return input * F.relu6(input + 3) / 6
+    return F.hardswish(input, inplace)
 
 
 _hardswish = entry(HardswishFunction, again=HardswishFunction.forward)

@@ -54,9 +54,8 @@ class MishFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
-        if (
-            isinstance(x, Tensor) and x.numel() > _FEW and x.is_cpu
-        ):  # what is no tensor torch's refuses
+        # What is no tensor torch's refuses.
+        if isinstance(x, Tensor) and x.numel() > _FEW and x.is_cpu:
             return in_pieces(lambda x: mended(_nn.mish(x), x), x, into=_value_into, spare=1)
         return value(_nn.mish, x, finite)
 

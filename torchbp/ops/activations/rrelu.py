@@ -28,9 +28,9 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, as_dtype, entry, is_half, public
+from torchbp.ops._function import Context, as_dtype, entry, is_half, public, visible
 from torchbp.ops._op import Op
-from torchbp.ops._random import cheap, int32_of
+from torchbp.ops._random import int32_of
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations.leaky_relu import leaky_relu
 
@@ -77,7 +77,7 @@ def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
         _nn.rrelu_with_noise(wide, slopes, lower, upper, True)  # two calls instead of ten
         return as_dtype(slopes, x.dtype)
     drawn = _uniform(x).mul_(upper - lower).add_(lower)
-    if not cheap(x):
+    if not visible(x):
         return torch.where(x <= 0, drawn, 1)
     # A mask and torch.where take ten times as long as these kernels: 1 where x > 0, else -1; then 1 or drawn.
     sign = F.threshold(x, 0, -1).sign_()
@@ -86,12 +86,12 @@ def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
 
 def _is_few(x: Tensor) -> bool:
     """Whether torch's kernel, which draws one number after the other, is faster."""
-    return cheap(x) and x.numel() <= _FEW and x.is_floating_point()
+    return visible(x) and x.numel() <= _FEW and x.is_floating_point()
 
 
 def _uniform(x: Tensor) -> Tensor:
     """Draw from U(0, 1), whatever the strides of ``x``."""
-    if cheap(x):
+    if visible(x):
         wide = torch.float32 if is_half(x) else x.dtype
         return int32_of(x.shape).to(wide).mul_(2**-32).add_(0.5).to(x.dtype)
     return torch.rand_like(x, memory_format=torch.contiguous_format)

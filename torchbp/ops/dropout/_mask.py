@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import fused, kernel
-from torchbp.ops._random import cheap, int32_of, plain
+from torchbp.ops._function import fused, kernel, visible
+from torchbp.ops._random import int32_of, plain
 
 __all__ = ["draw", "is_identity", "masked", "one_kernel"]
 
@@ -35,7 +35,7 @@ def draw(x: Tensor, p: float, leading: int | None = None) -> Tensor:
         p: Probability.
         leading: One element is drawn for each index of so many first dimensions, (N, C, 1, ...); of all by default.
     """
-    if not cheap(x):
+    if not visible(x):
         if leading is not None:
             x = x[(..., *(slice(0, 1) for _ in range(x.dim() - leading)))]
         if plain(x):  # a third of the kernels; on a GPU, in the order of memory

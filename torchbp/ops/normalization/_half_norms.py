@@ -26,6 +26,7 @@ __all__ = [
     "sizes",
 ]
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _batch_norm_backward = kernel("native_batch_norm_backward")
 group_norm_backward = kernel("native_group_norm_backward")
 
@@ -34,12 +35,18 @@ def sizes(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], math.prod(x.shape[2:])
 
 
-def as_kernels_take_it(x: Tensor) -> Tensor:
-    """Return ``x`` as the kernels take it: contiguous, channels last where it is so."""
+def as_kernels_take_it(x: Tensor, last: Sequence[int] = (4,)) -> Tensor:
+    """Return ``x`` as the kernels take it: contiguous, or channels last where it is so.
+
+    Args:
+        x: ``(N, C, *)``.
+        last: Of how many dimensions the latter is taken.
+    """
     if torch._C._are_functorch_transforms_active():  # vmap cannot tell the latter
         return x.contiguous()
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x if last else x.contiguous()
+    dims = x.dim()
+    kept = dims in last and x.is_contiguous(memory_format=_CHANNELS_LAST[dims])
+    return x if kept else x.contiguous()
 
 
 def batch_norm_backward(

@@ -37,6 +37,7 @@ from torchbp.ops._op import Op
 from torchbp.ops.normalization import _batch_norm_samples
 from torchbp.ops.normalization._batch_norm_arguments import check
 from torchbp.ops.normalization._half_norms import (
+    as_kernels_take_it,
     batch_norm_backward,
     half_batch_norm,
     half_batch_norm_backward,
@@ -71,8 +72,8 @@ class BatchNormFunction(Function):
         if x.numel() == 0:
             return x.clone(), x.new_empty(0), x.new_empty(0)
         rule = (training, momentum, eps)
-        if not x.is_cpu:
-            x = _dense(x)
+        if not x.is_cpu:  # a GPU's kernel (torch 2.11) gives y whatever strides x has
+            x = as_kernels_take_it(x, last=(4, 5))
         if not is_half(x):
             return torch.native_batch_norm(x, weight, bias, running_mean, running_var, *rule)
         return half_batch_norm(x, weight, bias, running_mean, running_var, *rule)
@@ -186,15 +187,6 @@ class BatchNormFunction(Function):
         if tangent_bias is not None:
             tangent_y = tangent_y + along_channels(tangent_bias, x)
         return tangent_y.to(x.dtype), None, None
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Return ``x`` contiguous, or channels last: a GPU's kernel (torch 2.11) gives y whatever strides x has."""
-    if torch._C._are_functorch_transforms_active():  # vmap cannot tell the latter
-        return x.contiguous()
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
-    return x if last else x.contiguous()
 
 
 def _dims(x: Tensor) -> tuple[int, ...]:

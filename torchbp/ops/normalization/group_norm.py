@@ -216,9 +216,8 @@ def group_norm(
             raise RuntimeError(wrong("group_norm", rule, shape(t), "one a channel"))
         if t is not None and t.dtype != input.dtype and not is_half(input):
             raise RuntimeError(wrong("group_norm", f"{name} of {input.dtype}", t.dtype, "cast one"))
-    if not input.is_cpu and autocasts(
-        input.device.type
-    ):  # there it is one of autocast's float32 ops
+    # Off the CPU it is one of autocast's float32 ops.
+    if not input.is_cpu and autocasts(input.device.type):
         weight, bias = (t if t is None else widened(t) for t in (weight, bias))
         input = widened(input)
     return _group_norm(input, num_groups, weight, bias, eps)[0]

@@ -13,6 +13,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
+from torchbp.verify.tensors import uniform
 
 NAME = "constants"
 
@@ -46,7 +47,7 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _varied(t: Tensor, generator: torch.Generator) -> Tensor:
     """Return other values of the same signs; what sums to 1 does so still, and a mask of 0 and 1 is left alone."""
-    r = torch.rand(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t)
+    r = uniform(t.shape, generator).to(t)
     values = t.unique().tolist()
     if values == [0.0]:
         return r - 0.5

@@ -29,9 +29,8 @@ FAR = (1e6, 1e10)  # where a gradient that has a limit at infinity has about rea
 BEYOND = torch.tensor([torch.inf, -torch.inf, *FAR, *(-x for x in FAR)], **OPTIONS)
 # All that is asked of an input: the points, what lies beside them, and what is far away.
 ASKED = torch.cat([POINTS, *(POINTS + sign * h * SIZE for h, sign in SIDES), BEYOND])
-HOME = torch.arange(len(ASKED), device="cpu") % len(
-    POINTS
-)  # a point, and what lies beside it: one place
+# A point, and what lies beside it: one place.
+HOME = torch.arange(len(ASKED), device="cpu") % len(POINTS)
 TOLERANCE = 1e-3
 LARGEST = 2**16  # elements
 

@@ -55,11 +55,12 @@ def _run(case: Case) -> Iterator[Finding]:
 def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> Finding | None:
     positive = case.variant(lambda t: t.abs() if t.is_floating_point() else t, parameters=True)
     long = size.near(LENGTH)
-    errors = _errors(resized(positive, {size: long}), long, dtype)
+    longer = resized(positive, {size: long})
+    errors = _errors(longer, long, dtype)
     worst = max(summed, key=errors.__getitem__) if errors else 0
     if not errors or errors[worst] <= OFF:
         return None
-    if _share_lost(resized(positive, {size: long}), long, dtype, worst) < LOST:
+    if _share_lost(longer, long, dtype, worst) < LOST:
         return None  # off in other ways: what a product or a softmax of 2048 terms rounds
     few = size.near(SHORT)
     short = _errors(resized(positive, {size: few}), few, dtype)

@@ -19,6 +19,7 @@ from torchbp.verify.options import options, others, with_options
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
+from torchbp.verify.tensors import uniform
 
 NAME = "optional"
 MOST = 3  # arguments
@@ -108,7 +109,7 @@ def _values(case: Case, name: str) -> Iterator[Any]:
     generator = case.generator(NAME)
 
     def weights(*shape: int) -> torch.Tensor:
-        r = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
+        r = uniform(shape, generator) + 0.5
         return r.to(device=first.device, dtype=first.real.dtype)
 
     rows, whole = tuple(first.shape[:-1]), tuple(first.shape)
@@ -120,14 +121,11 @@ def _values(case: Case, name: str) -> Iterator[Any]:
     result = case.all_outputs[0].shape
     sizes = first.shape[-1:] + first.shape[1:2] + result[-1:] + result[1:2]
     vectors = [(n,) for n in sizes]
-    states = [s[:d] + s[d + 1 :] for s in _shapes(case) for d in range(1, len(s) - 1)]
+    # An input without its steps, between rows and features, has the shape of a state.
+    shapes = [tuple(t.shape) for _, t in case.arguments if t.is_floating_point()]
+    states = [s[:d] + s[d + 1 :] for s in shapes for d in range(1, len(s) - 1)]
     yield from (weights(*shape) for shape in dict.fromkeys([*vectors, whole, rows, *states]))
     yield from (0.75, 2, 0)
-
-
-def _shapes(case: Case) -> list[tuple[int, ...]]:
-    """Return the shapes of the floating-point inputs: without the steps between rows and features, that of a state."""
-    return [tuple(t.shape) for _, t in case.arguments if t.is_floating_point()]
 
 
 def _asked(other: Case, at: int, value: Any) -> Case:

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import tensors_in
+from torchbp.verify.tensors import tensors_in, uniform
 from torchbp.verify.tolerance import compare, compare_all, largest
 
 NAME = "reference"
@@ -25,9 +24,7 @@ def _run(case: Case) -> Iterator[Finding]:
     def near(t: Tensor) -> Tensor:
         if not (t.is_floating_point() or t.is_complex()):
             return t
-        return t * (
-            1 + 0.5 * torch.rand(t.shape, generator=generator, dtype=torch.float64, device="cpu")
-        ).to(t)
+        return t * (1 + 0.5 * uniform(t.shape, generator)).to(t)
 
     for where, other in (("", case), (" near the sample", case.variant(near))):
         found = _compare(other, reference, where)
