@@ -131,6 +131,15 @@ def test_sums_by_atomics_are_no_fault(dtype):
         assert report, str(report)
 
 
+def test_probabilities_stay_probabilities():
+    """A kernel of torch's asserts that, and would end the process."""
+    p, t = (torch.rand(3, 4, dtype=torch.float64, device=DEVICE) for _ in "pt")
+    p = p.mul(0.8).add(0.1).requires_grad_()
+    report = check(torch.nn.functional.binary_cross_entropy, (p, t))
+    assert report, str(report)
+    torch.cuda.synchronize()
+
+
 class Single(Function):
     """A kernel that takes float32 alone, with atomics in its backward."""
 

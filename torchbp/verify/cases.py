@@ -14,7 +14,7 @@ from torchbp.verify.observed import Observed, observe
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.sample import Sample
 from torchbp.verify.tensors import signed_like, tensors_in
-from torchbp.verify.wild import refuse_wild_indices
+from torchbp.verify.wild import refuse_wild
 
 __all__ = ["Case"]
 
@@ -79,7 +79,7 @@ class Case(Sample):
             fixed: Makes what is passed of a tensor that is not a leaf; by default a copy, for functions that write.
         """
         self.calls.count(forward=1)
-        refuse_wild_indices(self)
+        refuse_wild(self)
         if self.copies_leaves:
             leaves = [leaf.clone() for leaf in leaves]
         others = {i: fixed(x) for i, x in enumerate(self.flat) if isinstance(x, Tensor)}
