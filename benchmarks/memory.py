@@ -292,6 +292,9 @@ def main() -> int:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # or its products refuse to be the same twice
     if args.child:
         print(_in_child(*args.child))
         return 0
