@@ -17,6 +17,8 @@ SAID_ON_A_GPU = (
     "There is a performance drop because we have not yet implemented the batching rule",
     "An output with one or more elements was resized",
     r"\s*Online softmax is disabled",
+    "Attempting to run cuBLAS, but there was no current CUDA context",
+    "Sparse invariant checks are implicitly disabled",
 )
 
 

@@ -78,9 +78,11 @@ def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
 
 def _reference(input: Tensor, inplace: bool = False) -> Tensor:
     """Torch's, or where that is rounded the definition."""
-    if rounds_a_sixth(input):
-        return input * F.relu6(input + 3) / 6
-    return F.hardswish(input, inplace)
+    if not rounds_a_sixth(input):
+        return F.hardswish(input, inplace)
+    nan = input.isnan()  # for which relu6 has another derivative
+    known = input.masked_fill(nan, 0)
+    return torch.where(nan, F.hardswish(input), known * F.relu6(known + 3) / 6)
 
 
 _hardswish = entry(HardswishFunction, again=HardswishFunction.forward)

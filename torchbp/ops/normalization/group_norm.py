@@ -233,8 +233,8 @@ class GroupNorm(nn.GroupNorm):
 
 
 def _samples(make: Make) -> Iterator[Sample]:
-    for dims in ((2, 4, 3), (3, 4), (2, 4, 2, 2), (0, 4, 2)):
-        args = (make.normal(*dims), 2, make.normal(4), make.normal(4))
+    for dims in ((2, 4, 3), (3, 6), (2, 4, 2, 2), (0, 4, 2)):
+        args = (make.normal(*dims), 2, make.normal(dims[1]), make.normal(dims[1]))
         yield Sample(args, name="x".join(map(str, dims)))
     yield Sample((make.normal(2, 3, 4), 1), {"eps": 1e-2}, name="one-group")
     yield Sample((make.normal(2, 3, 4), 3, make.normal(3)), name="channels")
