@@ -99,6 +99,8 @@ def _run(case: Case) -> Iterator[Finding]:
     inputs = [case.where[i] for i in range(len(case.leaves)) if case.where[i] < case.size]
     if len(elementwise(case)) == len(case.leaves):
         raise NotApplicable("works element by element: see edges and ties")
+    if not any(y.numel() for y in case.plain.outputs):
+        raise NotApplicable("the output is empty")
     most = max(map(largest, case.plain.grads))
     tested = False
     samples = dict(_samples(case, inputs))
@@ -112,7 +114,7 @@ def _run(case: Case) -> Iterator[Finding]:
         else:
             what = f"{case.name_at[pair[0]]} and {case.name_at[pair[1]]} are equal"
             samples[what] = _met(case, pair)
-    square = any(_is_square(case.flat[i]) for i in inputs)
+    square = [i for i in inputs if _is_square(case.flat[i])]
     seen = [case]
     for what, other in samples.items():
         # An output that cancels would seem to hold few bits.
@@ -122,9 +124,10 @@ def _run(case: Case) -> Iterator[Finding]:
             continue
         seen.append(other)
         tested = True
-        found = check_smooth(
-            other, NAME, f" where {what}", most, singular=square and what in SAMPLES
+        singular = (bool(square) and what in SAMPLES) or any(
+            not other.flat[i].any() for i in square
         )
+        found = check_smooth(other, NAME, f" where {what}", most, singular=singular)
         if found:
             yield found
             return

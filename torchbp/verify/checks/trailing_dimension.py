@@ -1,0 +1,68 @@
+"""One trailing dimension more: images instead of sequences, where channels stand second and forward takes both.
+
+Forward takes it as such where its outputs have it too.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from torchbp.verify._check import Check, NotApplicable, Refused
+from torchbp.verify.cases import Case
+from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.growth import elementwise
+from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts
+
+NAME = "trailing_dimension"
+
+
+def _run(case: Case) -> Iterator[Finding]:
+    if len(elementwise(case)) == len(case.leaves):
+        raise NotApplicable("works element by element")
+    chosen = _chosen(case)
+    if not chosen:
+        raise NotApplicable("no input of two dimensions")
+    other = case.edited(lambda i, t: torch.stack([t, t.roll(1, 0)], -1) if i in chosen else t)
+    if not accepts(other) or not _has_it(case, other):
+        raise NotApplicable("forward takes no further dimension, or not as one more place")
+    shapes = ", ".join(str(tuple(t.shape)) for _, t in other.arguments)
+    found = check_lines(
+        other, NAME, f" with a trailing dimension more, at shapes {shapes}", elsewhere=False
+    )
+    if found and found.got is None:
+        raise Refused(found.message)
+    if found:
+        yield found
+
+
+def _chosen(case: Case) -> list[int]:
+    """Return the inputs of the most dimensions, with the targets of their rows."""
+    most = max(t.dim() for _, t in case.arguments)
+    largest = [i for i, t in case.arguments if t.dim() == most > 1]
+    rows = {len(case.flat[i]) for i in largest}
+    targets = [
+        i
+        for i, t in case.arguments
+        if 0 < t.dim() < most
+        and len(t) in rows
+        and not t.is_floating_point()
+        and not t.is_complex()
+    ]
+    return [*largest, *targets]
+
+
+def _has_it(case: Case, other: Case) -> bool:
+    pairs = zip(case.all_outputs, other.all_outputs, strict=False)
+    return all(y.shape == (*one.shape, 2) for one, y in pairs)
+
+
+CHECK = Check(
+    name=NAME,
+    tests="the gradient is right with a trailing dimension more",
+    run=_run,
+    order=81,
+    needs=("same values",),
+    level="full",
+    differences=True,
+)
