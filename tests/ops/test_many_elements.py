@@ -8,6 +8,7 @@ from tests.ops.conftest import make
 from torchbp.ops._function import formula_only
 from torchbp.ops._op import all_ops
 from torchbp.ops._samples import one_tensor
+from torchbp.ops.losses._exp import exponential
 
 OPS = [op for op in all_ops().values() if not op.random]
 MANY = 1 << 15  # elements; more than every "few"
@@ -33,3 +34,16 @@ def test_many_elements_as_the_formula(many):
     for a, b in zip(found, expected, strict=True):
         scale = b.abs().max().item()
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 * (1 + scale))
+
+
+@pytest.mark.cpu("elsewhere it is torch.exp")
+@pytest.mark.parametrize(
+    "length", [3 << 12, 3 << 12 | 5]
+)  # rows of 4096; and a piece that is not of rows
+def test_exponential_of_many(length):
+    x = 5 * make(torch.float32).normal(length, requires_grad=False)
+    edges = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 88.7, 89.0, -87.0, -104.0])
+    x[: len(edges)] = edges
+    x[4096], x[8192] = -torch.inf, torch.inf  # first in its row, which is written apart
+    found = exponential(3 << 12, x)(torch.empty_like(x), x)
+    torch.testing.assert_close(found, x.exp(), rtol=2.4e-7, atol=1e-37, equal_nan=True)

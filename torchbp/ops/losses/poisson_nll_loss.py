@@ -42,6 +42,7 @@ from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import alike, in_pieces, length_written
 from torchbp.ops._reduction import FEW, broadcast, in_common_dtype, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops.losses._exp import exponential
 from torchbp.ops.losses._limits import product, with_limits
 
 __all__ = ["PoissonNLLLoss", "PoissonNLLLossFunction", "poisson_nll_loss"]
@@ -148,10 +149,12 @@ def _values_of_rate_into(values: Tensor, rate: Tensor, x: Tensor, t: Tensor) -> 
 def _by_pieces(x: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """Return the reduced loss and the rate, each piece of which is used while it is in the cache."""
     rate = torch.empty_like(x)
-    rates = iter(rate.view(-1).split(length_written(x)))
+    length = length_written(x)
+    rates = iter(rate.view(-1).split(length))
+    exp_into = exponential(min(length, x.numel()), x)
 
     def into(values: Tensor, x: Tensor, t: Tensor) -> None:
-        part = torch.exp(x, out=next(rates).view(x.shape))
+        part = exp_into(next(rates).view(x.shape), x)
         _values_of_rate_into(values, part, x, t)
 
     return reduced(torch.mul, reduction, x, target, into=into), rate
