@@ -246,6 +246,22 @@ add(
     lambda: (r(5, 3), torch.tensor([0, 2]), r(2, 3)),
 )
 add("masked_fill", lambda x, m: x.masked_fill(m, 0.0), lambda: (r(3, 4), torch.rand(3, 4) > 0.5))
+add("adaptive_avg_pool1d", F.adaptive_avg_pool1d, lambda: (r(3, 8, 8), 1))
+add(
+    "layer_norm of one element",
+    lambda x, w: F.layer_norm(x, (1,), w),
+    lambda: ((8 * r(1)).detach().requires_grad_(), r(1)),
+)
+add(
+    "stft",
+    lambda x: torch.view_as_real(torch.stft(x, 7, center=False, return_complex=True)),
+    lambda: (r(10),),
+)
+add(
+    "lu_solve of nothing",
+    lambda b, lu: torch.lu_solve(b, lu, torch.tensor([1], dtype=torch.int32, device=b.device)),
+    lambda: (zeros(1, 0), r(1, 1)),
+)
 add(
     "F.layer_norm",
     lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b),
