@@ -248,11 +248,6 @@ add(
 add("masked_fill", lambda x, m: x.masked_fill(m, 0.0), lambda: (r(3, 4), torch.rand(3, 4) > 0.5))
 add("adaptive_avg_pool1d", F.adaptive_avg_pool1d, lambda: (r(3, 8, 8), 1))
 add(
-    "layer_norm of one element",
-    lambda x, w: F.layer_norm(x, (1,), w),
-    lambda: ((8 * r(1)).detach().requires_grad_(), r(1)),
-)
-add(
     "stft",
     lambda x: torch.view_as_real(torch.stft(x, 7, center=False, return_complex=True)),
     lambda: (r(10),),

@@ -92,8 +92,6 @@ def _batch(
         *(("the value of", f"output {k}", y, 0, k) for k, y in enumerate(values)),
         *(("grad of", case.names[k], g, 1, k) for k, g in enumerate(grads)),
     ]
-    # A gradient that cancels to 0 is rounded at the size of what goes into it.
-    also = max(largest(t) for t in (*case.plain.cotangents, *case.plain.grads))
     found = []
     for what, name, got, kind, k in pairs:
         expected = torch.stack([parts[kind][k] for parts in looped])
@@ -102,7 +100,7 @@ def _batch(
             name,
             got,
             expected,
-            rounding(case, expected) * (largest(expected) + (also if kind else 1 / 16)),
+            rounding(case, expected) * (largest(expected) + 1 / 16),
             what=what,
             when=when,
             cause="the vmap rule: in_dims or the batch dimension of the output, or a function that mixes samples",
