@@ -79,7 +79,7 @@ class Case(Sample):
             fixed: Makes what is passed of a tensor that is not a leaf; by default a copy, for functions that write.
         """
         self.calls.count(forward=1)
-        refuse_wild(self)
+        refuse_wild(self, leaves)
         if self.copies_leaves:
             leaves = [leaf.clone() for leaf in leaves]
         others = {i: fixed(x) for i, x in enumerate(self.flat) if isinstance(x, Tensor)}

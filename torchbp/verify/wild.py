@@ -6,10 +6,12 @@ Where integers are among the inputs whatever it says there counts; else what it 
 it holds on the GPU, is told of, too) or of that range.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from torchbp.verify.raised import ForwardRaised, reason
 from torchbp.verify.tensors import tensors_in
@@ -27,21 +29,36 @@ _ASSERTED = (
 )  # what is said of what a kernel asserts
 
 
-def refuse_wild(sample: "Sample") -> None:
-    """Raise :class:`ForwardRaised` where the function, on the CPU, does not take the sample; once found, remembered."""
+def refuse_wild(sample: "Sample", leaves: Sequence[Tensor]) -> None:
+    """Raise :class:`ForwardRaised` where the function, on the CPU, does not take the sample, or its leaves moved there.
+
+    What the CPU says of the sample is remembered.
+    """
+    if all(t.device.type == "cpu" for t in sample.flat if isinstance(t, Tensor)):
+        return
     if "wild" not in sample.memo:
-        sample.memo["wild"] = _refusal(sample) if _is_another(sample) else None
-    if sample.memo["wild"] is not None:
-        raise ForwardRaised(sample.memo["wild"])
+        sample.memo["wild"] = _refusal(sample, sample.leaves) if _is_another(sample) else None
+    refusal = sample.memo["wild"]
+    if refusal is None and _leaves_the_probabilities(sample, leaves):
+        refusal = _refusal(sample, leaves)
+    if refusal is not None:
+        raise ForwardRaised(refusal)
 
 
 def _is_another(sample: "Sample") -> bool:
-    """Whether it is on a GPU, and of other sizes, integers or no probabilities, unlike the user's."""
-    tensors = [x for x in sample.flat if isinstance(x, Tensor)]
-    if all(t.device.type == "cpu" for t in tensors):
-        return False
+    """Whether it is of other sizes, integers or no probabilities, unlike the user's."""
     pairs = zip(sample.name_at, sample.flat, strict=True)
     return any(not _alike(value, sample.origin.get(name)) for name, value in pairs)
+
+
+def _leaves_the_probabilities(sample: "Sample", leaves: Sequence[Tensor]) -> bool:
+    """Whether a step beyond 1, or below 0, was taken from a sample of probabilities."""
+    if any(map(is_functorch_wrapped_tensor, leaves)):
+        return False  # whose values are not to be seen
+    return any(
+        _is_probability(old) and not _is_probability(new)
+        for old, new in zip(sample.leaves, leaves, strict=True)
+    )
 
 
 def _counts(t: Tensor) -> bool:
@@ -62,11 +79,11 @@ def _is_probability(t: Tensor) -> bool:
     return t.is_floating_point() and bool(((t >= 0) & (t <= 1)).all())
 
 
-def _refusal(sample: "Sample") -> str | None:
+def _refusal(sample: "Sample", leaves: Sequence[Tensor]) -> str | None:
     """Return what the function says on the CPU, if it raises there."""
     flat = [x.detach().cpu() if isinstance(x, Tensor) else x for x in sample.flat]
-    for i in sample.where:
-        flat[i].requires_grad_()
+    for i, leaf in zip(sample.where, leaves, strict=True):
+        flat[i] = leaf.detach().cpu().requires_grad_()
     asked = "on the CPU, where a wild index does no harm: "
     with torch.device("cpu"), torch.enable_grad():
         try:
