@@ -47,6 +47,7 @@ NINTH: dict[str, Unseen] = {}
 TENTH: dict[str, Unseen] = {}
 ELEVENTH: dict[str, Unseen] = {}
 TWELFTH: dict[str, Unseen] = {}
+THIRTEENTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -60,6 +61,7 @@ SETS = {
     "tenth set": TENTH,
     "eleventh set": ELEVENTH,
     "twelfth set": TWELFTH,
+    "thirteenth set": THIRTEENTH,
 }
 
 
@@ -107,6 +109,19 @@ def every():
         tenth,
         third,
         third_layers,
+        thirteenth_algebra,
+        thirteenth_attention,
+        thirteenth_convolution,
+        thirteenth_geometry,
+        thirteenth_losses,
+        thirteenth_norms,
+        thirteenth_orders,
+        thirteenth_parallel,
+        thirteenth_points,
+        thirteenth_pooling,
+        thirteenth_powers,
+        thirteenth_scans,
+        thirteenth_sequences,
         transforms,
         twelfth_attention,
         twelfth_geometry,
