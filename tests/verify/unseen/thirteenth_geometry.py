@@ -186,7 +186,9 @@ class RegionMeanScratch(RegionMean):
 
 def _region_mean(function):
     def region_mean(x, boxes):
-        """Mean of x (C, L) over each of the boxes (R, 2), R > 0, from a to b > a: (C, R)."""
+        """Mean of x (C, L) over each of the boxes (R, 2), R > 0, from a to b, 0 <= a < b <= L: (C, R)."""
+        if not all(0 <= a < b <= x.shape[-1] for a, b in boxes.tolist()):
+            raise ValueError("a box is empty, or not within x")
         return function.apply(x, boxes)
 
     return region_mean

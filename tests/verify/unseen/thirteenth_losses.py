@@ -113,6 +113,10 @@ class MultinomialAxis(Multinomial):
 def _multinomial(function):
     def multinomial_loss(x, target):
         """Mean negative log likelihood of target (N,) under the logits x (N, C), N > 0."""
+        if x.dim() != 2 or target.shape != x.shape[:1]:
+            raise ValueError(
+                f"expected logits (N, C) and N targets, got {x.shape} and {target.shape}"
+            )
         return function.apply(x, target)
 
     return multinomial_loss

@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import F64, real
 from tests.verify.unseen.thirteenth import add
+from tests.verify.unseen.twelfth import wide
 
 
 class Linear(Function):
@@ -91,7 +92,12 @@ class GroupNormLast(GroupNorm):
 
 def _group_norm(function):
     def group_norm(x, w, b, num_groups=2):
-        """Group norm of x (N, C, *), of three dimensions or more, with w and b (C,); no size is 0."""
+        """Group norm of x (N, C, *), of three dimensions or more, with w and b (C,); no size is 0.
+
+        num_groups divides C.
+        """
+        if x.dim() < 3 or x.shape[1] % num_groups:
+            raise ValueError(f"num_groups must divide the channels of {tuple(x.shape)}")
         return function.apply(x, w, b, num_groups)
 
     return group_norm
@@ -121,15 +127,17 @@ class LayerNorm(Function):
     @staticmethod
     def gradients(ctx, g, total):
         x, w = ctx.saved_tensors
-        grads, total_w = [], torch.zeros_like(w)
-        for tile, d in zip(x.split(LayerNorm.rows), g.split(LayerNorm.rows), strict=True):
+        grads, total_w = [], torch.zeros_like(wide(w))
+        rows, d_rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, x.shape[-1])
+        tiles = zip(rows.split(LayerNorm.rows), d_rows.split(LayerNorm.rows), strict=True)
+        for tile, d in tiles:
             y = tile - tile.mean(-1, keepdim=True)
             rstd = (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
             y = y * rstd
-            total_w = total_w + (d * y).sum(0)
+            total_w = total_w + wide(d * y).sum(0)
             dw = d * w
             grads.append(rstd * (dw - (total(dw) + y * total(dw * y)) / x.shape[-1]))
-        return torch.cat(grads), total_w
+        return torch.cat(grads).view_as(x), total_w.to(w.dtype)
 
     @staticmethod
     @once_differentiable
@@ -146,7 +154,7 @@ class LayerNormTile(LayerNorm):
 
 def _layer_norm(function):
     def layer_norm(x, w):
-        """Layer norm of the rows of x (N, D), with the gains w (D,), D > 0."""
+        """Layer norm of the rows of x (..., D), with the gains w (D,), D > 0."""
         return function.apply(x, w)
 
     return layer_norm

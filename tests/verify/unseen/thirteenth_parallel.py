@@ -138,6 +138,8 @@ def _combine(function):
 
         No size is 0.
         """
+        if order.numel() != weights.numel():
+            raise ValueError("order must name a row for each weight")
         return function.apply(tokens, order, weights)
 
     return combine

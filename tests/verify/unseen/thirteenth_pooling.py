@@ -45,6 +45,8 @@ class PatchPoolReturn(PatchPool):
 def _patch_pool(function):
     def patch_pool(x, kernel_size=2):
         """Largest element of each patch of x (C, H, W), whose height and width kernel_size divides."""
+        if x.shape[1] % kernel_size or x.shape[2] % kernel_size:
+            raise ValueError("kernel_size must divide height and width")
         return function.apply(x, kernel_size)
 
     return patch_pool

@@ -253,14 +253,14 @@ class Zoneout(Function):
     def gradients(ctx, g, masks):
         x, u, mask = ctx.saved_tensors
         states = Zoneout.states(x, u, mask)
-        d, grad_u, parts = torch.zeros_like(x[0]), torch.zeros_like(u), []
+        d, grad_u, parts = torch.zeros_like(x[0]), torch.zeros_like(wide(u)), []
         for t in range(x.shape[0] - 1, -1, -1):
             d = d + g[t]
             part = d * (1 - masks[t]) * (1 - (x[t] + u * states[t]).tanh().square())
             parts.append(part)
-            grad_u = grad_u + (part * states[t]).sum(0)
+            grad_u = grad_u + wide(part * states[t]).sum(0)
             d = d * masks[t] + part * u
-        return torch.stack(parts[::-1]), grad_u, None
+        return torch.stack(parts[::-1]), grad_u.to(u.dtype), None
 
     @staticmethod
     @once_differentiable
