@@ -10,12 +10,15 @@ argument says that there is none.
 from collections.abc import Iterator
 from itertools import islice
 
+from torch import Tensor
+
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.options import NEVER_NEGATIVE, Values, options, others, with_options
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
+from torchbp.verify.tensors import signed_like
 
 NAME = "arguments"
 MOST = 4  # arguments alone, beside all real numbers at once and all others at once
@@ -45,9 +48,10 @@ def _run(case: Case) -> Iterator[Finding]:
                 for i, x in change.items()
             )
             found = check_lines(other, NAME, when)
-            # Where forward is flat a gradient may be a straight-through estimator's; a slope of 0 makes none of it.
+            # Where forward is flat a gradient may be a straight-through estimator's; a slope of 0 makes none of it, nor
+            # does a part of the input that is not read.
             zero = all(type(x) is float and x == 0 for x in change.values())
-            if found and (found.expected != 0 or zero):
+            if found and (found.expected != 0 or zero or not _is_flat(other, found)):
                 yield found
                 return
             if not found:
@@ -61,6 +65,18 @@ def _run(case: Case) -> Iterator[Finding]:
 def _is_part(change: Values, whole: Values) -> bool:
     """Whether these flags and words were right together with others; what a number does a word may hide."""
     return all(isinstance(x, (bool, str)) and whole.get(i) == x for i, x in change.items())
+
+
+def _is_flat(case: Case, found: Finding) -> bool:
+    """Whether forward stays as it is as the whole of that input moves a little."""
+    generator = case.generator(NAME)
+    moving = {w for w, name in zip(case.where, case.names, strict=True) if name == found.input}
+
+    def move(i: int, t: Tensor) -> Tensor:
+        return t * (1 + 2.0**-20 * signed_like(t, generator)) if i in moving else t
+
+    moved = case.edited(move, parameters=True)
+    return accepts(moved) and same_outputs(case, moved)
 
 
 def _tries(case: Case, values: Values) -> Iterator[list[Values]]:

@@ -27,10 +27,13 @@ STEPS = (2.0**-12, 2.0**-15)  # times SIZE
 SIDES = [(h, sign) for h in STEPS for sign in (-1, 1)]
 FAR = (1e6, 1e10)  # where a gradient that has a limit at infinity has about reached it
 BEYOND = torch.tensor([torch.inf, -torch.inf, *FAR, *(-x for x in FAR)], **OPTIONS)
-# All that is asked of an input: the points, what lies beside them, and what is far away.
-ASKED = torch.cat([POINTS, *(POINTS + sign * h * SIZE for h, sign in SIDES), BEYOND])
+# So close to 0 that the gradient is that at 0: what takes large numbers from each other shows at one in four.
+TINY = torch.tensor([(-1) ** k * 1e-17 * 1.7**k for k in range(16)], **OPTIONS)
+# All that is asked of an input: the points, what lies beside them, what is tiny, and what is far away.
+ASKED = torch.cat([POINTS, *(POINTS + sign * h * SIZE for h, sign in SIDES), TINY, BEYOND])
 # A point, and what lies beside it: one place.
 HOME = torch.arange(len(ASKED), device="cpu") % len(POINTS)
+HOME[len(POINTS) * (1 + len(SIDES)) : -len(BEYOND)] = 0
 TOLERANCE = 1e-3
 LARGEST = 2**16  # elements
 
@@ -43,8 +46,9 @@ def _run(case: Case) -> Iterator[Finding]:
     asked = (_together(wide, chosen) or _apart(wide, chosen)) if wide else None
     for which in chosen:
         y, g = asked[which] if asked else _one_place(case, which)
-        n = len(BEYOND)
-        yield from _at_points(case, which, y[:-n], g[:-n])
+        n, tiny = len(BEYOND), g[-len(BEYOND) - len(TINY) : -len(BEYOND)]
+        found = list(_at_points(case, which, y[: -n - len(TINY)], g[: -n - len(TINY)]))
+        yield from found or _at_tiny(case, which, y, g[: len(POINTS)], tiny)
         yield from _at_infinity(case, which, y[-n:], g[-n:])
 
 
@@ -171,6 +175,32 @@ def _at_points(case: Case, which: int, values: Tensor, slopes: Tensor) -> Iterat
             if kink
             else "another branch than forward's",
         )
+
+
+def _at_tiny(
+    case: Case, which: int, values: Tensor, slopes: Tensor, tiny: Tensor
+) -> Iterator[Finding]:
+    """Compare the gradient close to 0 with that at 0, where forward has one and the same slope to both sides."""
+    y, below, above = (float(values[k * len(POINTS)]) for k in (0, 3, 4))
+    h = STEPS[1] * float(SIZE[0])
+    left, right, got = (y - below) / h, (above - y) / h, float(slopes[0])
+    slack = TOLERANCE * (1 + abs(got)) + 8 * case.epsilon * abs(y) / h
+    off = (tiny - got).abs()
+    off = torch.where(tiny.isfinite(), off, torch.inf)
+    if not max(abs(left - got), abs(right - got)) <= slack or not bool(off.max() > slack):
+        return
+    worst = int(off.argmax())
+    name, p, g = case.names[which], float(TINY[worst]), float(tiny[worst])
+    yield Finding(
+        check=NAME,
+        severity="wrong",
+        input=name,
+        message=f"grad of {name} at the value {p:.3g} is {g:.4g}, expected {got:.4g}, as at 0",
+        got=g,
+        expected=got,
+        ratio=g / got if got else None,
+        cause="large numbers that cancel in backward, or a division by what is about 0",
+    )
 
 
 def _stairs(case: Case, which: int, point: float, slopes: tuple[float, float]) -> bool:

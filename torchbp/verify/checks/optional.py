@@ -103,8 +103,7 @@ def _slots(case: Case) -> list[str | int]:
 def _values(case: Case, name: str) -> Iterator[Any]:
     """Yield what the argument may be: weights, masks, numbers."""
     if any(word in name for word in NUMBERS):
-        yield from (0.75, 2, 0)  # a tensor would be taken by chance, perhaps
-        return
+        yield from (0.75, 2, 0)  # a tensor would be taken by chance, perhaps, where these are
     first = case.leaves[0]
     generator = case.generator(NAME)
 

@@ -5,6 +5,7 @@ wrong second one. So does one that leaves no graph at all, as soon as another te
 without it. `once_differentiable` raises there, and is a refusal.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -37,10 +38,13 @@ def _at(case: Case, when: str = "") -> Iterator[Finding]:
     w = [signed_like(g, generator) for g in case.plain.grads]
     if when and not all(bool(g.isfinite().all()) for g in case.plain.grads):
         return
-    _, got, missing = _gradient(case, w, leaves, outputs, v)
+    first, got, missing = _gradient(case, w, leaves, outputs, v)
     lines = _Lines(case, w, [*leaves, *v], got)
     everything = list(range(len(got)))
-    if lines.rises(everything) or (when and lines.bends(everything)) or not lines.wrong(everything):
+    if lines.rises(everything):
+        yield from _alone(case, w, first, [*leaves, *v], lines)
+        return
+    if (when and lines.bends(everything)) or not lines.wrong(everything):
         return
     names = [*case.names, *(f"grad_output {i}" for i in range(len(v)))]
     for i, name in enumerate(names):
@@ -59,6 +63,41 @@ def _at(case: Case, when: str = "") -> Iterator[Finding]:
                 cause="lost: detached in backward, or an intermediate of forward was saved"
                 if lost
                 else "part of it is lost: an intermediate of forward was saved, or detached",
+            )
+
+
+def _alone(
+    case: Case, w: list[Tensor], first: Sequence[Tensor], points: list[Tensor], lines: "_Lines"
+) -> Iterator[Finding]:
+    """Differentiate the first gradient alone, and the others: what both give adds up to what all gave at once."""
+    graphs = [i for i, g in enumerate(first) if g.requires_grad]
+    if len(graphs) < 2:
+        return
+    total = [torch.zeros_like(p) for p in points]
+    for some in (graphs[:1], graphs[1:]):
+        case.calls.count(backward=1)
+        try:
+            second = torch.autograd.grad(
+                [first[i] for i in some],
+                points,
+                [w[i] for i in some],
+                allow_unused=True,
+                retain_graph=True,
+            )
+        except Exception as error:
+            raise Refused(f"double backward raises {reason(error)}") from error
+        total = [t if s is None else t + s for t, s in zip(total, second, strict=True)]
+    names = [*case.names, *(f"grad_output {i}" for i in range(len(points) - len(case.names)))]
+    for name, t, whole in zip(names, total, lines.got, strict=True):
+        off = float((t - whole).abs().max()) if t.numel() else 0.0
+        if off > lines.relative * float(whole.abs().max()) + lines.floor:
+            yield Finding(
+                check=NAME,
+                severity="wrong",
+                input=name,
+                message=f"second derivative with respect to {name} is another where the gradient of "
+                f"{case.names[graphs[0]]} is differentiated alone",
+                cause="double backward leaves a term out where one of its cotangents is none, or 0",
             )
 
 
@@ -136,12 +175,13 @@ class _Lines:
 
         got, allowed = self.slope(chosen, self.got), self.allowed(chosen)
         self.measured, settled = settle(phi, got, allowed, self.step, self.noise, self.near)
-        return settled and abs(self.measured - got) > allowed
+        return settled and not abs(self.measured - got) <= allowed
 
     def bends(self, chosen: list[int]) -> bool:
         """Return whether there is a kink, or a jump."""
         slope, bend = central(lambda t: self._value(chosen, t), self.near)
-        return not bend < 0.02 * abs(slope - self.slope(chosen, self.got))
+        off = abs(slope - self.slope(chosen, self.got))
+        return not bend < 0.02 * (off if math.isfinite(off) else abs(slope))
 
     def _value(self, chosen: list[int], t: float) -> float:
         leaves, v = self._moved(chosen, t)
