@@ -43,12 +43,15 @@ def _run(case: Case) -> Iterator[Finding]:
     if not chosen:
         raise NotApplicable("no input that is worked on element by element")
     wide = _longer(case, chosen, 2 * len(ASKED) * len(chosen))
-    asked = (_together(wide, chosen) or _apart(wide, chosen)) if wide else None
+    together = _together(wide, chosen) if wide else None
+    asked = together or (_apart(wide, chosen) if wide else None)
     for which in chosen:
         y, g = asked[which] if asked else _one_place(case, which)
         n, tiny = len(BEYOND), g[-len(BEYOND) - len(TINY) : -len(BEYOND)]
         found = list(_at_points(case, which, y[: -n - len(TINY)], g[: -n - len(TINY)]))
-        yield from found or _at_tiny(case, which, y, g[: len(POINTS)], tiny)
+        yield from found
+        if together and not found:
+            yield from _at_tiny(case, which, y, g[: len(POINTS)], tiny)
         yield from _at_infinity(case, which, y[-n:], g[-n:])
 
 
