@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
@@ -20,7 +21,7 @@ from torchbp.verify.resize import accepts, with_zeros
 from torchbp.verify.tensors import graph, like, real, scale_of, signed_like
 
 NAME = "second_order"
-ZERO = " where one element of each input is 0, and the first gradient is differentiated alone"
+ZERO = " where one element of each input is 0"
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -77,15 +78,18 @@ def _gradient(
 ) -> tuple[tuple[Tensor, ...], list[Tensor], list[bool]]:
     """Return backward(v), the gradient of ⟨w, backward(v)⟩ for leaves and v, and which of that is none at all.
 
-    ``apart`` differentiates the first gradient, then the others, of which double backward then has none.
+    ``apart`` differentiates the first gradient, then the others, of which double backward then has none, where a part
+    of that is written by hand.
     """
     first = case.backward(outputs, leaves, v, create_graph=True)
     graphs = [i for i, g in enumerate(first) if g.requires_grad]
     points = [*leaves, *v]
     if not graphs:
         return first, [torch.zeros_like(t) for t in points], [True] * len(points)
-    if any("Error" in node.name() for node in graph([first[i] for i in graphs])):
+    nodes = graph([first[i] for i in graphs])
+    if any("Error" in node.name() for node in nodes):
         raise Refused("once_differentiable")
+    apart = apart and any(isinstance(node, BackwardCFunction) for node in nodes)
     full: list[Tensor | None] = [None] * len(points)
     for some in (graphs[:1], graphs[1:]) if apart else (graphs,):
         if not some:
