@@ -12,6 +12,7 @@ from torchbp.ops._function import Context, as_dtype, entry, fused
 from torchbp.ops._reduction import REDUCTIONS
 from torchbp.ops.losses._classes import class_dim, counted
 from torchbp.ops.losses._logits_gradient import gradient_of_indices
+from torchbp.ops.losses._softmax_cross_entropy import TOO_MANY
 
 __all__ = ["IndexCrossEntropyFunction", "of_indices"]
 
@@ -59,11 +60,7 @@ class IndexCrossEntropyFunction(Function):
 
 def _by_rows(x: Tensor) -> bool:
     return (
-        x.dim() == 2
-        and x.numel() >= 64 * _PIECE
-        and x.is_cpu
-        and fused(x)
-        and x.is_floating_point()
+        x.dim() == 2 and x.numel() >= TOO_MANY and x.is_cpu and fused(x) and x.is_floating_point()
     )
 
 

@@ -7,7 +7,8 @@ Of probabilities q': q = (1 - ε) q' + ε/C. Of a class index t, where the weigh
 "mean" divides by the number of positions, for indices by the sum of w_t over those not ignored.
 
 Derivation, with ∂log p_c/∂x_j = [c = j] - p_j and s the gradient of each ℓ:
-    of indices (_index_cross_entropy.py), with a = s (1 - ε) w_t and b = s ε/C, both 0 where ignored:
+    of indices (_index_cross_entropy.py, and many: _softmax_cross_entropy.py), with a = s (1 - ε) w_t and b = s ε/C,
+    both 0 where ignored:
     grad_x_j  = p_j (a + b Σ_c w_c) - b w_j - a [j = t]                                       (1)
     of probabilities (_probability_cross_entropy.py):
     grad_x_j  = s · (p_j Σ_c w_c q_c - w_j q_j)                                               (2)
@@ -16,7 +17,9 @@ Derivation, with ∂log p_c/∂x_j = [c = j] - p_j and s the gradient of each �
     tangent_ℓ = Σ_j gradient_j · tangent_j, with s = 1                                        (5)
 
 Saves:
-    x (4 bytes per float32 element), the target, w. torch keeps log p instead of x: as much.
+    x (4 bytes per float32 element), the target, w. torch keeps log p instead of x: as much. Of 2¹⁴ to 2²³ float32
+    logits with neither weights nor smoothing nor ignored positions p instead of x, but under ``lean``; a second
+    derivative goes through p, which is an output that no caller sees.
 
 Edge values:
     All ignored, or N = 0: the mean is NaN, the gradient 0.   A logit of -∞: p = 0, grad 0.   x = +∞: NaN.
@@ -42,6 +45,7 @@ from torchbp.ops.activations.softcap import softcap as capped
 from torchbp.ops.losses._classes import class_dim
 from torchbp.ops.losses._index_cross_entropy import of_indices
 from torchbp.ops.losses._probability_cross_entropy import of_probabilities
+from torchbp.ops.losses._softmax_cross_entropy import of_softmax, suits_softmax
 from torchbp.ops.losses._z_loss import log_partition_penalty
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
@@ -130,6 +134,8 @@ def _cross_entropy(
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         rule = "a weight without requires_grad for class indices, as in torch"
         raise RuntimeError(wrong("cross_entropy", rule, "one that requires it", "detach it"))
+    if weight is None and label_smoothing == 0.0 and suits_softmax(input, target, ignore_index):
+        return of_softmax(input, target, reduction)[0]
     return of_indices(input, target, weight, reduction, ignore_index, label_smoothing)
 
 
