@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchbp.ops._function import fused, in_float32, is_half
+from torchbp.ops._one_kernel import in_one_kernel
 
 __all__ = [
     "FEW",
@@ -50,6 +51,10 @@ def in_pieces(
         The formula's value in the first tensor's own dtype.
     """
     first = tensors[0]
+    if first.is_cuda:
+        made = in_one_kernel(formula, *tensors)
+        if made is not None:
+            return made
     if into is not None and writable(*tensors):
         if is_few(first):
             return at_once(into, spare, *tensors)

@@ -12,6 +12,7 @@ from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import as_dtype, in_autocast_float32, is_half
 from torchbp.ops._numbers import number
+from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._pieces import (
     FEW,
     at_once,
@@ -86,6 +87,10 @@ def reduced(
         spare: How many spares it takes.
     """
     first = tensors[0]
+    if first.is_cuda and reduction != "none":
+        values = in_one_kernel(formula, *tensors, summed=True)
+        if values is not None:
+            return _of_sum(values.sum(), reduction, first)
     if reduction != "none" and into is not None and writable(*tensors):
         if is_few(first):
             return _of_sum(at_once(into, spare, *tensors).sum(), reduction, first)

@@ -20,9 +20,11 @@ from torch.autograd.function import Function
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, fused, is_half, kernel
 from torchbp.ops._invalid import FEW, sound
+from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops.activations import gelu, silu
 from torchbp.ops.activations._infinities import (
+    FAR,
     bounded,
     known_finite,
     limited,
@@ -42,20 +44,31 @@ _threshold_backward_into = kernel("threshold_backward", "grad_input")
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate: g(a); v · g'(a), by formula; both by torch's kernels, which may write into the last argument."""
+    """A gate: g(a), as torch has it and by formula; v · g'(a), by formulas; both by torch's kernels, which may write.
+
+    The second formula is the one for a single kernel.
+    """
 
     value: Callable[[Tensor], Tensor]
+    formula: Callable[[Tensor], Tensor]
     times_derivative: Callable[[Tensor, Tensor], Tensor]
+    at_once: Callable[[Tensor, Tensor], Tensor]
     value_kernel: Callable[[Tensor], Tensor]
     kernel: Callable[[Tensor, Tensor], Tensor]
     value_into: Callable[[Tensor, Tensor], Tensor]
     times_derivative_into: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _gelu_gate(approximate: str, times_derivative: Callable[[Tensor, Tensor], Tensor]) -> Gate:
+def _gelu_gate(
+    approximate: str,
+    formula: Callable[[Tensor], Tensor],
+    times_derivative: Callable[[Tensor, Tensor], Tensor],
+) -> Gate:
     value = partial(_nn.gelu, approximate=approximate)
     return Gate(
         value,
+        formula,
+        times_derivative,
         times_derivative,
         value,
         lambda v, a: _gelu_backward(v, a, approximate=approximate),
@@ -64,21 +77,39 @@ def _gelu_gate(approximate: str, times_derivative: Callable[[Tensor, Tensor], Te
     )
 
 
+def _times_step(v: Tensor, a: Tensor) -> Tensor:
+    return v.masked_fill(a <= 0, 0)
+
+
+def _times(formula: Callable[[Tensor], Tensor], a: Tensor, v: Tensor) -> Tensor:
+    return formula(a.clamp(min=-FAR)) * v  # (2), and y
+
+
+def _by_a(
+    times_derivative: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, v: Tensor
+) -> Tensor:
+    return times_derivative(v * b, bounded(a))  # (1)
+
+
 _GATES = {
     "silu": Gate(
         # torch's has no complex gradient
         lambda a: a * torch.sigmoid(a) if a.is_complex() else _nn.silu(a),
+        silu._value,
         silu._times_derivative,
+        silu._by_one_sigmoid,
         _nn.silu,
         kernel("silu_backward"),
         lambda a, out: _silu_into(a, out=out),
         lambda v, a, out: _silu_backward_into(v, a, grad_input=out),
     ),
-    "none": _gelu_gate("none", gelu._of_erf),
-    "tanh": _gelu_gate("tanh", gelu._of_tanh),
+    "none": _gelu_gate("none", gelu._value_of_erf, gelu._of_erf),
+    "tanh": _gelu_gate("tanh", gelu._value_of_tanh, gelu._of_tanh),
     "relu": Gate(
         torch.relu,
-        lambda v, a: v.masked_fill(a <= 0, 0),
+        lambda a: a.clamp(min=0),
+        _times_step,
+        _times_step,
         torch.relu,
         lambda v, a: _threshold_backward(v, a, 0.0),
         lambda a, out: torch.clamp_min(a, 0, out=out),
@@ -98,6 +129,10 @@ class GatedFunction(Function):
             a, b = x.chunk(2, dim)
             g = _GATES[gate].value_kernel(a)
             return (g if sound(g) else mended(g, a)).mul_(b)
+        if x.is_cuda:
+            y = in_one_kernel(partial(_times, _GATES[gate].formula), *x.chunk(2, dim))
+            if y is not None:
+                return y
 
         def formula(x: Tensor) -> Tensor:  # (*, 2D, *) -> (*, D, *)
             a, b = x.chunk(2, dim)
@@ -125,6 +160,12 @@ class GatedFunction(Function):
             grad_x = torch.cat((grad_a, gate.value_kernel(a).mul_(grad_y)), dim)  # (2)
             if sound(grad_x):
                 return grad_x, None, None, None
+        if x.is_cuda:
+            a, b = x.chunk(2, dim)
+            of_a = in_one_kernel(partial(_by_a, gate.at_once), a, b, grad_y)
+            of_b = in_one_kernel(partial(_times, gate.formula), a, grad_y)
+            if of_a is not None and of_b is not None:
+                return torch.cat([of_a, of_b], dim), None, None, None
 
         def formula(v: Tensor, x: Tensor) -> Tensor:
             a, b = x.chunk(2, dim)

@@ -8,14 +8,25 @@ before the Function.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from torchbp.ops._function import visible
 from torchbp.ops._invalid import FEW, at_hand, sound
+from torchbp.ops._one_kernel import in_one_kernel
 
-__all__ = ["FAR", "bounded", "known_finite", "limited", "mended", "value", "with_limits"]
+__all__ = [
+    "FAR",
+    "at_once",
+    "bounded",
+    "known_finite",
+    "limited",
+    "mended",
+    "value",
+    "with_limits",
+]
 
 # From here on |x| is so large that s(x) is 0 or 1 and the derivative too, in every dtype.
 FAR = 1000.0
@@ -47,11 +58,37 @@ def limited(y: Tensor, x: Tensor, finite: bool | None) -> Tensor:
     return mended(y, x)
 
 
-def value(forward: Callable[[Tensor], Tensor], x: Tensor, finite: bool | None) -> Tensor:
-    """Return torch's kernel ``forward(x)``, but its limit where ``x`` is ±∞; on a GPU by one more kernel, before it."""
+def value(
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    finite: bool | None,
+    formula: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return torch's kernel ``forward(x)``, but its limit where ``x`` is ±∞.
+
+    On a GPU ``formula``, the same, in one kernel, of what is no further out than -1000: at ∞ it is right.
+    """
     if isinstance(x, Tensor) and x.is_cuda and x.is_floating_point():
-        return forward(x.clamp(min=-FAR))  # at ∞ CUDA's kernels are right
+        y = in_one_kernel(partial(_of_bounded_below, formula), x)
+        return forward(x.clamp(min=-FAR)) if y is None else y
     return limited(forward(x), x, finite)
+
+
+def _of_bounded_below(formula: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return formula(x.clamp(min=-FAR))
+
+
+def at_once(
+    times_derivative: Callable[[Tensor, Tensor], Tensor], v: Tensor, x: Tensor
+) -> Tensor | None:
+    """Return ``times_derivative(v, x)``, or its limit where ``x`` is ±∞, in one kernel of a GPU; ``None`` elsewhere."""
+    return in_one_kernel(partial(_of_bounded, times_derivative), v, x) if x.is_cuda else None
+
+
+def _of_bounded(
+    times_derivative: Callable[[Tensor, Tensor], Tensor], v: Tensor, x: Tensor
+) -> Tensor:
+    return times_derivative(v, bounded(x))
 
 
 def with_limits(

@@ -33,6 +33,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
+    at_once,
     bounded,
     known_finite,
     limited,
@@ -64,7 +65,8 @@ class GELUFunction(Function):
         few = approximate == "none" and type(x) in _TENSORS and _is_few(x)
         if few:
             return limited(F.gelu(x.double()).float(), x, finite)
-        return value(partial(F.gelu, approximate=approximate), x, finite)
+        formula = _value_of_erf if approximate == "none" else _value_of_tanh
+        return value(partial(F.gelu, approximate=approximate), x, finite, formula)
 
     @staticmethod
     def setup_context(
@@ -77,12 +79,15 @@ class GELUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
+        derivative, into = _DERIVATIVES[ctx.approximate]
+        grad_x = at_once(derivative, grad_y, x)  # (2)
+        if grad_x is not None:
+            return grad_x, None, None
         if fused(grad_y, x):
             if ctx.approximate == "none" and _is_few(x):
                 return with_limits(_backward_of_few, grad_y, x, ctx.finite), None, None
             backward = partial(_gelu_backward, approximate=ctx.approximate)
             return with_limits(backward, grad_y, x, ctx.finite), None, None
-        derivative, into = _DERIVATIVES[ctx.approximate]
         return in_pieces(derivative, grad_y, bounded(x), into=into, spare=1), None, None  # (2)
 
     @staticmethod
@@ -98,6 +103,14 @@ def _is_few(x: Tensor) -> bool:
 
 def _backward_of_few(grad_y: Tensor, x: Tensor) -> Tensor:
     return _gelu_backward(grad_y.double(), x.double(), approximate="none").float()
+
+
+def _value_of_erf(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(_SQRT_HALF * x))
+
+
+def _value_of_tanh(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.tanh(_SQRT_2_OVER_PI * (x + _CUBIC * x * x * x)))
 
 
 def _of_erf(v: Tensor, x: Tensor) -> Tensor:

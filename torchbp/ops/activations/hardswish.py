@@ -44,7 +44,7 @@ class HardswishFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
-        return value(_value, x, finite)
+        return value(_value, x, finite, _formula)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
@@ -69,6 +69,10 @@ def _value(x: Tensor) -> Tensor:
     if rounds_a_sixth(x):
         return x * (x + 3).clamp(0, 6) / 6
     return _nn.hardswish(x)
+
+
+def _formula(x: Tensor) -> Tensor:
+    return x * (x + 3).clamp(0, 6) * (1 / 6)  # as torch's, to the bit
 
 
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:

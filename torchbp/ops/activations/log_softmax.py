@@ -59,6 +59,12 @@ class LogSoftmaxFunction(Function):
             grad_x = _log_softmax_backward_data(grad_y, kept, ctx.dim, kept.dtype)
             return grad_x, None
 
+        if kept.is_cuda and fused(grad_y, kept, half=True) and kept.dtype == grad_y.dtype:
+            p = torch.softmax(kept, ctx.dim, dtype=torch.float32)
+            total = grad_y.sum(ctx.dim, keepdim=True, dtype=torch.float32)
+            grad_x = torch.empty_like(grad_y)
+            return torch.addcmul(grad_y, p, total, value=-1, out=grad_x), None  # (1)
+
         def formula(v: Tensor, kept: Tensor) -> Tensor:
             p, total = _probabilities(kept, grad_y, ctx.dim), v.sum(ctx.dim, keepdim=True)
             return p.mul_(-total).add_(v) if fused(p, v) else v - p * total  # (1)

@@ -33,6 +33,7 @@ from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
     FAR,
+    at_once,
     bounded,
     known_finite,
     mended,
@@ -57,7 +58,7 @@ class MishFunction(Function):
         # What is no tensor torch's refuses.
         if isinstance(x, Tensor) and x.numel() > _FEW and x.is_cpu:
             return in_pieces(lambda x: mended(_nn.mish(x), x), x, into=_value_into, spare=1)
-        return value(_nn.mish, x, finite)
+        return value(_nn.mish, x, finite, _value)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
@@ -68,6 +69,9 @@ class MishFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
+        grad_x = at_once(_times_derivative, grad_y, x)  # (2)
+        if grad_x is not None:
+            return grad_x, None
         if (x.numel() <= _FEW or not x.is_cpu) and fused(grad_y, half=True):
             return with_limits(_mish_backward, grad_y, x, ctx.finite), None
         into = _times_derivative_into
@@ -77,6 +81,10 @@ class MishFunction(Function):
     def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
         return in_pieces(_times_derivative, tangent_x, x)
+
+
+def _value(x: Tensor) -> Tensor:
+    return x * torch.tanh(torch.log1p(torch.exp(x)))
 
 
 def _value_into(y: Tensor, u: Tensor, x: Tensor) -> None:

@@ -28,9 +28,11 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
+    at_once,
     bounded,
     known_finite,
     limited,
+    value,
     with_limits,
 )
 
@@ -48,6 +50,8 @@ class QuickGELUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
+        if x.is_cuda:
+            return value(_value, x, finite, _formula)
         return limited(_value(x), x, finite)
 
     @staticmethod
@@ -59,6 +63,9 @@ class QuickGELUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
+        grad_x = at_once(_times_derivative, grad_y, x)  # (2)
+        if grad_x is not None:
+            return grad_x, None
         if fused(grad_y, x) and not x.is_complex():
             return with_limits(_backward, grad_y, x, ctx.finite), None
         return in_pieces(_times_derivative, grad_y, bounded(x)), None  # (2)
@@ -70,7 +77,11 @@ class QuickGELUFunction(Function):
 
 
 def _value(input: Tensor) -> Tensor:
-    return in_pieces(lambda x: x * torch.sigmoid(_A * x), input)
+    return in_pieces(_formula, input)
+
+
+def _formula(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(_A * x)
 
 
 def _backward(grad_y: Tensor, x: Tensor) -> Tensor:

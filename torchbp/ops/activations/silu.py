@@ -31,6 +31,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import (
+    at_once,
     bounded,
     known_finite,
     value,
@@ -49,7 +50,7 @@ class SiLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
-        return value(_nn.silu, x, finite)
+        return value(_nn.silu, x, finite, _value)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
@@ -60,6 +61,9 @@ class SiLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
+        grad_x = at_once(_by_one_sigmoid, grad_y, x)  # (2)
+        if grad_x is not None:
+            return grad_x, None
         if fused(grad_y, half=True) and not x.is_complex():
             return with_limits(_silu_backward, grad_y, x, ctx.finite), None
         return in_pieces(_times_derivative, grad_y, bounded(x)), None  # (2)
@@ -68,6 +72,16 @@ class SiLUFunction(Function):
     def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
         return in_pieces(_times_derivative, tangent_x, bounded(x).conj())
+
+
+def _value(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def _by_one_sigmoid(v: Tensor, x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    # 1 - s cancels where x · σ(-x) is lost beside 1; near the root at -1.28 it is nearer than σ(-x)
+    return v * (s * (1 + x * (1 - s)))  # (1)
 
 
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:

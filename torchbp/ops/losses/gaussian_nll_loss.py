@@ -91,15 +91,16 @@ class GaussianNLLLossFunction(Function):
         d, var = ctx.saved_tensors
         need_d, need_var, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, d.numel())
-        shared = need_d and need_var and not is_half(d) and d.numel() > _FEW
+        eps = ctx.eps
+        shared = need_d and need_var and not is_half(d) and d.numel() > _FEW and not d.is_cuda
         if shared and writable(d, var, s):
             d, var, s = (t.contiguous() for t in (d, var, s))
-            return *_both_gradients(d, var, s, ctx.eps), None, None, None
+            return *_both_gradients(d, var, s, eps), None, None, None
         grad_d = grad_var = None
         if need_d:
-            grad_d = in_pieces(lambda d, var, s: _gradient_d(d, var, s, ctx.eps), d, var, s)
+            grad_d = in_pieces(lambda d, var, s: _gradient_d(d, var, s, eps), d, var, s)
         if need_var:
-            grad_var = in_pieces(lambda var, d, s: _gradient_var(d, var, s, ctx.eps), var, d, s)
+            grad_var = in_pieces(lambda var, d, s: _gradient_var(d, var, s, eps), var, d, s)
         return grad_d, grad_var, None, None, None
 
     @staticmethod

@@ -96,8 +96,8 @@ class HuberLossFunction(Function):
             into = torch.empty_like(x)  # else the kernel fills it with zeros first
             gradient = _huber_loss_backward_into(*given, grad_input=into)
         else:
-            s = spread(grad, ctx.reduction, x.numel())
-            gradient = in_pieces(lambda x, t, s: _gradient(x - t, s, ctx.delta), x, target, s)
+            s, delta = spread(grad, ctx.reduction, x.numel()), ctx.delta
+            gradient = in_pieces(lambda x, t, s: _gradient(x - t, s, delta), x, target, s)
         return gradient if need_x else None, -gradient if need_target else None, None, None  # (2)
 
     @staticmethod

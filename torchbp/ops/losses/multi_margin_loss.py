@@ -17,7 +17,8 @@ Sources:
     (the margin of the class over each other one).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from torchbp.ops._function import (
     public,
     visible,
 )
+from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import REDUCTIONS, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
@@ -108,20 +110,47 @@ def _per_class(s: Tensor, x: Tensor, target: Tensor, w: Tensor | None) -> Tensor
 
 
 def _values(x: Tensor, target: Tensor, w: Tensor | None, p: int, margin: float) -> Tensor:
-    z = _excess(x, target, margin)
-    return _per_class((z if p == 1 else z.square()).sum(1), x, target, w)
+    z = _at_once(_power, x, target, p, margin)
+    if z is None:
+        z = _excess(x, target, margin)
+        z = z if p == 1 else z.square()
+    return _per_class(z.sum(1), x, target, w)
+
+
+def _at_once(
+    formula: Callable[..., Tensor], x: Tensor, target: Tensor, p: int, margin: float
+) -> Tensor | None:
+    """Return ``formula`` of x_i and m - x_y, 0 for the class itself, in one kernel of a GPU; ``None`` elsewhere."""
+    if not x.is_cuda:
+        return None
+    own = target[:, None]
+    made = in_one_kernel(partial(formula, p=p), x, margin - x.gather(1, own))
+    return None if made is None else made.scatter_(1, own, 0)
+
+
+def _power(x: Tensor, rest: Tensor, *, p: int) -> Tensor:
+    z = (x + rest).clamp(min=0)
+    return z if p == 1 else z.square()
+
+
+def _slope(x: Tensor, rest: Tensor, *, p: int) -> Tensor:
+    z = (x + rest).clamp(min=0)
+    return z.sign() if p == 1 else 2 * z
 
 
 def _gradient(
     x: Tensor, s: Tensor, target: Tensor, w: Tensor | None, p: int, margin: float
 ) -> Tensor:
-    z = _excess(x, target, margin)
-    factor = _per_class(s, x, target, w).expand_as(target)[:, None]
-    if fused(x, s):
+    slopes, in_place = _at_once(_slope, x, target, p, margin), fused(x, s)
+    z = _excess(x, target, margin) if slopes is None else slopes
+    if slopes is None and in_place:
         slopes = z.sign_() if p == 1 else z.mul_(2)
+    elif slopes is None:
+        slopes = z.sign() if p == 1 else 2 * z
+    factor = _per_class(s, x, target, w).expand_as(target)[:, None]
+    if in_place:
         own = slopes.sum(1, keepdim=True).mul_(factor).neg_()  # for p = 1 the sum is exact
         return slopes.mul_(factor).scatter_(1, target[:, None], own)  # (1), (2)
-    slopes = z.sign() if p == 1 else 2 * z
     own = -slopes.sum(1, keepdim=True) * factor
     return (slopes * factor).scatter(1, target[:, None], own)
 

@@ -59,8 +59,11 @@ class PoissonNLLLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: str
     ) -> tuple[Tensor, Tensor | None]:  # (*), (*) -> () or (*), rate (*)
-        loss, rate = PoissonNLLLossFunction._plain(x, target, log_input, full, eps, reduction)
         limits = partial(_values_with_limits, log_input=log_input, full=full, eps=eps)
+        if x.is_cuda:  # nobody looks at the plain one
+            rate = x.exp() if log_input and not is_half(x) else None
+            return reduced(limits, reduction, x, target), rate
+        loss, rate = PoissonNLLLossFunction._plain(x, target, log_input, full, eps, reduction)
         return with_limits(lambda: loss, lambda: reduced(limits, reduction, x, target), x), rate
 
     @staticmethod
@@ -106,15 +109,16 @@ class PoissonNLLLossFunction(Function):
         grad_x = grad_target = None
         if grad is not None:
             s = spread(grad, ctx.reduction, target.numel())
+            log_input, full, eps = ctx.log_input, ctx.full, ctx.eps
             if need_x and rate is not None:
                 grad_x = in_pieces(_gradient_of_rate, rate, target, s, into=_gradient_into)  # (1)
             elif need_x:
                 grad_x = in_pieces(
-                    lambda x, t, s: _gradient_x(x, t, s, ctx.log_input, ctx.eps), x, target, s
+                    lambda x, t, s: _gradient_x(x, t, s, log_input, eps), x, target, s
                 )
             if need_target:
                 grad_target = in_pieces(
-                    lambda t, x, s: s * _slope_target(x, t, ctx.log_input, ctx.full, ctx.eps),
+                    lambda t, x, s: s * _slope_target(x, t, log_input, full, eps),
                     target,
                     x,
                     s,

@@ -86,14 +86,14 @@ class SigmoidFocalLossFunction(Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, target = ctx.saved_tensors
         need_x, need_target, *_ = ctx.needs_input_grad
-        s = spread(grad, ctx.reduction, x.numel())
+        s, alpha, gamma = spread(grad, ctx.reduction, x.numel()), ctx.alpha, ctx.gamma
         grad_x = grad_target = None
         if need_x:
             grad_x = in_pieces(
-                lambda x, t, s: scale_fresh(_slope_x(x, t, ctx.alpha, ctx.gamma), s), x, target, s
+                lambda x, t, s: scale_fresh(_slope_x(x, t, alpha, gamma), s), x, target, s
             )
         if need_target:
-            grad_target = in_pieces(lambda x, s: s * _slope_target(x, ctx.alpha, ctx.gamma), x, s)
+            grad_target = in_pieces(lambda x, s: s * _slope_target(x, alpha, gamma), x, s)
         return grad_x, grad_target, None, None, None
 
     @staticmethod

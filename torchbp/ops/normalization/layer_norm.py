@@ -38,6 +38,8 @@ __all__ = ["LayerNorm", "LayerNormFunction", "layer_norm"]
 
 
 _fused = torch.ops.aten.native_layer_norm_backward
+# Rows up to which a GPU's kernel (torch 2.11) sums the parameters' gradients in float32, and rounds once.
+_SUMMED_ONCE = 1 << 15
 
 
 class LayerNormFunction(Function):
@@ -143,9 +145,12 @@ def _by_rows(
     flat, g = x.reshape(rows, *width), grad_y.reshape(rows, *width)
     w = None if weight is None else weight.float().reshape(width)
     if not x.is_cpu:  # elsewhere they take one dtype
-        flat = flat.float()
+        if x.is_cuda and rows <= _SUMMED_ONCE and (weight is None or weight.dtype == x.dtype):
+            w = None if weight is None else weight.reshape(width)
+        else:
+            flat, g = flat.float(), g.float()
         _, mean, rstd = torch.native_layer_norm(flat, width, None, None, eps)
-        grads = _fused(g.float(), flat, width, mean, rstd, w, w, need)
+        grads = _fused(g, flat, width, mean, rstd, w, w, need)
         return tuple(
             None if t is None else t.view(s)
             for t, s in zip(grads, (x.shape, shape, shape), strict=True)
