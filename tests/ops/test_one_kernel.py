@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 
 from tests.device import DEVICE
 from tests.ops.conftest import HALF, drawn
@@ -36,9 +37,7 @@ RULES = {
     "logsigmoid": lambda x, y: F.logsigmoid(x),
     "addcmul": lambda x, y: torch.addcmul(x, x, y, value=-2) + torch.add(x, y, alpha=3),
     "sub": lambda x, y: torch.sub(x, y, alpha=2),
-    "errors": lambda x, y: (
-        F.mse_loss(x, y, reduction="none") + F.huber_loss(x, y, reduction="none", delta=0.7)
-    ),
+    "errors": lambda x, y: F.mse_loss(x, y, reduction="none") + _nn.huber_loss(x, y, 0, 0.7),
     "infinite": lambda x, y: torch.where(x > 0, math.inf, -math.inf),
     "same": lambda x, y: x.float().detach().conj().contiguous(),
 }
@@ -66,12 +65,12 @@ def compiled(tmp_path_factory):
         code = source(f"rule_{name}", formula, 2)
         assert code, name
         lines += [code, CALL.format(f"rule_{name}")]
-    pack = _one_kernel._of_pairs(
-        "one", source("one", lambda x, y: x * y, 2), (True, True), torch.bfloat16, False
-    )
-    total = _one_kernel._of_pairs(
-        "two", source("two", lambda x, y: x * y, 2), (True, False), torch.bfloat16, True
-    )
+    one = source("one", lambda x, y: x * y, 2)
+    two = source("two", lambda x, y: x * y, 2)
+    assert one
+    assert two
+    pack = _one_kernel._of_pairs("one", one, (True, True), torch.bfloat16, False)
+    total = _one_kernel._of_pairs("two", two, (True, False), torch.bfloat16, True)
     lines += [
         pack,
         CALL.format("one_of_pairs"),
@@ -199,6 +198,8 @@ def test_numbers_beside_half_precision_are_not_rounded(dtype):
     with torch.no_grad():
         made = in_one_kernel(lambda x, s: 1e5 * (x * s), x, scale)
         total = in_one_kernel(lambda x, s: x * s, x, scale, summed=True)
+    assert made is not None
+    assert total is not None
     want = 1e5 * x.double() * scale.double()
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(
