@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from torchbp.ops import _one_kernel
 from torchbp.ops._capabilities import kept_bytes
 from torchbp.ops._op import Op, all_ops
 from torchbp.ops._samples import Make, Sample
@@ -134,8 +136,18 @@ def measure(
         "repeats": len(ours),
         "torchbp_bytes": kept_bytes(op.function, sample),
         "torch_bytes": kept_bytes(reference, sample),
-        "backward": op.fused if op.fused and dtype == "float32" else "formula",
+        "backward": engine(op, dtype, step(op.function, sample)),
     }
+
+
+def engine(op: Op, dtype: str, run: Callable[[], None]) -> str:
+    """Return what computed: torch's kernel, the formula, or the formula compiled to one kernel of a GPU."""
+    kernel = _one_kernel._kernel  # noqa: SLF001
+    with patch.object(_one_kernel, "_kernel", wraps=kernel) as asked:
+        run()
+    if any(kernel(*call.args) for call in asked.call_args_list):
+        return "formula in one kernel"
+    return op.fused if op.fused and dtype == "float32" else "formula"
 
 
 def about(device: str = "cpu") -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torchbp.ops import _samples
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._clamp import clipped
 from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
+from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -64,13 +65,23 @@ class PReLUFunction(Function):
         need_x, need_weight = ctx.needs_input_grad
         w = _along_channels(weight, x)
         grad_x = grad_w = None
-        if need_x and fused(grad_y, x, w):
+        if need_x and x.is_cuda:
+            grad_x = in_one_kernel(_times_slope, grad_y, x, w)  # (1)
+        if need_x and grad_x is None and fused(grad_y, x, w):
             # Masks and torch.where take several times as long as these kernels, which give 1 or w, too.
             sign = F.threshold(x, 0, -1).sign_()
             grad_x = torch._prelu_kernel(sign, -w).mul_(grad_y)  # (1)
-        elif need_x:
+        elif need_x and grad_x is None:
             grad_x = _times_slope(grad_y, x, w)  # (1)
         if need_weight:
+            summed = weight.numel() == 1
+            if x.is_cuda and (summed or not is_half(x)):
+                product = in_one_kernel(_times_negative, x, grad_y, summed=summed)
+                if product is not None:
+                    total = (
+                        product.sum().expand(w.shape) if summed else product.sum_to_size(w.shape)
+                    )
+                    return grad_x, total.reshape(weight.shape).to(weight.dtype)  # (2)
             negative = clipped(x, -math.inf, 0.0)
             wide = negative.float() if is_half(x) else negative
             product = wide.mul_(grad_y) if fused(wide, grad_y) else wide * grad_y
@@ -93,6 +104,10 @@ def _along_channels(w: Tensor, x: Tensor) -> Tensor:
     if x.dim() < 2:
         return w.reshape([1] * x.dim())
     return w.reshape([1, -1, *(1 for _ in x.shape[2:])])
+
+
+def _times_negative(x: Tensor, v: Tensor) -> Tensor:
+    return v * x.clamp(max=0)
 
 
 def _times_slope(v: Tensor, x: Tensor, w: Tensor) -> Tensor:

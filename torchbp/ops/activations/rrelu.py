@@ -19,6 +19,7 @@ Sources:
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from torch.autograd.function import Function
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, as_dtype, entry, is_half, public, visible
+from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op
 from torchbp.ops._random import int32_of
 from torchbp.ops._samples import Make, Sample
@@ -76,12 +78,22 @@ def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
         slopes = torch.empty_like(wide, memory_format=torch.contiguous_format)
         _nn.rrelu_with_noise(wide, slopes, lower, upper, True)  # two calls instead of ten
         return as_dtype(slopes, x.dtype)
-    drawn = _uniform(x).mul_(upper - lower).add_(lower)
+    uniform = _uniform(x)
+    if x.is_cuda:
+        with torch.no_grad():
+            slopes = in_one_kernel(partial(_slopes, lower=lower, upper=upper), x, uniform)
+        if slopes is not None:
+            return slopes
+    drawn = uniform.mul_(upper - lower).add_(lower)
     if not visible(x):
         return torch.where(x <= 0, drawn, 1)
     # A mask and torch.where take ten times as long as these kernels: 1 where x > 0, else -1; then 1 or drawn.
     sign = F.threshold(x, 0, -1).sign_()
     return torch._prelu_kernel(sign, drawn.neg_())
+
+
+def _slopes(x: Tensor, uniform: Tensor, *, lower: float, upper: float) -> Tensor:
+    return torch.where(x <= 0, uniform * (upper - lower) + lower, 1)
 
 
 def _is_few(x: Tensor) -> bool:

@@ -24,6 +24,7 @@ Sources:
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from torch.autograd.function import Function
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, in_float32, public
 from torchbp.ops._numbers import constant
+from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.dropout._mask import draw, is_identity, masked, one_kernel
@@ -57,9 +59,12 @@ class AlphaDropoutFunction(Function):
     def forward(  # (*), and what can be expanded to it -> (*)
         x: Tensor, mask: Tensor, a: float, b: float, inplace: bool
     ) -> Tensor:
-        if x.numel() <= _FEW and one_kernel(x, mask) is not None:
+        y = None
+        if x.is_cuda:
+            y = in_one_kernel(partial(_choice, a=a, b=b), x, mask.to(x.dtype))
+        elif x.numel() <= _FEW and one_kernel(x, mask) is not None:
             y = _chosen_of_few(x, mask, a, b)
-        else:
+        if y is None:
             y = in_float32(lambda x: _chosen(x, mask, a, b), x)
         return x.copy_(y) if inplace else y
 
@@ -89,6 +94,10 @@ def _chosen(x: Tensor, mask: Tensor, a: float, b: float) -> Tensor:
     scale = mask.to(x.dtype) * a
     y = x * scale
     return y.add_(scale.mul_(-_SATURATION).add_(a * _SATURATION + b))  # (2)
+
+
+def _choice(x: Tensor, mask: Tensor, *, a: float, b: float) -> Tensor:
+    return a * torch.where(mask > 0, x, _SATURATION) + b  # (2)
 
 
 def _chosen_of_few(x: Tensor, mask: Tensor, a: float, b: float) -> Tensor:
