@@ -81,8 +81,8 @@ def _of_bounded_below(formula: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def at_once(
     times_derivative: Callable[[Tensor, Tensor], Tensor], v: Tensor, x: Tensor
 ) -> Tensor | None:
-    """Return ``times_derivative(v, x)``, or its limit where ``x`` is ±∞, in one kernel of a GPU; ``None`` elsewhere."""
-    return in_one_kernel(partial(_of_bounded, times_derivative), v, x) if x.is_cuda else None
+    """Return ``times_derivative(v, x)``, or its limit where ``x`` is ±∞, as :func:`in_one_kernel` does, or ``None``."""
+    return in_one_kernel(partial(_of_bounded, times_derivative), v, x)
 
 
 def _of_bounded(

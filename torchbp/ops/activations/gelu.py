@@ -80,9 +80,10 @@ class GELUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         derivative, into = _DERIVATIVES[ctx.approximate]
-        grad_x = at_once(derivative, grad_y, x)  # (2)
-        if grad_x is not None:
-            return grad_x, None, None
+        if x.is_cuda:
+            grad_x = at_once(derivative, grad_y, x)  # (2)
+            if grad_x is not None:
+                return grad_x, None, None
         if fused(grad_y, x):
             if ctx.approximate == "none" and _is_few(x):
                 return with_limits(_backward_of_few, grad_y, x, ctx.finite), None, None

@@ -69,9 +69,10 @@ class MishFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        grad_x = at_once(_times_derivative, grad_y, x)  # (2)
-        if grad_x is not None:
-            return grad_x, None
+        if x.is_cuda:
+            grad_x = at_once(_times_derivative, grad_y, x)  # (2)
+            if grad_x is not None:
+                return grad_x, None
         if (x.numel() <= _FEW or not x.is_cpu) and fused(grad_y, half=True):
             return with_limits(_mish_backward, grad_y, x, ctx.finite), None
         into = _times_derivative_into

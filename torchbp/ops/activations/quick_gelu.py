@@ -63,9 +63,10 @@ class QuickGELUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        grad_x = at_once(_times_derivative, grad_y, x)  # (2)
-        if grad_x is not None:
-            return grad_x, None
+        if x.is_cuda:
+            grad_x = at_once(_times_derivative, grad_y, x)  # (2)
+            if grad_x is not None:
+                return grad_x, None
         if fused(grad_y, x) and not x.is_complex():
             return with_limits(_backward, grad_y, x, ctx.finite), None
         return in_pieces(_times_derivative, grad_y, bounded(x)), None  # (2)
