@@ -14,6 +14,7 @@ from torch import nn
 
 import torchbp
 from tests.device import DEVICE
+from tests.trained import Cells, step
 from torchbp.tensorboard import read
 
 _SPEC = importlib.util.spec_from_file_location("torchbp_zoo", Path(__file__).with_name("zoo.py"))
@@ -54,20 +55,6 @@ def test_the_same_layer_and_step_as_on_the_cpu(name):
 
 
 # ------------------------------------------------------------------------------------- models
-class Cells(nn.Module):
-    """An LSTM cell by hand, so that a layer runs once a time step and has two outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.cell, self.head = nn.LSTMCell(8, 16), nn.Linear(16, 4)
-
-    def forward(self, x):
-        state = None
-        for step in x.unbind(1):
-            state = self.cell(step, state)
-        return self.head(state[0])
-
-
 class Twice(nn.Module):
     """Layers that run twice, one of them in another order: what is heard of them is picked apart."""
 
@@ -111,7 +98,7 @@ KINDS = {
     "convolutional": (convolutional, (3, 8, 8)),
     "transformer": (transformer, (6, 16)),
     "lstm": (recurrent, (6, 8)),
-    "cells": (Cells, (6, 8)),
+    "cells": (lambda: Cells(8, 16, 4), (6, 8)),
 }
 
 
@@ -121,14 +108,6 @@ def made(name, size=64):
     model = make().to(DEVICE)
     x = torch.randn(size, *shape).to(DEVICE)
     return model, x, torch.randint(4, (size,)).to(DEVICE)
-
-
-def step(model, optimizer, x, y):
-    loss = F.cross_entropy(model(x), y)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss
 
 
 class NoWaiting:

@@ -7,26 +7,13 @@ from torch import nn
 
 import torchbp
 from tests.pretended import Pretending, moved, pretend
+from tests.trained import Cells, step
 from torchbp.monitor import _backwards, _heard
 from torchbp.tensorboard import read
 
 F = nn.functional
 
 pytestmark = pytest.mark.cpu("it pretends to be on a GPU")
-
-
-class Cells(nn.Module):
-    """A layer that runs once a time step and has two outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.cell, self.head = nn.LSTMCell(4, 8), nn.Linear(8, 4)
-
-    def forward(self, x):
-        state = None
-        for step in x.unbind(1):
-            state = self.cell(step, state)
-        return self.head(state[0])
 
 
 def mlp(act):
@@ -41,7 +28,7 @@ def convolutional():
 MODELS = {
     "relu": (lambda: mlp(nn.ReLU), (4,)),
     "tanh": (lambda: mlp(nn.Tanh), (4,)),
-    "cells": (Cells, (6, 4)),
+    "cells": (lambda: Cells(4, 8, 4), (6, 4)),
     "convolutional": (convolutional, (6, 4)),
 }
 
@@ -101,11 +88,7 @@ def test_no_step_waits(name, gpu, tmp_path):
         torchbp.watch(model, optimizer, log_dir=tmp_path, share=None, sample_every=3) as monitor,
     ):
         for _ in range(60):
-            loss = F.cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            monitor.log_loss(train=loss)
+            monitor.log_loss(train=step(model, optimizer, x, y))
         assert waits == []
     norms = read(tmp_path).vectors["gradient_norm"].values
     assert norms.shape[0] == 60
