@@ -162,6 +162,10 @@ def test_on_the_cpu_the_formula_runs():
 cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs --device cuda")
 
 
+def annealed(x, k):
+    return x * k
+
+
 def swish(v, x):
     return v * torch.sigmoid(x) * x
 
@@ -186,10 +190,9 @@ def test_kernel_is_the_formula(dtype, layout):
     assert made is not None
     assert made.dtype == dtype
     assert made.stride() == torch.empty_like(v * x).stride()
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(
-        made.double(), want, rtol=0.51 * eps if dtype in HALF else 4 * eps, atol=1e-38
-    )
+    eps, least = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    rtol, atol = (0.51 * eps, 0.51 * eps * least) if dtype in HALF else (4 * eps, least)
+    torch.testing.assert_close(made.double(), want, rtol=rtol, atol=atol)
 
 
 @cuda
@@ -223,6 +226,7 @@ def test_who_differentiates_gets_the_formula():
 
 
 @cuda
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
 def test_a_trace_has_the_formula():
     module = torchbp.nn.GELU()
     x, other = drawn((2, 4, 4), torch.float32)
@@ -231,11 +235,14 @@ def test_a_trace_has_the_formula():
 
 
 @cuda
-def test_a_number_that_changes_at_every_step_is_compiled_a_few_times_only():
+def test_a_number_that_changes_at_every_step_is_compiled_a_few_times_only(monkeypatch):
+    monkeypatch.setattr(_one_kernel, "_VARIANTS", 3)
     x = drawn((4, 4), torch.float32)
     with torch.no_grad():
-        made = [in_one_kernel(lambda x, k=k: x * k, x) for k in range(2 * _one_kernel._VARIANTS)]
-    assert sum(y is not None for y in made) == _one_kernel._VARIANTS
+        made = [
+            in_one_kernel(partial(annealed, k=k), x) is not None for k in (1.0, 2.0, 3.0, 4.0, 2.0)
+        ]
+    assert made == [True, True, True, False, True]
 
 
 @cuda

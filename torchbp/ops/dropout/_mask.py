@@ -1,13 +1,10 @@
 """The mask that every form of dropout draws, and its product with values, gradients and tangents."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from torchbp.ops._errors import wrong
 from torchbp.ops._function import fused, kernel, visible
-from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._random import int32_of, plain
 
 __all__ = ["draw", "is_identity", "masked", "one_kernel"]
@@ -68,17 +65,9 @@ def masked(v: Tensor, mask: Tensor, scale: float) -> Tensor:
         return torch.addcmul(nothing, v, mask, value=scale)  # 0.7 of the time of two products
     if v.is_cuda and mask.shape == v.shape and v.is_floating_point() and fused(v, half=True):
         return _dropout_backward(v, mask.view(torch.bool), scale)  # one pass, rounded once
-    if v.is_cuda:
-        product = in_one_kernel(partial(_scaled, scale=scale), v, mask.to(v.dtype))
-        if product is not None:
-            return product
     if v.dtype not in _NOTHING or mask.numel() == v.numel():
         return v * mask * scale
     # one pass over v; in half precision it would round twice
     if v.dtype is torch.float32 is torch.get_default_dtype():  # that of the product with a number
         return v * (mask * scale)
     return v * (mask.to(v.dtype) * scale)
-
-
-def _scaled(v: Tensor, mask: Tensor, *, scale: float) -> Tensor:
-    return v * mask * scale
