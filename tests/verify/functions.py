@@ -263,6 +263,11 @@ add(
     lambda: (r(3, 4), r(4), r(4)),
 )
 add("F.rms_norm", lambda x, w: F.rms_norm(x, x.shape[-1:], w), lambda: (r(3, 4), r(4)))
+add(
+    "F.hinge_embedding_loss of labels that require grad",
+    lambda x, t: F.hinge_embedding_loss(x, t, margin=8.0, reduction="sum"),
+    lambda: (r(5, 5), r(5, 5).detach().sign().requires_grad_()),
+)
 add("F.group_norm", lambda x, w, b: F.group_norm(x, 2, w, b), lambda: (r(2, 4, 3), r(4), r(4)))
 add("F.instance_norm", F.instance_norm, lambda: (r(2, 3, 4),))
 add("F.conv1d", F.conv1d, lambda: (r(2, 3, 6), r(4, 3, 3), r(4)))

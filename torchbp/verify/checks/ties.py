@@ -29,6 +29,7 @@ from torchbp.verify.tolerance import largest
 NAME = "ties"
 NUDGE = 2.0**-20
 FLAT = 1e-9  # a bend that is no kink, which would be about a nudge
+JUMP = 64.0  # times what a kink bends within a nudge
 SLACK = 1e-4  # of the distance between the two gradients; what smooth functions change by a nudge is below it
 
 Place = tuple[int, int]  # which leaf, flat position in it
@@ -178,15 +179,18 @@ def _nudged(case: Case, ties: list[Tie], sides: tuple[int, ...]) -> Case:
     for tie in ties:
         (i, k), (j, m) = tie
         flat[j][m] = flat[i][k]
-        nudge = NUDGE * max(float(flat[i][k].abs()), 2.0**-10)
         for side in sides:
             which, place = tie[side]
-            flat[which][place] += nudge
+            flat[which][place] += _nudge(case.leaves[i], k)
     new = {
         at: f.view_as(case.leaves[i])
         for i, (at, f) in enumerate(zip(case.where, flat, strict=True))
     }
     return case.edited(new.get, parameters=True)
+
+
+def _nudge(leaf: Tensor, place: int) -> float:
+    return NUDGE * max(float(leaf.reshape(-1)[place].abs()), 2.0**-10)
 
 
 def _flat(grads: Sequence[Tensor]) -> Tensor:
@@ -214,6 +218,10 @@ def _at_tie(case: Case, tie: Tie, cases: list[Case]) -> Finding | None:
         v[number].reshape(-1)[int(bends.argmax())] = 1.0
         grads = [c.vjps([v])[0] for c in (one, other, tied)]
         left, right, got = map(_flat, grads)
+        if float(bends.max()) > JUMP * _nudge(case.leaves[tie[0][0]], tie[0][1]) * max(
+            map(largest, (left, right))
+        ):
+            continue  # a label, perhaps
         apart = right - left
         length = float(apart.norm())
         if not bool(got.isfinite().all()):
