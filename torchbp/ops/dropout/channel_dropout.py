@@ -1,10 +1,11 @@
 r"""Channel dropout: y = x · m / (1 - p), where one m for each channel of each sample is 0 with probability p, else 1.
 
 Derivation:
-    As of dropout, m expanded over the channel's positions: grad_x = grad_y · m / (1 - p).
+    As of dropout, m expanded over the channel's positions: grad_x = grad_y · m / (1 - p).                     (1)
 
 Saves:
-    m: one byte a channel of a sample.
+    m / (1 - p), a number of x's dtype for each channel of a sample, as torch; m, a byte, in half precision and of
+    complex x.
 
 Edge values:
     p = 0, or not training: y is x itself.   p = 1: y is x · 0.   ±inf or NaN: NaN where dropped, as in torch.
@@ -21,17 +22,58 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import entry, public
+from torchbp.ops._function import Context, entry, public
 from torchbp.ops._op import Op
+from torchbp.ops._reduction import WIDE
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.dropout._mask import draw, is_identity
 from torchbp.ops.dropout.dropout import DropoutFunction
 
-__all__ = ["Dropout1d", "Dropout2d", "Dropout3d", "dropout1d", "dropout2d", "dropout3d"]
+__all__ = [
+    "ChannelDropoutFunction",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+]
 
+
+class ChannelDropoutFunction(Function):
+    """Product with one factor a channel, m / (1 - p). Call it through :func:`dropout2d` and its like."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: Tensor, inplace: bool) -> Tensor:  # (N, C, *), (N, C, 1, ...)
+        return x.mul_(factor) if inplace else x * factor
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+        x, factor, inplace = inputs
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(factor)
+        ctx.save_for_forward(factor)
+
+    @staticmethod
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        (factor,) = ctx.saved_tensors
+        return grad_y * factor, None, None  # (1)
+
+    @staticmethod
+    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
+        (factor,) = ctx.saved_tensors
+        return tangent_x * factor
+
+
+_by_channel = entry(ChannelDropoutFunction, again=ChannelDropoutFunction.forward)
 _dropout = entry(DropoutFunction, again=DropoutFunction.forward)
 
 
@@ -40,7 +82,11 @@ def _drop(op: str, x: Tensor, p: float, training: bool, inplace: bool, leading: 
     if is_identity(op, x, p, training):
         return x
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
-    return _dropout(x, draw(x, p, leading), scale, inplace)
+    mask = draw(x, p, leading)
+    if x.dtype not in WIDE:  # half precision would round the factor
+        return _dropout(x, mask, scale, inplace)
+    mask = mask if x.dtype is torch.get_default_dtype() else mask.to(x.dtype)
+    return _by_channel(x, mask * scale, inplace)
 
 
 @public
@@ -205,7 +251,8 @@ def _op(function: Callable[..., Tensor], module: type[nn.Module], spatial: int) 
 
     def saved_bytes(x: Tensor, p: float = 0.5, training: bool = True) -> int:
         channels = math.prod(x.shape[: x.dim() - spatial])
-        return channels if p and training else 0
+        each = x.element_size() if x.dtype in WIDE else 1
+        return channels * each if p and training else 0
 
     def benchmark(make: Make, n: int) -> Sample:
         side = max(1, math.floor((n // 512) ** (1 / spatial)))
