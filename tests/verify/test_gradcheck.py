@@ -391,6 +391,16 @@ def test_estimator_passes_without_what_uses_differences():
     assert torchbp.gradcheck(Round.apply, sample(3, 4), skip=["differences", "compile"])
 
 
+def test_a_flag_may_ask_for_a_straight_through_gradient():
+    def choice(x, w, hard=False):
+        soft = x.softmax(-1)
+        chosen = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0)
+        return w * (chosen + soft - soft.detach() if hard else soft)
+
+    report = torchbp.gradcheck(choice, (sample(2, 3), sample(2, 3)), skip=("compile",))
+    assert report.capabilities["arguments"].status == "ok"
+
+
 def test_whatever_the_default_device_is():
     def function(x, w):
         return (x.relu() @ w).sort().values.softmax(-1)
