@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -17,12 +17,13 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.compiler import is_compiling, is_dynamo_compiling
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from torchbp.ops import _recipe
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._forward_mode import differentiable_in_forward_mode
 from torchbp.ops._vmapped import vmapped
+from torchbp.ops._written_out import tensors, written_out
 
 __all__ = [
     "Context",
@@ -39,9 +40,11 @@ __all__ = [
     "is_half",
     "kernel",
     "leaf",
+    "modes_active",
     "overwrite",
     "public",
     "scale_fresh",
+    "transforms_active",
     "undifferentiated",
     "visible",
 ]
@@ -112,7 +115,7 @@ def entry(
     places = _places_of_tensors(function.forward)
     may_write = [*signature(function.forward).parameters][-1] == "inplace"
 
-    def apply(*args: object) -> Tensor:
+    def elsewhere(*args: object) -> Tensor:
         if is_dynamo_compiling():
             return _compiled(traced, args, places is None)
         if transforms_active():
@@ -130,7 +133,30 @@ def entry(
             return given
         return bare(*args)
 
-    return apply
+    return elsewhere if places is None else _direct(function.forward, bare, elsewhere)
+
+
+def _direct(
+    forward: Callable[..., Any], bare: Callable[..., Any], elsewhere: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return what calls ``bare``, but ``elsewhere`` what is not an eager call of living tensors that nobody notes."""
+    dead = "(isinstance({0}, Tensor) and unwrap_if_dead({0}) is not {0})"
+    special = [dead.format(t) for t in tensors(forward)]
+    special += ["inplace"] * ("inplace" in signature(forward).parameters)
+    return written_out(
+        f"""
+        if is_dynamo_compiling() or transforms_active() or recipe.asked or {" or ".join(special)}:
+            return elsewhere({{given}})
+        return bare({{given}})
+        """,
+        forward,
+        bare=bare,
+        elsewhere=elsewhere,
+        is_dynamo_compiling=is_dynamo_compiling,
+        recipe=_recipe,
+        transforms_active=transforms_active,
+        unwrap_if_dead=unwrap_if_dead,
+    )
 
 
 def _compiled(traced: type[Function], args: tuple[Any, ...], any_number: bool) -> Any:
@@ -164,11 +190,19 @@ def _named_once(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _call_directly(function: type[Function]) -> None:
-    """Spare the node what torch asks at every call: whether there is a ``vjp``, 1 µs, and what is a tensor, 0.5 µs."""
+    """Spare the node what torch asks at every call: whether there is a ``vjp``, 1 µs, and what is a tensor, 0.5 µs.
+
+    What is saved for backward is saved for forward mode too: torch lets go of it behind the forward.
+    """
     node: Any = getattr(function, "_backward_cls", None)
     if node is not None:
         node.apply = function.backward
+        node.save_for_backward = _save
         node.save_for_forward = _save_for_forward
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.to_save = ctx.saved_for_forward = tensors
 
 
 def _save_for_forward(ctx: Any, *tensors: Tensor | None) -> None:
@@ -180,22 +214,43 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     It answers ``__torch_function__`` (tensor subclasses, modes, ``torch.fx`` proxies) as torch's own functions do,
     and is pickled by its public name, whatever the file tree. Nested and sparse tensors go to torch's own function:
-    formulas and samples are those of strided ones.
+    formulas and samples are those of strided ones. What is passed on there is, as torch does it, what has no default by
+    place, and what is not the default by name.
     """
     own = getattr(torch.nn.functional, function.__name__, None)
     strided = torch.strided
+    default = {p.name: p.default for p in signature(function).parameters.values()}
+    optional = {k for k, v in default.items() if v is not Parameter.empty}
 
-    @wraps(function)
-    def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
+    def elsewhere(*args: Any, **kwargs: Any) -> R:
+        named = dict(zip(default, args, strict=False)) | kwargs
+        needed = [v for k, v in named.items() if k not in optional]
+        chosen = {k: v for k, v in named.items() if k in optional and v is not default[k]}
+        given = tuple(named.values())
         if own is not None:
-            for a in args:
+            for a in given:
                 if isinstance(a, Tensor) and (a.layout is not strided or a.is_nested):
-                    return own(*args, **kwargs)
-        if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
-            relevant = (*args, *kwargs.values())
-            return handle_torch_function(dispatch, relevant, *args, **kwargs)
+                    return own(*needed, **chosen)
+        if has_torch_function(given):
+            return handle_torch_function(dispatch, given, *needed, **chosen)
         return function(*args, **kwargs)
 
+    other = "(isinstance({0}, Tensor) and ({0}.layout is not strided or {0}.is_nested))"
+    special = [other.format(t) for t in tensors(function)] if own is not None else []
+    dispatch = wraps(function)(
+        written_out(
+            f"""
+            if {" or ".join(["has_torch_function({each})", *special])}:
+                return elsewhere({{given}})
+            return function({{given}})
+            """,
+            function,
+            elsewhere=elsewhere,
+            function=function,
+            has_torch_function=has_torch_function_variadic,
+            strided=strided,
+        )
+    )
     dispatch.__module__ = "torchbp.functional"
     return dispatch
 
@@ -303,9 +358,16 @@ def eager() -> bool:
 
 def visible(x: Tensor) -> bool:
     """Whether the values of ``x`` may be looked at: it breaks no trace, and waits for no device or other machine."""
-    if not (x.is_cpu and eager()):
-        return False
-    return type(x).__torch_dispatch__ is _PLAIN  # pyright: ignore[reportAttributeAccessIssue]
+    return (
+        x.is_cpu
+        and not (  # as `eager`, in which a call would be one more
+            is_dynamo_compiling()
+            or transforms_active()
+            or is_script_tracing()
+            or (modes_active() and _is_fake())
+        )
+        and (type(x) is Tensor or type(x).__torch_dispatch__ is _PLAIN)  # pyright: ignore[reportAttributeAccessIssue]
+    )
 
 
 def _is_fake() -> bool:

@@ -19,7 +19,7 @@ class _Saving:
     """A ``ctx`` that keeps apart what is saved for backward and for forward mode; all else is the own one's."""
 
     def __init__(self, ctx: Any) -> None:
-        self.__dict__.update(own=ctx, backward=(), forward=())
+        self.__dict__.update(own=ctx, backward=(), forward=None)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["own"], name)
@@ -49,10 +49,13 @@ def vmapped(function: type[Function]) -> type[Function]:
         if not isinstance(ctx, CtxCustomSave):
             ctx.for_backward = None
             function.setup_context(ctx, inputs, output)
+            if ctx.saved_for_forward is None and ctx.to_save:
+                ctx.save_for_forward(*ctx.to_save)
             return
         saving = _Saving(ctx)
         function.setup_context(saving, inputs, output)
-        both = (*saving.backward, *saving.forward)
+        forward = saving.backward if saving.forward is None else saving.forward
+        both = (*saving.backward, *forward)
         ctx.for_backward = len(saving.backward)
         ctx.save_for_backward(*both)
         ctx.save_for_forward(*both)

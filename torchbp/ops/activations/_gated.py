@@ -46,7 +46,7 @@ _threshold_backward_into = kernel("threshold_backward", "grad_input")
 class Gate:
     """A gate: g(a), as torch has it and by formula; v · g'(a), by formulas; both by torch's kernels, which may write.
 
-    The second formula is the one for a single kernel.
+    The second formula is the one for a single kernel; ``sound`` tells whether torch's kernels made no NaN.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -57,6 +57,7 @@ class Gate:
     kernel: Callable[[Tensor, Tensor], Tensor]
     value_into: Callable[[Tensor, Tensor], Tensor]
     times_derivative_into: Callable[[Tensor, Tensor, Tensor], Tensor]
+    sound: Callable[[Tensor], bool] = sound
 
 
 def _gelu_gate(
@@ -64,14 +65,15 @@ def _gelu_gate(
     formula: Callable[[Tensor], Tensor],
     times_derivative: Callable[[Tensor, Tensor], Tensor],
 ) -> Gate:
-    value = partial(_nn.gelu, approximate=approximate)
+    exact = approximate == "none"  # the default: a word less to pass
+    value = _nn.gelu if exact else partial(_nn.gelu, approximate=approximate)
     return Gate(
         value,
         formula,
         times_derivative,
         times_derivative,
         value,
-        lambda v, a: _gelu_backward(v, a, approximate=approximate),
+        _gelu_backward if exact else partial(_gelu_backward, approximate=approximate),
         lambda a, out: _gelu_into(a, approximate=approximate, out=out),
         lambda v, a, out: _gelu_backward_into(v, a, approximate=approximate, grad_input=out),
     )
@@ -114,6 +116,7 @@ _GATES = {
         lambda v, a: _threshold_backward(v, a, 0.0),
         lambda a, out: torch.clamp_min(a, 0, out=out),
         lambda v, a, out: _threshold_backward_into(v, a, 0.0, grad_input=out),
+        lambda _: True,
     ),
 }
 
@@ -126,9 +129,9 @@ class GatedFunction(Function):
     @staticmethod
     def forward(x: Tensor, dim: int, gate: str, finite: bool | None) -> Tensor:
         if finite is None and not is_half(x):  # nothing traces or batches it
-            a, b = x.chunk(2, dim)
+            a, b = x.unsafe_chunk(2, dim)
             g = _GATES[gate].value_kernel(a)
-            return (g if sound(g) else mended(g, a)).mul_(b)
+            return (g if _GATES[gate].sound(g) else mended(g, a)).mul_(b)
         if x.is_cuda:
             y = in_one_kernel(partial(_times, _GATES[gate].formula), *x.chunk(2, dim))
             if y is not None:
@@ -145,20 +148,18 @@ class GatedFunction(Function):
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, int, str, bool | None], output: Tensor
     ) -> None:
-        x, ctx.settings = inputs[0], inputs[1:]
+        x, ctx.dim, ctx.gate, ctx.finite = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        dim, name, finite = ctx.settings
-        gate = _GATES[name]
+        dim, gate, finite = ctx.dim, _GATES[ctx.gate], ctx.finite
         if finite is None and x.numel() <= FEW and fused(grad_y):
-            a, b = x.chunk(2, dim)
+            a, b = x.unsafe_chunk(2, dim)
             grad_a = gate.kernel(grad_y * b, a)  # (1)
             grad_x = torch.cat((grad_a, gate.value_kernel(a).mul_(grad_y)), dim)  # (2)
-            if sound(grad_x):
+            if gate.sound(grad_x):
                 return grad_x, None, None, None
         if x.is_cuda:
             a, b = x.chunk(2, dim)
@@ -174,7 +175,7 @@ class GatedFunction(Function):
                 grad_a, grad_b = grad_x.chunk(2, dim)
                 gate.times_derivative_into(torch.mul(v, b, out=grad_a), a, grad_a)  # (1)
                 gate.value_into(a, grad_b).mul_(v)  # (2)
-                if finite or sound(grad_x):
+                if finite or gate.sound(grad_x):
                     return grad_x
             grad_a = gate.times_derivative(v * b.conj(), bounded(a))  # (1)
             return torch.cat([grad_a, v * mended(gate.value(a), a).conj()], dim)  # (2)
@@ -184,8 +185,7 @@ class GatedFunction(Function):
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
         (x,) = ctx.saved_tensors
-        dim, name, _finite = ctx.settings
-        gate = _GATES[name]
+        dim, gate = ctx.dim, _GATES[ctx.gate]
 
         def formula(t: Tensor, x: Tensor) -> Tensor:
             (a, b), (tangent_a, tangent_b) = x.chunk(2, dim), t.chunk(2, dim)
@@ -206,7 +206,7 @@ def gated(op: str, x: Tensor, dim: int, gate: str) -> Tensor:
 
 def check_halves(op: str, x: Tensor, dim: int) -> None:
     """Check that ``x`` has two halves along ``dim``, as ``torch.nn.functional.glu`` does."""
-    if x.dim() == 0 or x.shape[dim] % 2:
+    if x.dim() == 0 or x.size(dim) % 2:
         rule = f"an even size of dimension {dim}"
         raise RuntimeError(wrong(op, rule, shape(x), "it holds the gate, then the values"))
 

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import visible
-from torchbp.ops._invalid import FEW, at_hand, sound
+from torchbp.ops._function import fused, modes_active, visible
+from torchbp.ops._invalid import FEW, at_hand, quiet, sound
 from torchbp.ops._one_kernel import in_one_kernel
 
 __all__ = [
@@ -68,6 +68,9 @@ def value(
 
     On a GPU ``formula``, the same, in one kernel, of what is no further out than -1000: at ∞ it is right.
     """
+    if finite is None:
+        y = forward(x)
+        return y if quiet() or sound(y) else mended(y, x)
     if isinstance(x, Tensor) and x.is_cuda and x.is_floating_point():
         y = in_one_kernel(partial(_of_bounded_below, formula), x)
         return forward(x.clamp(min=-FAR)) if y is None else y
@@ -94,10 +97,12 @@ def _of_bounded(
 def with_limits(
     backward: Callable[[Tensor, Tensor], Tensor], grad_y: Tensor, x: Tensor, finite: bool | None
 ) -> Tensor:
-    """Return torch's kernel ``backward(grad_y, x)``, but with the limits where ``x`` is ±∞."""
+    """Return torch's kernel ``backward(grad_y, x)``, not differentiated, but with the limits where ``x`` is ±∞."""
     if finite is not False:
         grad_x = backward(grad_y, x)
-        if finite or sound(grad_x):
+        if finite or (quiet() and not modes_active()):
+            return grad_x
+        if fused(grad_y, half=True) and sound(grad_x):
             return grad_x
     return backward(grad_y, bounded(x))
 

@@ -58,39 +58,35 @@ class ELUFunction(Function):
     def forward(
         x: Tensor, alpha: float, s: float, beta: float, inplace: bool
     ) -> Tensor:  # (*) -> (*)
-        kernel = _nn.elu_ if inplace else _nn.elu
-        return kernel(x, alpha, s, beta)
+        return _nn.elu_(x, alpha, s, beta) if inplace else _nn.elu(x, alpha, s, beta)
 
     @staticmethod
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, float, float, float, bool], output: Tensor
     ) -> None:
-        x, *_, inplace = inputs
-        ctx.settings = inputs[1:]
-        if inplace:
+        x, ctx.alpha, ctx.s, ctx.beta, ctx.inplace = inputs
+        if ctx.inplace:
             ctx.mark_dirty(x)
-        kept = output if inplace else x
-        ctx.save_for_backward(kept)
-        ctx.save_for_forward(kept)
+        ctx.save_for_backward(output if ctx.inplace else x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
         (kept,) = ctx.saved_tensors
         if undifferentiated():
-            grad_x = _elu_backward(grad_y, *ctx.settings, kept)
+            grad_x = _elu_backward(grad_y, ctx.alpha, ctx.s, ctx.beta, ctx.inplace, kept)
         else:
-            grad_x = _times_derivative(grad_y, kept, *ctx.settings)  # (3)
+            grad_x = _times_derivative(grad_y, kept, ctx)  # (3)
         return grad_x, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
         (kept,) = ctx.saved_tensors
-        return _times_derivative(tangent_x, kept, *ctx.settings)
+        return _times_derivative(tangent_x, kept, ctx)
 
 
-def _times_derivative(
-    v: Tensor, kept: Tensor, alpha: float, s: float, beta: float, is_output: bool
-) -> Tensor:
+def _times_derivative(v: Tensor, kept: Tensor, ctx: Context) -> Tensor:
+    alpha, s, beta = ctx.alpha, ctx.s, ctx.beta
+
     def of_x(v: Tensor, x: Tensor) -> Tensor:
         left = s * alpha * beta * torch.exp(beta * clipped(x, -math.inf, 0.0))
         return v * torch.where(x <= 0, left, s)  # (1)
@@ -98,7 +94,7 @@ def _times_derivative(
     def of_y(v: Tensor, y: Tensor) -> Tensor:
         return v * torch.where(y <= 0, beta * (y + s * alpha), s)  # (2)
 
-    return in_pieces(of_y if is_output else of_x, v, kept)
+    return in_pieces(of_y if ctx.inplace else of_x, v, kept)
 
 
 _elu = entry(ELUFunction, again=ELUFunction.forward)

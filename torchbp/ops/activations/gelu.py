@@ -74,7 +74,6 @@ class GELUFunction(Function):
     ) -> None:
         x, ctx.approximate, ctx.finite = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:

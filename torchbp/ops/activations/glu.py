@@ -46,7 +46,6 @@ class GLUFunction(Function):
     def setup_context(ctx: Context, inputs: tuple[Tensor, int], output: Tensor) -> None:
         x, ctx.dim = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:

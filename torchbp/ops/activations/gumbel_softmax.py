@@ -55,7 +55,6 @@ class GumbelSoftmaxFunction(Function):
     ) -> None:
         _, _, ctx.tau, ctx.dim = inputs
         ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:

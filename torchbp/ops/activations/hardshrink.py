@@ -43,13 +43,12 @@ class HardshrinkFunction(Function):
     def setup_context(ctx: Context, inputs: tuple[Tensor, float], output: Tensor) -> None:
         _, ctx.lambd = inputs
         ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         if undifferentiated():
-            return _hardshrink_backward(grad_y, y, min(ctx.lambd, 0.0)), None
+            return _hardshrink_backward(grad_y, y, 0.0 if ctx.lambd >= 0 else ctx.lambd), None
         return _where_kept(grad_y, y, ctx.lambd), None  # (2)
 
     @staticmethod

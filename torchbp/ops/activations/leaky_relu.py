@@ -53,7 +53,6 @@ class LeakyReLUFunction(Function):
         kept = output if slope >= 0 else x
         ctx.slope = slope
         ctx.save_for_backward(kept)
-        ctx.save_for_forward(kept)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:

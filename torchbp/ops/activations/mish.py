@@ -27,7 +27,15 @@ from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, kernel, overwrite, public
+from torchbp.ops._function import (
+    Context,
+    entry,
+    kernel,
+    overwrite,
+    public,
+    transforms_active,
+    undifferentiated,
+)
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
@@ -64,7 +72,6 @@ class MishFunction(Function):
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
         x, ctx.finite = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
@@ -73,7 +80,8 @@ class MishFunction(Function):
             grad_x = at_once(_times_derivative, grad_y, x)  # (2)
             if grad_x is not None:
                 return grad_x, None
-        if (x.numel() <= _FEW or not x.is_cpu) and fused(grad_y, half=True):
+        few = x.numel() <= _FEW or not x.is_cpu
+        if few and undifferentiated() and not transforms_active():  # it has no rule for vmap
             return with_limits(_mish_backward, grad_y, x, ctx.finite), None
         into = _times_derivative_into
         return in_pieces(_times_derivative, grad_y, x, into=into, spare=2), None  # (2)

@@ -53,7 +53,6 @@ class PReLUFunction(Function):
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:

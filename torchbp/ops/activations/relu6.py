@@ -46,7 +46,6 @@ class ReLU6Function(Function):
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:

@@ -47,21 +47,28 @@ class RReLUFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, slopes: Tensor, inplace: bool) -> Tensor:  # (*), (*) -> (*)
+    def forward(  # (*), (*) -> (*)
+        x: Tensor, slopes: Tensor, bounds: tuple[float, float] | None, inplace: bool
+    ) -> Tensor:
+        if bounds is not None:  # the kernel draws the slopes, too
+            return _nn.rrelu_with_noise(x, slopes, *bounds, True)
         return x.mul_(slopes) if inplace else x * slopes  # (1)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-        x, slopes, inplace = inputs
+    def setup_context(
+        ctx: Context,
+        inputs: tuple[Tensor, Tensor, tuple[float, float] | None, bool],
+        output: Tensor,
+    ) -> None:
+        x, slopes, _, inplace = inputs
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(slopes)
-        ctx.save_for_forward(slopes)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (slopes,) = ctx.saved_tensors
-        return grad_y * slopes, None, None  # (2)
+        return grad_y * slopes, None, None, None  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
@@ -109,7 +116,11 @@ def _uniform(x: Tensor) -> Tensor:
     return torch.rand_like(x, memory_format=torch.contiguous_format)
 
 
-_rrelu = entry(RReLUFunction, again=RReLUFunction.forward)
+def _again(x: Tensor, slopes: Tensor, _bounds: object, inplace: bool) -> Tensor:
+    return RReLUFunction.forward(x, slopes, None, inplace)
+
+
+_rrelu = entry(RReLUFunction, again=_again)
 
 
 @public
@@ -151,7 +162,9 @@ def rrelu(
         input = input.contiguous()  # as torch's result is
     if not training:
         return leaky_relu(input, (lower + upper) / 2, inplace)
-    return _rrelu(input, _draw(input, lower, upper), inplace)
+    if not inplace and _is_few(input) and not is_half(input):
+        return _rrelu(input, torch.empty_like(input), (lower, upper), False)
+    return _rrelu(input, _draw(input, lower, upper), None, inplace)
 
 
 @public

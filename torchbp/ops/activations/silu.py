@@ -26,7 +26,7 @@ from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, fused, kernel, overwrite, public
+from torchbp.ops._function import Context, entry, kernel, overwrite, public, undifferentiated
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
@@ -56,7 +56,6 @@ class SiLUFunction(Function):
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
         x, ctx.finite = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
@@ -65,7 +64,7 @@ class SiLUFunction(Function):
             grad_x = at_once(_by_one_sigmoid, grad_y, x)  # (2)
             if grad_x is not None:
                 return grad_x, None
-        if fused(grad_y, half=True) and not x.is_complex():
+        if undifferentiated() and not x.is_complex():
             return with_limits(_silu_backward, grad_y, x, ctx.finite), None
         return in_pieces(_times_derivative, grad_y, bounded(x)), None  # (2)
 

@@ -48,7 +48,6 @@ class SoftcapFunction(Function):
         x, ctx.cap = inputs
         kept = x if is_half(x) else output
         ctx.save_for_backward(kept)
-        ctx.save_for_forward(kept)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:

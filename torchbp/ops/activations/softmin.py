@@ -47,7 +47,6 @@ class SoftminFunction(Function):
     def setup_context(ctx: Context, inputs: tuple[Tensor, int], output: Tensor) -> None:
         _, ctx.dim = inputs
         ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:

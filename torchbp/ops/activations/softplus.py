@@ -45,7 +45,6 @@ class SoftplusFunction(Function):
     def setup_context(ctx: Context, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
         x, ctx.beta, ctx.threshold = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:

@@ -55,7 +55,6 @@ class SoftsignFunction(Function):
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
         x, _ = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:

@@ -42,7 +42,6 @@ class SquaredReLUFunction(Function):
     def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
         (x,) = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:

@@ -51,7 +51,6 @@ class TanhFunction(Function):
         (x,) = inputs
         kept = x if is_half(x) else output
         ctx.save_for_backward(kept)
-        ctx.save_for_forward(kept)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:

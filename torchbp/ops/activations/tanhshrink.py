@@ -51,7 +51,6 @@ class TanhshrinkFunction(Function):
         ctx.set_materialize_grads(False)
         kept = x if t is None else t
         ctx.save_for_backward(kept)
-        ctx.save_for_forward(kept)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor | None, grad_t: Tensor | None) -> Tensor | None:

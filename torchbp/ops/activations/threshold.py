@@ -60,7 +60,6 @@ class ThresholdFunction(Function):
         kept = output if inplace or c <= t else x
         ctx.t = t
         ctx.save_for_backward(kept)
-        ctx.save_for_forward(kept)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import fused, kernel, visible
+from torchbp.ops._function import fused, kernel, modes_active, undifferentiated, visible
 from torchbp.ops._random import int32_of, plain
 
 __all__ = ["draw", "is_identity", "masked", "one_kernel"]
@@ -50,19 +50,20 @@ def draw(x: Tensor, p: float, leading: int | None = None) -> Tensor:
     return (int32_of(shape) >= _INT32_MIN + round(p * 2**32)).view(torch.uint8)
 
 
-def one_kernel(v: Tensor, mask: Tensor) -> Tensor | None:
+def one_kernel(v: Tensor) -> Tensor | None:
     """Return, where torch.addcmul takes values and a mask as they are, a zero to add them to; else ``None``."""
     nothing = _NOTHING.get(v.dtype)
-    if nothing is None or not v.is_cpu or mask.numel() != v.numel() or not fused(v, half=True):
+    if nothing is None or not (v.is_cpu and undifferentiated()) or modes_active():
         return None
     return nothing
 
 
-def masked(v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Return v · mask · scale, the mask expanded."""
-    nothing = one_kernel(v, mask)
-    if nothing is not None:
-        return torch.addcmul(nothing, v, mask, value=scale)  # 0.7 of the time of two products
+def masked(v: Tensor, mask: Tensor, scale: float, *, alike: bool = False) -> Tensor:
+    """Return v · mask · scale, the mask expanded; ``alike`` where it is known not to be needed."""
+    if alike or mask.numel() == v.numel():
+        nothing = one_kernel(v)
+        if nothing is not None:
+            return torch.addcmul(nothing, v, mask, value=scale)  # 0.7 of the time of two products
     if v.is_cuda and mask.shape == v.shape and v.is_floating_point() and fused(v, half=True):
         return _dropout_backward(v, mask.view(torch.bool), scale)  # one pass, rounded once
     if v.dtype not in _NOTHING or mask.numel() == v.numel():

@@ -62,7 +62,7 @@ class AlphaDropoutFunction(Function):
         y = None
         if x.is_cuda:
             y = in_one_kernel(partial(_choice, a=a, b=b), x, mask.to(x.dtype))
-        elif x.numel() <= _FEW and one_kernel(x, mask) is not None:
+        elif x.numel() <= _FEW and one_kernel(x) is not None:
             y = _chosen_of_few(x, mask, a, b)
         if y is None:
             y = in_float32(lambda x: _chosen(x, mask, a, b), x)
@@ -76,7 +76,6 @@ class AlphaDropoutFunction(Function):
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(mask)
-        ctx.save_for_forward(mask)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:

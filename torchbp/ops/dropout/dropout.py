@@ -40,7 +40,7 @@ class DropoutFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, mask: Tensor, scale: float, inplace: bool) -> Tensor:  # (*), (*) -> (*)
-        return x.mul_(mask).mul_(scale) if inplace else masked(x, mask, scale)
+        return x.mul_(mask).mul_(scale) if inplace else masked(x, mask, scale, alike=True)
 
     @staticmethod
     def setup_context(
@@ -50,12 +50,11 @@ class DropoutFunction(Function):
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(mask)
-        ctx.save_for_forward(mask)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (mask,) = ctx.saved_tensors
-        return masked(grad_y, mask, ctx.scale), None, None, None  # (2)
+        return masked(grad_y, mask, ctx.scale, alike=True), None, None, None  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:

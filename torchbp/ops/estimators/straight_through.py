@@ -61,7 +61,6 @@ class StraightThroughFunction(Function):
         if passes is not None:
             ctx.mark_non_differentiable(passes)
         ctx.save_for_backward(passes)
-        ctx.save_for_forward(passes)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor, _: None) -> tuple[Tensor, None, None]:

@@ -47,7 +47,6 @@ class SurrogateSpikeFunction(Function):
     def setup_context(ctx: Context, inputs: tuple[Tensor, str, float], output: Tensor) -> None:
         x, ctx.surrogate, ctx.k = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:

@@ -40,7 +40,6 @@ class IndexCrossEntropyFunction(Function):
     ) -> None:
         *tensors, ctx.reduction, ctx.ignored, ctx.smoothing = inputs
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:

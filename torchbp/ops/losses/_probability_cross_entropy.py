@@ -42,7 +42,6 @@ class ProbabilityCrossEntropyFunction(Function):
     ) -> None:
         *tensors, ctx.reduction, ctx.smoothing = inputs
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(

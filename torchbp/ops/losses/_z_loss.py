@@ -45,7 +45,6 @@ class LogPartitionPenaltyFunction(Function):
     ) -> None:
         x, counts, ctx.factor, ctx.reduction = inputs
         ctx.save_for_backward(x, counts)
-        ctx.save_for_forward(x, counts)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:

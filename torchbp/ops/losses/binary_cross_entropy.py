@@ -74,7 +74,6 @@ class BCELossFunction(Function):
     ) -> None:
         x, target, weight, ctx.reduction, ctx.inside = inputs
         ctx.save_for_backward(x, target, weight)
-        ctx.save_for_forward(x, target, weight)
 
     @staticmethod
     def backward(

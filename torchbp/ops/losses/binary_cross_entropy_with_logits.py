@@ -108,7 +108,6 @@ class BCEWithLogitsLossFunction(Function):
     ) -> None:
         x, target, weight, pos_weight, ctx.reduction = inputs
         ctx.save_for_backward(x, target, weight, pos_weight)
-        ctx.save_for_forward(x, target, weight, pos_weight)
 
     @staticmethod
     def backward(

@@ -86,7 +86,6 @@ class CTCLossFunction(Function):
     ) -> None:
         *tensors, ctx.blank, ctx.zero_infinity, ctx.reduction = inputs
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:

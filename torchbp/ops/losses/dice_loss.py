@@ -52,7 +52,6 @@ class DiceLossFunction(Function):
     ) -> None:
         x, target, ctx.eps, ctx.power, ctx.reduction = inputs
         ctx.save_for_backward(x, target)
-        ctx.save_for_forward(x, target)
 
     @staticmethod
     def backward(

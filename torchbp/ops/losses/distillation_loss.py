@@ -73,7 +73,6 @@ class DistillationLossFunction(Function):
     ) -> None:
         x, target, ctx.temperature, ctx.reduction = inputs
         ctx.save_for_backward(x, target)
-        ctx.save_for_forward(x, target)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

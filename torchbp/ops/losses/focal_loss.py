@@ -82,7 +82,6 @@ class FocalLossFunction(Function):
     ) -> None:
         x, target, alpha, ctx.gamma, ctx.ignored, ctx.simple, ctx.reduction = inputs
         ctx.save_for_backward(x, target, alpha)
-        ctx.save_for_forward(x, target, alpha)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -82,7 +82,6 @@ class GaussianNLLLossFunction(Function):
     ) -> None:
         d, var, _, ctx.eps, ctx.reduction = inputs
         ctx.save_for_backward(d, var)
-        ctx.save_for_forward(d, var)
 
     @staticmethod
     def backward(

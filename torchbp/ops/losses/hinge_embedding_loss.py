@@ -76,7 +76,6 @@ class HingeEmbeddingLossFunction(Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(slope)
         ctx.save_for_backward(slope)
-        ctx.save_for_forward(slope)
 
     @staticmethod
     def backward(

@@ -82,7 +82,6 @@ class HuberLossFunction(Function):
     ) -> None:
         x, target, ctx.delta, ctx.reduction = inputs
         ctx.save_for_backward(x, target)
-        ctx.save_for_forward(x, target)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -71,7 +71,6 @@ class L1LossFunction(Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(sign)
         ctx.save_for_backward(sign)
-        ctx.save_for_forward(sign)
 
     @staticmethod
     def backward(

@@ -50,7 +50,6 @@ class LogCoshLossFunction(Function):
     def setup_context(ctx: Context, inputs: tuple[Tensor, str], output: Tensor) -> None:
         d, ctx.reduction = inputs
         ctx.save_for_backward(d)
-        ctx.save_for_forward(d)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:

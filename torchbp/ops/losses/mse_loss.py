@@ -69,7 +69,6 @@ class MSELossFunction(Function):
     ) -> None:
         x, target, w, ctx.reduction = inputs
         ctx.save_for_backward(x, target, w)
-        ctx.save_for_forward(x, target, w)
 
     @staticmethod
     def backward(

@@ -72,7 +72,6 @@ class MultiMarginLossFunction(Function):
     ) -> None:
         x, target, w, ctx.p, ctx.margin, ctx.reduction = inputs
         ctx.save_for_backward(x, target, w)
-        ctx.save_for_forward(x, target, w)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:

@@ -78,7 +78,6 @@ class SigmoidFocalLossFunction(Function):
     ) -> None:
         x, target, ctx.alpha, ctx.gamma, ctx.reduction = inputs
         ctx.save_for_backward(x, target)
-        ctx.save_for_forward(x, target)
 
     @staticmethod
     def backward(

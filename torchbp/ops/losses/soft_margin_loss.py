@@ -68,7 +68,6 @@ class SoftMarginLossFunction(Function):
     def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
         x, target, ctx.reduction = inputs
         ctx.save_for_backward(x, target)
-        ctx.save_for_forward(x, target)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -59,7 +59,6 @@ class DyTFunction(Function):
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.along_rows = x.numel() > 0 and _is_vector(weight, x) and _is_vector(bias, x)
         ctx.save_for_backward(x, alpha, weight)
-        ctx.save_for_forward(x, alpha, weight)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, ...]:

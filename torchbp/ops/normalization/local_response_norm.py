@@ -51,7 +51,6 @@ class LocalResponseNormFunction(Function):
     ) -> None:
         x, *ctx.rule = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:

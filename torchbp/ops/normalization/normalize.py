@@ -58,7 +58,6 @@ class NormalizeFunction(Function):
     ) -> None:
         x, ctx.p, ctx.dim, ctx.eps = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:

@@ -63,7 +63,6 @@ class RMSNormFunction(Function):
         x, ctx.dims, weight, ctx.eps = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
 
     @staticmethod
     def backward(

@@ -114,20 +114,20 @@ class GRUFunction(Function):
         ctx.half, ctx.device = is_half(x), x.device.type
         ctx.dtypes, ctx.state_dtype = dtypes(*tensors), h_n.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_forward(*tensors, y, gates, q)
         if ctx.half:
             ctx.save_for_backward(*tensors, None, None, None)
-            return
-        need_x, need_h0, need_w_ih, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if need_w_ih else None,
-            h0,
-            w_ih if need_x else None,
-            w_hh if need_h0 or len(ctx.sizes) > 1 else None,
-            *(None, None),
-            y if len(ctx.sizes) > 1 else None,
-            *(gates, q),
-        )
+        else:
+            need_x, need_h0, need_w_ih, *_ = ctx.needs_input_grad
+            ctx.save_for_backward(
+                x if need_w_ih else None,
+                h0,
+                w_ih if need_x else None,
+                w_hh if need_h0 or len(ctx.sizes) > 1 else None,
+                *(None, None),
+                y if len(ctx.sizes) > 1 else None,
+                *(gates, q),
+            )
+        ctx.save_for_forward(*tensors, y, gates, q)
 
     @staticmethod
     def backward(

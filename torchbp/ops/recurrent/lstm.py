@@ -118,21 +118,21 @@ class LSTMFunction(Function):
         ctx.half, ctx.device = is_half(x), x.device.type
         ctx.dtypes, ctx.output_dtypes = dtypes(*tensors), dtypes(*output)
         ctx.set_materialize_grads(False)
-        ctx.save_for_forward(*tensors, y, c, gates)
         if ctx.half:
             ctx.save_for_backward(*tensors, None, None, None)
-            return
-        need_x, need_h0, _, need_w_ih, need_w_hh, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if need_w_ih else None,
-            h0 if need_w_hh else None,
-            c0,
-            w_ih if need_x else None,
-            w_hh if need_h0 or len(ctx.sizes) > 1 else None,
-            *(None, None, w_hr),
-            y if need_w_hh and len(ctx.sizes) > 1 else None,
-            *(c, gates),
-        )
+        else:
+            need_x, need_h0, _, need_w_ih, need_w_hh, *_ = ctx.needs_input_grad
+            ctx.save_for_backward(
+                x if need_w_ih else None,
+                h0 if need_w_hh else None,
+                c0,
+                w_ih if need_x else None,
+                w_hh if need_h0 or len(ctx.sizes) > 1 else None,
+                *(None, None, w_hr),
+                y if need_w_hh and len(ctx.sizes) > 1 else None,
+                *(c, gates),
+            )
+        ctx.save_for_forward(*tensors, y, c, gates)
 
     @staticmethod
     def backward(

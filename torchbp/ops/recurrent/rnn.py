@@ -105,18 +105,18 @@ class RNNFunction(Function):
         ctx.half, ctx.device = is_half(x), x.device.type
         ctx.dtypes = dtypes(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.save_for_forward(*tensors, output[0])
         if ctx.half:
             ctx.save_for_backward(*tensors, None)
-            return
-        need_x, need_h0, need_w_ih, need_w_hh, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if need_w_ih else None,
-            h0 if need_w_hh else None,
-            w_ih if need_x else None,
-            w_hh if need_h0 or len(ctx.sizes) > 1 else None,
-            *(None, None, output[0]),
-        )
+        else:
+            need_x, need_h0, need_w_ih, need_w_hh, *_ = ctx.needs_input_grad
+            ctx.save_for_backward(
+                x if need_w_ih else None,
+                h0 if need_w_hh else None,
+                w_ih if need_x else None,
+                w_hh if need_h0 or len(ctx.sizes) > 1 else None,
+                *(None, None, output[0]),
+            )
+        ctx.save_for_forward(*tensors, output[0])
 
     @staticmethod
     def backward(
