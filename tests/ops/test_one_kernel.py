@@ -4,6 +4,8 @@ import ctypes
 import math
 import shutil
 import subprocess
+import threading
+import time
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 import torchbp.nn
 from tests.device import DEVICE
 from tests.ops.conftest import HALF, drawn
-from torchbp.ops import _one_kernel
+from torchbp.ops import _function, _one_kernel
 from torchbp.ops._cuda_source import _RULES, source
 from torchbp.ops._one_kernel import in_one_kernel
 
@@ -152,6 +154,26 @@ def test_formulas_are_told_apart():
     assert identity(scaled(2)) != identity(scaled(2.0))
     assert identity(partial(torch.add, alpha=2)) != identity(partial(torch.add, alpha=3))
     assert identity(scaled(torch.ones(2))) is None, "a tensor is no constant"
+
+
+def test_sources_are_written_one_at_a_time():
+    """Or two threads would take each other's ``formula_only`` for what was there before."""
+    inside, most = [], []
+
+    def formula(x):
+        inside.append(x)
+        time.sleep(0.01)
+        most.append(len(inside))
+        inside.pop()
+        return x * 2
+
+    threads = [threading.Thread(target=source, args=("f", formula, 1)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
+    assert not _function._formula_only
 
 
 def test_on_the_cpu_the_formula_runs():

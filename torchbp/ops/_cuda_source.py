@@ -5,6 +5,7 @@ functions of CUDA, NaN kept as torch keeps it. Products may be fused with sums.
 """
 
 import math
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torchbp.ops._function import formula_only
 
 __all__ = ["Symbol", "source"]
 
+_one_at_a_time = threading.Lock()
 _INFINITY = "T(__int_as_float(0x7f800000))"
 
 
@@ -23,7 +25,7 @@ def source(name: str, formula: Callable[..., Any], count: int) -> str | None:
     lines: list[str] = []
     symbols = [Symbol(f"a{i}", lines) for i in range(count)]
     try:
-        with formula_only():
+        with _one_at_a_time, formula_only():  # backward has a thread for each device
             value = formula(*symbols)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError):
         return None
