@@ -6,6 +6,7 @@ from torchbp.verify._check import NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.halving import culprit
 from torchbp.verify.lines import Lines
+from torchbp.verify.otherwise import differs_otherwise
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate, reason
 from torchbp.verify.report import Finding
 
@@ -40,7 +41,7 @@ def check_lines(
             return None
     except BackwardRaised as error:
         return _raised(check, when, error)
-    lines = Lines(case, elsewhere=elsewhere)
+    lines = Lines(case, elsewhere=elsewhere, otherwise=True)
     for n in range(number):
         direction = lines.direction(n)
         rises = lines.rises(direction)
@@ -49,10 +50,10 @@ def check_lines(
         agrees = rises or lines.agrees(direction)
         if agrees is False:
             found = culprit(lines, n, check, when)
-        elif agrees and beside:
-            found = check_beside(case, lines, direction, check, when)
         else:
-            found = None
+            found = None if rises else differs_otherwise(case, check, when)
+            if agrees and beside and not found:
+                found = check_beside(case, lines, direction, check, when)
         if found:
             return found
     return None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import central, settle
+from torchbp.verify.otherwise import asked_otherwise
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.tensors import like, real, scale_of, signed_like
 from torchbp.verify.tolerance import largest
@@ -24,8 +25,9 @@ SHORTENED = 3  # times at most
 class Lines:
     """The function along lines through the sample."""
 
-    def __init__(self, case: Case, *, elsewhere: bool = False) -> None:
+    def __init__(self, case: Case, *, elsewhere: bool = False, otherwise: bool = False) -> None:
         self.case = case
+        self.otherwise = otherwise  # whether the gradient at the end of a step is asked for so
         self.hidden = (
             False  # whether the gradient seems to be right at the sample and wrong beside it
         )
@@ -175,8 +177,11 @@ class Lines:
     def _off_there(self, directions: dict[int, Tensor], step: float, got: float) -> float:
         leaves, outputs = self.end
         self.rise = self._rise(outputs)
-        v = self.case.plain.cotangents
-        grads = self.case.backward(outputs, leaves, v, retain_graph=True)
+        if self.otherwise:
+            grads = asked_otherwise(self.case, outputs, leaves)
+        else:
+            v = self.case.plain.cotangents
+            grads = self.case.backward(outputs, leaves, v, retain_graph=True)
         there, _ = self._along([g.detach().cpu() for g in grads], directions)
         off = abs(self.rise / step - (got + there) / 2)
         return off if off == off else float("inf")  # noqa: PLR0124  # NaN

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 UNEVEN = (1.0, 2.0**-18, 2.0**3, 2.0**-7, 2.0**6, 2.0**-11)  # of rows: a norm clamped, a branch
+GOLDEN = 0.6180339887  # its multiples lie evenly between whole numbers
 
 APART = 2.0**3  # times, of several inputs every other one
 
@@ -119,8 +120,11 @@ def apart(case: Case) -> Case:
 
 
 def _times(t: Tensor, factor: float) -> Tensor:
-    both = t.is_complex() or bool((t < 0).any() and (t > 0).any())
-    return t * (factor if both else abs(factor))
+    return t * (factor if _has_both_signs(t) else abs(factor))
+
+
+def _has_both_signs(t: Tensor) -> bool:
+    return t.is_complex() or bool((t < 0).any() and (t > 0).any())
 
 
 def uneven(case: Case, size: Size) -> Case:
@@ -128,20 +132,28 @@ def uneven(case: Case, size: Size) -> Case:
 
     def along(t: Tensor, dims: list[int]) -> Tensor:
         for d in dims[:1]:
-            by = torch.tensor(UNEVEN, dtype=torch.float64, device=t.device)
-            by = by[torch.arange(t.shape[d], device=t.device) % len(UNEVEN)]
-            t = t * by.to(t).view(-1, *[1] * (t.dim() - 1 - d))
+            by = _magnitudes(t.shape[d], _has_both_signs(t)).to(t)
+            t = t * by.view(-1, *[1] * (t.dim() - 1 - d))
         return t
 
     other = case.edited(lambda i, t: along(t, size.of(i)) if i in case.where else t)
     # A step is a part of what the slice holds, not of what is typical.
     other.memo["steps"] = [
-        along(scale_of(leaf.cpu()).view(leaf.shape), size.of(i)).reshape(-1)
+        along(scale_of(leaf.cpu()).view(leaf.shape), size.of(i)).abs().reshape(-1)
         if not leaf.is_complex()
         else None
         for i, leaf in zip(case.where, case.leaves, strict=True)
     ]
     return other
+
+
+def _magnitudes(n: int, both: bool) -> Tensor:
+    """Return a factor for each of ``n`` slices: no slice of the sample always has the same, and all between come up."""
+    k = torch.arange(n, device="cpu")
+    turn = k // len(UNEVEN)
+    by = torch.tensor(UNEVEN, dtype=torch.float64, device="cpu")[(k + turn) % len(UNEVEN)]
+    between = 2.0 ** (-3 * (turn * GOLDEN % 1))
+    return by * between * torch.where((turn % 2 == 1) & both, -1.0, 1.0)
 
 
 def with_zeros(case: Case) -> Case:

@@ -7,6 +7,8 @@ that is flat there: `hard=True` asks for a straight-through gradient. No negativ
 argument says that there is none.
 """
 
+import math
+import re
 from collections.abc import Iterator
 from itertools import islice
 
@@ -26,6 +28,9 @@ NAME = "arguments"
 MOST = 4  # arguments alone, beside all real numbers at once and all others at once
 EACH = 2  # other values of one, that forward takes
 TRIED = 4  # calls for those
+NORM = re.compile(
+    "p|ord|order|norm|norm_type|power"
+)  # names of a norm's order, of which 1 and infinity are special
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -105,7 +110,11 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
     for i, ys in islice(rest.items(), MOST):
         yield [{i: y} for y in ys[:TRIED]]
     # Far more of what is counted: what is read at one ratio may be cut off at another.
-    yield from ([{i: 4 * x}] for i, x in values.items() if type(x) is int and x > 1 and i in rest)
+    for i, x in values.items():
+        if NORM.fullmatch(str(i)) and type(x) in (int, float):
+            yield [{i: p} for p in (math.inf, 1.0) if p != x and p not in rest.get(i, ())]
+        elif type(x) is int and x > 1 and i in rest:
+            yield [{i: 4 * x}]
 
 
 def _all_or_each(change: Values) -> list[Values]:
