@@ -4,6 +4,7 @@ from torch import Tensor
 
 from torchbp.verify._check import NotApplicable, Refused
 from torchbp.verify.cases import Case
+from torchbp.verify.finite import not_finite
 from torchbp.verify.halving import culprit
 from torchbp.verify.lines import Lines
 from torchbp.verify.otherwise import differs_otherwise
@@ -37,10 +38,13 @@ def check_lines(
     if case.wrong_here:
         raise NotApplicable("the gradient is wrong at the sample itself: see values")
     try:
-        if not any(g.numel() for g in case.plain.grads):
-            return None
+        grads = case.plain.grads
     except BackwardRaised as error:
         return _raised(check, when, error)
+    if not any(g.numel() for g in grads):
+        return None
+    if not all(bool(g.isfinite().all()) for g in grads):
+        return not_finite(case, check, f"{when}, where forward is finite and smooth")
     lines = Lines(case, elsewhere=elsewhere, otherwise=True)
     for n in range(number):
         direction = lines.direction(n)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.autograd.forward_ad as fwd
 from torch import Tensor
 
@@ -10,9 +11,24 @@ from torchbp.verify.cases import Case
 from torchbp.verify.lines import Lines
 from torchbp.verify.operations import Operations
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import real, tensors_in
+from torchbp.verify.tensors import real, signed_like, tensors_in
 
-__all__ = ["dot_test", "jvp"]
+__all__ = ["dot_test", "forward_mode", "jvp"]
+
+
+def forward_mode(
+    case: Case, check: str, when: str, chosen: Sequence[int] | None = None
+) -> Finding | None:
+    """Return what is wrong with the tangent of the outputs for a random one of the leaves, or of those chosen."""
+    generator = case.generator(check)
+    u = [signed_like(leaf, generator) for leaf in case.leaves]
+    if chosen is not None:
+        u = [d if k in chosen else torch.zeros_like(d) for k, d in enumerate(u)]
+    try:
+        tangents = jvp(case, u, chosen)
+    except Exception:  # a refusal
+        return None
+    return dot_test(check, case, u, tangents, when)
 
 
 def jvp(case: Case, u: list[Tensor], chosen: Sequence[int] | None = None) -> list[Tensor | None]:

@@ -5,7 +5,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Change", "changes", "changed"]
+__all__ = ["Change", "changed", "changes"]
 
 _ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 _ORDER = {
@@ -82,7 +82,7 @@ def changes(file, function) -> Iterator[Change]:
 
 
 def _body(top):
-    """Yield the nodes of a function that may be changed, each with its parents: no annotation, no check of arguments."""
+    """Yield the nodes of a function that may be changed, each with its parents: no annotation, no check of inputs."""
     todo = [(statement, (top,)) for statement in reversed(top.body)]
     while todo:
         node, parents = todo.pop()
@@ -242,9 +242,9 @@ def _of_statement(node, parents, top):
             elts = [*values[:k], ast.Constant(None), *values[k + 1 :]]
             whole = _with(node.value, elts=elts) if isinstance(node.value, ast.Tuple) else elts[0]
             yield "None for a gradient", _with(node, value=whole)
-    if last and node.value is not None and not isinstance(node.value, (ast.Tuple, ast.Constant)):
-        if top.name != "setup_context":
-            yield "sign", _with(node, value=ast.UnaryOp(ast.USub(), node.value))
+    single = last and not isinstance(node.value, (ast.Tuple, ast.Constant, type(None)))
+    if single and top.name != "setup_context":
+        yield "sign", _with(node, value=ast.UnaryOp(ast.USub(), node.value))
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and not root:
         yield "early return", ast.Return(node.value)
     if isinstance(node, (ast.If, ast.While)):

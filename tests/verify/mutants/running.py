@@ -78,7 +78,7 @@ def _run(pipe, name, change):
     with tempfile.TemporaryDirectory() as folder:
         try:
             outcome = _outcome(name, change, Path(folder))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             outcome = Outcome("failed", f"{type(error).__name__}: {error}")
         pipe.send(outcome)
         pipe.close()
@@ -90,7 +90,7 @@ def _outcome(name, change, folder):
         wrong = _with(right, change, folder)
         sample = next(s for s in right.samples(Make()) if any(t.requires_grad for t in s.tensors()))
         _ordinary(wrong.function, sample)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return Outcome("loud", f"{type(error).__name__}: {error}"[:120])
     torch.manual_seed(0)
     begun = time.perf_counter()

@@ -88,10 +88,9 @@ def _reached(start):
         elif name in file.values and (module, name) not in values:
             values.add((module, name))
             todo += [(module, n) for n in _names(file.values[name])]
-        elif name in file.classes and "backward" in file.classes[name]:
-            if (module, name) not in classes:
-                classes.add((module, name))
-                todo.append((module, f"{name}.forward"))
+        elif "backward" in file.classes.get(name, ()) and (module, name) not in classes:
+            classes.add((module, name))
+            todo.append((module, f"{name}.forward"))
     return functions, classes
 
 

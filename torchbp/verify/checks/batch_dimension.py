@@ -44,7 +44,7 @@ def _run(case: Case) -> Iterator[Finding]:
             return
     every = tuple(i for i, _ in case.arguments)
     for chosen in dict.fromkeys((rows, every, every[:1])):
-        batches = _batches(case, chosen)
+        batches = _drawn(case, chosen) if case.draws else _batches(case, chosen)
         for batch in batches or ():
             shapes = ", ".join(str(tuple(t.shape)) for _, t in batch.arguments)
             when = f" with a leading dimension more, at shapes {shapes}"
@@ -85,6 +85,12 @@ def _batches(case: Case, chosen: tuple[int, ...]) -> list[Case] | None:
         return None
     known = _has_gradients(other, lambda v: _of_both((case, rolled), joins, v, chosen))
     return [*([] if known else [other]), *_beyond(case, other, chosen)]
+
+
+def _drawn(case: Case, chosen: tuple[int, ...]) -> list[Case] | None:
+    """Return the batch for a function that draws random numbers, and so makes something else of each sample."""
+    other = case.edited(lambda i, t: _stack(t) if i in chosen else t)
+    return [other] if len(chosen) == len(case.arguments) == 1 and accepts(other) else None
 
 
 def _has_gradients(other: Case, expected: Callable[[Sequence[Tensor]], Gradients]) -> bool:

@@ -18,6 +18,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
+from torchbp.verify.tangents import forward_mode
 from torchbp.verify.tensors import signed_like
 
 NAME = "complex_inputs"
@@ -41,6 +42,7 @@ def _run(case: Case) -> Iterator[Finding]:
     if not accepts(other) or not other.steady:
         raise NotApplicable("forward takes real inputs only")
     found = check_lines(other, NAME, " for complex inputs", number=2)
+    found = found or forward_mode(other, NAME, " for complex inputs")
     if found:
         yield found
 

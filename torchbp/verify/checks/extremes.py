@@ -8,11 +8,11 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.finite import not_finite, not_finite_at
 from torchbp.verify.growth import elementwise
 from torchbp.verify.lines import Lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, scaled, with_ones, with_zeros
-from torchbp.verify.smooth import not_finite, not_finite_at
 from torchbp.verify.tensors import real
 
 NAME = "extremes"

@@ -12,9 +12,9 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.finite import not_finite
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
-from torchbp.verify.smooth import not_finite
 
 NAME = "masks"
 FAR = 1e4

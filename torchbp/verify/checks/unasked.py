@@ -6,16 +6,13 @@ that is not the slope is wrong. One that is missing, though the output depends o
 
 from collections.abc import Iterator
 
-import torch
-
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.lines import Lines
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
-from torchbp.verify.tangents import dot_test, jvp
-from torchbp.verify.tensors import signed_like
+from torchbp.verify.tangents import forward_mode
 from torchbp.verify.tolerance import compare_all
 
 NAME = "unasked"
@@ -64,22 +61,9 @@ def _run(case: Case) -> Iterator[Finding]:
         asked = case.asking(given) if missing else other
         when = " (it requires no grad in the sample)"
         wrong = check_lines(asked, NAME, when, elsewhere=False)
-        wrong = wrong or _forward_mode(asked, given, when)
+        wrong = wrong or forward_mode(asked, NAME, when, [asked.where.index(i) for i in given])
         if wrong:
             yield wrong
-
-
-def _forward_mode(case: Case, given: list[int], when: str) -> Finding | None:
-    """Return what is wrong with the tangent where the inputs at these positions alone have one."""
-    generator = case.generator(NAME)
-    chosen = [case.where.index(i) for i in given]
-    u = [signed_like(leaf, generator) for leaf in case.leaves]
-    u = [d if k in chosen else torch.zeros_like(d) for k, d in enumerate(u)]
-    try:
-        tangents = jvp(case, u, chosen)
-    except Exception:  # a refusal
-        return None
-    return dot_test(NAME, case, u, tangents, when)
 
 
 def _matters(case: Case, position: int) -> bool:
