@@ -67,6 +67,9 @@ frameworks: .venv/frameworks ## Test callbacks, models and examples of Lightning
 mutation: .venv/test ## Count the wrong functions gradcheck catches, and its false alarms
 	@$(BIN)/python -m tests.verify.mutation $(ARGS)
 
+mutants: .venv/test ## Change hand-written backwards mechanically; count how many gradcheck sees
+	@$(BIN)/python -m tests.verify.mutants $(ARGS)
+
 docs: .venv/docs ## Build the documentation as a site: build/docs/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs $(ARGS)
 
