@@ -18,6 +18,8 @@ SAID_ON_A_GPU = (
     "An output with one or more elements was resized",
     r"\s*Online softmax is disabled",
     "Attempting to run cuBLAS, but there was no current CUDA context",
+    "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled",
+    "The AccumulateGrad node's stream does not match the stream",
     "Sparse invariant checks are implicitly disabled",
 )
 
