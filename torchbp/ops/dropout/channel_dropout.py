@@ -60,7 +60,6 @@ class ChannelDropoutFunction(Function):
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(factor)
-        ctx.save_for_forward(factor)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:

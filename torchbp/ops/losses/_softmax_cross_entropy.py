@@ -49,7 +49,6 @@ class SoftmaxCrossEntropyFunction(Function):
         _, p = output
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if p is None else None, p, target)
-        ctx.save_for_forward(x if p is None else None, p, target)
 
     @staticmethod
     def backward(

@@ -67,7 +67,6 @@ class NLLLossFunction(Function):
         if total is not None:
             ctx.mark_non_differentiable(total)
         ctx.save_for_backward(target, w, total if ctx.reduction == "mean" else None)
-        ctx.save_for_forward(target, w)
 
     @staticmethod
     def backward(
