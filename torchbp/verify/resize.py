@@ -153,7 +153,8 @@ def _magnitudes(n: int, both: bool) -> Tensor:
     turn = k // len(UNEVEN)
     by = torch.tensor(UNEVEN, dtype=torch.float64, device="cpu")[(k + turn) % len(UNEVEN)]
     between = 2.0 ** (-3 * (turn * GOLDEN % 1))
-    return by * between * torch.where((turn % 2 == 1) & both, -1.0, 1.0)
+    by = (by * between).clamp(min=min(UNEVEN))
+    return by * torch.where((turn % 2 == 1) & both, -1.0, 1.0)
 
 
 def with_zeros(case: Case) -> Case:
