@@ -33,7 +33,8 @@ def in_one_kernel(
 
     Args:
         formula: Elementwise function of ``tensors``. What it closes over, or is partial in, are numbers and functions.
-        tensors: Of one dtype, but for single numbers; of shapes that can be broadcast.
+        tensors: Of one dtype, and of shapes that can be broadcast. Beside half precision single numbers may be float32,
+            and what has one number for each of its rows.
         summed: Whether only the sum of the values is wanted: they may then be sums of two, and in float32.
     """
     first = tensors[0]
@@ -54,7 +55,9 @@ def in_one_kernel(
 def _suits(t: Tensor, first: Tensor) -> bool:
     if type(t).__torch_dispatch__ is not _PLAIN or t.is_neg() or t.device != first.device:  # pyright: ignore[reportAttributeAccessIssue]
         return False
-    return t.dtype == first.dtype or (t.dim() == 0 and t.dtype in _DTYPES)
+    if t.dtype == first.dtype:
+        return True
+    return t.dtype in _DTYPES and (t.dim() == 0 or (t.dim() == first.dim() and t.shape[-1] == 1))
 
 
 def _in_pairs(
@@ -62,18 +65,25 @@ def _in_pairs(
 ) -> Tensor | None:
     """Compute on two neighbours of half precision as one float32, where single numbers, and sums, stay exact."""
     first = tensors[0]
-    if first.numel() % 2:
+    pairs = tuple(t.dim() > 0 and t.dtype == first.dtype for t in tensors)
+    of_rows = any(t.dim() and not pair for t, pair in zip(tensors, pairs, strict=True))
+    if not pairs[0] or (first.shape[-1] if of_rows else first.numel()) % 2:
         return None
-    for t in tensors:
-        if t.dim() and not (
+    for t, pair in zip(tensors, pairs, strict=True):
+        if pair and not (
             t.shape == first.shape and t.is_contiguous() and t.storage_offset() % 2 == 0
         ):
             return None
-    pairs = tuple(t.dim() > 0 for t in tensors)
     run = _kernel(formula, len(tensors), pairs, first.dtype, summed)
     if run is None:
         return None
-    value = run(*(t.view(-1).view(torch.float32) if t.dim() else t.float() for t in tensors))
+
+    def given(t: Tensor, pair: bool) -> Tensor:
+        if not pair:
+            return t.float()
+        return (t if of_rows else t.view(-1)).view(torch.float32)
+
+    value = run(*map(given, tensors, pairs))
     return value if summed else value.view(first.dtype).view(first.shape)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchbp.ops._function import kernel
+from torchbp.ops.normalization import _half_groups
 
 __all__ = [
     "as_kernels_take_it",
@@ -98,6 +99,10 @@ def half_group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, and μ and r in float32, by parameters in float32: else the kernel would round both before their use."""
+    if _half_groups.suits(x):
+        found = _half_groups.forward(x, groups, weight, bias, eps)
+        if found is not None:
+            return found
     w = ones(x) if weight is None else weight.float()
     b = torch.zeros_like(w) if bias is None else bias.float()
     x, w, b = as_kernels_take_it(x), w.contiguous(), b.contiguous()
@@ -116,6 +121,10 @@ def half_group_norm_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients, those of the parameters in float32."""
+    if _half_groups.suits(grad_y, x):
+        found = _half_groups.backward(grad_y, x, groups, weight, eps)
+        if found is not None:
+            return found
     _, mean, rstd = half_group_norm(x, groups, None, None, eps)
     w = ones(x) if weight is None else weight.float().contiguous()
     x = as_kernels_take_it(x)
