@@ -5,6 +5,7 @@ down, some 0.1 s for each formula and dtype, and keeps it on disk. Where it is n
 rule, the formula runs as it is: nothing depends on this but time.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
 from types import CodeType, MethodType
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch._C import _is_tracing as is_script_tracing
 
 from torchbp.ops._cuda_source import source
-from torchbp.ops._function import fused, is_half
+from torchbp.ops._function import as_dtype, fused, is_half
 
 __all__ = ["in_one_kernel"]
 
@@ -23,7 +24,8 @@ _PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 8  # tensors that the jiterator takes
 _VARIANTS = 64  # of one formula: in its constants, and in what it is given
-_kernels: dict[str, dict[Any, Callable[..., Tensor] | None]] = {}
+_kernels: dict[Any, Callable[..., Tensor] | None] = {}
+_variants: Counter[str] = Counter()
 
 
 def in_one_kernel(
@@ -67,7 +69,8 @@ def _in_pairs(
     first = tensors[0]
     pairs = tuple(t.dim() > 0 and t.dtype == first.dtype for t in tensors)
     of_rows = any(t.dim() and not pair for t, pair in zip(tensors, pairs, strict=True))
-    if not pairs[0] or (first.shape[-1] if of_rows else first.numel()) % 2:
+    odd = first.dim() == 0 or first.shape[-1] % 2 > 0
+    if not pairs[0] or (odd and (of_rows or first.numel() % 2)):
         return None
     for t, pair in zip(tensors, pairs, strict=True):
         if pair and not (
@@ -80,11 +83,13 @@ def _in_pairs(
 
     def given(t: Tensor, pair: bool) -> Tensor:
         if not pair:
-            return t.float()
-        return (t if of_rows else t.view(-1)).view(torch.float32)
+            return as_dtype(t, torch.float32)
+        return (t.view(-1) if odd else t).view(torch.float32)
 
     value = run(*map(given, tensors, pairs))
-    return value if summed else value.view(first.dtype).view(first.shape)
+    if summed:
+        return value
+    return value.view(first.dtype).view(first.shape) if odd else value.view(first.dtype)
 
 
 @cache
@@ -106,17 +111,17 @@ def _kernel(
     identity = _identity(formula)
     if identity is None:
         return None
-    name = _named(formula)
     key = (identity, count, *pairs)
-    known = _kernels.setdefault(name, {})
-    if key not in known:
-        if len(known) >= _VARIANTS:  # a number that changes from step to step is no constant
+    if key not in _kernels:
+        name = _named(formula)
+        if _variants[name] >= _VARIANTS:  # a number that changes from step to step is no constant
             return None
+        _variants[name] += 1
         code = source(name, formula, count)
         if code is not None and pairs:
             code = _of_pairs(name, code, *pairs)
-        known[key] = None if code is None else torch.cuda.jiterator._create_jit_fn(code)
-    return known[key]
+        _kernels[key] = None if code is None else torch.cuda.jiterator._create_jit_fn(code)
+    return _kernels[key]
 
 
 def _named(formula: Callable[..., Tensor]) -> str:
@@ -133,6 +138,8 @@ def _identity(value: Any) -> Any:
     if isinstance(value, partial):
         parts = (value.func, *value.args, *value.keywords, *value.keywords.values())
     elif hasattr(value, "__code__"):
+        if "<" not in value.__qualname__:  # of a module: there once, and for good
+            return value
         cells = (cell.cell_contents for cell in value.__closure__ or ())
         parts = (value.__module__, value.__code__, *(value.__defaults__ or ()), *cells)
     elif isinstance(value, (int, float, str, CodeType, type(None))):

@@ -26,6 +26,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._function import Context, entry, fused, is_half, kernel, public, undifferentiated
+from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops._samples import Make, Sample
@@ -58,11 +59,8 @@ class LogSoftmaxFunction(Function):
             grad_x = _log_softmax_backward_data(grad_y, kept, ctx.dim, kept.dtype)
             return grad_x, None
 
-        if kept.is_cuda and fused(grad_y, kept, half=True) and kept.dtype == grad_y.dtype:
-            p = torch.softmax(kept, ctx.dim, dtype=torch.float32)
-            total = grad_y.sum(ctx.dim, keepdim=True, dtype=torch.float32)
-            grad_x = torch.empty_like(grad_y)
-            return torch.addcmul(grad_y, p, total, value=-1, out=grad_x), None  # (1)
+        if kept.is_cuda and kept.dtype == grad_y.dtype and fused(grad_y, kept, half=True):
+            return _of_half(grad_y, kept, ctx.dim), None
 
         def formula(v: Tensor, kept: Tensor) -> Tensor:
             p, total = _probabilities(kept, grad_y, ctx.dim), v.sum(ctx.dim, keepdim=True)
@@ -79,6 +77,29 @@ class LogSoftmaxFunction(Function):
             return v - (p * v).sum(ctx.dim, keepdim=True)  # (2)
 
         return in_row_pieces(formula, ctx.dim, tangent_x, kept)
+
+
+def _of_half(v: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Return (1) on a GPU: v and x are read as they are, and all between them is float32."""
+    total = v.sum(dim, keepdim=True, dtype=torch.float32)
+    if x.numel() and dim in (-1, x.dim() - 1):
+        largest = x.amax(dim, keepdim=True).float()
+        terms = in_one_kernel(_exponential, x, largest, summed=True)
+        if terms is not None:
+            scale = total / terms.sum(dim, keepdim=True)
+            grad_x = in_one_kernel(_gradient, v, x, largest, scale)
+            if grad_x is not None:
+                return grad_x
+    p = torch.softmax(x, dim, dtype=torch.float32)
+    return torch.addcmul(v, p, total, value=-1, out=torch.empty_like(v))  # (1)
+
+
+def _exponential(x: Tensor, largest: Tensor) -> Tensor:
+    return torch.exp(x - largest)
+
+
+def _gradient(v: Tensor, x: Tensor, largest: Tensor, scale: Tensor) -> Tensor:
+    return v - torch.exp(x - largest) * scale  # (1)
 
 
 def _probabilities(kept: Tensor, original: Tensor, dim: int) -> Tensor:

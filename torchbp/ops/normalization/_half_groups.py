@@ -20,7 +20,7 @@ def suits(*tensors: Tensor) -> bool:
     """Whether all are on a GPU, contiguous, and not differentiated; and L is even, for two numbers are read at once."""
     return (
         tensors[0].is_cuda
-        and tensors[0].dim() > 2
+        and tensors[0].numel() > 0
         and tensors[0].shape[2:].numel() % 2 == 0
         and fused(*tensors, half=True)
         and all(t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors)
