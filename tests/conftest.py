@@ -20,6 +20,7 @@ SAID_ON_A_GPU = (
     "Attempting to run cuBLAS, but there was no current CUDA context",
     "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled",
     "The AccumulateGrad node's stream does not match the stream",
+    "The CUDA Graph is empty",
     "Sparse invariant checks are implicitly disabled",
 )
 

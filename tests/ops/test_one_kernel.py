@@ -247,7 +247,7 @@ def test_who_differentiates_gets_the_formula():
 
 
 @cuda
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace(_method)?. is deprecated:DeprecationWarning")
 def test_a_trace_has_the_formula():
     module = torchbp.nn.GELU()
     x, other = drawn((2, 4, 4), torch.float32)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tests.device import DEVICE
+
 F64 = torch.float64
 
 
@@ -29,7 +31,7 @@ def outside_autocast(function):
     """Return the function as it is outside of torch.autocast, under which it was not meant to be called."""
 
     def call(*args, **kwargs):
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE, enabled=False):
             return function(*args, **kwargs)
 
     return call

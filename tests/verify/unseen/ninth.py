@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as nnF
 from torch.autograd import Function
 
+from tests.device import DEVICE
 from tests.verify.unseen import NINTH, Unseen
 
 OWN = "own knowledge of real code"
@@ -55,7 +56,7 @@ def no_amp(fn):
 
     @functools.wraps(fn)
     def run(*args):
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE, enabled=False):
             return fn(*args)
 
     return run

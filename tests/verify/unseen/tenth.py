@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from tests.device import DEVICE
 from tests.verify.unseen import TENTH, Unseen
 
 MISSED = {
@@ -136,7 +137,7 @@ def full_precision(fn):
 
     @functools.wraps(fn)
     def run(*args):
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE, enabled=False):
             return fn(*args)
 
     return run

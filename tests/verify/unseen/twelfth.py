@@ -9,10 +9,11 @@ from functools import wraps
 import torch
 from torch.amp import custom_bwd, custom_fwd
 
+from tests.device import DEVICE
 from tests.verify.unseen import TWELFTH, pair
 
-recorded = custom_fwd(device_type="cpu")  # tells as_forward whether forward ran under autocast
-as_forward = custom_bwd(device_type="cpu")
+recorded = custom_fwd(device_type=DEVICE)  # tells as_forward whether forward ran under autocast
+as_forward = custom_bwd(device_type=DEVICE)
 
 
 def in_float32(function):
@@ -20,10 +21,10 @@ def in_float32(function):
 
     @wraps(function)
     def call(*args, **kwargs):
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(DEVICE):
             args = [cast(a) for a in args]
             kwargs = {name: cast(a) for name, a in kwargs.items()}
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE, enabled=False):
             return function(*args, **kwargs)
 
     def cast(a):

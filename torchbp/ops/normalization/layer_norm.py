@@ -145,7 +145,8 @@ def _by_rows(
     flat, g = x.reshape(rows, *width), grad_y.reshape(rows, *width)
     w = None if weight is None else weight.float().reshape(width)
     if not x.is_cpu:  # elsewhere they take one dtype
-        if x.is_cuda and rows <= _SUMMED_ONCE and (weight is None or weight.dtype == x.dtype):
+        dtypes = {t.dtype for t in (x, grad_y, weight) if t is not None}
+        if x.is_cuda and rows <= _SUMMED_ONCE and len(dtypes) == 1:
             w = None if weight is None else weight.reshape(width)
         else:
             flat, g = flat.float(), g.float()
