@@ -33,9 +33,9 @@ def in_float32(function):
     return call
 
 
-def add(name, factory, wrong, right, make, *, bug, trigger):
+def add(name, factory, wrong, right, make, *, bug, trigger, missed=""):
     text = f"{bug}; shows with {trigger}"
-    pair(f"{name}_12", factory(wrong), factory(right), make, text, into=TWELFTH)
+    pair(f"{name}_12", factory(wrong), factory(right), make, text, into=TWELFTH, missed=missed)
 
 
 def softmax_backward(p, g, dim=-1):

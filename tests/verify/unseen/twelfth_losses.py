@@ -472,4 +472,5 @@ add(
     lambda: (real(3, 4), real(3, 4, seed=1, grad=False)),
     bug="the teacher has no gradient",
     trigger="a teacher that needs a gradient",
+    missed="a note: an input without a gradient is what most teachers are",
 )
