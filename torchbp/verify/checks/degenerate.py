@@ -114,7 +114,7 @@ def _run(case: Case) -> Iterator[Finding]:
         else:
             what = f"{case.name_at[pair[0]]} and {case.name_at[pair[1]]} are equal"
             samples[what] = _met(case, pair)
-    square = [i for i in inputs if _is_square(case.flat[i])]
+    square = any(_is_square(case.flat[i]) for i in inputs)
     seen = [case]
     for what, other in samples.items():
         # An output that cancels would seem to hold few bits.
@@ -124,10 +124,9 @@ def _run(case: Case) -> Iterator[Finding]:
             continue
         seen.append(other)
         tested = True
-        singular = (bool(square) and what in SAMPLES) or any(
-            not other.flat[i].any() for i in square
+        found = check_smooth(
+            other, NAME, f" where {what}", most, singular=square and what in SAMPLES
         )
-        found = check_smooth(other, NAME, f" where {what}", most, singular=singular)
         if found:
             yield found
             return
