@@ -268,6 +268,11 @@ add(
     lambda x, t: F.hinge_embedding_loss(x, t, margin=8.0, reduction="sum"),
     lambda: (r(5, 5), r(5, 5).detach().sign().requires_grad_()),
 )
+add(
+    "index_put of one row",
+    lambda x, i, v: x.index_put((i,), v),
+    lambda: (r(5, 5), torch.tensor([4]), r(1, 5)),
+)
 add("F.group_norm", lambda x, w, b: F.group_norm(x, 2, w, b), lambda: (r(2, 4, 3), r(4), r(4)))
 add("F.instance_norm", F.instance_norm, lambda: (r(2, 3, 4),))
 add("F.conv1d", F.conv1d, lambda: (r(2, 3, 6), r(4, 3, 3), r(4)))

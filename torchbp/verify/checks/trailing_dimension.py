@@ -37,19 +37,9 @@ def _run(case: Case) -> Iterator[Finding]:
 
 
 def _chosen(case: Case) -> list[int]:
-    """Return the inputs of the most dimensions, with the targets of their rows."""
+    """Return the inputs of the most dimensions."""
     most = max(t.dim() for _, t in case.arguments)
-    largest = [i for i, t in case.arguments if t.dim() == most > 1]
-    rows = {len(case.flat[i]) for i in largest}
-    targets = [
-        i
-        for i, t in case.arguments
-        if 0 < t.dim() < most
-        and len(t) in rows
-        and not t.is_floating_point()
-        and not t.is_complex()
-    ]
-    return [*largest, *targets]
+    return [i for i, t in case.arguments if t.dim() == most > 1]
 
 
 def _has_it(case: Case, other: Case) -> bool:
