@@ -133,16 +133,19 @@ def entry(
             return given
         return bare(*args)
 
-    return elsewhere if places is None else _direct(function.forward, bare, elsewhere)
+    return elsewhere if places is None else _direct(function.forward, bare, elsewhere, may_write)
 
 
 def _direct(
-    forward: Callable[..., Any], bare: Callable[..., Any], elsewhere: Callable[..., Any]
+    forward: Callable[..., Any],
+    bare: Callable[..., Any],
+    elsewhere: Callable[..., Any],
+    may_write: bool,
 ) -> Callable[..., Any]:
     """Return what calls ``bare``, but ``elsewhere`` what is not an eager call of living tensors that nobody notes."""
     dead = "(isinstance({0}, Tensor) and unwrap_if_dead({0}) is not {0})"
     special = [dead.format(t) for t in tensors(forward)]
-    special += ["inplace"] * ("inplace" in signature(forward).parameters)
+    special += ["inplace"] * may_write
     return written_out(
         f"""
         if is_dynamo_compiling() or transforms_active() or recipe.asked or {" or ".join(special)}:
@@ -170,7 +173,8 @@ def _places_of_tensors(forward: Callable[..., Any]) -> tuple[int, ...] | None:
     parameters = signature(forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
-    return tuple(i for i, p in enumerate(parameters) if "Tensor" in str(p.annotation))
+    names = [p.name for p in parameters]
+    return tuple(map(names.index, tensors(forward)))
 
 
 def _named_once(forward: Callable[..., Any]) -> Callable[..., Any]:

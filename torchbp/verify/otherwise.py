@@ -14,7 +14,7 @@ from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.tolerance import compare_all
 
-__all__ = ["asked_otherwise", "differs_otherwise", "ways"]
+__all__ = ["asked_otherwise", "differs_otherwise", "strided", "ways"]
 
 RELATIVE = 1e-6  # of two formulas of one gradient, far from the user's sample
 
@@ -22,12 +22,17 @@ GRAPH = " under create_graph=True"
 TURNED = " for a grad_output that is not contiguous"
 
 
+def strided(v: Tensor) -> Tensor:
+    """Return v as every second element of a larger tensor whose other elements are not v's."""
+    wide = torch.full((*v.shape, 2), -7.0, dtype=v.dtype, device=v.device)
+    wide[..., 0] = v
+    return wide[..., 0]
+
+
 def turned(v: Tensor) -> Tensor:
     """Return ``v`` with its dimensions in memory in reverse order, and a gap between any two elements."""
     dims = tuple(reversed(range(v.dim())))
-    wide = torch.full((*reversed(v.shape), 2), -7.0, dtype=v.dtype, device=v.device)
-    wide[..., 0] = v.permute(dims)
-    return wide[..., 0].permute(dims)
+    return strided(v.permute(dims)).permute(dims)
 
 
 def asked_otherwise(

@@ -21,12 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["refuse_wild"]
 
-_ASSERTED = (
-    "index",
-    "out of",
-    "target",
-    "between 0 and 1",
-)  # what is said of what a kernel asserts
+# What is said of what a kernel asserts.
+_ASSERTED = ("index", "out of", "target", "between 0 and 1")
 
 
 def refuse_wild(sample: "Sample", leaves: Sequence[Tensor]) -> None:
@@ -84,7 +80,7 @@ def _refusal(sample: "Sample", leaves: Sequence[Tensor]) -> str | None:
     flat = [x.detach().cpu() if isinstance(x, Tensor) else x for x in sample.flat]
     for i, leaf in zip(sample.where, leaves, strict=True):
         flat[i] = leaf.detach().cpu().requires_grad_()
-    asked = "on the CPU, where a wild index does no harm: "
+    asked = "on the CPU, where that does no harm: "
     with torch.device("cpu"), torch.enable_grad():
         try:
             outputs = [y for y in tensors_in(sample.invoke(flat)) if y.requires_grad]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import kernel
+from torchbp.ops._function import kernel, transforms_active
 from torchbp.ops.normalization import _half_groups
 
 __all__ = [
@@ -43,7 +43,7 @@ def as_kernels_take_it(x: Tensor, last: Sequence[int] = (4,)) -> Tensor:
         x: ``(N, C, *)``.
         last: Of how many dimensions the latter is taken.
     """
-    if torch._C._are_functorch_transforms_active():  # vmap cannot tell the latter
+    if transforms_active():  # vmap cannot tell the latter
         return x.contiguous()
     dims = x.dim()
     kept = dims in last and x.is_contiguous(memory_format=_CHANNELS_LAST[dims])

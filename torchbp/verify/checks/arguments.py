@@ -28,9 +28,8 @@ NAME = "arguments"
 MOST = 4  # arguments alone, beside all real numbers at once and all others at once
 EACH = 2  # other values of one, that forward takes
 TRIED = 4  # calls for those
-NORM = re.compile(
-    "p|ord|order|norm|norm_type|power"
-)  # names of a norm's order, of which 1 and infinity are special
+# Names of a norm's order, of which 1 and infinity are special.
+NORM = re.compile("p|ord|order|norm|norm_type|power")
 
 
 def _run(case: Case) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check
 from torchbp.verify.cases import Case
+from torchbp.verify.otherwise import strided
 from torchbp.verify.report import Finding
 from torchbp.verify.tolerance import compare_all
 
@@ -18,14 +19,7 @@ NAME = "grad_output_layouts"
 
 
 def _transposed(v: Tensor) -> Tensor:
-    return v.mT.contiguous().mT if v.dim() >= 2 else _strided(v)
-
-
-def _strided(v: Tensor) -> Tensor:
-    """Return v as every second element of a larger tensor whose other elements are not v's."""
-    wide = torch.full((*v.shape, 2), -7.0, dtype=v.dtype, device=v.device)
-    wide[..., 0] = v
-    return wide[..., 0]
+    return v.mT.contiguous().mT if v.dim() >= 2 else strided(v)
 
 
 def _slice(v: Tensor) -> Tensor:
@@ -46,7 +40,7 @@ def _reversed_dims(v: Tensor) -> Tensor:
 
 SAME: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": _transposed,
-    "strided": _strided,
+    "strided": strided,
     "a slice, as the backward of cat makes it": _slice,
     "permuted": _reversed_dims,
 }
