@@ -142,6 +142,22 @@ def test_dropout_leaves_alone_what_it_does_not_drop():
     assert torch.equal(F.dropout(x, 1.0), torch.zeros(5, device=DEVICE))
 
 
+@pytest.mark.cpu("a GPU draws bytes of any number")
+@pytest.mark.parametrize(("n", "each"), [(4095, 4), (4096, 1)], ids=["few", "many"])
+def test_dropout_scales_what_it_keeps_by_number_or_byte(n, each):
+    """Few elements keep their factors, many a byte: what is kept is scaled once, there and back."""
+    from tests.ops.test_autograd import kept_storages, storage_bytes
+
+    x, grad_y = torch.randn(n, requires_grad=True), torch.randn(n)
+    y, kept = kept_storages(lambda x: F.dropout(x, 0.3), (x,))
+    assert storage_bytes(kept) == n * each
+    (grad_x,) = torch.autograd.grad(y, x, grad_y)
+    factor = (y != 0) * (1 / (1 - 0.3))
+    assert 0.6 < (y != 0).float().mean() < 0.8
+    assert torch.equal(y, x * factor)
+    assert torch.equal(grad_x, grad_y * factor)
+
+
 def test_linear_keeps_only_what_a_gradient_needs():
     from tests.ops.test_autograd import kept_storages
 

@@ -10,7 +10,8 @@ Derivation:
     grad_x = grad_y · m · a                                                                   (3)
 
 Saves:
-    m as one byte an element, or a channel of a sample; torch keeps a number of x's dtype for each.
+    m as one byte an element, or a channel of a sample; torch keeps a number of x's dtype for each. Of less than 4096
+    float32 or float64 on the CPU a number, too, as of dropout.
 
 Edge values:
     p = 0, or not training: y is x itself.   p = 1: y is x · 0.   ±inf or NaN: NaN where dropped, as in torch.
@@ -36,7 +37,7 @@ from torchbp.ops._numbers import constant
 from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.dropout._mask import draw, is_identity, masked, one_kernel
+from torchbp.ops.dropout._mask import draw, draw_few, is_few, is_identity, masked, one_kernel
 
 __all__ = [
     "AlphaDropout",
@@ -117,7 +118,9 @@ def _drop(x: Tensor, p: float, inplace: bool, leading: int | None) -> Tensor:
     """Draw a mask as :func:`draw` does, and apply it."""
     if p == 1.0:
         return x.mul_(0) if inplace else x * 0
-    return _alpha_dropout(x, draw(x, p, leading), *_coefficients(p), inplace)
+    mask = draw_few(x, p, leading)
+    mask = draw(x, p, leading) if mask is None else mask
+    return _alpha_dropout(x, mask, *_coefficients(p), inplace)
 
 
 @public
@@ -247,7 +250,8 @@ def _op(function: Callable[..., Tensor], module: type[nn.Module], by_channel: bo
     leading = 2 if by_channel else None
 
     def saved_bytes(x: Tensor, p: float = 0.5, training: bool = False) -> int:
-        return x.shape[:leading].numel() if 0 < p < 1 and training else 0
+        each = x.element_size() if is_few(x) else 1
+        return x.shape[:leading].numel() * each if 0 < p < 1 and training else 0
 
     def benchmark(make: Make, n: int) -> Sample:
         side = max(1, math.isqrt(n // 512))

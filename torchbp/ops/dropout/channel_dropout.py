@@ -1,7 +1,7 @@
 r"""Channel dropout: y = x · m / (1 - p), where one m for each channel of each sample is 0 with probability p, else 1.
 
 Derivation:
-    As of dropout, m expanded over the channel's positions: grad_x = grad_y · m / (1 - p).                     (1)
+    As of dropout, m expanded over the channel's positions: grad_x = grad_y · m / (1 - p).
 
 Saves:
     m / (1 - p), a number of x's dtype for each channel of a sample, as torch; m, a byte, in half precision and of
@@ -24,18 +24,17 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, public
+from torchbp.ops._function import entry, public
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import WIDE
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.dropout._mask import draw, is_identity
+from torchbp.ops.dropout._factor import times_factor
+from torchbp.ops.dropout._mask import draw, draw_factor, is_identity
 from torchbp.ops.dropout.dropout import DropoutFunction
 
 __all__ = [
-    "ChannelDropoutFunction",
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
@@ -45,34 +44,6 @@ __all__ = [
 ]
 
 
-class ChannelDropoutFunction(Function):
-    """Product with one factor a channel, m / (1 - p). Call it through :func:`dropout2d` and its like."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, factor: Tensor, inplace: bool) -> Tensor:  # (N, C, *), (N, C, 1, ...)
-        return x.mul_(factor) if inplace else x * factor
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-        x, factor, inplace = inputs
-        if inplace:
-            ctx.mark_dirty(x)
-        ctx.save_for_backward(factor)
-
-    @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        (factor,) = ctx.saved_tensors
-        return grad_y * factor, None, None  # (1)
-
-    @staticmethod
-    def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
-        (factor,) = ctx.saved_tensors
-        return tangent_x * factor
-
-
-_by_channel = entry(ChannelDropoutFunction, again=ChannelDropoutFunction.forward)
 _dropout = entry(DropoutFunction, again=DropoutFunction.forward)
 
 
@@ -80,12 +51,15 @@ def _drop(op: str, x: Tensor, p: float, training: bool, inplace: bool, leading: 
     """Draw one number for each index of the first ``leading`` dimensions, and apply it."""
     if is_identity(op, x, p, training):
         return x
+    factor = draw_factor(x, p, leading)
+    if factor is not None:
+        return times_factor(x, factor, inplace)
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
     mask = draw(x, p, leading)
     if x.dtype not in WIDE:  # half precision would round the factor
         return _dropout(x, mask, scale, inplace)
     mask = mask if x.dtype is torch.get_default_dtype() else mask.to(x.dtype)
-    return _by_channel(x, mask * scale, inplace)
+    return times_factor(x, mask * scale, inplace)
 
 
 @public

@@ -6,6 +6,7 @@ Derivation:
 
 Saves:
     m as one byte an element; torch on the CPU keeps it as a number of x's dtype (4 bytes for float32).
+    Of less than 4096 float32 or float64 on the CPU m / (1 - p), as torch: a byte has to be widened in each product.
 
 Edge values:
     p = 0, or not training: y is x itself.   p = 1: y is x · 0.   ±inf or NaN: NaN where dropped, as in torch.
@@ -28,7 +29,8 @@ from torchbp.ops import _samples
 from torchbp.ops._function import Context, entry, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.dropout._mask import draw, is_identity, masked
+from torchbp.ops.dropout._factor import times_factor
+from torchbp.ops.dropout._mask import draw, draw_factor, is_few, is_identity, masked
 
 __all__ = ["Dropout", "DropoutFunction", "dropout"]
 
@@ -91,6 +93,9 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     """
     if is_identity("dropout", input, p, training):
         return input
+    factor = draw_factor(input, p)
+    if factor is not None:
+        return times_factor(input, factor, inplace)
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
     return _dropout(input, draw(input, p), scale, inplace)
 
@@ -124,6 +129,11 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((make.labels(3, classes=5),), name="integers")
 
 
+def _saved_bytes(x: Tensor, p: float = 0.5, training: bool = True) -> int:
+    each = x.element_size() if is_few(x) else 1
+    return x.numel() * each if p and training else 0
+
+
 OP = Op(
     function=dropout,
     modules=(Dropout,),
@@ -131,7 +141,7 @@ OP = Op(
     samples=_with_probabilities,
     module_samples=_module_samples,
     errors=_errors,
-    saved_bytes=lambda x, p=0.5, training=True: x.numel() if p and training else 0,
+    saved_bytes=_saved_bytes,
     benchmark=_samples.square,
     elementwise=True,
     random=True,
