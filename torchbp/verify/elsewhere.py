@@ -4,7 +4,9 @@ from torch import Tensor
 
 from torchbp.verify._check import NotApplicable, Refused
 from torchbp.verify.cases import Case
+from torchbp.verify.duals import jvp_by_hand
 from torchbp.verify.finite import not_finite
+from torchbp.verify.further import further
 from torchbp.verify.halving import culprit
 from torchbp.verify.lines import Lines
 from torchbp.verify.otherwise import differs_otherwise
@@ -24,6 +26,7 @@ def check_lines(
     *,
     elsewhere: bool = True,
     beside: bool = True,
+    beyond: bool = True,
 ) -> Finding | None:
     """Compare the gradient at the sample of ``case`` with differences along random lines.
 
@@ -33,6 +36,7 @@ def check_lines(
         when: The condition, for the message.
         number: How many lines; one forward and one backward each where all is well.
         beside: Whether to look beside the sample too where the gradient there seems to be wrong and is right in it.
+        beyond: Whether to look at forward mode and second derivatives too, where they are written by hand.
         elsewhere: Whether the sample is so far from the user's that rounding is less well known.
     """
     if case.wrong_here:
@@ -45,22 +49,32 @@ def check_lines(
         return None
     if not all(bool(g.isfinite().all()) for g in grads):
         return not_finite(case, check, f"{when}, where forward is finite and smooth")
-    lines = Lines(case, elsewhere=elsewhere, otherwise=True)
+    dual = beyond and jvp_by_hand(case)
+    lines = Lines(case, elsewhere=elsewhere, otherwise=True, dual=dual)
     for n in range(number):
         direction = lines.direction(n)
         rises = lines.rises(direction)
         if rises and not lines.hidden:
-            continue
-        agrees = rises or lines.agrees(direction)
-        if agrees is False:
-            found = culprit(lines, n, check, when)
+            found = further(case, lines, direction, check, when) if beyond else None
         else:
-            found = None if rises else differs_otherwise(case, check, when)
-            if agrees and beside and not found:
-                found = check_beside(case, lines, direction, check, when)
+            found = _in_question(case, lines, n, check, when, rises=rises, beside=beside)
         if found:
             return found
     return None
+
+
+def _in_question(
+    case: Case, lines: Lines, number: int, check: str, when: str, *, rises: bool, beside: bool
+) -> Finding | None:
+    """Return what is wrong where one step did not say that all is well."""
+    direction = lines.direction(number)
+    agrees = rises or lines.agrees(direction)
+    if agrees is False:
+        return culprit(lines, number, check, when)
+    found = None if rises else differs_otherwise(case, check, when)
+    if agrees and beside and not found:
+        found = check_beside(case, lines, direction, check, when)
+    return found
 
 
 def check_beside(

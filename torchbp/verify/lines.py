@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import central, settle
+from torchbp.verify.duals import pushed, tangents_along
 from torchbp.verify.otherwise import asked_otherwise
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.tensors import like, real, scale_of, signed_like
@@ -20,14 +21,24 @@ ELSEWHERE = 2e-8  # at other samples than the user's, whose rounding is less wel
 SHORTEST = 2.0**-40  # step whose own rounding does not matter yet
 SHORTER = 64.0  # times, where a step is too long
 SHORTENED = 3  # times at most
+DUALS = "forward refuses dual numbers"
 
 
 class Lines:
     """The function along lines through the sample."""
 
-    def __init__(self, case: Case, *, elsewhere: bool = False, otherwise: bool = False) -> None:
+    def __init__(
+        self,
+        case: Case,
+        *,
+        elsewhere: bool = False,
+        otherwise: bool = False,
+        dual: bool = False,
+    ) -> None:
         self.case = case
         self.otherwise = otherwise  # whether the gradient at the end of a step is asked for so
+        self.dual = dual  # whether the first step is made with dual numbers, if forward takes them
+        self.tangents: list[Tensor | None] | None = None  # of the outputs at its end, then
         self.hidden = (
             False  # whether the gradient seems to be right at the sample and wrong beside it
         )
@@ -35,6 +46,7 @@ class Lines:
         self.at_once = False  # whether the first step already said that all is well
         self.rise = math.nan  # of the last short step: ⟨v, f(x + step) - f(x)⟩
         self.end: tuple[list[Tensor], tuple[Tensor, ...]] = ([], ())  # of it: leaves and outputs
+        self.there: tuple[Tensor, ...] = ()  # the gradient at that end
         self.grads = [g.detach().cpu() for g in case.plain.grads]
         self.noise = (
             4
@@ -169,20 +181,34 @@ class Lines:
         """Return how far the rise of a step is from the mean slope of its ends; infinite beyond the domain."""
         leaves, self.rise = self.moved(directions, step), math.nan
         try:
-            self.end = leaves, self.case.forward(leaves)
+            self.end = leaves, self._forward(leaves, directions)
         except ForwardRaised:
             return float("inf")
         return self._off_there(directions, step, got)
+
+    def _forward(self, leaves: list[Tensor], directions: dict[int, Tensor]) -> tuple[Tensor, ...]:
+        """Return the outputs at the end of a step."""
+        case, self.tangents = self.case, None
+        refuses = case.given.memo  # one for all samples
+        if not self.dual or DUALS in refuses:
+            return case.forward(leaves)
+        self.dual = False  # in shorter steps
+        try:
+            outputs, self.tangents = pushed(case, leaves, tangents_along(case, directions))
+        except Exception:
+            outputs = case.forward(leaves)  # raises beyond the domain
+            refuses[DUALS] = True
+        return outputs
 
     def _off_there(self, directions: dict[int, Tensor], step: float, got: float) -> float:
         leaves, outputs = self.end
         self.rise = self._rise(outputs)
         if self.otherwise:
-            grads = asked_otherwise(self.case, outputs, leaves)
+            self.there = asked_otherwise(self.case, outputs, leaves)
         else:
             v = self.case.plain.cotangents
-            grads = self.case.backward(outputs, leaves, v, retain_graph=True)
-        there, _ = self._along([g.detach().cpu() for g in grads], directions)
+            self.there = self.case.backward(outputs, leaves, v, retain_graph=True)
+        there, _ = self._along([g.detach().cpu() for g in self.there], directions)
         off = abs(self.rise / step - (got + there) / 2)
         return off if off == off else float("inf")  # noqa: PLR0124  # NaN
 

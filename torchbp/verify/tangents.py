@@ -4,16 +4,16 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.autograd.forward_ad as fwd
 from torch import Tensor
 
 from torchbp.verify.cases import Case
+from torchbp.verify.duals import jvp
 from torchbp.verify.lines import Lines
 from torchbp.verify.operations import Operations
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import real, signed_like, tensors_in
+from torchbp.verify.tensors import real, signed_like
 
-__all__ = ["dot_test", "forward_mode", "jvp"]
+__all__ = ["agree", "dot_test", "forward_mode"]
 
 
 def forward_mode(
@@ -31,18 +31,6 @@ def forward_mode(
     return dot_test(check, case, u, tangents, when)
 
 
-def jvp(case: Case, u: list[Tensor], chosen: Sequence[int] | None = None) -> list[Tensor | None]:
-    """Return the tangents of the outputs for ``u``; of the ``chosen`` leaves only, if given, the others have none."""
-    with fwd.dual_level():
-        duals = [
-            fwd.make_dual(leaf.detach().clone(), d) if chosen is None or i in chosen else leaf
-            for i, (leaf, d) in enumerate(zip(case.leaves, u, strict=True))
-        ]
-        outputs = tensors_in(case.call(duals))
-        tangents = [fwd.unpack_dual(outputs[i]).tangent for i in case.differentiable]
-        return [None if t is None else t.detach().clone() for t in tangents]
-
-
 def dot_test(
     check: str, case: Case, u: list[Tensor], tangents: list[Tensor | None], when: str = ""
 ) -> Finding | None:
@@ -55,18 +43,9 @@ def dot_test(
         tangents: What forward mode made of them, as :func:`jvp` gives it.
         when: The condition, for the message.
     """
-    forward = reverse = size = 0.0
-    for v, t in zip(case.plain.cotangents, tangents, strict=True):
-        if t is not None:
-            forward += float((v.conj() * t).real.double().sum())
-            size += float((v.abs() * t.abs()).double().sum())
-    for g, d in zip(case.plain.grads, u, strict=True):
-        reverse += float((g.conj() * d).real.double().sum())
-        size += float((g.abs() * d.abs()).double().sum())
-    allowed = max(1e-6, 4096 * case.epsilon) * size
+    forward, reverse, allowed = _products(case, u, tangents, case.plain.grads)
     backward = case.options["check_backward_ad"]
-    same = abs(forward - reverse) <= allowed or (math.isnan(forward) and math.isnan(reverse))
-    if backward and same:
+    if backward and _same(forward, reverse, allowed):
         return None
     truth, settled = Lines(case).measure(
         {i: real(d).cpu() for i, d in enumerate(u)}, forward, allowed
@@ -89,6 +68,32 @@ def dot_test(
         if none
         else "the jvp rule is wrong",
     )
+
+
+def agree(
+    case: Case, u: Sequence[Tensor], tangents: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> bool:
+    """Whether tangents for ``u`` and gradients for the case's grad_output, of one sample, imply each other."""
+    return _same(*_products(case, u, tangents, grads))
+
+
+def _products(
+    case: Case, u: Sequence[Tensor], tangents: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> tuple[float, float, float]:
+    """Return ⟨v, J u⟩, ⟨Jᵀ v, u⟩, and how far the two may be apart."""
+    forward = reverse = size = 0.0
+    for v, t in zip(case.plain.cotangents, tangents, strict=True):
+        if t is not None:
+            forward += float((v.conj() * t).real.double().sum())
+            size += float((v.abs() * t.abs()).double().sum())
+    for g, d in zip(grads, u, strict=True):
+        reverse += float((g.conj() * d).real.double().sum())
+        size += float((g.abs() * d.abs()).double().sum())
+    return forward, reverse, max(1e-6, 4096 * case.epsilon) * size
+
+
+def _same(a: float, b: float, allowed: float) -> bool:
+    return abs(a - b) <= allowed or (math.isnan(a) and math.isnan(b))
 
 
 def _is_custom(case: Case) -> bool:

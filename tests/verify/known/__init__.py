@@ -89,6 +89,7 @@ def every():
     """Import the files, which register their pairs, and return these."""
     from tests.verify.known import (  # noqa: F401
         elementwise_pairs,
+        further,
         hidden,
         kinks,
         linear,

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
+from torchbp.verify.duals import by_hand, jvp
 from torchbp.verify.options import options, others, with_options
 from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
-from torchbp.verify.tangents import dot_test, jvp
-from torchbp.verify.tensors import graph, signed_like, tensors_in
+from torchbp.verify.tangents import dot_test
+from torchbp.verify.tensors import signed_like, tensors_in
 from torchbp.verify.tolerance import compare, largest, rounding
 
 NAME = "forward_mode"
@@ -37,7 +38,7 @@ def _run(case: Case) -> Iterator[Finding]:
         return
     if not case.draws:
         yield from _batch(case, u, tangents)
-    if any(hasattr(node, "_forward_cls") for node in graph(case.kept[1])):  # a jvp by hand
+    if by_hand(case):  # and so the jvp
         yield from islice(_elsewhere(case, u), 1)
 
 

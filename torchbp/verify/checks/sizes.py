@@ -49,6 +49,7 @@ class Run:
     plain: Case
     scale: str = ""
     near: bool = False
+    beyond: bool = False  # whether to look at forward mode and second derivatives there
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -56,15 +57,17 @@ def _run(case: Case) -> Iterator[Finding]:
     if not free:
         raise NotApplicable("no dimension can change")
     refused = ""
-    nearby = [Run(c, c, near=True) for c in (*broadcast(case), *one_more(case))]
+    nearby = [Run(c, c, near=True, beyond=True) for c in (*broadcast(case), *one_more(case))]
     if nearby and len(case.leaves) > 1:
         nearby[-1] = _apart(case, nearby[-1])
     for run in (*nearby, *_runs(case, free)):
         other = run.case
         when = f" at shapes {', '.join(str(tuple(t.shape)) for _, t in other.arguments)}"
-        found = check_lines(other, NAME, when + run.scale, elsewhere=not run.near)
+        found = check_lines(
+            other, NAME, when + run.scale, elsewhere=not run.near, beyond=run.beyond
+        )
         if found and run.scale and accepts(run.plain):
-            found = check_lines(run.plain, NAME, when) or found
+            found = check_lines(run.plain, NAME, when, beyond=run.beyond) or found
         if found and found.got is None:  # backward raised: sizes that do not go together, perhaps
             refused = refused or found.message
             continue
@@ -82,7 +85,7 @@ def _apart(case: Case, run: Run) -> Run:
     if not accepts(other):
         return run
     case.memo.setdefault("scaled", set()).add(APART)
-    return Run(other, run.plain, f", for every other input {APART:g} times as large")
+    return Run(other, run.plain, f", for every other input {APART:g} times as large", beyond=True)
 
 
 def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
