@@ -7,9 +7,14 @@ Derivation, with softplus'(x) = σ(x) and s the gradient of each ℓ (grad for "
     grad_t = s · w · [c · softplus(-x) - softplus(x)]                                         (2)
     tangent_ℓ = (1) · tangent_x + (2) · tangent_t with s = 1                                  (3)
     Two sigmoids in (1), not σ(x) - t: for t = 1 the latter rounds to 0 from x = 17 on in float32.
+    With one, of many elements, with H = [x > 0] and u = σ(-|x|), c = w = 1 (_kept_gradient.py):
+    ℓ = (H - t) · x - log(1 - u)                                                              (4)
+    grad_x = s · g,  g = (H - t) - (2H - 1) · u,  in this order                               (5)
+    ∂g/∂x = σ(x) σ(-x) = (g + t) · (1 - t - g)                                                (6)
 
 Saves:
-    x and t, which are inputs, and the weights.
+    x and t, which are inputs, and the weights. Of 2¹⁴ to 2²³ float32 or float64
+    logits, with a gradient for x alone and without weights, the mean and the sum keep g instead of x.
 
 Edge values:
     x → +∞: ℓ → ∞ and grad_x → s · w · (1 - t), but for t = 1 both → 0; x → -∞: the same, with t = 0 (torch: NaN).
@@ -41,7 +46,7 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._numbers import constant
 from torchbp.ops._op import Op
-from torchbp.ops._pieces import alike, in_pieces
+from torchbp.ops._pieces import alike, in_pieces, length_written, pieces
 from torchbp.ops._reduction import (
     REDUCTIONS,
     WIDE,
@@ -53,8 +58,9 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, square
+from torchbp.ops.losses._kept_gradient import Formula, suits_kept_gradient, with_kept_gradient
 from torchbp.ops.losses._limits import product, with_limits
-from torchbp.ops.losses._log_sums import FEW, reduced_softplus
+from torchbp.ops.losses._log_sums import FEW, minus_log1p_sum, reduced_softplus
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -66,6 +72,7 @@ _NAME = "binary_cross_entropy_with_logits"
 _FEW = 1 << 10  # elements; up to these the number of calls counts
 _softplus_into = kernel("softplus", "out")
 _softplus_backward = kernel("softplus_backward")
+_leaky_relu_backward_into = kernel("leaky_relu_backward", "grad_input")
 
 
 class BCEWithLogitsLossFunction(Function):
@@ -208,6 +215,29 @@ def _gradient_target(x: Tensor, s: Tensor, c: Tensor | float = 1.0) -> Tensor:
     return scale_fresh(F.logsigmoid(-x) - c * F.logsigmoid(x), s)  # (2); logσ(x) = -softplus(-x)
 
 
+def _write_gradient(gradient: Tensor, x: Tensor, target: Tensor) -> list[Tensor]:
+    """Write g, and return the parts of Σ ℓ: both from one sigmoid."""
+    length = min(x.numel(), 2 * length_written(x))
+    room, spare = x.new_empty(length), x.new_empty(length // 2)
+    sums = []
+    for g, x_part, t_part in pieces(gradient, x, target, length=length):
+        n = g.numel()
+        u = torch.abs(x_part, out=room[:n]).neg_().sigmoid_()
+        a = torch.gt(x_part, 0, out=g).sub_(t_part)
+        sums += [torch.dot(x_part, a), minus_log1p_sum(u, spare[: n // 2])]  # (4)
+        a.sub_(_leaky_relu_backward_into(u, x_part, -1.0, False, grad_input=u))  # (5)
+    return sums
+
+
+def _curvature(g: Tensor, target: Tensor) -> Tensor:
+    return (g + target) * (1 - target - g)  # (6)
+
+
+def _with_limits(x: Tensor, target: Tensor, reduction: str) -> Tensor:
+    return BCEWithLogitsLossFunction.forward(x, target, None, None, reduction)
+
+
+_keeping_gradient = Formula(_write_gradient, _curvature, _with_limits)
 _binary_cross_entropy_with_logits = entry(BCEWithLogitsLossFunction)
 
 
@@ -260,6 +290,8 @@ def binary_cross_entropy_with_logits(
         if input.is_floating_point() and not target.is_floating_point():
             raise RuntimeError(wrong(_NAME, "floating-point target", dtype, "cast it"))
         input, target = in_common_dtype(input, target)
+    if weight is None is pos_weight and suits_kept_gradient(input, target, reduction):
+        return with_kept_gradient(input, target, reduction, _keeping_gradient)
     loss = _binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction)
     return laid_out(as_dtype(loss, dtype), target)
 

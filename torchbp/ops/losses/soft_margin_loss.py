@@ -5,9 +5,14 @@ Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N
     grad_x = -s · t · σ(-t x)                                                                 (1)
     grad_t = -s · x · σ(-t x)                                                                 (2)
     tangent_ℓ = -σ(-t x) · (t · tangent_x + x · tangent_t)                                    (3)
+    Of many elements (_kept_gradient.py), with z = t x:
+    ℓ = max(-z, 0) + log(1 + exp(-|z|))                                                       (4)
+    grad_x = -s · g,  g = t · σ(-z)                                                           (5)
+    ∂g/∂x = -t² · σ(-z) σ(z) = -g · (t - g)                                                   (6)
 
 Saves:
-    x and t, which are inputs.
+    x and t, which are inputs. Of 2¹⁴ to 2²³ float32 or float64 scores, with a gradient for x alone, the mean
+    and the sum keep g instead of x.
 
 Edge values:
     t x → -∞: ℓ → -t x, where torch overflows to ∞ from 89 on in float32; grad_x → -s · t.   t x → +∞: both → 0.
@@ -34,7 +39,7 @@ from torchbp.ops._function import (
     public,
 )
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._pieces import alike, in_pieces
+from torchbp.ops._pieces import alike, in_pieces, length_written, pieces
 from torchbp.ops._reduction import (
     broadcast,
     in_common_dtype,
@@ -45,7 +50,8 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
-from torchbp.ops.losses._log_sums import FEW, reduced_softplus
+from torchbp.ops.losses._kept_gradient import Formula, suits_kept_gradient, with_kept_gradient
+from torchbp.ops.losses._log_sums import FEW, log1p_exp_sum, reduced_softplus
 
 __all__ = ["SoftMarginLoss", "SoftMarginLossFunction", "soft_margin_loss"]
 
@@ -115,6 +121,27 @@ def _gradient_into(grad_x: Tensor, x: Tensor, t: Tensor, s: Tensor) -> None:
     _softplus_backward_into(t, tx, -1, 40, grad_input=grad_x).mul_(-s)  # t · σ(-t x) in one pass
 
 
+def _write_gradient(gradient: Tensor, x: Tensor, target: Tensor) -> list[Tensor]:
+    """Write g, and return the parts of Σ ℓ: both while z is in the cache."""
+    length = min(x.numel(), 2 * length_written(x))
+    of_z, of_linear = x.new_empty(length), x.new_empty(length)
+    sums = []
+    for g, x_part, t_part in pieces(gradient, x, target, length=length):
+        n = g.numel()
+        z = torch.mul(x_part, t_part, out=of_z[:n])
+        _softplus_backward_into(t_part, z, -1, 40, grad_input=g)  # (5)
+        linear = torch.clamp(z, max=0, out=of_linear[:n])
+        sums += [linear.sum().neg_(), log1p_exp_sum(z.abs_())]  # (4)
+    return sums
+
+
+def _curvature(g: Tensor, target: Tensor) -> Tensor:
+    return -g * (target - g)  # (6)
+
+
+_keeping_gradient = Formula(
+    _write_gradient, _curvature, SoftMarginLossFunction.forward, negative=True
+)
 _soft_margin_loss = entry(SoftMarginLossFunction)
 
 
@@ -154,6 +181,8 @@ def soft_margin_loss(
     input, target = in_autocast_float32(input, target)
     dtype = input.dtype  # of the result, as in torch
     input, target = broadcast(*in_common_dtype(input, target))
+    if suits_kept_gradient(input, target, reduction):
+        return with_kept_gradient(input, target, reduction, _keeping_gradient)
     return laid_out(as_dtype(_soft_margin_loss(input, target, reduction), dtype), target)
 
 
