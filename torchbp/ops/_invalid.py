@@ -10,12 +10,12 @@ import platform
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
-__all__ = ["FEW", "at_hand", "quiet", "sound"]
+__all__ = ["FEW", "INVALID", "at_hand", "quiet", "raised", "sound"]
 
 FEW = 1024  # elements; up to these torch.equal is faster than a sum and its item
-_INVALID = 1  # FE_INVALID in the <fenv.h> of both families of processors
+INVALID = 1  # FE_INVALID in the <fenv.h> of both families of processors
 
 
 def _flag() -> tuple[Callable[[int], int], Callable[[int], int]] | None:
@@ -27,24 +27,30 @@ def _flag() -> tuple[Callable[[int], int], Callable[[int], int]] | None:
         test, clear = library.fetestexcept, library.feclearexcept
     except (AttributeError, OSError, TypeError):  # Windows
         return None
-    clear(_INVALID)
+    clear(INVALID)
     torch.full((256,), torch.inf, device="cpu").mul_(0.0)
-    raised = test(_INVALID)
-    clear(_INVALID)
-    return (test, clear) if raised and not test(_INVALID) else None
+    raised = test(INVALID)
+    clear(INVALID)
+    return (test, clear) if raised and not test(INVALID) else None
+
+
+def _always(_: int) -> int:
+    return INVALID
 
 
 _FLAG = _flag()
+# What tells whether the flag is up, or may be: raised(INVALID). It tells of the thread that asks.
+raised = _always if _FLAG is None else _FLAG[0]
 
 
 def at_hand() -> bool:
     """Whether the flag tells of all that a kernel does on the CPU: it is there, and no other thread has a part."""
-    return _FLAG is not None and torch.get_num_threads() == 1
+    return _FLAG is not None and get_num_threads() == 1
 
 
 def quiet() -> bool:
     """Whether it is known at once that no kernel of this thread has made a NaN; not what fake tensors would make."""
-    return _FLAG is not None and not _FLAG[0](_INVALID) and torch.get_num_threads() == 1
+    return not raised(INVALID) and get_num_threads() == 1
 
 
 def sound(y: Tensor) -> bool:
@@ -52,11 +58,10 @@ def sound(y: Tensor) -> bool:
 
     What ``y`` was made of may have NaN: these raise no flag, and stay.
     """
-    if _FLAG is not None and torch.get_num_threads() == 1:
-        test, clear = _FLAG
-        if not test(_INVALID):
+    if _FLAG is not None and get_num_threads() == 1:
+        if not raised(INVALID):
             return True
-        clear(_INVALID)  # and it may be somebody else's
+        _FLAG[1](INVALID)  # and it may be somebody else's
     if y.numel() <= FEW:
         return torch.equal(y, y)
     total = y.sum(dtype=torch.float32) if y.dtype == torch.float16 else y.sum()

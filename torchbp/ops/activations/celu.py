@@ -25,7 +25,7 @@ from torchbp.ops._errors import wrong
 from torchbp.ops._function import public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations.elu import scaled_elu
+from torchbp.ops.activations.elu import scaled_elu, scaled_elu_
 
 __all__ = ["CELU", "celu", "celu_"]
 
@@ -55,7 +55,9 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """
     if alpha == 0:
         raise RuntimeError(wrong("celu", "alpha != 0", alpha, "x is divided by it"))
-    return scaled_elu("celu", input, alpha, 1.0, 1.0 / alpha, inplace)  # (1)
+    if inplace:
+        return scaled_elu_("celu", input, alpha, 1.0, 1.0 / alpha)
+    return scaled_elu(input, alpha, 1.0, 1.0 / alpha, False)  # (1)
 
 
 @public

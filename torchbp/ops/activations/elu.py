@@ -64,10 +64,11 @@ class ELUFunction(Function):
     def setup_context(
         ctx: Context, inputs: tuple[Tensor, float, float, float, bool], output: Tensor
     ) -> None:
-        x, ctx.alpha, ctx.s, ctx.beta, ctx.inplace = inputs
-        if ctx.inplace:
+        x, ctx.alpha, ctx.s, ctx.beta, inplace = inputs
+        ctx.inplace = inplace
+        if inplace:
             ctx.mark_dirty(x)
-        ctx.save_for_backward(output if ctx.inplace else x)
+        ctx.save_for_backward(output if inplace else x)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -97,19 +98,18 @@ def _times_derivative(v: Tensor, kept: Tensor, ctx: Context) -> Tensor:
     return in_pieces(of_y if ctx.inplace else of_x, v, kept)
 
 
-_elu = entry(ELUFunction, again=ELUFunction.forward)
+# s · x where x > 0, else s · α · (exp(βx) - 1), for the public functions of the family
+scaled_elu = entry(ELUFunction, again=ELUFunction.forward)
 
 
-def scaled_elu(op: str, x: Tensor, alpha: float, s: float, beta: float, inplace: bool) -> Tensor:
-    """Return s · x where x > 0, else s · α · (exp(βx) - 1), for the public functions of the family."""
-    if not inplace:
-        return _elu(x, alpha, s, beta, False)
+def scaled_elu_(op: str, x: Tensor, alpha: float, s: float, beta: float) -> Tensor:
+    """Write what ``scaled_elu`` returns into ``x``."""
     if is_half(x):
-        return overwrite(_elu, x, alpha, s, beta, False)
+        return overwrite(scaled_elu, x, alpha, s, beta, False)
     if alpha < 0 and torch.is_grad_enabled() and x.requires_grad:
         rule = "alpha >= 0 with inplace=True"
         raise RuntimeError(wrong(op, rule, alpha, "the sign is lost in place: inplace=False"))
-    return _elu(x, alpha, s, beta, True)
+    return scaled_elu(x, alpha, s, beta, True)
 
 
 @public
@@ -135,7 +135,9 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         >>> elu(torch.tensor([-1.0, 0.0, 2.0]))
         tensor([-0.6321,  0.0000,  2.0000])
     """
-    return scaled_elu("elu", input, alpha, 1.0, 1.0, inplace)
+    if inplace:
+        return scaled_elu_("elu", input, alpha, 1.0, 1.0)
+    return scaled_elu(input, alpha, 1.0, 1.0, False)
 
 
 @public

@@ -23,7 +23,7 @@ from torchbp.ops import _samples
 from torchbp.ops._function import public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.activations.elu import scaled_elu
+from torchbp.ops.activations.elu import scaled_elu, scaled_elu_
 
 __all__ = ["SELU", "selu", "selu_"]
 
@@ -52,7 +52,9 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
         >>> selu(torch.tensor([-1.0, 0.0, 2.0]))
         tensor([-1.1113,  0.0000,  2.1014])
     """
-    return scaled_elu("selu", input, _ALPHA, _SCALE, 1.0, inplace)  # (1)
+    if inplace:
+        return scaled_elu_("selu", input, _ALPHA, _SCALE, 1.0)
+    return scaled_elu(input, _ALPHA, _SCALE, 1.0, False)  # (1)
 
 
 @public

@@ -54,7 +54,9 @@ class SiLUFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
-        x, ctx.finite = inputs
+        x, finite = inputs
+        if finite is not None:  # the first thing set on ctx takes 0.6 µs
+            ctx.finite = finite
         ctx.save_for_backward(x)
 
     @staticmethod
@@ -65,7 +67,7 @@ class SiLUFunction(Function):
             if grad_x is not None:
                 return grad_x, None
         if undifferentiated() and not x.is_complex():
-            return with_limits(_silu_backward, grad_y, x, ctx.finite), None
+            return with_limits(_silu_backward, grad_y, x, getattr(ctx, "finite", None)), None
         return in_pieces(_times_derivative, grad_y, bounded(x)), None  # (2)
 
     @staticmethod
