@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
@@ -40,7 +41,8 @@ class GLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int) -> Tensor:  # (*, 2D, *) -> (*, D, *)
-        return F.glu(x, dim)
+        # F.glu asks again who else answers, 0.3 µs; what is no tensor, or has no dimensions, it refuses
+        return _nn.glu(x, dim) if isinstance(x, Tensor) and x.dim() else F.glu(x, dim)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -51,7 +53,7 @@ class GLUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         # a GPU's kernel computes half precision in float32, as in_row_pieces would here
-        if undifferentiated() and (x.is_cuda or not is_half(x)):
+        if undifferentiated() and (not is_half(x) or x.is_cuda):
             return _glu_backward(grad_y, x, ctx.dim), None
 
         def formula(v: Tensor, x: Tensor) -> Tensor:

@@ -36,9 +36,7 @@ __all__ = ["PReLU", "PReLUFunction", "prelu"]
 
 
 _prelu_kernel_backward = kernel("_prelu_kernel_backward")
-_FEW = (
-    1 << 12
-)  # elements; up to these torch's kernel, slow by the element, is faster than six calls
+_FEW = 1 << 12  # elements; up to these torch's kernel, slow by each, is faster than six calls
 
 
 class PReLUFunction(Function):
@@ -52,15 +50,16 @@ class PReLUFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        x, weight = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        if fused(grad_y) and x.numel() <= _FEW and weight.numel() == 1:  # of the dtype of x
+        one = weight.numel() == 1 and weight.dim() <= x.dim()
+        if one and x.numel() <= _FEW and fused(grad_y):  # of the dtype of x
             grad_x, products = _prelu_kernel_backward(grad_y, x, weight)
-            total = products.sum()
-            return grad_x, total.unsqueeze(0) if weight.dim() else total  # (1), (2)
+            return grad_x, products.sum_to_size(weight.shape)  # (1), (2)
         need_x, need_weight = ctx.needs_input_grad
         w = _along_channels(weight, x)
         grad_x = grad_w = None
