@@ -50,6 +50,7 @@ TENTH: dict[str, Unseen] = {}
 ELEVENTH: dict[str, Unseen] = {}
 TWELFTH: dict[str, Unseen] = {}
 THIRTEENTH: dict[str, Unseen] = {}
+FOURTEENTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -64,6 +65,7 @@ SETS = {
     "eleventh set": ELEVENTH,
     "twelfth set": TWELFTH,
     "thirteenth set": THIRTEENTH,
+    "fourteenth set": FOURTEENTH,
 }
 
 
@@ -83,6 +85,10 @@ def every():
         fifth_indices,
         fifth_losses,
         fifth_scans,
+        fourteenth_algebra,
+        fourteenth_densities,
+        fourteenth_elementwise,
+        fourteenth_statistics,
         fourth,
         fourth_indices,
         fourth_layers,
