@@ -2,8 +2,8 @@
 
 A `bug` that names a repository and a number is a report, rebuilt small; the others are drafts. `trigger` says in which
 situation the gradient is wrong. A factory builds a public function from its Function, so a wrong function and its right
-twin have one signature and one docstring. Every one computes in float32 or wider, and returns the inputs' own type;
-under autocast it returns float32.
+twin have one signature and one docstring. Every one computes in float32 or wider, and returns the type of its first
+tensor of floats; under autocast it returns float32.
 """
 
 from functools import wraps
@@ -24,11 +24,9 @@ def computed_wide(function):
 
     @wraps(function)
     def call(*args, **kwargs):
-        dtype = None
-        for a in filter(floats, (*args, *kwargs.values())):
-            dtype = a.dtype if dtype is None else torch.promote_types(dtype, a.dtype)
-        if dtype is None or torch.is_autocast_enabled(DEVICE):
-            dtype = torch.float32 if dtype is None else torch.promote_types(dtype, torch.float32)
+        dtype = next(filter(floats, (*args, *kwargs.values())), torch.empty(0)).dtype
+        if torch.is_autocast_enabled(DEVICE):
+            dtype = torch.promote_types(dtype, torch.float32)
         args = [wide(a) if floats(a) else a for a in args]
         kwargs = {name: wide(a) if floats(a) else a for name, a in kwargs.items()}
         with torch.autocast(DEVICE, enabled=False):
