@@ -91,6 +91,8 @@ def every():
         fourteenth_layers,
         fourteenth_losses,
         fourteenth_objectives,
+        fourteenth_recurrent,
+        fourteenth_scans,
         fourteenth_statistics,
         fourth,
         fourth_indices,
