@@ -19,11 +19,18 @@ def floats(a):
     return isinstance(a, torch.Tensor) and a.is_floating_point()
 
 
-def computed_wide(function):
-    """Return the function as it computes: in float32 if its inputs are narrower."""
+def require(condition, text):
+    if not condition:
+        raise ValueError(text)
+
+
+def computed_wide(function, takes_complex=False):
+    """Return the function as it computes: in float32 if its inputs are narrower; they are real."""
 
     @wraps(function)
     def call(*args, **kwargs):
+        complex_too = any(isinstance(a, torch.Tensor) and a.is_complex() for a in args)
+        require(takes_complex or not complex_too, "the inputs must be real")
         dtype = next(filter(floats, (*args, *kwargs.values())), torch.empty(0)).dtype
         if torch.is_autocast_enabled(DEVICE):
             dtype = torch.promote_types(dtype, torch.float32)
@@ -38,12 +45,7 @@ def computed_wide(function):
     return call
 
 
-def add(name, factory, wrong, right, make, *, bug, trigger, kwargs=dict, missed=""):
+def add(name, factory, wrong, right, make, *, bug, trigger, takes_complex=False, missed=""):
     text = f"{bug}; shows with {trigger}"
-    wrong, right = computed_wide(factory(wrong)), computed_wide(factory(right))
-    pair(f"{name}_14", wrong, right, make, text, kwargs=kwargs, into=FOURTEENTH, missed=missed)
-
-
-def require(condition, text):
-    if not condition:
-        raise ValueError(text)
+    wrong, right = (computed_wide(factory(f), takes_complex) for f in (wrong, right))
+    pair(f"{name}_14", wrong, right, make, text, into=FOURTEENTH, missed=missed)

@@ -49,6 +49,7 @@ add(
     lambda: (real(4),),
     bug="the other factors are not conjugated (ml-explore/mlx#3433)",
     trigger="complex numbers",
+    takes_complex=True,
 )
 
 
@@ -219,7 +220,7 @@ class CholeskyOfAssigned(CholeskyOf):
 
 def _cholesky_of(function):
     def cholesky_of(values, index):
-        """The lower Cholesky factor (D, D), D > 0, of the matrix values[index].
+        """The lower Cholesky factor (D, D), D > 0, of a positive definite matrix values[index].
 
         values (K,) are the elements it is made of, and index (D, D), symmetric, says where each of them stands.
         """
@@ -227,6 +228,10 @@ def _cholesky_of(function):
         require(
             good and bool((index == index.mT).all()), "index must be a symmetric matrix, not empty"
         )
+        low = bool(((index >= 0) & (index < len(values))).all())
+        require(low, "index must be below K")
+        failed = torch.linalg.cholesky_ex(values.detach()[index])[1]
+        require(not failed, "the matrix must be positive definite")
         return function.apply(values, index)
 
     return cholesky_of

@@ -10,29 +10,24 @@ from tests.verify.unseen.fourteenth import add, require
 
 
 class NegBinomial(Function):
-    """Beyond alpha = 1e10, Γ(n + α) / Γ(α) is α^n exp(n (n - 1) / 2 α)."""
-
-    limit = 1e10
+    @staticmethod
+    def rising(n, alpha):
+        """The sums of log(α + i), and of 1 / (α + i), for the i below n."""
+        i = torch.arange(int(n.max()) if n.numel() else 0, dtype=alpha.dtype, device=n.device)
+        terms, below = alpha.unsqueeze(-1) + i, i < n.unsqueeze(-1)
+        return (terms.log() * below).sum(-1), (below / terms).sum(-1)
 
     @staticmethod
     def forward(ctx, n, alpha, beta):
         ctx.save_for_backward(n, alpha, beta)
-        near = alpha.clamp(max=NegBinomial.limit)
-        rising = torch.lgamma(n + near) - torch.lgamma(near)
-        rising = torch.where(
-            alpha > NegBinomial.limit, n * alpha.log() + n * (n - 1) / (2 * alpha), rising
-        )
-        return rising - torch.lgamma(n + 1.0) - alpha * (1 / beta).log1p() - n * beta.log1p()
+        rising = NegBinomial.rising(n, alpha)[0] - torch.lgamma(n + 1.0).to(alpha.dtype)
+        return rising - alpha * (1 / beta).log1p() - n * beta.log1p()
 
     @staticmethod
     def gradients(ctx):
         n, alpha, beta = ctx.saved_tensors
-        near = alpha.clamp(max=NegBinomial.limit)
-        slope = torch.digamma(n + near) - torch.digamma(near)
-        slope = torch.where(
-            alpha > NegBinomial.limit, n / alpha - n * (n - 1) / (2 * alpha**2), slope
-        )
-        return slope - (1 / beta).log1p(), alpha / (beta * (1 + beta)) - n / (1 + beta)
+        slope = NegBinomial.rising(n, alpha)[1] - (1 / beta).log1p()
+        return slope, alpha / (beta * (1 + beta)) - n / (1 + beta)
 
     @staticmethod
     def backward(ctx, g):
@@ -45,7 +40,7 @@ class NegBinomialPoisson(NegBinomial):
     def backward(ctx, g):
         n, alpha, beta = ctx.saved_tensors
         grad_alpha, grad_beta = NegBinomial.gradients(ctx)
-        far = alpha > NegBinomial.limit
+        far = alpha > 1e10
         grad_alpha = torch.where(far, n / alpha - 1 / beta, grad_alpha)
         grad_beta = torch.where(far, alpha / beta**2 - n / beta, grad_beta)
         return None, g * grad_alpha, g * grad_beta
@@ -177,6 +172,7 @@ def _wiener(function):
 
         It starts at w in [0.1, 0.9], of t's shape.
         """
+        require(t.shape == w.shape, "w must be of t's shape")
         require(
             bool(((t >= 0.1) & (t <= 5) & (w >= 0.1) & (w <= 0.9)).all()),
             "t in [0.1, 5], w in [0.1, 0.9]",
@@ -203,14 +199,15 @@ add(
 class NegBinomialCdf(Function):
     @staticmethod
     def parts(n, alpha, beta):
-        """The log of the sum over counts up to n, and each count's share of it (N, K)."""
+        """The log of the sum over counts up to n; each count's share of it (N, K), and its slope by α."""
         k = torch.arange(int(n.max()) + 1, dtype=alpha.dtype, device=n.device)
         alpha, beta = alpha.unsqueeze(-1), beta.unsqueeze(-1)
-        mass = torch.lgamma(k + alpha) - torch.lgamma(alpha) - torch.lgamma(k + 1)
-        mass = mass - alpha * (1 / beta).log1p() - k * beta.log1p()
+        odds = (1 / beta).log1p()
+        steps, slopes = (alpha + k).log() - (k + 1).log(), 1 / (alpha + k)
+        mass = steps.cumsum(-1) - steps - alpha * odds - k * beta.log1p()
         mass = mass.masked_fill(k > n.unsqueeze(-1), -math.inf)
         total = mass.logsumexp(-1)
-        return total, (mass - total.unsqueeze(-1)).exp(), k
+        return total, (mass - total.unsqueeze(-1)).exp(), slopes.cumsum(-1) - slopes - odds
 
     @staticmethod
     def forward(ctx, n, alpha, beta):
@@ -220,11 +217,10 @@ class NegBinomialCdf(Function):
     @staticmethod
     def gradients(ctx, g, share_alpha):
         n, alpha, beta = ctx.saved_tensors
-        _, share, k = NegBinomialCdf.parts(n, alpha, beta)
+        _, share, slope = NegBinomialCdf.parts(n, alpha, beta)
+        k = torch.arange(share.shape[-1], dtype=alpha.dtype, device=n.device)
         a, b = alpha.unsqueeze(-1), beta.unsqueeze(-1)
-        by_alpha = (
-            share_alpha(share) * (torch.digamma(k + a) - torch.digamma(a) - (1 / b).log1p())
-        ).sum(-1)
+        by_alpha = (share_alpha(share) * slope).sum(-1)
         by_beta = (share * (a / (b * (1 + b)) - k / (1 + b))).sum(-1)
         return None, g * by_alpha.sum_to_size(alpha.shape), g * by_beta.sum_to_size(beta.shape)
 

@@ -110,6 +110,7 @@ class NeuronTwice(Neuron):
 def _neuron(function):
     def neuron(x, w):
         """tanh(x w) of x (N, D) and w (D, E)."""
+        require(x.dim() == w.dim() == 2, "x and w must be matrices")
         return function.apply(x, w)
 
     return neuron
@@ -152,6 +153,7 @@ class ReluLayerEqual(ReluLayer):
 def _relu_layer(function):
     def relu_layer(x, w):
         """relu(x w) of x (N, D) and w (D, E)."""
+        require(x.dim() == w.dim() == 2, "x and w must be matrices")
         return function.apply(x, w)
 
     return relu_layer

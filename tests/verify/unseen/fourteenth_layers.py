@@ -188,6 +188,7 @@ class MlpMemory(Mlp):
 def _mlp(function):
     def mlp(x, w1, w2):
         """tanh(x w1) w2 of x (N, D), w1 (D, H) and w2 (H, E)."""
+        require(x.dim() == w1.dim() == w2.dim() == 2, "all must be matrices")
         return function.apply(x, w1, w2)
 
     return mlp
@@ -242,8 +243,11 @@ class UnitLinearPlain(UnitLinear):
 
 def _unit_linear(function):
     def unit_linear(x, w):
-        """Inner products (N, E) of x (N, D) with the rows of w (E, D), none of them zero, scaled to length 1."""
-        require(bool((w.norm(dim=1) > 0).all()), "no row of w may be zero")
+        """Inner products (N, E) of x (N, D) with the rows of w (E, D), not under 1e-6 long, scaled to length 1."""
+        require(x.dim() == w.dim() == 2, "x and w must be matrices")
+        require(
+            bool((w.detach().norm(dim=1) >= 1e-6).all()), "no row of w may be shorter than 1e-6"
+        )
         return function.apply(x, w)
 
     return unit_linear

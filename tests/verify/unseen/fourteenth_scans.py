@@ -61,9 +61,11 @@ class DecayScanSpill(DecayScan):
 
 def _decay_scan(function):
     def decay_scan(x, log_decay):
-        """States y = exp(log_decay) y + x of x (T, D) along T, from 0 on; log_decay (T,) is at most 0."""
+        """States y = exp(log_decay) y + x of x (T, D) along T, from 0 on; log_decay (T,) is in [-1e4, 0]."""
         require(x.dim() == 2 and log_decay.shape == x.shape[:1], "x must be (T, D), log_decay (T,)")
-        require(bool((log_decay <= 0).all()), "log_decay must be at most 0")
+        require(
+            bool(((log_decay <= 0) & (log_decay >= -1e4)).all()), "log_decay must be in [-1e4, 0]"
+        )
         return function.apply(x, log_decay)
 
     return decay_scan

@@ -36,6 +36,7 @@ class LogisticExp(Logistic):
 def _logistic(function):
     def logistic(y, mu, sigma):
         """Log density of the logistic distribution at y, with location mu and scale sigma > 0, of one shape."""
+        require(y.shape == mu.shape == sigma.shape, "y, mu and sigma must be of one shape")
         require(bool((sigma > 0).all()), "sigma must be positive")
         return function.apply(y, mu, sigma)
 
