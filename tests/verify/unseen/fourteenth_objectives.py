@@ -209,7 +209,8 @@ class Entmax(Function):
         mean, square = ordered.cumsum(-1) / rho, ordered.square().cumsum(-1) / rho
         tau = mean - ((1 - rho * (square - mean**2)) / rho).clamp(min=0).sqrt()
         support = (tau <= ordered).sum(-1, keepdim=True).clamp(min=1)
-        return (x - tau.gather(-1, support - 1)).clamp(min=0).square().movedim(-1, dim)
+        x, tau = x.movedim(-1, dim), tau.gather(-1, support - 1).movedim(-1, dim)
+        return (x - tau).clamp(min=0).square()
 
     @staticmethod
     def forward(ctx, x, dim):

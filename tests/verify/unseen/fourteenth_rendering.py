@@ -24,7 +24,7 @@ class Composite(Function):
     def forward(ctx, alpha, colour):
         ctx.save_for_backward(alpha, colour)
         alpha, light = Composite.parts(alpha)
-        return torch.einsum("rs,rsc->rc", alpha * light, colour)
+        return ((alpha * light).unsqueeze(2) * colour).sum(1)
 
     @staticmethod
     def gradients(ctx, g, light_of):
@@ -223,6 +223,7 @@ add(
     RadiographRaw,
     Radiograph,
     lambda: (real(5, 4, positive=True),),
-    bug="backward knows the raw image, not its normalisation and inversion (i4h-sensor-simulation#68)",
+    bug="backward knows the raw image, not its normalisation and inversion "
+    "(isaac-for-healthcare/i4h-sensor-simulation#68)",
     trigger="the sample",
 )
