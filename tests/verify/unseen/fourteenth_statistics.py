@@ -87,11 +87,16 @@ class EvidenceScale(Evidence):
 
 def _evidence(function):
     def evidence(y, u, log_rho, log_sigma):
-        """Log likelihood of the data y (N,) around ρ u, with noise σ; the logarithms of ρ and σ are scalars ()."""
+        """Log likelihood of the data y (N,) around ρ u, with noise σ.
+
+        The logarithms of ρ and σ are scalars () in [-20, 20].
+        """
         require(
             y.shape == u.shape and log_rho.dim() == log_sigma.dim() == 0,
             "y as u, log_rho and log_sigma scalars",
         )
+        sizes = torch.stack((log_rho, log_sigma)).detach().abs()
+        require(bool((sizes <= 20).all()), "log_rho and log_sigma must be in [-20, 20]")
         return function.apply(y, u, log_rho, log_sigma)
 
     return evidence
