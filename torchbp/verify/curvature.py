@@ -170,6 +170,8 @@ class _Lines:
         leaves, v = self._moved(chosen, t)
         try:
             outputs = self.case.forward(leaves)
+            if any(y.shape != m.shape for y, m in zip(outputs, v, strict=True)):
+                return float("nan")  # of elements that are not 0
             grads = self.case.backward(outputs, leaves, [m.detach() for m in v])
         except ForwardRaised:  # outside of the domain
             return float("nan")

@@ -164,7 +164,20 @@ class _Search:
             grown = self._grows(size)
             if grown is not None:
                 self.growth[size] = grown
+                self._stacked(size, whole)
                 return
+
+    def _stacked(self, size: Size, whole: Places) -> None:
+        """Find whether the first dimensions of what is left take one more: layers, in stacks of parameters.
+
+        No size is made of them: a thousand layers are chaos.
+        """
+        first = tuple(p for p in whole if p not in size.places and p[1] == 0)
+        if not first or len(size.places) > 1:
+            return
+        if self._grows(Size(size.now, first), backward=True) is not None:
+            kept = self.case.memo["one more"]
+            kept.insert(0, kept.pop())  # the last is tried at another scale at once
 
     def _apart(self, size: Size) -> bool:
         """Find a part of ``size`` that may change alone, and make two sizes of it."""

@@ -183,7 +183,7 @@ def _with_one_at(case: Case, value: float, takes: Callable[[Tensor], Any]) -> Ca
             if i not in where:
                 return t
             flat = t.clone().reshape(-1)
-            flat[where.index(i) % t.numel()] = value
+            flat[-1 - where.index(i) % t.numel()] = value
             return flat.view(t.shape)
 
         case.memo["one at", value] = case.edited(change) if where else case

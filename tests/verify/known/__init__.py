@@ -92,6 +92,7 @@ def every():
         further,
         hidden,
         kinks,
+        limited,
         linear,
         losses,
         omitted,

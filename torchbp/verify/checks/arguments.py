@@ -103,7 +103,10 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
         yield _all_or_each({i: _nearby(x) for i, x in reals.items()})
         if signed := {i: -x for i, x in reals.items() if not NEVER_NEGATIVE.search(str(i))}:
             yield [signed]
-        yield _all_or_each({i: 0.0 for i, x in reals.items() if x})
+        # Of several one half at a time: where all are 0 a product of them hides what each does.
+        zero = [i for i, x in reals.items() if x]
+        for half in (zero[: len(zero) // 2], zero[len(zero) // 2 :]):
+            yield _all_or_each(dict.fromkeys(half, 0.0))
     if len(rest) > 1:
         yield [{i: ys[0] for i, ys in rest.items()}]
     for i, ys in islice(rest.items(), MOST):

@@ -1,5 +1,6 @@
 """Extremes: where forward is finite and smooth, so is the gradient: large inputs, all zero, one 0, one 1."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -77,19 +78,24 @@ def _with_one_else(
 def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
     """Compare the gradient of elements that are 0 with a central difference, unless there is a kink."""
     lines = Lines(zero)
-    directions = {}
-    got = 0.0
-    several = [i for i in inputs if zero.leaves[i].numel() > 1]
-    for number, i in enumerate(several):
-        k = number % lines.grads[i].numel()
-        directions[i] = torch.zeros_like(real(lines.grads[i]))
-        directions[i][k] = lines.scales[i][k]
-        got += float(real(lines.grads[i])[k] * lines.scales[i][k])
+    # What depends on whether an element is 0 may be the gradient of others: all move.
+    directions = lines.direction(0)
+    for i in inputs:
+        at_zero = real(zero.leaves[i].cpu()).reshape(-1) == 0
+        directions[i] = torch.where(at_zero, directions[i].abs(), directions[i])
+    got = lines.along(directions)
     right = lines.value(directions, STEP) / STEP
     slack = 1e-3 * abs(got) + 16 * STEP + 4 * lines.noise / STEP
     if not abs(right - got) > slack:  # NaN is out of the domain
         return None
     left = -lines.value(directions, -STEP) / STEP
+    if math.isnan(left):  # the end of the domain: what is 0 stays so
+        zero = zero.edited(lambda _, t: t)
+        zero.memo["steps"] = [
+            step * (leaf.cpu() != 0).reshape(-1)
+            for step, leaf in zip(lines.scales, zero.leaves, strict=True)
+        ]
+        return check_lines(zero, NAME, " where one element of each input is 0")
     if not abs(left - got) > slack or abs(left - right) > 0.25 * abs(left - got):  # a kink
         return None
     return check_lines(zero, NAME, " where one element of each input is 0")
