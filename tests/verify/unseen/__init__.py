@@ -51,6 +51,7 @@ ELEVENTH: dict[str, Unseen] = {}
 TWELFTH: dict[str, Unseen] = {}
 THIRTEENTH: dict[str, Unseen] = {}
 FOURTEENTH: dict[str, Unseen] = {}
+FIFTEENTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -66,6 +67,7 @@ SETS = {
     "twelfth set": TWELFTH,
     "thirteenth set": THIRTEENTH,
     "fourteenth set": FOURTEENTH,
+    "fifteenth set": FIFTEENTH,
 }
 
 
@@ -79,6 +81,23 @@ def every():
         eleventh_physics,
         eleventh_protocol,
         eleventh_vision,
+        fifteenth_activations,
+        fifteenth_algebra,
+        fifteenth_attention,
+        fifteenth_bodies,
+        fifteenth_filters,
+        fifteenth_geometry,
+        fifteenth_heads,
+        fifteenth_indices,
+        fifteenth_interpolation,
+        fifteenth_likelihoods,
+        fifteenth_losses,
+        fifteenth_norms,
+        fifteenth_pooling,
+        fifteenth_products,
+        fifteenth_scans,
+        fifteenth_signals,
+        fifteenth_statistics,
         fifth,
         fifth_algebra,
         fifth_attention,
