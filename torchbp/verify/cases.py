@@ -28,6 +28,7 @@ class Case(Sample):
         copies_leaves: Whether an input is copied first, for a function that writes in it.
         given: The case in the sample's own precision.
         wrong_here: Whether the gradient is known to be wrong at the sample; its variants' need not be looked at then.
+        wrote: How many elements of its grad_output the backward of ``plain`` wrote to.
     """
 
     measured = ("first", "plain", "second", "again", "nearby", "epsilon", "_positions")
@@ -47,6 +48,7 @@ class Case(Sample):
         self.calls = Calls()
         self.copies_leaves = False
         self.wrong_here = False
+        self.wrote = 0
         self.given = self
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Case":
@@ -225,6 +227,7 @@ class Case(Sample):
                 v.clone() for v in cotangents
             ]  # a backward that writes in them is another check's
             grads = self.backward(outputs, leaves, own, retain_graph=True)
+            self.wrote = sum(int((a != b).sum()) for a, b in zip(own, cotangents, strict=True))
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)
         return Plain(values, cotangents, tuple(g.detach().clone() for g in grads))
@@ -250,7 +253,19 @@ class Case(Sample):
 
     @cached_property
     def nearby(self) -> "Case":
-        """The case with all floating-point tensors a sixteenth larger, which stays in most domains."""
+        """The case with all floating-point tensors a sixteenth larger, the leaves' elements in each other's places.
+
+        Where forward does not take that, as of points in order, they stay in their own.
+        """
+        turned = self.edited(
+            lambda i, t: _larger(t.reshape(-1).roll(1).view(t.shape) if i in self.where else t),
+            parameters=True,
+        )
+        try:
+            if all(bool(y.isfinite().all()) for y in turned.all_outputs):
+                return turned
+        except ForwardRaised:
+            pass
         return self.variant(_larger, parameters=True)
 
     @property

@@ -1,5 +1,7 @@
 """The gradient at another sample than the user's: held against the slope along random lines, as at the user's own."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from torchbp.verify._check import NotApplicable, Refused
@@ -13,7 +15,7 @@ from torchbp.verify.otherwise import differs_otherwise
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate, reason
 from torchbp.verify.report import Finding
 
-__all__ = ["check_beside", "check_lines"]
+__all__ = ["check_beside", "check_lines", "wrote"]
 
 BESIDE = 2.0**-4  # of the inputs
 
@@ -41,14 +43,9 @@ def check_lines(
     """
     if case.wrong_here:
         raise NotApplicable("the gradient is wrong at the sample itself: see values")
-    try:
-        grads = case.plain.grads
-    except BackwardRaised as error:
-        return _raised(check, when, error)
-    if not any(g.numel() for g in grads):
-        return None
-    if not all(bool(g.isfinite().all()) for g in grads):
-        return not_finite(case, check, f"{when}, where forward is finite and smooth")
+    done, found = _without_lines(case, check, when)
+    if done:
+        return found
     dual = beyond and jvp_by_hand(case)
     lines = Lines(case, elsewhere=elsewhere, otherwise=True, dual=dual)
     for n in range(number):
@@ -77,6 +74,23 @@ def _in_question(
     return found
 
 
+def _without_lines(case: Case, check: str, when: str) -> tuple[bool, Finding | None]:
+    """Return whether that is all there is to say, and what is, before anything is differenced."""
+    try:
+        grads = case.plain.grads
+    except BackwardRaised as error:
+        return True, _raised(check, when, error)
+    if case.wrote:
+        return True, wrote(case, check, when)
+    if not _finite(grads):
+        return True, not_finite(case, check, f"{when}, where forward is finite and smooth")
+    return not any(g.numel() for g in grads), None
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors)
+
+
 def check_beside(
     case: Case, lines: Lines, direction: dict[int, Tensor], check: str, when: str = ""
 ) -> Finding | None:
@@ -84,10 +98,21 @@ def check_beside(
     there = dict(zip(case.where, lines.moved(direction, BESIDE), strict=True))
     other = case.edited(lambda i, t: there[i].detach() if i in there else t, parameters=True)
     try:
-        finite = all(bool(y.isfinite().all()) for y in other.all_outputs)
+        finite = _finite(other.all_outputs)
     except ForwardRaised:
         return None
     return check_lines(other, check, f"{when} beside the sample", beside=False) if finite else None
+
+
+def wrote(case: Case, check: str, when: str) -> Finding:
+    """Return what is to be said of a backward that writes in its grad_output, which others may read."""
+    return Finding(
+        check=check,
+        severity="wrong",
+        message=f"backward writes to {case.wrote} elements of grad_output{when}",
+        got=float(case.wrote),
+        cause="an in-place operation on what backward was given: the next node reads it too",
+    )
 
 
 def _raised(check: str, when: str, error: BackwardRaised) -> Finding:

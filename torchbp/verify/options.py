@@ -21,6 +21,8 @@ NEVER_NEGATIVE = re.compile(
     "clip|decay|delta|drop|eps|keep|limit|margin|max|prob|radius|rate|ratio|sigma|size|smooth|std|tau|temp|tol|width"
 )
 
+INDEX = re.compile("blank|class|count|dim|id|ignore|index|num|pad|size|start|token")
+
 Values = dict[int | str, Any]  # by position in `flat`, by name, or by attribute of a Module
 
 
@@ -74,8 +76,8 @@ def with_options(case: Case, change: Mapping[int | str, Any]) -> Case:
     return other
 
 
-def others(case: Case, x: Any) -> list[Any]:
-    """Return what to try instead of ``x``, in this order."""
+def others(case: Case, x: Any, name: str = "") -> list[Any]:
+    """Return what to try instead of ``x``, in this order; ``name`` is that of the argument, if it has one."""
     if isinstance(x, bool):
         return [not x]
     if isinstance(x, tuple):
@@ -88,5 +90,7 @@ def others(case: Case, x: Any) -> list[Any]:
     if integers:
         # A number may be one of theirs: a blank, a class that is ignored. What is above all may be their count.
         most = max(int(t.max()) for t in integers)
+        if name and x in {-1, 0, 1} and not INDEX.search(name):
+            return [n for n in (-1, 1, 0) if n != x]  # a sign
         return [x + 1] if x > most else [int(integers[0].flatten()[0])] if x == -100 else []
     return [0, -2] if x == -1 else [x + 1, x - 1]

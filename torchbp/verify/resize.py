@@ -19,6 +19,7 @@ __all__ = [
     "apart",
     "broadcast",
     "explodes",
+    "one_for_all",
     "resized",
     "same_outputs",
     "scaled",
@@ -212,6 +213,31 @@ def broadcast(case: Case) -> list[Case]:
         for wanted in (larger, smaller)
         if wanted and accepts(other := _grown(case, wanted)) and _same_shapes(case, other)
     ]
+
+
+def one_for_all(case: Case) -> list[Case]:
+    """Return the case with one row of inputs that have as many as another, if that serves for all: one table, one bias.
+
+    The largest keeps its rows; where what else may be is refused, the smallest is tried alone. What has the shape of
+    another is left: nobody promised that it is broadcast.
+    """
+    shapes = [(i, t.shape) for i, t in case.arguments if t.dim() and len(t) > 1]
+    alike = [
+        i
+        for i, shape in shapes
+        if i in case.where
+        and any(s[0] == shape[0] for j, s in shapes if j != i)
+        and not any(s == shape for j, s in shapes if j != i)
+    ]
+    by_size = sorted(alike, key=lambda i: case.flat[i].numel())
+    rows = {len(case.flat[i]) for i in alike}
+    others = [i for i, shape in shapes if shape[0] in rows and i not in alike]
+    chosen = by_size if others else by_size[:-1]
+    for some in dict.fromkeys((tuple(sorted(chosen)), tuple(by_size[:1]))):
+        other = _grown(case, {(i, 0): 1 for i in some})
+        if some and accepts(other) and _same_shapes(case, other):
+            return [other]
+    return []
 
 
 def _same_shapes(case: Case, other: Case) -> bool:

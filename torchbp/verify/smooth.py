@@ -5,7 +5,7 @@ from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import central
-from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.elsewhere import check_lines, wrote
 from torchbp.verify.finite import not_finite
 from torchbp.verify.lines import Lines
 from torchbp.verify.raised import BackwardRaised
@@ -34,6 +34,8 @@ def check_smooth(
         grads = case.plain.grads
     except BackwardRaised:
         return None  # loud, where much may be undefined
+    if case.wrote:
+        return wrote(case, check, when)
     if not all(bool(g.isfinite().all()) for g in grads):
         return (
             None
@@ -53,6 +55,7 @@ def right_at_once(case: Case) -> bool:
     """Whether forward takes the sample, and its gradient is that of a short step; ``False`` leaves a question."""
     try:
         finite = accepts(case) and all(bool(g.isfinite().all()) for g in case.plain.grads)
+        finite = finite and not case.wrote
     except BackwardRaised:
         return False
     lines = Lines(case, elsewhere=True) if finite else None

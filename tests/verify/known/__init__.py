@@ -98,6 +98,7 @@ def every():
         omitted,
         relatives_state,
         reported,
+        varied,
     )
 
     return PAIRS

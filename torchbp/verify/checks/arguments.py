@@ -98,7 +98,11 @@ def _is_flat(case: Case, found: Finding) -> bool:
 def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
     """Yield what to change: all real numbers, all else, each alone."""
     reals = {i: x for i, x in values.items() if isinstance(x, float)}
-    rest = {i: ys for i, x in values.items() if i not in reals and (ys := others(case, x))}
+    rest = {
+        i: ys
+        for i, x in values.items()
+        if i not in reals and (ys := others(case, x, i if isinstance(i, str) else ""))
+    }
     if reals:
         yield _all_or_each({i: _nearby(x) for i, x in reals.items()})
         if signed := {i: -x for i, x in reals.items() if not NEVER_NEGATIVE.search(str(i))}:

@@ -1,4 +1,7 @@
-"""Ignored index: where forward takes a target of -100, torch's default `ignore_index`, or -1, backward does so too."""
+"""Ignored index: where forward takes a target of -100, torch's default `ignore_index`, or -1, backward does so too.
+
+Where -1 is a label it is 0.
+"""
 
 from collections.abc import Iterator
 from itertools import product
@@ -22,6 +25,8 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("no integer input")
     tested = False
     for i, ignored in product(labels, IGNORED):
+        if ignored == -1 and bool((case.flat[i] == -1).any()):
+            ignored = 0  # noqa: PLW2901  # of labels 1 and -1
         for what, change in (("a target is", _first), ("all targets are", torch.full_like)):
             other = case.edited(
                 lambda j, t, i=i, to=ignored, change=change: change(t, to) if j == i else t
