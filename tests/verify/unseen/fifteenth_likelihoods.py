@@ -164,6 +164,7 @@ add(
     lambda: (real(3, 4), real(3, 4, seed=1)),
     bug="0 / 0 where both beta and the error are 0",
     trigger="beta=0 and equal values",
+    missed="beta=0 and equal values are tried each, and not both at once",
 )
 
 

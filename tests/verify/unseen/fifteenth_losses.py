@@ -121,6 +121,7 @@ add(
     lambda: (real(4, 3), real(4, 3, seed=1), torch.tensor([True, False, True, False])),
     bug="backward squares in the input's dtype",
     trigger="float16 and differences above 256, or equal rows",
+    missed="the overflow shows in float16 only, at distances whose loss overflows in most",
 )
 
 
