@@ -28,6 +28,7 @@ class Case(Sample):
         copies_leaves: Whether an input is copied first, for a function that writes in it.
         given: The case in the sample's own precision.
         wrong_here: Whether the gradient is known to be wrong at the sample; its variants' need not be looked at then.
+        wrong_twice: The same of the second derivative.
         wrote: How many elements of its grad_output the backward of ``plain`` wrote to.
     """
 
@@ -47,7 +48,7 @@ class Case(Sample):
         self.options = dict(options or {})
         self.calls = Calls()
         self.copies_leaves = False
-        self.wrong_here = False
+        self.wrong_here = self.wrong_twice = False
         self.wrote = 0
         self.given = self
 

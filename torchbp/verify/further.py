@@ -46,7 +46,11 @@ def further(
             if found:
                 return found
             rise = _rise(case, first, lines.there)
-        if case.epsilon > EXACT or _goes_on(case, lines, direction, leaves, first, rise):
+        if (
+            case.wrong_twice
+            or case.epsilon > EXACT
+            or _goes_on(case, lines, direction, leaves, first, rise)
+        ):
             return None
         return next(iter(second_derivative(case, check, when)), None)
     except (ForwardRaised, BackwardRaised, Refused):

@@ -5,6 +5,7 @@ output is another. Where that has a gradient of its own, it is tested too.
 """
 
 import inspect
+import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -25,6 +26,7 @@ NAME = "optional"
 MOST = 3  # arguments
 TRIED = 6  # values of each
 NEVER = {"device", "dtype", "generator", "layout", "memory_format", "name", "out", "requires_grad"}
+MASK = re.compile("mask|keep|pad|valid")
 NUMBERS = (
     "alpha",
     "base",
@@ -112,9 +114,13 @@ def _values(case: Case, name: str) -> Iterator[Any]:
         return r.to(device=first.device, dtype=first.real.dtype)
 
     rows, whole = tuple(first.shape[:-1]), tuple(first.shape)
-    if "mask" in name:
-        for shape in dict.fromkeys([whole, rows, tuple(first.shape[-2:-1] * 2)]):
+    pairs = tuple(first.shape[-2:-1] + case.leaves[min(1, len(case.leaves) - 1)].shape[-2:-1])
+    if MASK.search(name):
+        for shape in dict.fromkeys([whole, rows, pairs, tuple(first.shape[-2:-1] * 2)]):
             yield weights(*shape) < 1
+    if "len" in name and len(whole) > 1:
+        n, most = whole[:2]
+        yield most - torch.arange(n, device=first.device) % most
     if "dim" in name or "axis" in name:
         yield 0
     result = case.all_outputs[0].shape
@@ -123,7 +129,9 @@ def _values(case: Case, name: str) -> Iterator[Any]:
     # An input without its steps, between rows and features, has the shape of a state.
     shapes = [tuple(t.shape) for _, t in case.arguments if t.is_floating_point()]
     states = [s[:d] + s[d + 1 :] for s in shapes for d in range(1, len(s) - 1)]
-    yield from (weights(*shape) for shape in dict.fromkeys([*vectors, whole, rows, *states]))
+    biases = [pairs] if "bias" in name and len(pairs) > 1 else []
+    shapes = dict.fromkeys([*biases, *vectors, whole, rows, *states, whole[:1]])
+    yield from (weights(*shape) for shape in shapes)
     yield from (0.75, 2, 0)
 
 

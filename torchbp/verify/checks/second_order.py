@@ -23,6 +23,7 @@ def _run(case: Case) -> Iterator[Finding]:
         zero = with_zeros(case)
         if accepts(zero):
             found = list(second_derivative(zero, NAME, ZERO))
+    case.wrong_twice = bool(found)
     yield from found
 
 
