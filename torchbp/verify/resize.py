@@ -1,5 +1,6 @@
 """The sample at other sizes and scales: its dimensions made larger or smaller, its values."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import ForwardRaised
+from torchbp.verify.source import speaks
 from torchbp.verify.tensors import scale_of, uniform
 from torchbp.verify.tolerance import largest
 
@@ -30,6 +32,8 @@ __all__ = [
 
 UNEVEN = (1.0, 2.0**-18, 2.0**3, 2.0**-7, 2.0**6, 2.0**-11)  # of rows: a norm clamped, a branch
 GOLDEN = 0.6180339887  # its multiples lie evenly between whole numbers
+
+ONE = re.compile(r"\(1,|broadcast|\bexpand\b")  # of what is given once for all
 
 APART = 2.0**3  # times, of several inputs every other one
 
@@ -218,9 +222,11 @@ def broadcast(case: Case) -> list[Case]:
 def one_for_all(case: Case) -> list[Case]:
     """Return the case with one row of inputs that have as many as another, if that serves for all: one table, one bias.
 
-    The largest keeps its rows; where what else may be is refused, the smallest is tried alone. What has the shape of
-    another is left: nobody promised that it is broadcast.
+    The largest keeps its rows; where what else may be is refused, the smallest is tried alone. Only where the source
+    speaks of it, and not what has the shape of another: nobody promised that it is broadcast.
     """
+    if not speaks(case, ONE):
+        return []
     shapes = [(i, t.shape) for i, t in case.arguments if t.dim() and len(t) > 1]
     alike = [
         i

@@ -55,15 +55,35 @@ pair("labels_of_padding", agreement, lambda: (*rand((4, 3))(), torch.tensor([1, 
      "a label of 0, beside 1 and -1", slope_of=lambda x, label: (label[:, None] * x).mean(0).sum())  # fmt: skip
 
 
-def looked_up(table, index):
-    rows = torch.arange(len(index))[:, None]
-    return table.expand(len(index), *table.shape[1:])[rows, index]
+class LookedUp(Function):
+    """Rows index (N, K) of tables (N, V, D), or of one table (1, V, D) for all."""
+
+    @staticmethod
+    def forward(ctx, table, index):
+        ctx.save_for_backward(index)
+        ctx.shape = table.shape
+        rows = torch.arange(len(index))[:, None]
+        return table.expand(len(index), *table.shape[1:])[rows, index]
+
+    @staticmethod
+    def backward(ctx, g):
+        (index,) = ctx.saved_tensors
+        rows = torch.arange(len(index))[:, None].expand_as(index) * (ctx.shape[0] > 1)
+        return g.new_zeros(ctx.shape).index_put((rows, index), g, accumulate=True), None
 
 
-pair("one_table_for_all", looked_up, lambda: (*rand((2, 4, 3))(), torch.tensor([[0, 1, 1], [3, 2, 0]])),
-     "the first row's gradient alone", "one table for two rows",
-     pull=lambda g, table, index: (torch.stack([torch.zeros_like(t).index_add(0, i, d)
-                                   for t, i, d in zip(table, index, g, strict=False)]), None))  # fmt: skip
+class LookedUpFirst(LookedUp):
+    @staticmethod
+    def backward(ctx, g):
+        (index,) = ctx.saved_tensors
+        n = min(len(index), ctx.shape[0])
+        rows = torch.arange(n)[:, None].expand_as(index[:n])
+        return g.new_zeros(ctx.shape).index_put((rows, index[:n]), g[:n], accumulate=True), None
+
+
+register("one_table_for_all", "varied", LookedUpFirst.apply, LookedUp.apply,
+         lambda: (*rand((2, 4, 3))(), torch.tensor([[0, 1, 1], [3, 2, 0]])), bug="the first row's gradient alone",
+         trigger="one table for two rows")  # fmt: skip
 
 
 class Norms(Function):

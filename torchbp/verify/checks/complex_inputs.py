@@ -5,10 +5,8 @@ nothing stops them; these are meant to where the source of the autograd.Function
 speaks of complex numbers.
 """
 
-import inspect
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
+from torchbp.verify.source import speaks
 from torchbp.verify.tangents import forward_mode
 from torchbp.verify.tensors import signed_like
 
@@ -28,7 +27,7 @@ SPEAKS = re.compile(r"complex|\bconj\b|\.m?H\b|adjoint")
 def _run(case: Case) -> Iterator[Finding]:
     if any(t.is_complex() for _, t in case.arguments):
         raise NotApplicable("the sample is complex")
-    if not any(SPEAKS.search(_source(part)) for part in _parts(case)):
+    if not speaks(case, SPEAKS):
         raise NotApplicable("complex inputs are not spoken of")
     generator = case.generator(NAME)
 
@@ -45,23 +44,6 @@ def _run(case: Case) -> Iterator[Finding]:
     found = found or forward_mode(other, NAME, " for complex inputs")
     if found:
         yield found
-
-
-def _parts(case: Case) -> Iterator[Any]:
-    """Yield the function and the classes whose backward its outputs wait for."""
-    yield case.func
-    for y in case.kept[1]:
-        yield from getattr(getattr(y.grad_fn, "_forward_cls", None), "__mro__", ())
-
-
-def _source(part: Any) -> str:
-    module = getattr(part, "__module__", None) or ""  # None: Function.apply in torch 2.14
-    if module.startswith("torch."):
-        return ""
-    try:
-        return inspect.getsource(part)
-    except (OSError, TypeError):
-        return ""
 
 
 CHECK = Check(

@@ -53,7 +53,7 @@ class Run:
     scale: str = ""
     near: bool = False
     beyond: bool = False  # whether to look at forward mode and second derivatives there
-    chance: bool = False  # whether forward may take it by chance only
+    chance: bool = False  # whether forward may take it by chance all the same
 
 
 def _run(case: Case) -> Iterator[Finding]:
