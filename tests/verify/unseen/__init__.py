@@ -52,6 +52,7 @@ TWELFTH: dict[str, Unseen] = {}
 THIRTEENTH: dict[str, Unseen] = {}
 FOURTEENTH: dict[str, Unseen] = {}
 FIFTEENTH: dict[str, Unseen] = {}
+SIXTEENTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -68,6 +69,7 @@ SETS = {
     "thirteenth set": THIRTEENTH,
     "fourteenth set": FOURTEENTH,
     "fifteenth set": FIFTEENTH,
+    "sixteenth set": SIXTEENTH,
 }
 
 
@@ -136,6 +138,20 @@ def every():
         second_state,
         second_transforms,
         seventh,
+        sixteenth_activations,
+        sixteenth_algebra,
+        sixteenth_attention,
+        sixteenth_densities,
+        sixteenth_dynamics,
+        sixteenth_heads,
+        sixteenth_indices,
+        sixteenth_interpolation,
+        sixteenth_layers,
+        sixteenth_losses,
+        sixteenth_norms,
+        sixteenth_scans,
+        sixteenth_signals,
+        sixteenth_softmaxes,
         sixth,
         sixth_algebra,
         sixth_attention,
