@@ -128,6 +128,14 @@ class Sample:
         other.names = [self.name_at[i] for i in other.where]
         return other
 
+    def without(self: S, position: int) -> S:
+        """Return the same function with None for the tensor at this position of ``flat``."""
+        other = self.variant(lambda t: t)
+        other.flat[position] = None
+        other.where = [i for i in self.where if i != position]
+        other.names = [self.name_at[i] for i in other.where]
+        return other
+
     def with_argument(self: S, name: str, value: Any) -> S:
         """Return the same function with one keyword argument more, which follows the others in ``flat``."""
         other = self.variant(lambda t: t)

@@ -5,6 +5,7 @@ labels in order hide a sort.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from math import inf
 
 import torch
@@ -24,6 +25,7 @@ def _run(case: Case) -> Iterator[Finding]:
     integers = [i for i, t in case.arguments if t.dtype in KINDS and t.numel()]
     if not integers:
         raise NotApplicable("no integer input")
+    sizes = {n for _, t in case.arguments for n in t.shape}
     tested = False
     for when, change in (
         ("the integers are in another order", _reversed),
@@ -33,6 +35,7 @@ def _run(case: Case) -> Iterator[Finding]:
         ("one of the numbers in order is left out", _left_out),
         ("the first of the numbers occurs once", _once),
         ("some integers are the smallest, others the largest", _extreme),
+        ("the first share is the second's too", partial(_given_away, sizes=sizes)),
     ):
         other = case.edited(lambda i, t, change=change: change(t) if i in integers else t)
         if all(torch.equal(case.flat[i], other.flat[i]) for i in integers) or not accepts(other):
@@ -99,6 +102,15 @@ def _extreme(t: Tensor) -> Tensor:
         return t
     flat[::3], flat[1::3] = flat.min(), flat.max()
     return flat.view(t.shape)
+
+
+def _given_away(t: Tensor, sizes: set[int]) -> Tensor:
+    """Return shares, integers that sum to a size, with the first added to the second: somebody has none."""
+    if t.dim() != 1 or len(t) < 2 or t[0] == 0 or bool((t < 0).any()) or int(t.sum()) not in sizes:
+        return t
+    other = t.clone()
+    other[0], other[1] = 0, t[0] + t[1]
+    return other
 
 
 CHECK = Check(

@@ -1,4 +1,4 @@
-"""Optional arguments: the gradient is right where what is None, by default or in the sample, is given.
+"""Optional arguments: the gradient is right where what is None, by default or in the sample, is given, and without it.
 
 Class weights, a bias, a mask, a scale: each is tried as what fits the first input, until forward takes one and its
 output is another. Where that has a gradient of its own, it is tested too.
@@ -46,6 +46,14 @@ NEVER |= {"reduce", "size_average"}  # torch's old words for `reduction`
 
 def _run(case: Case) -> Iterator[Finding]:
     tested = False
+    for at in _given(case)[:MOST]:
+        other = case.without(at)
+        if other.where and accepts(other) and not same_outputs(case, other):
+            tested = True
+            found = check_lines(other, NAME, f" where {case.name_at[at]} is None")
+            if found:
+                yield found
+                return
     for slot in _slots(case)[:MOST]:
         name = slot if isinstance(slot, str) else case.name_at[slot]
         for value in islice(_values(case, name), TRIED):
@@ -64,7 +72,7 @@ def _run(case: Case) -> Iterator[Finding]:
                 return
             break
     if not tested:
-        raise NotApplicable("no argument that is None and may be something else")
+        raise NotApplicable("no argument that may be None and something else")
 
 
 def _with_others(case: Case, other: Case, name: str) -> Finding | None:
@@ -100,6 +108,22 @@ def _slots(case: Case) -> list[str | int]:
         and parameter.default is None
         and name not in NEVER
     ]
+
+
+def _given(case: Case) -> list[int]:
+    """Return the positions of the tensors given for what is None by default."""
+    func = case.func.forward if isinstance(case.func, nn.Module) else case.func
+    try:
+        signature = inspect.signature(func)
+        bound = case.bound(signature)
+    except (TypeError, ValueError):
+        return []
+    given = {
+        id(bound.arguments[name])
+        for name, parameter in signature.parameters.items()
+        if parameter.default is None and isinstance(bound.arguments.get(name), torch.Tensor)
+    }
+    return [i for i, t in case.arguments if id(t) in given]
 
 
 def _values(case: Case, name: str) -> Iterator[Any]:
@@ -154,7 +178,7 @@ def _written(case: Case) -> bool:
 
 CHECK = Check(
     name=NAME,
-    tests="the gradient is right where an argument that is None is given: weights, a mask, a number",
+    tests="the gradient is right where an argument that may be None is given, and where it is not: weights, a mask",
     run=_run,
     order=83,
     needs=("same values",),
