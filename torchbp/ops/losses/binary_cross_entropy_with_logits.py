@@ -72,6 +72,7 @@ _NAME = "binary_cross_entropy_with_logits"
 _FEW = 1 << 10  # elements; up to these the number of calls counts
 _softplus_into = kernel("softplus", "out")
 _softplus_backward = kernel("softplus_backward")
+_softplus_backward_into = kernel("softplus_backward", "grad_input")
 _leaky_relu_backward_into = kernel("leaky_relu_backward", "grad_input")
 
 
@@ -218,11 +219,13 @@ def _gradient_target(x: Tensor, s: Tensor, c: Tensor | float = 1.0) -> Tensor:
 def _write_gradient(gradient: Tensor, x: Tensor, target: Tensor) -> list[Tensor]:
     """Write g, and return the parts of Σ ℓ: both from one sigmoid."""
     length = min(x.numel(), 2 * length_written(x))
-    room, spare = x.new_empty(length), x.new_empty(length // 2)
+    room, spare, one = x.new_empty(length), x.new_empty(length // 2), constant(1.0, x.dtype)
     sums = []
     for g, x_part, t_part in pieces(gradient, x, target, length=length):
         n = g.numel()
-        u = torch.abs(x_part, out=room[:n]).neg_().sigmoid_()
+        u = torch.abs(x_part, out=room[:n])
+        # exp(-|x|) / (exp(-|x|) + 1), of smaller error than 1 / (1 + exp(|x|)), a sigmoid's
+        _softplus_backward_into(one, u, -1.0, 40.0, grad_input=u)
         a = torch.gt(x_part, 0, out=g).sub_(t_part)
         sums += [torch.dot(x_part, a), minus_log1p_sum(u, spare[: n // 2])]  # (4)
         a.sub_(_leaky_relu_backward_into(u, x_part, -1.0, False, grad_input=u))  # (5)
