@@ -12,7 +12,7 @@ from torch import nn
 from torchbp.verify.cases import Case
 from torchbp.verify.words import other_words
 
-__all__ = ["NEVER_NEGATIVE", "SIMPLE", "Values", "options", "others", "with_options"]
+__all__ = ["NEVER_NEGATIVE", "SIMPLE", "Values", "nearby", "options", "others", "with_options"]
 
 SIMPLE = (bool, int, float, str)
 
@@ -94,3 +94,8 @@ def others(case: Case, x: Any, name: str = "") -> list[Any]:
             return [n for n in (-1, 1, 0) if n != x]  # a sign
         return [x + 1] if x > most else [int(integers[0].flatten()[0])] if x == -100 else []
     return [0, -2] if x == -1 else [x + 1, x - 1]
+
+
+def nearby(x: float) -> float:
+    """Return a real number to try instead of ``x``."""
+    return 0.5 * x + 0.125

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.asking import given_unasked
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
-from torchbp.verify.options import NEVER_NEGATIVE, Values, options, others, with_options
+from torchbp.verify.options import NEVER_NEGATIVE, Values, nearby, options, others, with_options
+from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
 from torchbp.verify.tensors import signed_like
@@ -34,6 +36,7 @@ NORM = re.compile("p|ord|order|norm|norm_type|power")
 
 def _run(case: Case) -> Iterator[Finding]:
     values = options(case)
+    asking = _asking(case)
     tested = False
     right: list[Values] = []
     for some in _tries(case, values):
@@ -42,11 +45,11 @@ def _run(case: Case) -> Iterator[Finding]:
             if any(_is_part(change, whole) for whole in right):
                 accepted += 1
                 continue
-            other = with_options(case, change)
-            if accepted >= EACH or not accepts(other) or same_outputs(case, other):
+            if accepted >= EACH:
                 continue
-            if not any(y.numel() for y in other.all_outputs):
-                continue  # of a size of 0
+            other = _with(case, asking, change)
+            if not _is_another(case, other):
+                continue
             accepted += 1
             tested = True
             when = " where " + " and ".join(
@@ -68,6 +71,30 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("no number, flag or word among the arguments that may be another")
 
 
+def _asking(case: Case) -> Case:
+    """Return the case that asks for the gradients of other inputs too, which the sample does not, where it has them."""
+    at = given_unasked(case)
+    return case.asking(at) if at else case
+
+
+def _with(case: Case, asking: Case, change: Values) -> Case:
+    """Return the case with other arguments, asking for as many gradients as it gives there."""
+    other = with_options(asking, change)
+    try:
+        if asking is case or (accepts(other) and other.plain):
+            return other
+    except BackwardRaised:
+        pass
+    return with_options(case, change)
+
+
+def _is_another(case: Case, other: Case) -> bool:
+    """Whether forward takes the other arguments, gives something else for them, and something at all."""
+    if not accepts(other) or same_outputs(case, other):
+        return False
+    return any(y.numel() for y in other.all_outputs)
+
+
 def _is_part(change: Values, whole: Values) -> bool:
     """Whether these flags and words were right together with others; what a number does a word may hide."""
     return all(isinstance(x, (bool, str)) and whole.get(i) == x for i, x in change.items())
@@ -82,10 +109,11 @@ def _has_slope(found: Finding) -> bool:
 def _is_flat(case: Case, found: Finding) -> bool:
     """Whether forward stays as it is, but for rounding, as the whole of that input moves a little."""
     generator = case.generator(NAME)
+    step = max(2.0**-20, 2.0**10 * case.epsilon)
     moving = {w for w, name in zip(case.where, case.names, strict=True) if name == found.input}
 
     def move(i: int, t: Tensor) -> Tensor:
-        return t * (1 + 2.0**-20 * signed_like(t, generator)) if i in moving else t
+        return t * (1 + step * signed_like(t, generator)) if i in moving else t
 
     moved = case.edited(move, parameters=True)
     return accepts(moved) and all(
@@ -104,7 +132,7 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
         if i not in reals and (ys := others(case, x, i if isinstance(i, str) else ""))
     }
     if reals:
-        yield _all_or_each({i: _nearby(x) for i, x in reals.items()})
+        yield _all_or_each({i: nearby(x) for i, x in reals.items()})
         if signed := {i: -x for i, x in reals.items() if not NEVER_NEGATIVE.search(str(i))}:
             yield [signed]
         # Of several one half at a time: where all are 0 a product of them hides what each does.
@@ -127,10 +155,6 @@ def _all_or_each(change: Values) -> list[Values]:
     """Return all changes at once and, where that is several, the first of them alone; nothing for none."""
     alone = [{i: x} for i, x in change.items()]
     return [change, *alone[:MOST]] if len(alone) > 1 else alone
-
-
-def _nearby(x: float) -> float:
-    return 0.5 * x + 0.125
 
 
 CHECK = Check(

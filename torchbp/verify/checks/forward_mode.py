@@ -13,7 +13,7 @@ from torch import Tensor
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.duals import by_hand, jvp
-from torchbp.verify.options import options, others, with_options
+from torchbp.verify.options import nearby, options, others, with_options
 from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
@@ -50,7 +50,7 @@ def _elsewhere(case: Case, u: list[Tensor]) -> Iterator[Finding]:
         names = " and ".join(case.names[i] for i in chosen)
         yield from _again(case, some, chosen, f" where {names} alone has a tangent")
     values = options(case)
-    reals = {i: 0.5 * x + 0.125 for i, x in values.items() if isinstance(x, float)}
+    reals = {i: nearby(x) for i, x in values.items() if isinstance(x, float)}
     rest = {i: ys[0] for i, x in values.items() if i not in reals and (ys := others(case, x))}
     for change in filter(None, (reals, rest)):
         other = with_options(case, change)

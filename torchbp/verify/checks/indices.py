@@ -26,17 +26,19 @@ def _run(case: Case) -> Iterator[Finding]:
     if not integers:
         raise NotApplicable("no integer input")
     sizes = {n for _, t in case.arguments for n in t.shape}
-    tested = False
+    tested = mixed = False
     for when, change in (
+        ("some integers are the smallest, others the largest", _extreme),
         ("the integers are in another order", _reversed),
         ("all integers are equal", _equal),
         ("a number is one more", _one_more),
         ("a number in order lies between", _between),
         ("one of the numbers in order is left out", _left_out),
         ("the first of the numbers occurs once", _once),
-        ("some integers are the smallest, others the largest", _extreme),
         ("the first share is the second's too", partial(_given_away, sizes=sizes)),
     ):
+        if change is _reversed and mixed:
+            continue  # that was another order, too
         other = case.edited(lambda i, t, change=change: change(t) if i in integers else t)
         if all(torch.equal(case.flat[i], other.flat[i]) for i in integers) or not accepts(other):
             continue
@@ -46,6 +48,7 @@ def _run(case: Case) -> Iterator[Finding]:
         if found and not (found.expected == 0 and 0 < abs(found.got or 0) < inf):
             yield found
             return
+        mixed |= change is _extreme and not found
     if not tested:
         raise NotApplicable("forward takes no other integers")
 
@@ -96,9 +99,9 @@ def _left_out(t: Tensor) -> Tensor:
 
 
 def _extreme(t: Tensor) -> Tensor:
-    """Return the integers, unless they are in order, with every third the smallest and every third the largest."""
-    flat = t.reshape(-1).clone()
-    if bool((flat[1:] >= flat[:-1]).all()):
+    """Return the integers in reverse, unless in order, every third the smallest and every third the largest."""
+    flat = t.reshape(-1).flip(0)
+    if bool((flat[1:] <= flat[:-1]).all()):
         return t
     flat[::3], flat[1::3] = flat.min(), flat.max()
     return flat.view(t.shape)

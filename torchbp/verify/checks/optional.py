@@ -16,7 +16,7 @@ from torch import nn
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
-from torchbp.verify.options import options, others, with_options
+from torchbp.verify.options import nearby, options, others, with_options
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
@@ -76,19 +76,30 @@ def _run(case: Case) -> Iterator[Finding]:
 
 
 def _with_others(case: Case, other: Case, name: str) -> Finding | None:
-    """Look at the argument together with other flags and words, all at once: a weight, and another reduction."""
-    change = {
+    """Look at the argument together with other arguments, all at once: a weight, another reduction, a smoothing."""
+    values = options(case)
+    words = {
         i: ys[0]
-        for i, x in options(case).items()
+        for i, x in values.items()
         if isinstance(x, (bool, str)) and (ys := others(case, x))
     }
-    both = with_options(other, change)
-    if not change or isinstance(case.func, nn.Module) or not accepts(both):
+    reals = {i: nearby(x) for i, x in values.items() if isinstance(x, float)}
+    if isinstance(case.func, nn.Module):
         return None
-    words = " and ".join(
-        f"{i if isinstance(i, str) else case.name_at[i]} is {x!r}" for i, x in change.items()
-    )
-    return check_lines(both, NAME, f" where {name} is given and {words}")
+    for change in [words | reals, words] if reals else [words]:
+        both = with_options(other, change)
+        if not change or not accepts(both):
+            continue
+        return check_lines(
+            both,
+            NAME,
+            f" where {name} is given and "
+            + " and ".join(
+                f"{i if isinstance(i, str) else case.name_at[i]} is {x!r}"
+                for i, x in change.items()
+            ),
+        )
+    return None
 
 
 def _slots(case: Case) -> list[str | int]:

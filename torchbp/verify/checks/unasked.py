@@ -7,6 +7,7 @@ that is not the slope is wrong. One that is missing, though the output depends o
 from collections.abc import Iterator
 
 from torchbp.verify._check import Check, NotApplicable, Refused
+from torchbp.verify.asking import given_unasked, unasked, with_all_asked
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.lines import Lines
@@ -20,21 +21,17 @@ MOVED = 2.0**-4  # of the input
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    unasked = [
-        i
-        for i, t in case.arguments
-        if i not in case.where and (t.is_floating_point() or t.is_complex()) and t.numel()
-    ]
-    if not unasked:
+    positions = unasked(case)
+    if not positions:
         raise NotApplicable("every floating-point input requires grad")
-    other = case.asking(unasked)
+    other = with_all_asked(case)
     try:
         same = other.differentiable == case.differentiable
         grads = dict(zip(other.where, other.plain.grads, strict=True))
     except (ForwardRaised, BackwardRaised) as error:
         raise Refused(str(error)) from error
     if same:
-        names = " and ".join(case.name_at[i] for i in unasked)
+        names = " and ".join(case.name_at[i] for i in positions)
         found = compare_all(
             NAME,
             case,
@@ -46,7 +43,8 @@ def _run(case: Case) -> Iterator[Finding]:
         yield from found
         if found:
             return
-    missing = [i for i in unasked if not bool((grads[i] != 0).any())]
+    given = given_unasked(case)
+    missing = [i for i in positions if i not in given]
     for i in missing:
         if _matters(other, i):
             yield Finding(
@@ -56,7 +54,6 @@ def _run(case: Case) -> Iterator[Finding]:
                 message=f"the output depends on {case.name_at[i]}, whose gradient is none, or 0",
                 cause="backward returns None for it: is that meant? forward might refuse one that requires grad",
             )
-    given = [i for i in unasked if i not in missing]
     if given:
         asked = case.asking(given) if missing else other
         when = " (it requires no grad in the sample)"
