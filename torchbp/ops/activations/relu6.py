@@ -16,6 +16,7 @@ Sources:
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
@@ -38,7 +39,11 @@ class ReLU6Function(Function):
 
     @staticmethod
     def forward(x: Tensor, inplace: bool) -> Tensor:  # x, y: (*)
-        return _nn.relu6_(x) if inplace else _nn.relu6(x)
+        if inplace:
+            return _nn.relu6_(x)
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return torch.clamp(x, 0.0, 6.0)  # what it runs; of few elements 1.7 µs sooner
+        return _nn.relu6(x)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool], output: Tensor) -> None:
