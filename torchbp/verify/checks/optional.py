@@ -26,7 +26,7 @@ NAME = "optional"
 MOST = 3  # arguments
 TRIED = 6  # values of each
 NEVER = {"device", "dtype", "generator", "layout", "memory_format", "name", "out", "requires_grad"}
-MASK = re.compile("mask|keep|pad|valid")
+MASK = re.compile("mask|keep|valid")
 NUMBERS = (
     "alpha",
     "base",
