@@ -30,7 +30,7 @@ __all__ = [
     "with_zeros",
 ]
 
-UNEVEN = (1.0, 2.0**-22, 2.0**3, 2.0**-7, 2.0**6, 2.0**-11)  # of rows: a norm clamped, a branch
+UNEVEN = (1.0, 2.0**-18, 2.0**3, 2.0**-7, 2.0**6, 2.0**-11)  # of rows: a norm clamped, a branch
 GOLDEN = 0.6180339887  # its multiples lie evenly between whole numbers
 
 ONE = re.compile(r"\(1,|broadcast|\bexpand\b")  # of what is given once for all

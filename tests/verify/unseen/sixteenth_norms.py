@@ -287,4 +287,5 @@ add(
     lambda: (real(3, 4), torch.tensor(2.0, dtype=F64, requires_grad=True)),
     bug="the norm varies even where it is clamped",
     shows="rows shorter than eps, not 0",
+    missed="slices as small as eps are not tried: variances have a floor there, by design",
 )
