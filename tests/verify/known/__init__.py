@@ -36,6 +36,8 @@ PAIRS: dict[str, Pair] = {}
 
 
 def register(name, family, wrong, right, make, *, bug, trigger, gradcheck=False, **more):
+    if name in PAIRS:
+        raise ValueError(f"register: expected a name of its own, got {name}; another pair has it")
     PAIRS[name] = Pair(name, family, bug, trigger, wrong, right, make, gradcheck, **more)
 
 

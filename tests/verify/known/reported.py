@@ -135,7 +135,7 @@ class InPlaceLogits(Function):
 
 LABELS = rand_labels(4, classes=3)
 register(
-    "reduction_none",
+    "reduction_none_one_row",
     "reported",
     RowLossScalar.apply,
     RowLoss.apply,

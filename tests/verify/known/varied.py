@@ -30,7 +30,7 @@ def pool(rule):
     return call
 
 
-register("word_of_its_own", "varied", pool(PooledMean), pool(Pooled), rand((4, 3)),
+register("word_in_the_message", "varied", pool(PooledMean), pool(Pooled), rand((4, 3)),
          bug="the root's gradient is the mean's", trigger='scale="root", which the message names')  # fmt: skip
 
 
