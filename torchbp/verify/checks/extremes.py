@@ -95,8 +95,7 @@ def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
             step * (leaf.cpu() != 0).reshape(-1)
             for step, leaf in zip(lines.scales, zero.leaves, strict=True)
         ]
-        return check_lines(zero, NAME, " where one element of each input is 0")
-    if not abs(left - got) > slack or abs(left - right) > 0.25 * abs(left - got):  # a kink
+    elif not abs(left - got) > slack or abs(left - right) > 0.25 * abs(left - got):  # a kink
         return None
     return check_lines(zero, NAME, " where one element of each input is 0")
 

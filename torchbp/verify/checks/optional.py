@@ -6,7 +6,7 @@ output is another. Where that has a gradient of its own, it is tested too.
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -104,37 +104,39 @@ def _with_others(case: Case, other: Case, name: str) -> Finding | None:
 
 def _slots(case: Case) -> list[str | int]:
     """Return the arguments that are None: positions in ``flat``, and names of those not given."""
-    given: list[str | int] = [i for i, x in case.others.items() if x is None]
-    func = case.func.forward if isinstance(case.func, nn.Module) else case.func
-    try:
-        signature = inspect.signature(func)
-        bound = case.bound(signature)
-    except (TypeError, ValueError):
-        return given
-    return given + [
-        name
-        for name, parameter in signature.parameters.items()
-        if name not in bound.arguments
-        and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
-        and parameter.default is None
-        and name not in NEVER
+    parameters, bound = _parameters(case)
+    return [
+        *(i for i, x in case.others.items() if x is None),
+        *(
+            name
+            for name, parameter in parameters.items()
+            if name not in bound
+            and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
+            and parameter.default is None
+            and name not in NEVER
+        ),
     ]
 
 
 def _given(case: Case) -> list[int]:
     """Return the positions of the tensors given for what is None by default."""
+    parameters, bound = _parameters(case)
+    given = {
+        id(bound[name])
+        for name, parameter in parameters.items()
+        if parameter.default is None and isinstance(bound.get(name), torch.Tensor)
+    }
+    return [i for i, t in case.arguments if id(t) in given]
+
+
+def _parameters(case: Case) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, Any]]:
+    """Return the function's parameters, and what is given for them; nothing where it has no signature that tells."""
     func = case.func.forward if isinstance(case.func, nn.Module) else case.func
     try:
         signature = inspect.signature(func)
-        bound = case.bound(signature)
+        return signature.parameters, case.bound(signature).arguments
     except (TypeError, ValueError):
-        return []
-    given = {
-        id(bound.arguments[name])
-        for name, parameter in signature.parameters.items()
-        if parameter.default is None and isinstance(bound.arguments.get(name), torch.Tensor)
-    }
-    return [i for i, t in case.arguments if id(t) in given]
+        return {}, {}
 
 
 def _values(case: Case, name: str) -> Iterator[Any]:
