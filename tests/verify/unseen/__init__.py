@@ -53,6 +53,7 @@ THIRTEENTH: dict[str, Unseen] = {}
 FOURTEENTH: dict[str, Unseen] = {}
 FIFTEENTH: dict[str, Unseen] = {}
 SIXTEENTH: dict[str, Unseen] = {}
+SEVENTEENTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -70,6 +71,7 @@ SETS = {
     "fourteenth set": FOURTEENTH,
     "fifteenth set": FIFTEENTH,
     "sixteenth set": SIXTEENTH,
+    "seventeenth set": SEVENTEENTH,
 }
 
 
@@ -137,6 +139,21 @@ def every():
         second_functions,
         second_state,
         second_transforms,
+        seventeenth_activations,
+        seventeenth_algebra,
+        seventeenth_attention,
+        seventeenth_blocks,
+        seventeenth_divergences,
+        seventeenth_fields,
+        seventeenth_geometry,
+        seventeenth_images,
+        seventeenth_layers,
+        seventeenth_losses,
+        seventeenth_meshes,
+        seventeenth_physics,
+        seventeenth_sequences,
+        seventeenth_soft,
+        seventeenth_transforms,
         seventh,
         sixteenth_activations,
         sixteenth_algebra,
