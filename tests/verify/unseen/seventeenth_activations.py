@@ -131,16 +131,20 @@ add(
 
 class BesselBasis(Function):
     @staticmethod
+    def frequencies(r, count, cutoff):
+        return torch.arange(1, count + 1, dtype=r.dtype, device=r.device) * (math.pi / cutoff)
+
+    @staticmethod
     def forward(ctx, r, count, cutoff):
         ctx.save_for_backward(r)
         ctx.options = count, cutoff
-        k = torch.arange(1, count + 1, device=r.device) * (math.pi / cutoff)
+        k = BesselBasis.frequencies(r, count, cutoff)
         return math.sqrt(2 / cutoff) * k * torch.sinc(k / math.pi * r[..., None])
 
     @staticmethod
     def gradients(ctx, g, cutoff):
         (r,) = ctx.saved_tensors
-        k = torch.arange(1, ctx.options[0] + 1, device=r.device) * (math.pi / cutoff)
+        k = BesselBasis.frequencies(r, ctx.options[0], cutoff)
         u = k * r[..., None]
         away = torch.where(u > 0.5, u, 1)
         s = torch.where(u > 0.5, 0, u).square()

@@ -128,12 +128,12 @@ class DeformableAttention(Function):
     def places(v, places, scale, shift):
         x = places * scale - shift
         low = x.detach().floor()
-        index = low.long().clamp(-1, v.shape[2]) + 1
+        index = low.long().clamp(-2, v.shape[2]) + 2
         return x - low, index.movedim(2, 1).flatten(2), (index + 1).movedim(2, 1).flatten(2)
 
     @staticmethod
     def read(v, index, shape):
-        padded = torch.nn.functional.pad(v, (0, 0, 1, 2))
+        padded = torch.nn.functional.pad(v, (0, 0, 2, 2))
         out = padded.gather(2, index[..., None].expand(-1, -1, -1, v.shape[3]))
         return out.unflatten(2, (shape[1], shape[3])).movedim(1, 2)
 
@@ -154,11 +154,11 @@ class DeformableAttention(Function):
         g = g[..., None, :]
         grad_w = (g * (low + t[..., None] * (high - low))).sum(-1)
         grad_places = scale * w * (g * (high - low)).sum(-1)
-        grad = g.new_zeros(*v.shape[:2], v.shape[2] + 3, v.shape[3])
+        grad = g.new_zeros(*v.shape[:2], v.shape[2] + 4, v.shape[3])
         for i, share in zip(index, (1 - t, t), strict=True):
             d = ((w * share)[..., None] * g).movedim(2, 1).flatten(2, 3)
             grad = grad.scatter_add(2, i[..., None].expand(-1, -1, -1, v.shape[3]), d)
-        return grad[:, :, 1:-2], grad_places, grad_w, None, None
+        return grad[:, :, 2:-2], grad_places, grad_w, None, None
 
     @staticmethod
     def backward(ctx, g):

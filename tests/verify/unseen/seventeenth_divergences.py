@@ -50,7 +50,7 @@ class MMDSquare(MMD):
 
 def _mmd(function):
     def mmd(x, y, width):
-        """Squared maximum mean discrepancy, biased, of x (N, D), y (M, D), N, M > 0; the Gaussians' width (D,) >= 0.1."""
+        """Squared maximum mean discrepancy, biased, of x (N, D), y (M, D), N, M > 0; widths (D,) >= 0.1."""
         expect(
             x.dim() == y.dim() == 2 and len(x) and len(y) and x.shape[1] == y.shape[1],
             "x (N, D), y (M, D)",

@@ -22,7 +22,7 @@ class GeneralizedCE(Function):
         z, target = ctx.saved_tensors
         p = softmax(z)
         chosen = torch.nn.functional.one_hot(target, z.shape[1]).to(z.dtype)
-        power = p.gather(1, target[:, None]) ** ctx.q
+        power = (ctx.q * z.log_softmax(-1).gather(1, target[:, None])).exp()
         return g / len(z) * power * (p - chosen), None, None
 
     @staticmethod
@@ -68,7 +68,7 @@ class LovaszHinge(Function):
         """The errors, the slope of the Jaccard loss along each, in z's order."""
         signs = 2 * labels - 1
         errors = 1 - z * signs
-        order = errors.argsort(-1, descending=True, stable=True)
+        order = errors.sort(dim=-1, descending=True, stable=True).indices
         sorted_labels = labels.gather(-1, order)
         total = labels.sum(-1, keepdim=True)
         union = total + (1 - sorted_labels).cumsum(-1)

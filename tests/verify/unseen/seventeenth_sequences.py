@@ -54,7 +54,7 @@ class AllPoleState(AllPole):
 
 def _all_pole(function):
     def all_pole(x, a, zi=None):
-        """Recursive filter y_t = x_t - Σ_k a_tk y_(t - k) of x (N, T), with coefficients a (N, T, K) of each step; T, K > 0.
+        """Recursive filter y_t = x_t - Σ_k a_tk y_(t - k) of x (N, T) with coefficients a (N, T, K); T, K > 0.
 
         zi (N, K): the outputs before the first step, the latest first; 0 if it is not given. Σ_k |a_tk| <= 2.
         """
@@ -124,9 +124,10 @@ class HiddenMarkovSecond(HiddenMarkov):
 
 def _hidden_markov(function):
     def hidden_markov(e, a, start):
-        """log Σ over paths of e^(start + Σ a + Σ e) of scores e (*, T, S), T, S > 0, a (S, S), start (S,)."""
+        """log Σ over paths of e^(start + Σ a + Σ e) of scores e (*, T, S), T, S > 0, a (S, S), start (S,), finite."""
         expect(e.dim() > 1 and e.shape[-2] * e.shape[-1], "e (*, T, S), T, S > 0", tuple(e.shape))
         expect(a.shape == (e.shape[-1],) * 2 and start.shape == e.shape[-1:], "a", tuple(a.shape))
+        expect(torch.stack([x.isfinite().all() for x in (e, a, start)]).all(), "finite scores", a)
         return function.apply(e, a, start)
 
     return hidden_markov

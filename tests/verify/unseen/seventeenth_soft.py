@@ -105,9 +105,9 @@ class SoftTopKSlopes(SoftTopK):
 
 def _soft_top_k(function):
     def soft_top_k(x, k=2):
-        """sigmoid(x + τ), of sum k along the last of x (*, C), |x| <= 200; k from 1 to C - 1."""
+        """sigmoid(x + τ), of sum k along the last of x (*, C), |x| <= 1000; k from 1 to C - 1."""
         expect(x.dim() and k in range(1, x.shape[-1]), "x (*, C), 0 < k < C", tuple(x.shape))
-        expect((x.abs() <= 200).all(), "|x| <= 200", x)
+        expect((x.abs() <= 1000).all(), "|x| <= 1000", x)
         return (x + function.apply(x, k)).sigmoid()
 
     return soft_top_k
@@ -120,7 +120,7 @@ add(
     SoftTopK,
     lambda: (real(3, 5),),
     bug="backward divides by the sum of p (1 - p)",
-    shows="scores far apart: the sum is 0",
+    shows="scores far apart, by 150 in float32, 800 in float64: the sum is 0",
 )
 
 
@@ -232,20 +232,22 @@ class BagSum(Function):
         return wide(w)[tokens].sum(1).to(w.dtype)
 
     @staticmethod
-    def gradients(ctx, g, dtype):
+    def gradients(ctx, g):
         (tokens,) = ctx.saved_tensors
-        d = dtype(g)[:, None].expand(*tokens.shape, -1).flatten(0, 1)
-        return d.new_zeros(ctx.shape).index_add(0, tokens.flatten(), d).to(ctx.dtype), None
+        grad = g.new_zeros(ctx.shape)
+        for place in tokens.unbind(1):
+            grad = grad.index_add(0, place, g)
+        return grad.to(ctx.dtype), None
 
     @staticmethod
     def backward(ctx, g):
-        return BagSum.gradients(ctx, g, wide)
+        return BagSum.gradients(ctx, wide(g))
 
 
 class BagSumNarrow(BagSum):
     @staticmethod
     def backward(ctx, g):
-        return BagSum.gradients(ctx, g, lambda g: g)
+        return BagSum.gradients(ctx, g)
 
 
 def _bag_sum(function):
@@ -264,7 +266,7 @@ add(
     BagSumNarrow,
     BagSum,
     lambda: (real(5, 3), whole(5, 2, 4)),
-    bug="backward adds the gradients in half precision: a sum of ones stops at 256 in bfloat16",
+    bug="backward adds place by place in half precision: a sum of ones stops at 256 in bfloat16",
     shows="bfloat16 or float16 and a token that occurs often",
     half=lambda function: function,
 )
