@@ -218,7 +218,7 @@ class Table(Function):
     def gradients(ctx, g, i):
         r, table = ctx.saved_tensors
         t = r / ctx.step - i
-        grad = torch.zeros_like(table)
+        grad = g.new_zeros(table.shape)
         for index, d in ((i, g * (1 - t)), (i + 1, g * t)):
             grad = grad.index_add(0, index.flatten(), d.flatten())
         return g * (table[i + 1] - table[i]) / ctx.step, grad, None
@@ -240,7 +240,7 @@ def _table(function):
     def table_energy(r, table, step=0.25):
         """Energies at distances r (*) from a table (K,), K > 1, of energies at 0, step, 2 step, …: linear between them.
 
-        r is from 0 to the last, step from 0.01 to 10; at an entry the slope is that beyond it.
+        r is from 0 to the last, step from 0.01 to 10; at an entry, but the last, the slope is that beyond it.
         """
         expect(table.dim() == 1 and len(table) > 1, "table (K,), K > 1", tuple(table.shape))
         expect(0.01 <= step <= 10, "step from 0.01 to 10", step)
