@@ -1,5 +1,6 @@
 """What every test has: its own random numbers, and one thread, so that two workers do not fight for two cores."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from tests import device
 
+os.environ["TORCHBP_KERNELS"] = "off"  # a developer's library; tests/ops/kernels/ builds its own
 torch.set_num_threads(1)
 
 

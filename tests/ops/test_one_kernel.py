@@ -17,8 +17,8 @@ import torchbp.nn
 from tests.device import DEVICE
 from tests.ops.conftest import HALF, drawn
 from torchbp.ops import _function, _one_kernel
-from torchbp.ops._cuda_source import _RULES, source
 from torchbp.ops._one_kernel import in_one_kernel
+from torchbp.ops._symbols import _RULES, source
 
 EDGES = [0.0, -0.0, 0.25, -0.25, 1.0, -1.0, 3.0, -3.0, 30.0, -30.0, math.inf, -math.inf, math.nan]
 FUNCTIONS = """exp exp2 expm1 log log1p log2 sqrt tanh erf erfc cosh sinh atan
@@ -112,7 +112,7 @@ def test_every_rule_is_tested():
             return super().__getitem__(name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torchbp.ops._cuda_source._RULES", Noted(_RULES))
+        patch.setattr("torchbp.ops._symbols._RULES", Noted(_RULES))
         for formula in RULES.values():
             source("rule", formula, 2)
     assert used == set(_RULES)
@@ -140,7 +140,7 @@ def test_what_has_no_rule_has_no_source():
 
 
 def test_formulas_are_told_apart():
-    identity = _one_kernel._identity
+    identity = _one_kernel.identity
 
     def scaled(factor):
         return lambda x: x * factor

@@ -1,24 +1,25 @@
-"""An elementwise formula as one kernel of a GPU, as torch's own are: of several steps each would be a trip to memory.
+"""An elementwise formula as one kernel, as torch's own are: of several steps each would be a trip to memory.
 
-Torch's jiterator (``torch.cuda.jiterator``, by NVRTC, which torch brings along) compiles what :func:`source` writes
-down, some 0.1 s for each formula and dtype, and keeps it on disk. Where it is not there, or a formula does what has no
-rule, the formula runs as it is: nothing depends on this but time.
+On the CPU it is a loop that has been compiled beforehand, where the extra is there: ``kernels/``. On a GPU torch's
+jiterator (``torch.cuda.jiterator``, by NVRTC, which torch brings along) compiles what :func:`source` writes down, some
+0.1 s for each formula and dtype, and keeps it on disk. Where neither is there, or a formula does what has no rule, the
+formula runs as it is: nothing depends on this but time.
 """
 
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
-from types import CodeType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _is_tracing as is_script_tracing
 
-from torchbp.ops._cuda_source import source
 from torchbp.ops._function import as_dtype, fused, is_half
+from torchbp.ops._symbols import identity, source
+from torchbp.ops.kernels import SUM, in_one_loop, looped
 
-__all__ = ["in_one_kernel"]
+__all__ = ["in_one_kernel", "one_kernel"]
 
 _PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,10 +37,12 @@ def in_one_kernel(
     Args:
         formula: Elementwise function of ``tensors``. What it closes over, or is partial in, are numbers and functions.
         tensors: Of one dtype, and of shapes that can be broadcast. Beside half precision single numbers may be float32,
-            and what has one number for each of its rows.
+            and what has one number for each of its rows; on the CPU all that :func:`in_one_loop` takes.
         summed: Whether only the sum of the values is wanted: they may then be sums of two, and in float32.
     """
     first = tensors[0]
+    if first.is_cpu:
+        return in_one_loop(formula, *tensors, outputs=(SUM if summed else None,))
     if not (
         first.is_cuda and first.dtype in _DTYPES and first.numel() and fused(*tensors, half=True)
     ):
@@ -52,6 +55,14 @@ def in_one_kernel(
         return _in_pairs(formula, tensors, summed)
     run = _kernel(formula, len(tensors))
     return None if run is None else run(*tensors)
+
+
+def one_kernel(*tensors: Tensor) -> bool:
+    """Whether a formula of ``tensors`` is one kernel, as far as they tell: it may then be the one that needs no look.
+
+    On a GPU each choice by values would wait; in one loop what is right at ±∞ costs nothing.
+    """
+    return tensors[0].is_cuda or looped(*tensors)
 
 
 def _suits(t: Tensor, first: Tensor) -> bool:
@@ -108,10 +119,10 @@ def _at_hand() -> bool:
 def _kernel(
     formula: Callable[..., Tensor], count: int, *pairs: Any
 ) -> Callable[..., Tensor] | None:
-    identity = _identity(formula)
-    if identity is None:
+    known = identity(formula)
+    if known is None:
         return None
-    key = (identity, count, *pairs)
+    key = (known, count, *pairs)
     if key not in _kernels:
         name = _named(formula)
         if _variants[name] >= _VARIANTS:  # a number that changes from step to step is no constant
@@ -129,25 +140,6 @@ def _named(formula: Callable[..., Tensor]) -> str:
         formula = formula.func
     name = f"torchbp_{(formula.__module__ or '').rpartition('.')[2]}_{formula.__name__}"
     return "".join(c for c in name if c.isalnum() or c == "_")
-
-
-def _identity(value: Any) -> Any:
-    """Return what tells one formula from others, though it is made anew at each call; ``None`` where nothing does."""
-    if isinstance(value, MethodType):
-        return None
-    if isinstance(value, partial):
-        parts = (value.func, *value.args, *value.keywords, *value.keywords.values())
-    elif hasattr(value, "__code__"):
-        if "<" not in value.__qualname__:  # of a module: there once, and for good
-            return value
-        cells = (cell.cell_contents for cell in value.__closure__ or ())
-        parts = (value.__module__, value.__code__, *(value.__defaults__ or ()), *cells)
-    elif isinstance(value, (int, float, str, CodeType, type(None))):
-        return type(value), value
-    else:
-        return value if callable(value) else None
-    found = tuple(_identity(part) for part in parts)
-    return None if None in found else found
 
 
 def _of_pairs(

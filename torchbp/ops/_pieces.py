@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchbp.ops._function import fused, in_float32, is_half
 from torchbp.ops._one_kernel import in_one_kernel
+from torchbp.ops.kernels import MANY
 
 __all__ = [
     "FEW",
@@ -51,7 +52,7 @@ def in_pieces(
         The formula's value in the first tensor's own dtype.
     """
     first = tensors[0]
-    if first.is_cuda:
+    if first.is_cuda or first.numel() >= MANY:
         made = in_one_kernel(formula, *tensors)
         if made is not None:
             return made

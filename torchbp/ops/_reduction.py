@@ -23,6 +23,7 @@ from torchbp.ops._pieces import (
     writable,
     written,
 )
+from torchbp.ops.kernels import MANY
 
 __all__ = [
     "FEW",
@@ -87,10 +88,10 @@ def reduced(
         spare: How many spares it takes.
     """
     first = tensors[0]
-    if first.is_cuda and reduction != "none":
+    if reduction != "none" and (first.is_cuda or first.numel() >= MANY):
         values = in_one_kernel(formula, *tensors, summed=True)
         if values is not None:
-            return _of_sum(values.sum(), reduction, first)
+            return _of_sum(values.sum() if values.dim() else values, reduction, first)
     if reduction != "none" and into is not None and writable(*tensors):
         if is_few(first):
             return _of_sum(at_once(into, spare, *tensors).sum(), reduction, first)

@@ -14,7 +14,8 @@ Sources:
     Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 3.10.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torchbp.ops._function import Context, entry, kernel, public, undifferentiat
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["Softplus", "SoftplusFunction", "softplus"]
 
@@ -39,7 +41,8 @@ class SoftplusFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, beta: float, threshold: float) -> Tensor:  # x, y: (*)
-        return F.softplus(x, beta, threshold)
+        y = in_one_loop(_values(beta, threshold), x)
+        return F.softplus(x, beta, threshold) if y is None else y
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
@@ -49,6 +52,9 @@ class SoftplusFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
+        grad_x = in_one_loop(_times(ctx.beta, ctx.threshold), grad_y, x)
+        if grad_x is not None:
+            return grad_x, None, None
         if undifferentiated():
             return _softplus_backward(grad_y, x, ctx.beta, ctx.threshold), None, None
         return _times_derivative(grad_y, x, ctx.beta, ctx.threshold), None, None  # (2)
@@ -59,11 +65,22 @@ class SoftplusFunction(Function):
         return _times_derivative(tangent_x, x, ctx.beta, ctx.threshold)
 
 
-def _times_derivative(v: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
-    def formula(v: Tensor, x: Tensor) -> Tensor:
-        return torch.where(beta * x > threshold, v, v * torch.sigmoid(beta * x))  # (1)
+def _values(beta: float, threshold: float) -> Callable[[Tensor], Tensor]:
+    if beta == 1:
+        return partial(F.softplus, threshold=threshold)
+    return partial(F.softplus, beta=beta, threshold=threshold)
 
-    return in_pieces(formula, v, x)
+
+def _times(beta: float, threshold: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def formula(v: Tensor, x: Tensor) -> Tensor:
+        z = x if beta == 1 else beta * x
+        return torch.where(z > threshold, v, v * torch.sigmoid(z))  # (1)
+
+    return formula
+
+
+def _times_derivative(v: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    return in_pieces(_times(beta, threshold), v, x)
 
 
 _softplus = entry(SoftplusFunction, again=SoftplusFunction.forward)

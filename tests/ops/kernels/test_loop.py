@@ -1,0 +1,210 @@
+"""A formula compiled: any layout, dtype and length that a loop takes, and what it leaves to the formula itself."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from torchbp.ops.kernels import SUM, _library, _loop, at_hand, disabled, in_one_loop, looped
+
+N = _loop.MANY + 77  # neither whole blocks nor whole vectors
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+names = lambda dtype: str(dtype).removeprefix("torch.")  # noqa: E731
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def swish(v, x):
+    return v * torch.sigmoid(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("n", [N, _loop.MANY, 3 * 32768 + 1])
+def test_computes_in_float32_and_rounds_once(compiled, dtype, n):
+    v, x = random(n, dtype=dtype), random(n, dtype=dtype, seed=1)
+    compiled(lambda: in_one_loop(swish, v, x))
+    made = in_one_loop(swish, v, x)
+    truth = swish(v.double(), x.double())
+    assert made.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    assert_close(made.double(), truth, rtol=0.51 * eps + 3e-7, atol=torch.finfo(dtype).tiny * eps)
+
+
+def test_bits_depend_on_no_place_and_no_threads(compiled):
+    x = random(1).expand(5 * 32768 + 3).clone()
+    v = random(x.numel(), seed=1)
+    compiled(lambda: in_one_loop(swish, v, x))
+    made = in_one_loop(swish, x, x)
+    assert torch.equal(made, made[:1].expand_as(made))
+    alone = in_one_loop(swish, v, x)
+    total = None
+    compiled(lambda: in_one_loop(swish, v, x, outputs=(SUM,)))
+    total = in_one_loop(swish, v, x, outputs=(SUM,))
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(in_one_loop(swish, v, x, outputs=(SUM,)), total)
+        compiled(lambda: in_one_loop(swish, v, x))
+        assert torch.equal(in_one_loop(swish, v, x), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("value", ["whole", "tail"])
+def test_sums_keep_their_digits(compiled, value):
+    n = (1 << 20) + (5 if value == "tail" else 0)
+    x = torch.full((n,), 0.1)
+    compiled(lambda: in_one_loop(torch.square, x, outputs=(SUM,)))
+    total = in_one_loop(torch.square, x, outputs=(SUM,))
+    assert total.shape == ()
+    assert_close(total.double(), x.double().square().float().double().sum(), rtol=1e-7, atol=0)
+
+
+def test_several_outputs_each_of_a_dtype_of_its_own(compiled):
+    def formula(x, t):
+        d = x - t
+        return d.abs(), d.sign(), d
+
+    x, t = random(N), random(N, seed=1)
+    t[::7] = x[::7]
+    outputs = (SUM, torch.int8, None)
+    compiled(lambda: in_one_loop(formula, x, t, outputs=outputs))
+    total, sign, d = in_one_loop(formula, x, t, outputs=outputs)
+    assert torch.equal(d, x - t)
+    assert sign.dtype == torch.int8
+    assert torch.equal(sign, (x - t).sign().to(torch.int8))
+    assert_close(total, (x - t).abs().sum())
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.view(3, -1, 4).transpose(0, 2),
+        lambda x: x.view(2, 3, -1, 4).to(memory_format=torch.channels_last),
+    ],
+    ids=["transposed", "channels_last"],
+)
+def test_takes_any_layout_that_all_have(compiled, layout):
+    x, v = (layout(random(12 * 2048, seed=s)) for s in (0, 1))
+    compiled(lambda: in_one_loop(torch.mul, v, x))
+    made = in_one_loop(torch.mul, v, x)
+    assert made.stride() == x.stride()
+    assert torch.equal(made, v * x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (1, 1, 1), (700,), (5, 1), (7, 1, 1), (1, 5, 1), (5, 700)], ids=str
+)
+def test_numbers_are_spread_over_dimensions(compiled, dtype, shape):
+    x = random(7, 5, 700, dtype=dtype)
+    w = random(*shape, dtype=dtype, seed=1)
+    compiled(lambda: in_one_loop(torch.mul, x, w))
+    assert torch.equal(in_one_loop(torch.mul, x, w), (x.float() * w.float()).to(dtype))
+
+
+def test_a_gradient_that_is_the_same_for_all(compiled):
+    v, x = torch.tensor(0.5).expand(N), random(N)
+    compiled(lambda: in_one_loop(swish, v, x))
+    assert_close(in_one_loop(swish, v, x), 0.5 * torch.sigmoid(x))
+
+
+def test_one_kernel_serves_all_numbers_that_a_formula_closes_over(compiled):
+    def scaled(a, b):
+        return lambda x: torch.where(x > a, x, x * (a * b))
+
+    x = random(N)
+    compiled(lambda: in_one_loop(scaled(0.5, 0.5), x))
+    for a, b in ((0.5, 0.5), (-1.0, 0.25), (0.1, 3.0)):
+        assert_close(in_one_loop(scaled(a, b), x), scaled(a, b)(x), rtol=2e-7, atol=0)
+    compiled(lambda: in_one_loop(partial(torch.sub, alpha=2.0), x, x))
+    assert_close(in_one_loop(partial(torch.sub, alpha=3.0), x, x), -2 * x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=names)
+def test_every_half_precision_number_goes_in_and_out(compiled, dtype):
+    x = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(dtype)
+    compiled(lambda: in_one_loop(torch.abs, x))
+    assert_close(in_one_loop(torch.abs, x), x.abs(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=names)
+def test_rounds_to_the_nearest_even(compiled, dtype):
+    x = torch.arange(1 << 16).to(torch.int16).view(dtype)
+    x = x[x.isfinite()]
+    wide = torch.cat([x.float()] * 3)
+    next_ = torch.nextafter(wide, torch.tensor(torch.inf))
+    s = torch.linspace(0.9, 1.1, 3).repeat_interleave(x.numel())
+    half_up = (x.view(torch.int16) + 1).view(dtype).float()
+    between = torch.cat([(x.float() + half_up) / 2, next_[: x.numel()], x.float()]) * s
+    between = between[between.isfinite()]
+    # a half-precision first argument, whose place the float32 one takes
+    compiled(lambda: in_one_loop(lambda _, y: y, between.to(dtype), between))
+    made = in_one_loop(lambda _, y: y, between.to(dtype), between)
+    assert torch.equal(made, between.to(dtype))
+
+
+def test_edges_are_those_of_the_formula(compiled):
+    edges = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3e38, 1e-38]
+    x = torch.tensor(edges).repeat_interleave(len(edges)).repeat(400)
+    t = torch.tensor(edges).repeat(len(edges)).repeat(400)
+
+    def formula(x, t):
+        kept = torch.clamp(x, -1.0, 1.0), torch.where(x > t, x, t), torch.relu(t), x.sign()
+        return *kept, (x - t).abs()
+
+    compiled(lambda: in_one_loop(formula, x, t, outputs=(None,) * 5))
+    for made, truth in zip(
+        in_one_loop(formula, x, t, outputs=(None,) * 5), formula(x, t), strict=True
+    ):
+        assert_close(made, truth, rtol=0, atol=0, equal_nan=True)
+
+
+def test_leaves_to_the_formula_what_a_loop_does_not_take(compiled):
+    x = random(N)
+    compiled(lambda: in_one_loop(torch.exp, x))
+    assert looped(x)
+    assert in_one_loop(torch.exp, x) is not None
+    some = random(2 * N)[::2]
+    for other in (
+        x[:16],
+        x.double(),
+        some,
+        x.requires_grad_(False).to("meta"),
+        x.to(torch.complex64),
+    ):
+        assert in_one_loop(torch.exp, other) is None
+        assert not looped(other)
+    assert in_one_loop(torch.mul, x, random(2 * N)[::2]) is None
+    assert in_one_loop(torch.log, x) is None, "not compiled"
+    assert in_one_loop(lambda x: x.cumsum(0), x) is None
+    with disabled():
+        assert not at_hand()
+        assert in_one_loop(torch.exp, x) is None
+    with torch.enable_grad():
+        assert in_one_loop(torch.exp, x) is None
+    seen = []
+    torch.func.vmap(lambda x: seen.append(in_one_loop(torch.exp, x)) or x)(random(2, N))
+    assert seen == [None]
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert in_one_loop(torch.exp, mode.from_tensor(x)) is None
+
+
+def test_a_changed_header_is_another_library(monkeypatch):
+    before = _library.path
+    monkeypatch.setenv("TORCHBP_KERNELS", "somewhere")
+    file = before()
+    _library.version.cache_clear()
+    monkeypatch.setattr(_library, "flags", lambda: "-O0")
+    try:
+        assert before() != file
+    finally:
+        _library.version.cache_clear()

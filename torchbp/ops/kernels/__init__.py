@@ -1,0 +1,14 @@
+"""Formulas compiled for the CPU by the machine's own C++ compiler: an optional extra.
+
+``torchbp kernels`` builds them once; from then on they are found. Without them everything runs as ever, more slowly.
+A kernel is the formula of its op's file, written down as a loop (``_loop.py``), with the mathematics of ``math.h``.
+"""
+
+from torchbp.ops.kernels._library import at_hand as at_hand
+from torchbp.ops.kernels._library import disabled as disabled
+from torchbp.ops.kernels._loop import MANY as MANY
+from torchbp.ops.kernels._loop import SUM as SUM
+from torchbp.ops.kernels._loop import in_one_loop as in_one_loop
+from torchbp.ops.kernels._loop import looped as looped
+
+__all__ = ["MANY", "SUM", "at_hand", "disabled", "in_one_loop", "looped"]

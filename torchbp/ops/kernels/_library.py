@@ -1,0 +1,130 @@
+"""Where the compiled formulas lie, and how one is found: a shared library in the user's cache, one symbol a formula.
+
+Its name tells of what it was built: the headers, and the instructions that torch, too, would use on this processor.
+So another version's or another processor's library is not found, rather than wrong.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = [
+    "FLAGS",
+    "HERE",
+    "at_hand",
+    "capability",
+    "disabled",
+    "find",
+    "flags",
+    "open_library",
+    "path",
+    "recording",
+    "remembered",
+    "version",
+]
+
+HERE = Path(__file__).parent
+_VARIABLE = "TORCHBP_KERNELS"
+# GCC and clang: contraction of products and sums where the processor has it, no traps and no errno, as torch's kernels.
+_COMMON = "-std=c++17 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+_AVX2 = "-mavx2 -mfma -mf16c"
+FLAGS = {
+    "AVX512": f"{_COMMON} {_AVX2} -mavx512f -mavx512vl -mavx512bw -mavx512dq -mprefer-vector-width=512",
+    "AVX2": f"{_COMMON} {_AVX2}",
+}
+
+
+def capability() -> str:
+    """Return the instructions that torch uses on this processor, ``"AVX512"`` or ``"AVX2"``, else ``"DEFAULT"``."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def flags() -> str:
+    """Return the compiler's options for this processor."""
+    return FLAGS.get(capability(), _COMMON)
+
+
+def path() -> Path | None:
+    """Return where this version's library is or would be; ``None`` where TORCHBP_KERNELS=off.
+
+    Set to a folder, the variable stands for the user's cache.
+    """
+    given = os.environ.get(_VARIABLE, "")
+    if given.lower() in ("off", "0"):
+        return None
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given or home / "torchbp") / f"kernels-{version()}.so"
+
+
+@cache
+def version() -> str:
+    headers = "".join(file.read_text() for file in sorted(HERE.rglob("*.h")))
+    made_of = f"{headers} {flags()} {sys.platform}"
+    return f"{capability().lower()}-{sha256(made_of.encode()).hexdigest()[:12]}"
+
+
+class _State:
+    library: ctypes.CDLL | None = None
+    wanted: dict[str, str] | None = None  # while the sources are listed
+
+
+def open_library(file: Path | None) -> None:
+    """Take the kernels of ``file`` from now on; ``None``: none."""
+    remembered.clear()
+    _State.library = ctypes.CDLL(str(file)) if file is not None else None
+
+
+def at_hand() -> bool:
+    """Whether there are compiled formulas, or they are being listed for the compiler."""
+    return _State.library is not None or _State.wanted is not None
+
+
+remembered: dict[
+    Any, Any
+] = {}  # what has been asked for already; another library may have other kernels
+
+
+def find(name: str, text: str) -> Any:
+    """Return the compiled function ``name``, whose source is ``text``; ``None`` where it was not built."""
+    if _State.wanted is not None:
+        _State.wanted[name] = text
+        return None
+    return getattr(_State.library, name, None)
+
+
+@contextmanager
+def recording() -> Iterator[dict[str, str]]:
+    """Collect the sources, by name, of what formulas ask for here; they run uncompiled meanwhile."""
+    before, _State.wanted = _State.wanted, {}
+    try:
+        yield _State.wanted
+    finally:
+        _State.wanted = before
+        remembered.clear()
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Run formulas uncompiled here."""
+    before, _State.library = _State.library, None
+    try:
+        yield
+    finally:
+        _State.library = before
+
+
+def _open_what_is_there() -> None:
+    file = path()
+    if file is not None and file.exists():
+        open_library(file)
+
+
+_open_what_is_there()

@@ -1,0 +1,224 @@
+"""An elementwise formula as one compiled loop over tensors in memory, where it has been compiled.
+
+What a formula of Python says is noted by running it on symbols (``_symbols.py``) and stands in a loop of C++; the name
+of the loop is a digest of that source, so a formula that has changed is not found and runs as it is.
+"""
+
+from collections.abc import Callable
+from ctypes import c_float, c_int, c_int64, c_void_p
+from hashlib import sha256
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, get_num_threads
+from torch._C import _is_tracing as is_script_tracing
+
+from torchbp.ops._function import fused
+from torchbp.ops._symbols import identity, steps
+from torchbp.ops.kernels import _library
+
+__all__ = ["MANY", "SUM", "in_one_loop", "looped"]
+
+MANY = 1 << 14  # elements; for fewer the call costs as much as the loop
+SUM = "sum"
+_PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
+_MOST = 4096  # formulas and dtypes that are remembered
+_FIRST = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = {
+    torch.float32: "float",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+    torch.bool: "uint8_t",
+}
+_ARRAY, _NUMBER, _SPREAD = "Array", "Number", "Spread"
+Output = torch.dtype | str | None
+
+
+class _Taken(NamedTuple):
+    """What the loop makes of an argument."""
+
+    dtype: torch.dtype
+    kind: str  # of each element its own, one number for all, or numbers spread over dimensions
+
+
+class _Laid(NamedTuple):
+    """How the arguments lie in memory."""
+
+    like: Tensor  # an array, each of whose elements is in memory once
+    taken: tuple[_Taken, ...]
+    lengths: tuple[int, ...]  # two for each argument: 0, or how its numbers are spread
+
+
+def in_one_loop(
+    formula: Callable[..., Any], *tensors: Tensor, outputs: tuple[Output, ...] = (None,)
+) -> Any:
+    """Return the value of ``formula``, computed in float32 and rounded once; ``None`` where it has to run itself.
+
+    Args:
+        formula: Elementwise function of ``tensors``. What it closes over, or is partial in, are numbers and functions.
+        tensors: On the CPU, the first of float32 or half precision and of the whole shape. The others have its shape
+            and layout, or are one number for all elements; beside contiguous ones they may be broadcast from one
+            dimension, or several side by side.
+        outputs: Of each of the formula's values: ``None`` for a tensor like the first, a dtype for one like it of that
+            dtype, ``SUM`` for the sum over all elements, in float32 and without dimensions.
+
+    Returns:
+        A tensor, or for several ``outputs`` a tuple of them.
+    """
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.numel() < MANY or not _library.at_hand():
+        return None
+    laid = _laid(tensors)
+    known = identity(formula)
+    if laid is None or known is None:
+        return None
+    key = (known, outputs, laid.taken)
+    run = _library.remembered.get(key, ())
+    if run == ():
+        if len(_library.remembered) >= _MOST:  # a number that changes from step to step
+            _library.remembered.clear()
+        run = _library.remembered[key] = _compiled(formula, laid.taken, outputs)
+    if run is None:
+        return None
+    made = tuple(
+        torch.empty((), dtype=torch.float32)
+        if o == SUM
+        else torch.empty_like(laid.like, dtype=first.dtype if o is None else o)
+        for o in outputs
+    )
+    run(first.numel(), tensors, made, laid.lengths)
+    return made if len(made) > 1 else made[0]
+
+
+def looped(*tensors: Tensor) -> bool:
+    """Whether :func:`in_one_loop` takes ``tensors``; the formula may still not have been compiled."""
+    return tensors[0].numel() >= MANY and _library.at_hand() and _laid(tensors) is not None
+
+
+def _laid(tensors: tuple[Tensor, ...]) -> _Laid | None:
+    first = tensors[0]
+    if first.dtype not in _FIRST or is_script_tracing() or not fused(*tensors, half=True):
+        return None
+    taken: list[_Taken] = []
+    lengths: list[int] = []
+    arrays: list[Tensor] = []
+    for t in tensors:
+        kind, spread = _kind(t, first.shape)
+        if kind is None:
+            return None
+        if kind == _ARRAY:
+            arrays.append(t)
+        taken.append(_Taken(t.dtype, kind))
+        lengths += spread
+    if not arrays:
+        return None
+    if not all(t.is_contiguous() for t in arrays):
+        strides = arrays[0].stride()
+        alike = all(t.stride() == strides for t in arrays)
+        if not alike or any(lengths) or _has_gaps(arrays[0]):
+            return None
+    return _Laid(arrays[0], tuple(taken), tuple(lengths))
+
+
+def _kind(t: Tensor, shape: torch.Size) -> tuple[str | None, tuple[int, int]]:
+    """Return what the loop makes of ``t``, and how its numbers are spread; ``None`` where it can't read it."""
+    if (
+        not t.is_cpu
+        or type(t).__torch_dispatch__ is not _PLAIN  # pyright: ignore[reportAttributeAccessIssue]
+        or t.dtype not in _NAMES
+        or t.is_neg()
+    ):
+        return None, (0, 0)
+    if t.numel() == 1 or not any(t.stride()):
+        return _NUMBER, (0, 0)
+    if t.shape == shape:
+        return _ARRAY, (0, 0)
+    spread = _spread(t, shape)
+    return (None, (0, 0)) if spread is None else (_SPREAD, spread)
+
+
+def _spread(t: Tensor, shape: torch.Size) -> tuple[int, int] | None:
+    """Return (inner, size), for element i has number (i / inner) % size; ``None`` where none do."""
+    if not t.is_contiguous() or t.dim() > len(shape):
+        return None
+    own = (1,) * (len(shape) - t.dim()) + tuple(t.shape)
+    places = [i for i, n in enumerate(own) if n > 1]
+    if not places or own[places[0] : places[-1] + 1] != shape[places[0] : places[-1] + 1]:
+        return None
+    return prod(shape[places[-1] + 1 :]), t.numel()
+
+
+def _has_gaps(t: Tensor) -> bool:
+    return torch.empty_like(t, device="meta").stride() != t.stride()
+
+
+def _compiled(
+    formula: Callable[..., Any], taken: tuple[_Taken, ...], outputs: tuple[Output, ...]
+) -> Callable[..., None] | None:
+    noted = steps(formula, len(taken), loop=True)
+    if noted is None or len(noted[1]) != len(outputs):
+        return None
+    lines, values, numbers = noted
+    name, text = _source(lines, values, len(numbers), taken, outputs)
+    function = _library.find(name, text)
+    if function is None:
+        return None
+    function.restype = None
+    function.argtypes = (c_int64, c_int, *(c_void_p,) * 4)
+    given = (c_float * len(numbers))(*numbers)
+    of_inputs, of_outputs = c_void_p * len(taken), c_void_p * len(outputs)
+    of_lengths = c_int64 * (2 * len(taken))
+
+    def run(
+        n: int, tensors: tuple[Tensor, ...], made: tuple[Tensor, ...], lengths: tuple[int, ...]
+    ) -> None:
+        read = of_inputs(*[t.data_ptr() for t in tensors])
+        write = of_outputs(*[t.data_ptr() for t in made])
+        function(n, get_num_threads(), read, write, given, of_lengths(*lengths))
+
+    return run
+
+
+def _source(
+    lines: list[str],
+    values: tuple[str, ...],
+    numbers: int,
+    arguments: tuple[_Taken, ...],
+    outputs: tuple[Output, ...],
+) -> tuple[str, str]:
+    """Return the name and the C++ of the loop."""
+    shared = " ".join(f"const T c{i} = c[{i}];" for i in range(numbers))
+    rows = "".join(f", const auto& r{i}" for i in range(len(arguments)))
+    taken = " ".join(f"const T a{i} = r{i}[i];" for i in range(len(arguments)))
+    to = " ".join(f"float* __restrict y{o} = to[{o}];" for o in range(len(outputs)))
+    kept = " ".join(f"y{o}[i] = {value};" for o, value in enumerate(values))
+    read = ", ".join(
+        f"{kind}<{_NAMES[dtype]}>(in[{i}]{f', lengths + {2 * i}' if kind == _SPREAD else ''})"
+        for i, (dtype, kind) in enumerate(arguments)
+    )
+    written = ", ".join(
+        f"Sum(out[{i}], n)"
+        if o == SUM
+        else f"Values<{_NAMES[arguments[0].dtype if o is None else o]}>(out[{i}], n)"  # pyright: ignore[reportArgumentType]
+        for i, o in enumerate(outputs)
+    )
+    body = f"""(int64_t n, int threads, const void* const* in, void* const* out, const float* c,
+    const int64_t* lengths) {{
+    using T = float;
+    {shared}
+    run(n, threads, [=](float* const* to{rows}) {{
+        {to}
+#pragma omp simd
+        for (int64_t i = 0; i < BLOCK; ++i) {{
+            {taken}
+            {" ".join(lines)}
+            {kept}
+        }}
+    }}, std::make_tuple({written}), std::make_tuple({read}));
+}}
+"""
+    name = f"torchbp_{sha256(body.encode()).hexdigest()[:20]}"
+    return name, f'extern "C" void {name}{body}'

@@ -1,0 +1,266 @@
+// An elementwise formula in one loop over memory: read once, computed in float32, rounded once, written once.
+//
+// 512 elements at a time, which stay in the first cache: half precision becomes float32 there, and sums are taken. What is
+// left at the end is filled up, so that every element goes through the same instructions: its bits depend neither on where
+// it stands nor on the threads. A sum is that of 32 768 elements each, in order, so it does not either.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "math.h"
+#include "math/soft.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace torchbp {
+
+constexpr int64_t BLOCK = 512;
+constexpr int64_t CHUNK = 64 * BLOCK;
+
+inline float as_float(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+inline uint32_t as_bits(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+inline float __int_as_float(uint32_t bits) { return as_float(bits); }  // as CUDA calls it
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+// ---- from memory to float32 -------------------------------------------------------------------------------------------
+
+inline void widen(const float* from, float* to) { std::memcpy(to, from, BLOCK * sizeof(float)); }
+
+template <class Integer>
+inline void widen(const Integer* from, float* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+inline void widen(const bfloat16* from, float* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) to[i] = as_float(static_cast<uint32_t>(from[i].bits) << 16);
+}
+
+inline void widen(const float16* from, float* to) {
+#if defined(__AVX512F__)
+    for (int64_t i = 0; i < BLOCK; i += 16)
+        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+#elif defined(__F16C__)
+    for (int64_t i = 0; i < BLOCK; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#else
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) {
+        const uint32_t sign = (from[i].bits & 0x8000u) << 16, size = from[i].bits & 0x7fffu;
+        // the exponent's bias grows from 15 to 127 by a product, which makes subnormal numbers right; ∞ and NaN are put right
+        const float small = as_float(size << 13) * as_float(0x77800000u);
+        const uint32_t bits = size >= 0x7c00u ? (size << 13) | 0x7f800000u : as_bits(small);
+        to[i] = as_float(bits | sign);
+    }
+#endif
+}
+
+// ---- and back, to the nearest, ties to even ---------------------------------------------------------------------------
+
+inline void narrow(const float* from, float* to) { std::memcpy(to, from, BLOCK * sizeof(float)); }
+
+inline void narrow(const float* from, int8_t* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) to[i] = static_cast<int8_t>(static_cast<int32_t>(from[i]));
+}
+
+inline void narrow(const float* from, bfloat16* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) {
+        const uint32_t bits = as_bits(from[i]);
+        const uint32_t near = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        to[i].bits = static_cast<uint16_t>(from[i] != from[i] ? 0x7fc0u : near);
+    }
+}
+
+inline void narrow(const float* from, float16* to) {
+#if defined(__AVX512F__)
+    for (int64_t i = 0; i < BLOCK; i += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), 0));
+#elif defined(__F16C__)
+    for (int64_t i = 0; i < BLOCK; i += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#else
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) {
+        const uint32_t bits = as_bits(from[i]), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+        // normal: the exponent's bias shrinks by 112, and 13 bits are rounded off; below 2^-14 a sum with 0.5 rounds
+        const uint32_t normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+        const uint32_t small = as_bits(as_float(size) + 0.5f) - 0x3f000000u;
+        const uint32_t large = size > 0x7f800000u ? 0x7e00u : 0x7c00u;  // from 65520 on
+        to[i].bits = static_cast<uint16_t>(sign | (size >= 0x477ff000u ? large : size < 0x38800000u ? small : normal));
+    }
+#endif
+}
+
+// ---- what goes in: an array, or one number for all of its elements ----------------------------------------------------
+
+struct Row {
+    const float* at;
+    float operator[](int64_t i) const { return at[i]; }
+};
+
+struct Same {
+    float value;
+    float operator[](int64_t) const { return value; }
+};
+
+template <class T>
+struct Array {
+    const T* data;
+    explicit Array(const void* p) : data(static_cast<const T*>(p)) {}
+
+    Row block(int64_t start, int64_t n, float* room) const {
+        const T* from = data + start;
+        if (n == BLOCK) {
+            if constexpr (std::is_same_v<T, float>) return {from};
+            widen(from, room);
+            return {room};
+        }
+        T full[BLOCK];
+        for (int64_t i = 0; i < BLOCK; ++i) full[i] = from[i < n ? i : n - 1];
+        widen(full, room);
+        return {room};
+    }
+};
+
+template <class T>
+struct Number {
+    float value;
+    explicit Number(const void* p) {
+        T all[BLOCK];
+        float room[BLOCK];
+        for (auto& one : all) one = *static_cast<const T*>(p);
+        widen(all, room);
+        value = room[0];
+    }
+    explicit Number(const float* p) : value(*p) {}
+
+    Same block(int64_t, int64_t, float*) const { return {value}; }
+};
+
+// Numbers that are spread over dimensions: element i has number (i / inner) % size.
+template <class T>
+struct Spread {
+    const T* data;
+    int64_t inner, size;
+    Spread(const void* p, const int64_t* lengths) : data(static_cast<const T*>(p)), inner(lengths[0]), size(lengths[1]) {}
+
+    Row block(int64_t start, int64_t n, float* room) const {
+        T full[BLOCK];
+        int64_t index = start / inner % size, left = inner - start % inner;
+        for (int64_t i = 0; i < BLOCK;) {
+            const int64_t count = left < BLOCK - i ? left : BLOCK - i;
+            const T value = data[index];
+            for (int64_t j = 0; j < count; ++j) full[i + j] = value;
+            i += count;
+            left = inner;
+            index = index + 1 < size ? index + 1 : 0;
+        }
+        widen(full, room);
+        return {room};
+    }
+};
+
+// ---- what comes out: an array, or a sum -------------------------------------------------------------------------------
+
+template <class T>
+struct Values {
+    T* data;
+    Values(void* p, int64_t) : data(static_cast<T*>(p)) {}
+
+    float* room(int64_t start, int64_t n, float* room) const {
+        if constexpr (std::is_same_v<T, float>)
+            if (n == BLOCK) return data + start;
+        return room;
+    }
+    void keep(const float* from, int64_t start, int64_t n) const {
+        if (from == static_cast<const void*>(data + start)) return;
+        if (n == BLOCK) return narrow(from, data + start);
+        T full[BLOCK];
+        narrow(from, full);
+        std::memcpy(data + start, full, n * sizeof(T));
+    }
+    void finish() const {}
+};
+
+struct Sum {
+    float* result;
+    mutable std::vector<double> chunks;
+    Sum(void* p, int64_t n) : result(static_cast<float*>(p)), chunks((n + CHUNK - 1) / CHUNK, 0.0) {}
+
+    float* room(int64_t, int64_t, float* room) const { return room; }
+    void keep(float* from, int64_t start, int64_t n) const {
+        for (int64_t i = n; i < BLOCK; ++i) from[i] = 0.0f;
+        float lanes[32] = {};
+        for (int64_t i = 0; i < BLOCK; i += 32)
+#pragma omp simd
+            for (int64_t l = 0; l < 32; ++l) lanes[l] += from[i + l];
+        double total = 0.0;
+        for (float lane : lanes) total += lane;
+        chunks[start / CHUNK] += total;
+    }
+    void finish() const {
+        double total = 0.0;
+        for (double chunk : chunks) total += chunk;
+        *result = static_cast<float>(total);
+    }
+};
+
+// ---- the loop ---------------------------------------------------------------------------------------------------------
+
+template <class F, class Outs, class Ins, std::size_t... O, std::size_t... I>
+inline void block(F formula, const Outs& outs, const Ins& ins, int64_t start, int64_t n, std::index_sequence<O...>,
+                  std::index_sequence<I...>) {
+    alignas(64) float wide[sizeof...(I)][BLOCK];
+    alignas(64) float made[sizeof...(O)][BLOCK];
+    const auto from = std::make_tuple(std::get<I>(ins).block(start, n, wide[I])...);
+    float* const to[] = {std::get<O>(outs).room(start, n, made[O])...};
+    formula(to, std::get<I>(from)...);
+    (std::get<O>(outs).keep(to[O], start, n), ...);
+}
+
+// formula(to, rows...) computes 512 elements: it holds the loop itself, so that numbers stay in registers.
+template <class F, class... Out, class... In>
+inline void run(int64_t n, int threads, F formula, const std::tuple<Out...>& outs, const std::tuple<In...>& ins) {
+    const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+    const auto chunk = [&](int64_t c) {
+        const int64_t end = (c + 1) * CHUNK < n ? (c + 1) * CHUNK : n;
+        for (int64_t start = c * CHUNK; start < end; start += BLOCK)
+            block(formula, outs, ins, start, end - start < BLOCK ? end - start : BLOCK,
+                  std::index_sequence_for<Out...>{}, std::index_sequence_for<In...>{});
+    };
+    if (threads > 1 && chunks > 1) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t c = 0; c < chunks; ++c) chunk(c);
+    } else {
+        for (int64_t c = 0; c < chunks; ++c) chunk(c);
+    }
+    std::apply([](const auto&... out) { (out.finish(), ...); }, outs);
+}
+
+}  // namespace torchbp
