@@ -11,15 +11,15 @@ constexpr float INF = __builtin_inff();
 constexpr float NOT_A_NUMBER = __builtin_nanf("");
 
 TORCHBP_INLINE int32_t bits(float x) {
-  int32_t i;
-  __builtin_memcpy(&i, &x, sizeof i);
-  return i;
+    int32_t i;
+    __builtin_memcpy(&i, &x, sizeof i);
+    return i;
 }
 
 TORCHBP_INLINE float from_bits(int32_t i) {
-  float x;
-  __builtin_memcpy(&x, &i, sizeof x);
-  return x;
+    float x;
+    __builtin_memcpy(&x, &i, sizeof x);
+    return x;
 }
 
 TORCHBP_INLINE float fabs(float x) { return __builtin_fabsf(x); }
@@ -33,9 +33,9 @@ TORCHBP_INLINE float with_sign(float x, float s) { return from_bits(bits(x) | (b
 // sum, and the vectors of a loop would then differ from its last elements. Without the instruction it is two roundings.
 TORCHBP_INLINE float fma(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return __builtin_fmaf(a, b, c);
+    return __builtin_fmaf(a, b, c);
 #else
-  return a * b + c;
+    return a * b + c;
 #endif
 }
 
@@ -43,7 +43,7 @@ TORCHBP_INLINE float fma(float a, float b, float c) {
 TORCHBP_INLINE float polynomial(float, float c0) { return c0; }
 template <class... More>
 TORCHBP_INLINE float polynomial(float x, float c0, float c1, More... more) {
-  return fma(polynomial(x, c1, more...), x, c0);
+    return fma(polynomial(x, c1, more...), x, c0);
 }
 
 // Added to |x| < 2²², it leaves x rounded to an integer in the last bits: ROUND + n is a float whose bits are bits(ROUND) + n.

@@ -1,0 +1,252 @@
+"""The functions of math.h, compiled: near the truth, exact at the edges, the same bits anywhere in an array."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchbp
+
+HEADER = Path(torchbp.__file__).parent / "ops" / "kernels" / "math.h"
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-shared",
+    "-fPIC",
+]
+AVX2 = ("-mavx2", "-mfma")
+AVX512 = (
+    "-mavx512f",
+    "-mavx512vl",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mfma",
+    "-mprefer-vector-width=512",
+)
+MACHINES = {"DEFAULT": {"plain": ()}, "AVX2": {"plain": (), "avx2": AVX2}}
+MACHINES["AVX512"] = {**MACHINES["AVX2"], "avx512": AVX512}
+LEVELS = MACHINES.get(torch.backends.cpu.get_cpu_capability(), MACHINES["DEFAULT"])
+
+# function -> ((max, mean) with fma, (max, mean) without), in ulp, as the header's table says.
+BOUNDS = {
+    row[1]: ((float(row[2]), float(row[3])), (float(row[4]), float(row[5])))
+    for row in re.finditer(
+        r"^//   (\w+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)", HEADER.read_text(), re.MULTILINE
+    )
+}
+
+INF, NAN = float("inf"), float("nan")
+TINY, LEAST, LARGEST = 2.0**-149, 2.0**-126, 2.0**128 - 2.0**104
+# function -> (x, y), where y is exact or known when rounded.
+ODD = [(NAN, NAN), (0.0, 0.0), (TINY, TINY), (3 * TINY, 3 * TINY), (LEAST, LEAST)]
+ODD += [(-x, -y) for x, y in ODD]
+ONE = [(NAN, NAN), (-NAN, NAN), (0.0, 1.0), (-0.0, 1.0), (TINY, 1.0), (-TINY, 1.0)]
+LOG = [
+    (NAN, NAN),
+    (0.0, -INF),
+    (-0.0, -INF),
+    (1.0, 0.0),
+    (INF, INF),
+    (-INF, NAN),
+    (-1.0, NAN),
+    (-TINY, NAN),
+]
+TO_ONE = [(x, 1.0) for x in (10.0, LARGEST, INF)] + [(-x, -1.0) for x in (10.0, LARGEST, INF)]
+TO_INF = [(x, INF) for x in (89.42, LARGEST, INF)]
+EDGES = {
+    "exp": [
+        *ONE,
+        *TO_INF,
+        (88.73, INF),
+        (-103.0, TINY),
+        (-104.0, 0.0),
+        (-LARGEST, 0.0),
+        (-INF, 0.0),
+    ],
+    "exp2": [
+        *ONE,
+        (127.0, 2.0**127),
+        (128.0, INF),
+        (LARGEST, INF),
+        (INF, INF),
+        (3.0, 8.0),
+        (-149.0, TINY),
+        (-150.0, 0.0),
+        (-LARGEST, 0.0),
+        (-INF, 0.0),
+    ],
+    "expm1": [*ODD, *TO_INF, (88.73, INF), (-20.0, -1.0), (-LARGEST, -1.0), (-INF, -1.0)],
+    "log": LOG,
+    "log2": [*LOG, (TINY, -149.0), (LEAST, -126.0), (2.0**127, 127.0), (8.0, 3.0), (0.125, -3.0)],
+    "log1p": [*ODD, (-1.0, -INF), (-1.5, NAN), (-LARGEST, NAN), (-INF, NAN), (INF, INF)],
+    "tanh": [*ODD, *TO_ONE],
+    "erf": [(NAN, NAN), (0.0, 0.0), (-0.0, -0.0), (TINY, TINY), (-TINY, -TINY), *TO_ONE],
+    "erfc": [*ONE, (10.05, TINY), (10.1, 0.0), (LARGEST, 0.0), (INF, 0.0)]
+    + [(-x, 2.0) for x in (5.0, LARGEST, INF)],
+    "sinh": [*ODD, *TO_INF, *((-x, -y) for x, y in TO_INF)],
+    "cosh": [*ONE, *TO_INF, *((-x, y) for x, y in TO_INF)],
+    "atan": ODD + [(s * x, s * 1.57079633) for x in (LARGEST, INF) for s in (1, -1)],
+    "sqrt": [
+        (NAN, NAN),
+        (0.0, 0.0),
+        (-0.0, -0.0),
+        (INF, INF),
+        (4.0, 2.0),
+        (2.0**-148, 2.0**-74),
+        (-1.0, NAN),
+        (-INF, NAN),
+    ],
+}
+
+
+def compiler() -> str:
+    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    assert found, (
+        "math.h needs a C++ compiler to be tested: none of c++, g++, clang++ is on the PATH"
+    )
+    return found[0]
+
+
+def source() -> str:
+    """Of each function a loop, on a line of its own, and single calls."""
+    lines = [
+        f'#include "{HEADER}"',
+        'extern "C" int has_fma() {',
+        "#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)",
+    ]
+    lines += ["return 1;", "#else", "return 0;", "#endif", "}"]
+    for name in BOUNDS:
+        arguments = "(const float* __restrict x, float* __restrict y, long n)"
+        lines += [
+            f'extern "C" void loop_{name}{arguments} {{ for (long i = 0; i < n; i++) y[i] = torchbp::{name}(x[i]); }}',
+            f"__attribute__((noinline)) static float one_{name}(float x) {{ return torchbp::{name}(x); }}",
+            f'extern "C" void single_{name}{arguments} {{ for (long i = 0; i < n; i++) y[i] = one_{name}(x[i]); }}',
+        ]
+    return "\n".join(lines)
+
+
+def compiled(folder: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    file, library = folder / "math.cpp", folder / "math.so"
+    file.write_text(source())
+    subprocess.run(
+        [compiler(), *FLAGS, *flags, "-Wall", "-Wextra", "-Werror", file, "-o", library], check=True
+    )
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def library(request, tmp_path_factory) -> ctypes.CDLL:
+    return compiled(tmp_path_factory.mktemp(request.param), LEVELS[request.param])
+
+
+def apply(function: Callable, x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty_like(x)
+    function(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_long(x.numel()))
+    return y
+
+
+def errors(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Of each y, in units in the last place of the true value; infinite where sign or kind of number is another."""
+    truth = getattr(torch, name)(x.double())
+    rounded = truth.float()
+    unit = torch.ldexp(torch.ones_like(truth), torch.frexp(truth).exponent.clamp_min(-125) - 24)
+    error = (y.double() - truth).abs() / unit
+    same = (y == rounded) | (y.isnan() & rounded.isnan())
+    error = torch.where(y.isfinite() & rounded.isfinite(), error, torch.where(same, 0.0, INF))
+    return error.masked_fill((y.signbit() != truth.signbit()) & ~truth.isnan(), INF)
+
+
+def stratified(each: int = 2048) -> torch.Tensor:
+    """Random mantissas, `each` of them of every exponent and sign."""
+    exponent = torch.arange(512, dtype=torch.int64)[:, None] << 23
+    numbers = exponent | torch.randint(1 << 23, (512, each))
+    return numbers.to(torch.int32).view(torch.float32).flatten()
+
+
+def check(name: str, library: ctypes.CDLL, pieces) -> None:
+    most, mean = BOUNDS[name][0 if library.has_fma() else 1]
+    total, count = 0.0, 0
+    for x in pieces:
+        error = errors(name, x, apply(getattr(library, f"loop_{name}"), x))
+        worst = error.argmax()
+        assert error[worst] <= most, f"{name}({x[worst].item().hex()}): {error[worst]:.3f} ulp"
+        usual = error[(x.abs() >= 1 / 128) & (x.abs() < 8)]
+        total, count = total + usual.sum().item(), count + usual.numel()
+    assert total / count <= mean
+
+
+def test_the_table_names_every_function():
+    parts = "".join(file.read_text() for file in HEADER.with_suffix("").glob("*.h"))
+    functions = set(re.findall(r"^TORCHBP_INLINE float (\w+)\(float x\)", parts, re.MULTILINE)) - {
+        "fabs"
+    }
+    assert functions == set(BOUNDS) == set(EDGES)
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_error(name, library):
+    check(name, library, [stratified()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOUNDS)
+def test_error_of_every_float(name, library):
+    size, end = 1 << 22, 1 << 31
+    pieces = (torch.arange(i, i + size).to(torch.int32) for i in range(-end, end, size))
+    check(name, library, (piece.view(torch.float32) for piece in pieces))
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(name, library):
+    x, expected = torch.tensor(EDGES[name], dtype=torch.float32).T.contiguous()
+    for way in ("loop", "single"):
+        y = apply(getattr(library, f"{way}_{name}"), x)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y[~y.isnan()], expected[~y.isnan()])
+        assert torch.equal(y.signbit()[~y.isnan()], expected.signbit()[~y.isnan()])
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bits_do_not_depend_on_the_position(name, library):
+    """In the vectors of a loop, in what is left at its end, alone."""
+    loop, single = getattr(library, f"loop_{name}"), getattr(library, f"single_{name}")
+    x = stratified(64)
+    bits = apply(loop, x).view(torch.int32)
+    number = ~x.isnan()
+    assert torch.equal(apply(single, x).view(torch.int32)[number], bits[number])
+    for start in range(0, x.numel() - 1024, 517):
+        part = slice(start, start + 512)
+        assert torch.equal(
+            apply(loop, x[part]).view(torch.int32)[number[part]], bits[part][number[part]]
+        )
+    for length in range(1, 70):
+        part = slice(9000, 9000 + length)
+        assert torch.equal(apply(loop, x[part]).view(torch.int32), bits[part])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_loops_become_vectors(level, tmp_path):
+    clang = (
+        "clang"
+        in subprocess.run(
+            [compiler(), "--version"], check=True, capture_output=True, text=True
+        ).stdout
+    )
+    file = tmp_path / "math.cpp"
+    file.write_text(source())
+    report = "-Rpass=loop-vectorize" if clang else "-fopt-info-vec"
+    command = [compiler(), *FLAGS, *LEVELS[level], report, file, "-o", tmp_path / "math.so"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    lines = {int(line) for line in re.findall(r"math\.cpp:(\d+):\d+:.*vectorized", said)}
+    loops = {
+        number: text for number, text in enumerate(source().splitlines(), 1) if "void loop_" in text
+    }
+    assert [text for number, text in loops.items() if number not in lines] == []
