@@ -46,7 +46,8 @@ TORCHBP_INLINE float polynomial(float x, float c0, float c1, More... more) {
     return fma(polynomial(x, c1, more...), x, c0);
 }
 
-// Added to |x| < 2²², it leaves x rounded to an integer in the last bits: ROUND + n is a float whose bits are bits(ROUND) + n.
+// Added to |x| < 2²², it leaves x rounded to an integer in the last bits: ROUND + n is a float whose bits are
+// bits(ROUND) + n.
 constexpr float ROUND = 0x1.8p23f;
 constexpr int32_t ROUND_BITS = 0x4b400000;
 
