@@ -11,7 +11,6 @@ from tests.verify.unseen import every
 PAIRS = known.every()
 SLOW = {"scan_time_step"}  # a Python loop over 1025 steps, halved 15 times
 SLOW |= {"soft_dtw_9", "soft_dtw_10"}  # a Python loop over a table of up to 2053 by 4
-SLOW |= {"newton_schulz_norm_14", "gaussian_kernel_layout_14"}  # a matrix of all pairs of elements
 SLOW |= {"isotonic_block_13", "linear_attention_offset_13", "scan_block_carry_13"}  # further loops
 NEED_COMPILE = {"compile_path_wrong", "graph_break"}
 

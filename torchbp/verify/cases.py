@@ -1,6 +1,7 @@
 """The function under test and its sample, in one form that every check can call."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.sample import Sample
 from torchbp.verify.tensors import signed_like, tensors_in
 from torchbp.verify.wild import refuse_wild
+from torchbp.verify.work import LOOP, Bounded, TooMuch
 
 __all__ = ["Case"]
 
@@ -30,6 +32,8 @@ class Case(Sample):
         wrong_here: Whether the gradient is known to be wrong at the sample; its variants' need not be looked at then.
         wrong_twice: The same of the second derivative.
         wrote: How many elements of its grad_output the backward of ``plain`` wrote to.
+        bounded: Whether its first call and backward are ended where they do too much: at sizes that nobody gave.
+        stopped: Whether one was.
     """
 
     measured = ("first", "plain", "second", "again", "nearby", "epsilon", "_positions")
@@ -50,6 +54,7 @@ class Case(Sample):
         self.copies_leaves = False
         self.wrong_here = self.wrong_twice = False
         self.wrote = 0
+        self.bounded = self.stopped = False
         self.given = self
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Case":
@@ -186,7 +191,8 @@ class Case(Sample):
         """The first call: its leaves and all its output tensors, with their graph."""
         leaves = self.fresh()
         try:
-            outputs = tensors_in(self.call(leaves))
+            with self._within():
+                outputs = tensors_in(self.call(leaves))
         except ForwardRaised as error:
             if "leaf Variable" not in str(error.__cause__):
                 raise
@@ -198,6 +204,19 @@ class Case(Sample):
         self.draws = not all(map(torch.equal, states(), self.first_states))
         torch.manual_seed(self.seed + 1 + self.calls.forward)
         return leaves, outputs
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        """End what does too much, if that is asked."""
+        self.stopped = False
+        try:
+            with Bounded() if self.bounded else nullcontext() as bounds:
+                yield
+        except (ForwardRaised, BackwardRaised) as error:
+            self.stopped = isinstance(error.__cause__, TooMuch)
+            raise
+        if bounds and bounds.operations > LOOP:
+            self.bounded = False  # backward does no more, and counting that takes longer
 
     @property
     def kept(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -227,7 +246,8 @@ class Case(Sample):
             own = [
                 v.clone() for v in cotangents
             ]  # a backward that writes in them is another check's
-            grads = self.backward(outputs, leaves, own, retain_graph=True)
+            with self._within():
+                grads = self.backward(outputs, leaves, own, retain_graph=True)
             self.wrote = sum(int((a != b).sum()) for a, b in zip(own, cotangents, strict=True))
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)

@@ -13,6 +13,7 @@ from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.source import speaks
 from torchbp.verify.tensors import scale_of, uniform
 from torchbp.verify.tolerance import largest
+from torchbp.verify.work import may_be_too_much
 
 __all__ = [
     "APART",
@@ -99,7 +100,9 @@ def _grown(case: Case, wanted: Mapping[tuple[int, int], int]) -> Case:
             t = t * (1 + 0.05 * r) + 0.01 * r * largest(t)
         return t
 
-    return case.edited(change)
+    other = case.edited(change)
+    other.bounded = may_be_too_much([t.shape for _, t in other.arguments])
+    return other
 
 
 def scaled(case: Case, factor: float, chosen: Sequence[int] | None = None) -> Case:

@@ -7,6 +7,7 @@ from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.growth import fits, free_sizes, one_more
+from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import (
     APART,
@@ -41,6 +42,7 @@ TOGETHER = (RUNS[0], RUNS[2], RUNS[5])
 BLOCK = 33  # which every size reaches at least, where that can be
 FEW = 2
 LARGEST = 2**16  # elements
+FEWER = 257  # rows, where 2053 or 1025 are too many for what forward makes of them
 EXPLODES = 1e14  # times, and the root of that where the size alone is another
 
 
@@ -175,17 +177,35 @@ def _largest_that_runs(case: Case, sizes: dict[Size, int], factor: float = 1.0) 
     for part in filter(None, choices if others else choices[:1]):
         if tries < TRIES and fits(case, part, LARGEST):
             tries += 1
-            plain = resized(case, part)
-            if factor == 0:
-                run = Run(
-                    uneven(plain, next(iter(part))), plain, ", for slices of very unequal magnitude"
-                )
-            else:
-                times = f", for inputs {factor:g} times as large" if factor != 1 else ""
-                run = Run(scaled(plain, factor), plain, times)
-            if accepts(run.case) and any(y.numel() for y in run.case.all_outputs):
+            run = _at(case, part, factor)
+            if _runs_through(run.case):
                 return run
+            if run.case.stopped:  # by a matrix of all pairs of rows, perhaps
+                run = _at(case, {s: min(n, s.near(FEWER)) for s, n in part.items()}, factor)
+                if _runs_through(run.case):
+                    return run
     return None
+
+
+def _at(case: Case, sizes: dict[Size, int], factor: float) -> Run:
+    plain = resized(case, sizes)
+    if factor == 0:
+        return Run(
+            uneven(plain, next(iter(sizes))), plain, ", for slices of very unequal magnitude"
+        )
+    times = f", for inputs {factor:g} times as large" if factor != 1 else ""
+    return Run(scaled(plain, factor), plain, times)
+
+
+def _runs_through(case: Case) -> bool:
+    """Whether forward gives something there, and neither it nor backward does too much."""
+    if not accepts(case) or not any(y.numel() for y in case.all_outputs):
+        return False
+    try:
+        _ = case.plain
+    except BackwardRaised:
+        return not case.stopped
+    return True
 
 
 CHECK = Check(
