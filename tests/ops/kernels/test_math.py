@@ -42,6 +42,7 @@ BOUNDS = {
         r"^//   (\w+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)", HEADER.read_text(), re.MULTILINE
     )
 }
+POW = BOUNDS.pop("pow")
 
 INF, NAN = float("inf"), float("nan")
 TINY, LEAST, LARGEST = 2.0**-149, 2.0**-126, 2.0**128 - 2.0**104
@@ -130,6 +131,10 @@ def source() -> str:
             f"__attribute__((noinline)) static float one_{name}(float x) {{ return torchbp::{name}(x); }}",
             f'extern "C" void single_{name}{arguments} {{ for (long i = 0; i < n; i++) y[i] = one_{name}(x[i]); }}',
         ]
+    pair = "(const float* __restrict x, const float* __restrict e, float* __restrict y, long n)"
+    lines += [
+        f'extern "C" void loop_pow{pair} {{ for (long i = 0; i < n; i++) y[i] = torchbp::pow(x[i], e[i]); }}'
+    ]
     return "\n".join(lines)
 
 
@@ -147,15 +152,14 @@ def library(request, tmp_path_factory) -> ctypes.CDLL:
     return compiled(tmp_path_factory.mktemp(request.param), LEVELS[request.param])
 
 
-def apply(function: Callable, x: torch.Tensor) -> torch.Tensor:
-    y = torch.empty_like(x)
-    function(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_long(x.numel()))
+def apply(function: Callable, *x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty_like(x[0])
+    function(*(ctypes.c_void_p(t.data_ptr()) for t in (*x, y)), ctypes.c_long(y.numel()))
     return y
 
 
-def errors(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def errors(truth: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Of each y, in units in the last place of the true value; infinite where sign or kind of number is another."""
-    truth = getattr(torch, name)(x.double())
     rounded = truth.float()
     unit = torch.ldexp(torch.ones_like(truth), torch.frexp(truth).exponent.clamp_min(-125) - 24)
     error = (y.double() - truth).abs() / unit
@@ -175,7 +179,7 @@ def check(name: str, library: ctypes.CDLL, pieces) -> None:
     most, mean = BOUNDS[name][0 if library.has_fma() else 1]
     total, count = 0.0, 0
     for x in pieces:
-        error = errors(name, x, apply(getattr(library, f"loop_{name}"), x))
+        error = errors(getattr(torch, name)(x.double()), apply(getattr(library, f"loop_{name}"), x))
         worst = error.argmax()
         assert error[worst] <= most, f"{name}({x[worst].item().hex()}): {error[worst]:.3f} ulp"
         usual = error[(x.abs() >= 1 / 128) & (x.abs() < 8)]
@@ -212,6 +216,47 @@ def test_edges(name, library):
         assert torch.equal(y.isnan(), expected.isnan())
         assert torch.equal(y[~y.isnan()], expected[~y.isnan()])
         assert torch.equal(y.signbit()[~y.isnan()], expected.signbit()[~y.isnan()])
+
+
+def test_error_of_pow(library):
+    """x and y of few digits; y log2(x) up to where the result is 0 or inf; any x and y."""
+    near = torch.rand(1 << 18) * 8, torch.randn(1 << 18) * 4
+    x = stratified(256).abs()
+    y = 300 * (torch.rand(x.shape) - 0.5) / (x.log2().abs() + 1e-3)
+    x, y = (
+        torch.cat(numbers)
+        for numbers in ((near[0], x, stratified(256)), (near[1], y, stratified(256).flip(0)))
+    )
+    error = errors(x.double() ** y.double(), apply(library.loop_pow, x, y))
+    worst, (most, mean) = error.argmax(), POW[0 if library.has_fma() else 1]
+    assert error[worst] <= most, (
+        f"pow({x[worst].item().hex()}, {y[worst].item().hex()}): {error[worst]:.3f} ulp"
+    )
+    assert error[: 1 << 18].mean() <= mean
+
+
+def test_edges_of_pow(library):
+    sizes = [
+        0.0,
+        TINY,
+        LEAST,
+        0.5,
+        1 - 2**-24,
+        1.0,
+        1 + 2**-23,
+        1.5,
+        2.0,
+        3.0,
+        2.0**23 - 0.5,
+        2.0**23 + 1,
+    ]
+    sizes += [2.0**24 - 1, 2.0**24, 2.0**25, LARGEST, INF, NAN]
+    numbers = torch.tensor([*sizes, *(-size for size in sizes)])
+    x, y = (t.flatten() for t in torch.meshgrid(numbers, numbers, indexing="ij"))
+    error = errors(
+        x.double() ** y.double(), apply(library.loop_pow, x.contiguous(), y.contiguous())
+    )
+    assert error.max() <= POW[0][0]
 
 
 @pytest.mark.parametrize("name", BOUNDS)

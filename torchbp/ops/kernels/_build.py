@@ -98,7 +98,7 @@ def build(
     parts = [ordered[i : i + _A_FILE] for i in range(0, len(ordered), _A_FILE)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         work = Path(folder)
-        call = [command, *_library.flags().split(), "-I", str(_library.HERE)]
+        call = [command, *_library.flags().split(), "-iquote", str(_library.HERE)]
 
         def compile_part(i: int) -> Path:
             source, made = work / f"{i}.cpp", work / f"{i}.o"

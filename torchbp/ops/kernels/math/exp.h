@@ -46,15 +46,18 @@ TORCHBP_INLINE float exp(float x) {
     return x < -104.f ? 0.f : y;
 }
 
-// exp2: x = n + r, |r| ≤ 1/2, is exact. 2^r = 1 + r q(r); q minimax, with ln 2 as its first coefficient, relative error
-// 2^-27.7.
+// 2^r for |r| ≤ 1/2: 1 + r q(r); q minimax, with ln 2 as its first coefficient, relative error 2^-27.7.
+TORCHBP_INLINE float exp2_near_0(float r) {
+    const float q =
+        polynomial(r, 0x1.62e43p-1f, 0x1.ebfbdep-3f, 0x1.c6af68p-5f, 0x1.3b2b72p-7f, 0x1.5f18fep-10f, 0x1.43e10cp-13f);
+    return fma(r, q, 1.f);
+}
+
+// exp2: x = n + r is exact.
 TORCHBP_INLINE float exp2(float x) {
     int32_t i = bits(x + (ROUND + 254.f));
     i = i < ROUND_BITS + 254 + 129 ? i : ROUND_BITS + 254 + 129;
-    const float r = x - (from_bits(i) - (ROUND + 254.f));
-    const float q =
-        polynomial(r, 0x1.62e43p-1f, 0x1.ebfbdep-3f, 0x1.c6af68p-5f, 0x1.3b2b72p-7f, 0x1.5f18fep-10f, 0x1.43e10cp-13f);
-    const float y = scaled(fma(r, q, 1.f), i);
+    const float y = scaled(exp2_near_0(x - (from_bits(i) - (ROUND + 254.f))), i);
     return x < -151.f ? 0.f : y;
 }
 
