@@ -18,7 +18,7 @@ from torchbp.ops._samples import Make, Sample
 from torchbp.ops.kernels import _library
 from torchbp.ops.kernels._loop import MANY
 
-__all__ = ["DTYPES", "asked_for", "build", "compiler"]
+__all__ = ["DTYPES", "asked_for", "build", "compiler", "many"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COMPILERS = ("c++", "g++", "clang++")
@@ -40,25 +40,21 @@ def asked_for(
         warnings.simplefilter("ignore")
         for op in (ops or all_ops()).values():
             for dtype in dtypes:
-                for sample in _many(op, dtype):
+                for sample in many(op, dtype):
                     _step(op, sample)
     return dict(sources)
 
 
-def _many(op: Op, dtype: torch.dtype) -> Iterator[Sample]:
-    """Yield the op's samples, made as long as kernels want them."""
+def many(op: Op, dtype: torch.dtype) -> Iterator[Sample]:
+    """Yield the op's samples, made as long as kernels want them: by rows, for some ops compare all elements of one."""
     for sample in op.samples(Make(dtype)):
         first = next((a for a in sample.args if isinstance(a, Tensor)), None)
-        if first is None or first.dtype != dtype or not first.numel():
+        if first is None or first.dtype != dtype or first.dim() < 2 or not first.numel():
             continue
-        times = -(-MANY // first.numel())
+        rows, times = first.shape[0], -(-MANY // first.numel())
 
-        def longer(
-            t: Tensor, n: int = first.shape[0] if first.dim() else 0, times: int = times
-        ) -> Tensor:
-            if not t.dim():
-                return t.detach().expand(times).clone() if not n else t
-            if t.shape[0] != n:
+        def longer(t: Tensor, rows: int = rows, times: int = times) -> Tensor:
+            if not t.dim() or t.shape[0] != rows:
                 return t
             return torch.cat([t.detach()] * times).requires_grad_(t.requires_grad)
 

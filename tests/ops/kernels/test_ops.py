@@ -1,0 +1,140 @@
+"""Every op with its formulas compiled: on samples, made long, values and gradients are as near the truth as without.
+
+The truth is the op itself in float64, where nothing is compiled.
+"""
+
+import warnings
+from functools import cache
+from itertools import islice
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.ops.kernels.conftest import library
+from torchbp.ops._op import all_ops
+from torchbp.ops._precision import ulps
+from torchbp.ops._samples import EDGES, Sample
+from torchbp.ops.kernels import _build, _library, disabled
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST = 3  # samples of an op and dtype by default: one takes 0.2 s to compile
+NOT = {"ctc_loss", "info_nce_loss"}  # long in time, or all rows against all others
+
+
+def samples(op, dtype, most):
+    if op.random or op.name in NOT:
+        return []
+    return [varied(sample) for sample in islice(_build.many(op, dtype), most)]
+
+
+def varied(sample):
+    """Return the sample with other values in each row, no larger: probabilities stay such."""
+    generator = torch.Generator().manual_seed(2)
+
+    def vary(t):
+        if not t.requires_grad or t.numel() < 1000:
+            return t
+        share = torch.rand(t.shape, generator=generator).bfloat16().to(t.dtype)
+        return (t.detach() * (0.5 + 0.5 * share)).requires_grad_()
+
+    return sample.over_tensors(vary)
+
+
+def step(op, sample):
+    """Return the values, and the gradients for a random incoming one."""
+    leaves = [t for t in sample.tensors() if t.is_floating_point()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y = op.function(*sample.args, **sample.kwargs)
+    made = [y] if isinstance(y, torch.Tensor) else list(y)
+    made = [y for y in made if y.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    v = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in made]
+    wanted = [t for t in leaves if t.requires_grad]
+    if not wanted or not made:
+        return []
+    return [y.detach() for y in made] + [
+        g for g in torch.autograd.grad(made, wanted, v, allow_unused=True) if g is not None
+    ]
+
+
+def in_float64(sample):
+    def wide(t):
+        return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+
+    return sample.over_tensors(wide)
+
+
+@cache
+def asked_for(most):
+    """Return the sources that each op's samples ask for in each dtype."""
+    sources = {}
+    for op in all_ops().values():
+        for dtype in DTYPES:
+            with _library.recording() as found:
+                for sample in samples(op, dtype, most):
+                    step(op, sample)
+                    if op.elementwise:
+                        step(op, edges(sample))
+            sources[op.name, dtype] = dict(found)
+    return sources
+
+
+def edges(sample):
+    """Return an elementwise op's sample with edge values in its first tensor."""
+    first, *others = sample.args
+    x = torch.tensor(EDGES, dtype=first.dtype).repeat(-(-first.numel() // len(EDGES)))
+    x = x[: first.numel()].view(first.shape).requires_grad_(first.requires_grad)
+    return Sample((x, *others), sample.kwargs, f"{sample.name}-edges")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """All of them in one library, opened; returns what was asked for."""
+    found = asked_for(MOST)
+    everything = {name: text for sources in found.values() for name, text in sources.items()}
+    _library.open_library(library(everything))
+    yield found
+    _library.open_library(None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", all_ops())
+def test_as_near_the_truth_as_without(compiled, name, dtype):
+    op = all_ops()[name]
+    if not compiled[op.name, dtype]:
+        pytest.skip("compiles nothing")
+    for sample in samples(op, dtype, MOST):
+        made = step(op, sample)
+        with disabled():
+            plain = step(op, sample)
+        truth = step(op, in_float64(sample))
+        for a, b, c in zip(made, plain, truth, strict=True):
+            assert a.shape == b.shape
+            assert a.stride() == b.stride()
+            scale = c.square().mean().sqrt() / 256  # of what cancels
+            with_, without = ulps(a, c, dtype, scale), ulps(b, c, dtype, scale)
+            # a tenth is the noise of 16 thousand values; benchmarks/precision.py has more, and torch's beside them
+            if a.numel() > 1000:  # of a sum one cannot tell how near it is in the mean
+                assert with_.mean() <= max(1.1 * without.mean(), 0.3), sample.name
+            tail = 1.1 * max(without.quantile(0.999).item(), 1.0)
+            assert with_.quantile(0.999) <= tail, sample.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", all_ops())
+def test_edges_as_without(compiled, name, dtype):
+    op = all_ops()[name]
+    if not op.elementwise or not compiled[op.name, dtype]:
+        pytest.skip("compiles nothing, or is not elementwise")
+    for sample in map(edges, samples(op, dtype, MOST)):
+        made = step(op, sample)
+        with disabled():
+            plain = step(op, sample)
+        for a, b in zip(made, plain, strict=True):
+            assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-38, equal_nan=True)
+
+
+def test_most_ops_compile_something(compiled):
+    assert sum(bool(sources) for sources in compiled.values()) > 90
