@@ -7,6 +7,7 @@ So another version's or another processor's library is not found, rather than wr
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -87,9 +88,8 @@ def at_hand() -> bool:
     return _State.library is not None or _State.wanted is not None
 
 
-remembered: dict[
-    Any, Any
-] = {}  # what has been asked for already; another library may have other kernels
+# What has been asked for already; another library may have other kernels.
+remembered: dict[Any, Any] = {}
 
 
 def find(name: str, text: str) -> Any:
@@ -123,8 +123,13 @@ def disabled() -> Iterator[None]:
 
 def _open_what_is_there() -> None:
     file = path()
-    if file is not None and file.exists():
+    if file is None or not file.exists():
+        return
+    try:
         open_library(file)
+    except OSError as error:
+        advice = "`torchbp kernels` builds it again; TORCHBP_KERNELS=off leaves it alone"
+        warnings.warn(f"kernels: {file} can't be loaded ({error}); {advice}", stacklevel=2)
 
 
 _open_what_is_there()

@@ -71,6 +71,7 @@ def in_one_loop(
     first = tensors[0]
     if not isinstance(first, Tensor) or first.numel() < MANY or not _library.at_hand():
         return None
+    tensors = tuple(t.contiguous() if _is_one_for_all(t) else t for t in tensors)
     laid = _laid(tensors)
     known = identity(formula)
     if laid is None or known is None:
@@ -91,6 +92,11 @@ def in_one_loop(
     )
     run(first.numel(), tensors, made, laid.lengths)
     return made if len(made) > 1 else made[0]
+
+
+def _is_one_for_all(t: Tensor) -> bool:
+    """Whether ``t`` is one number expanded, as the gradient of a sum is: a loop for it would be one more to compile."""
+    return t.numel() > 1 and not any(t.stride())
 
 
 def looped(*tensors: Tensor) -> bool:
@@ -132,7 +138,7 @@ def _kind(t: Tensor, shape: torch.Size) -> tuple[str | None, tuple[int, int]]:
         or t.is_neg()
     ):
         return None, (0, 0)
-    if t.numel() == 1 or not any(t.stride()):
+    if t.numel() == 1:
         return _NUMBER, (0, 0)
     if t.shape == shape:
         return _ARRAY, (0, 0)
