@@ -24,7 +24,8 @@
 //   pow        1.00   0.260  1.20   0.272  of pairs drawn by lot
 //
 // The coefficients were computed for these files: Remez's exchange algorithm in 40 digits, on the function and the weight that
-// the comment beside them states; then each coefficient is rounded to a float, lowest first, and those above are fitted again.
+// the comment beside them states; then each coefficient is rounded to a float, lowest first, and those above are fitted again;
+// those of erfc and pow are rounded at once.
 #pragma once
 
 #include "math/atan.h"

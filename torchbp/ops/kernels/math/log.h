@@ -52,7 +52,8 @@ TORCHBP_INLINE float log2(float x) {
 }
 
 // log1p: 1 + x is u + c, u rounded and c what the rounding lost. u = 2^k (1 + f) as above, and f + c 2^-k is exact
-// again: it is 2^-k x + (2^-k - 1), whose last digit is no finer than a float's. At k > 60, c says nothing, and 2^-k
+// again: it is 2^-k x + (2^-k - 1), whose last digit is no finer than a float's (but for x = 0.49999997, where u
+// is rounded up to 1.5). At k > 60, c says nothing, and 2^-k
 // may be no float.
 TORCHBP_INLINE float log1p(float x) {
     const float u = 1.f + x;
