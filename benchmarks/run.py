@@ -24,6 +24,7 @@ from torchbp.ops import _one_kernel
 from torchbp.ops._capabilities import kept_bytes
 from torchbp.ops._op import Op, all_ops
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import _library, at_hand
 
 DATA = Path(__file__).parent / "data"
 SIZES = (64, 4096, 65536, 1 << 20, 1 << 25)
@@ -141,12 +142,15 @@ def measure(
 
 
 def engine(op: Op, dtype: str, run: Callable[[], None]) -> str:
-    """Return what computed: torch's kernel, the formula, or the formula compiled to one kernel of a GPU."""
+    """Return what computed: torch's kernel, the formula, or the formula compiled, for the CPU or for a GPU."""
+    _library.remembered.clear()
     kernel = _one_kernel._kernel  # noqa: SLF001
     with patch.object(_one_kernel, "_kernel", wraps=kernel) as asked:
         run()
     if any(kernel(*call.args) for call in asked.call_args_list):
         return "formula in one kernel"
+    if any(found is not None for found in _library.remembered.values()):
+        return "formula, compiled"
     return op.fused if op.fused and dtype == "float32" else "formula"
 
 
@@ -157,6 +161,7 @@ def about(device: str = "cpu") -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "kernels": _library.capability() if at_hand() else None,
     }
 
 
