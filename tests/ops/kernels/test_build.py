@@ -6,7 +6,9 @@ import sys
 
 import pytest
 import torch
+from torch.testing import assert_close
 
+import torchbp
 from torchbp.cli import main
 from torchbp.ops._op import all_ops
 from torchbp.ops.kernels import _build, _library
@@ -85,6 +87,27 @@ def test_what_the_compiler_says_is_told_and_nothing_is_left(tmp_path):
     with pytest.raises(RuntimeError, match="nonsense"):
         _build.build({"a": "nonsense"}, tmp_path / "x.so")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_without_openmp_will_do(tmp_path, monkeypatch):
+    wrapper = tmp_path / "plain"
+    wrapper.write_text(
+        f"""#!/bin/sh
+for a in "$@"; do [ "$a" = -fopenmp ] && {{ echo unsupported >&2; exit 1; }}; done
+exec {_build.compiler()} "$@"
+"""
+    )
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    sources = _build.asked_for({"softplus": all_ops()["softplus"]}, (torch.float32,))
+    _build.build(sources, tmp_path / "x.so")
+    try:
+        _library.open_library(tmp_path / "x.so")
+        x = torch.randn(1 << 17)
+        assert_close(torchbp.functional.softplus(x), torch.nn.functional.softplus(x))
+        assert [run is not None for run in _library.remembered.values()] == [True]
+    finally:
+        _library.open_library(None)
 
 
 def test_switched_off_the_command_says_so(monkeypatch, capsys):

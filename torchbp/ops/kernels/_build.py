@@ -94,7 +94,7 @@ def build(
     parts = [ordered[i : i + _A_FILE] for i in range(0, len(ordered), _A_FILE)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         work = Path(folder)
-        call = [command, *_library.flags().split(), "-iquote", str(_library.HERE)]
+        call = [command, *_flags(command, work), "-iquote", str(_library.HERE)]
 
         def compile_part(i: int) -> Path:
             source, made = work / f"{i}.cpp", work / f"{i}.o"
@@ -113,6 +113,18 @@ def build(
         beside = file.with_suffix(f".{os.getpid()}")
         shutil.copyfile(library, beside)
         beside.replace(file)
+
+
+def _flags(command: str, work: Path) -> list[str]:
+    """Return the compiler's options; without threads where it has no OpenMP, as Apple's has not."""
+    flags = _library.flags().split()
+    source = work / "threads.cpp"
+    source.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
+    try:
+        _run([command, *flags, "-shared", str(source), "-o", str(work / "threads.so")])
+    except RuntimeError:
+        return ["-fopenmp-simd" if flag == "-fopenmp" else flag for flag in flags]
+    return flags
 
 
 def _file(kernels: list[str]) -> str:
