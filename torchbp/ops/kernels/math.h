@@ -3,9 +3,9 @@
 // the order in which sums are written. Nothing is assumed of the machine; it is fast where there is a fused multiply-add
 // (-mfma), and the bits are the same with vectors of any length.
 //
-// Error in units in the last place of the true value. max: the greatest of all 2³² floats; mean: of those with
-// 1/128 <= |x| < 8, where rounding alone makes 0.25. Edge values are exact: the sign of zero, ±inf, NaN, subnormal numbers.
-// tests/ops/kernels/test_math.py reads this table.
+// Error in units in the last place of the true value. max: the greatest of all 2³² floats for exp, expm1, log and log1p, for
+// the others of all with 2^-30 <= |x| < 2^8 and of one in 61 beyond; mean: of those with 1/128 <= |x| < 8, where rounding
+// alone makes 0.25. Edge values are exact: the sign of zero, ±inf, NaN, subnormal numbers. test_math.py reads this table.
 //
 //   function   max    mean   max and mean without fma
 //   exp        1.02   0.262  1.00   0.263
