@@ -10,7 +10,7 @@ from torch.nn import _reduction as torch_reduction
 
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import as_dtype, in_autocast_float32, is_half
+from torchbp.ops._function import as_dtype, in_autocast_float32, is_half, scale_fresh
 from torchbp.ops._numbers import number
 from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._pieces import (
@@ -23,7 +23,7 @@ from torchbp.ops._pieces import (
     writable,
     written,
 )
-from torchbp.ops.kernels import MANY
+from torchbp.ops.kernels import MANY, SUM, in_one_loop
 
 __all__ = [
     "FEW",
@@ -37,6 +37,9 @@ __all__ = [
     "named",
     "reduce",
     "reduced",
+    "reduced_in_one_kernel",
+    "reduced_in_one_loop",
+    "scaled_signs",
     "spread",
 ]
 # Autocast leaves losses of these dtypes alone; a mean is the sum's quotient.
@@ -88,10 +91,10 @@ def reduced(
         spare: How many spares it takes.
     """
     first = tensors[0]
-    if reduction != "none" and (first.is_cuda or first.numel() >= MANY):
-        values = in_one_kernel(formula, *tensors, summed=True)
-        if values is not None:
-            return _of_sum(values.sum() if values.dim() else values, reduction, first)
+    if reduction != "none":
+        loss = reduced_in_one_kernel(formula, reduction, *tensors)
+        if loss is not None:
+            return loss
     if reduction != "none" and into is not None and writable(*tensors):
         if is_few(first):
             return _of_sum(at_once(into, spare, *tensors).sum(), reduction, first)
@@ -103,6 +106,51 @@ def reduced(
     if is_half(first):
         parts = (tuple(t.float() for t in part) for part in parts)
     return _of_sum(torch.stack([formula(*part).sum() for part in parts]).sum(), reduction, first)
+
+
+def reduced_in_one_kernel(
+    formula: Callable[..., Tensor], reduction: str, *tensors: Tensor
+) -> Tensor | None:
+    """Return what :func:`reduced` does where ``formula`` is one kernel, or one loop; else ``None``."""
+    first = tensors[0]
+    if not (first.is_cuda or first.numel() >= MANY):
+        return None
+    values = in_one_kernel(formula, *tensors, summed=reduction != "none")
+    if values is None or reduction == "none":
+        return values
+    return _of_sum(values.sum() if values.dim() else values, reduction, first)
+
+
+def reduced_in_one_loop(
+    formula: Callable[..., tuple[Tensor, ...]],
+    reduction: str,
+    *tensors: Tensor,
+    beside: tuple[torch.dtype | None, ...],
+) -> tuple[Tensor, Tensor] | None:
+    """Return the loss and what backward keeps from one loop on the CPU; ``None`` where there is none.
+
+    Args:
+        formula: Elementwise function of ``tensors``: the loss of each element, and what is kept.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``, of the first alone.
+        tensors: As :func:`in_one_loop` takes them.
+        beside: The dtype of what is kept; ``None`` for that of the first tensor.
+    """
+    outputs = (None if reduction == "none" else SUM, *beside)
+    made = in_one_loop(formula, *tensors, outputs=outputs)
+    if made is None:
+        return None
+    values, kept = made
+    return values if reduction == "none" else _of_sum(values, reduction, tensors[0]), kept
+
+
+def scaled_signs(sign: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``sign * s`` in ``dtype``: signs in int8, and what :func:`spread` gives."""
+    if sign.numel() >= MANY:
+        product = in_one_loop(torch.mul, s.expand_as(sign), sign, outputs=(dtype,))
+        if product is not None:
+            return product
+    # a product of int8 and a float takes three times as long as both steps
+    return as_dtype(scale_fresh(sign.to(s.dtype), s), dtype)
 
 
 def spread(grad: Tensor, reduction: str, count: int | Tensor) -> Tensor:

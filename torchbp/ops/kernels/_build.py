@@ -42,6 +42,8 @@ def asked_for(
             for dtype in dtypes:
                 for sample in many(op, dtype):
                     _step(op, sample)
+                    _step(op, sample, all_of_them=True)
+                _step(op, op.benchmark(Make(dtype), 2 * MANY))  # what is most usual
     return dict(sources)
 
 
@@ -61,9 +63,14 @@ def many(op: Op, dtype: torch.dtype) -> Iterator[Sample]:
         yield sample.over_tensors(longer)
 
 
-def _step(op: Op, sample: Sample) -> None:
-    """Run forward and backward, with a gradient for each tensor that may have one; what does not fit is left out."""
-    leaves = [t.requires_grad_() for t in sample.tensors() if t.is_floating_point()]
+def _step(op: Op, sample: Sample, *, all_of_them: bool = False) -> None:
+    """Run forward and backward, with a gradient for each tensor that wants one, or for each that may have one.
+
+    What does not fit is left out.
+    """
+    leaves = [t for t in sample.tensors() if t.requires_grad]
+    if all_of_them:
+        leaves = [t.requires_grad_() for t in sample.tensors() if t.is_floating_point()]
     try:
         made: Any = op.function(*sample.args, **sample.kwargs)
         for y in made if isinstance(made, tuple) else (made,):

@@ -83,9 +83,10 @@ inline void widen(const float16* from, float* to) {
 
 inline void narrow(const float* from, float* to) { std::memcpy(to, from, BLOCK * sizeof(float)); }
 
-inline void narrow(const float* from, int8_t* to) {
+template <class Integer>
+inline void narrow(const float* from, Integer* to) {
 #pragma omp simd
-    for (int64_t i = 0; i < BLOCK; ++i) to[i] = static_cast<int8_t>(static_cast<int32_t>(from[i]));
+    for (int64_t i = 0; i < BLOCK; ++i) to[i] = static_cast<Integer>(static_cast<int32_t>(from[i]));
 }
 
 inline void narrow(const float* from, bfloat16* to) {

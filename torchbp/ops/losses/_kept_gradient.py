@@ -20,7 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from torchbp.ops import _recipe
 from torchbp.ops._function import Context, entry, visible
 from torchbp.ops._invalid import sound
-from torchbp.ops._reduction import FEW, WIDE, spread
+from torchbp.ops._reduction import FEW, WIDE, reduced_in_one_loop, spread
 
 __all__ = ["Formula", "KeptGradientFunction", "suits_kept_gradient", "with_kept_gradient"]
 
@@ -33,12 +33,14 @@ class Formula(NamedTuple):
     """A loss, as :class:`KeptGradientFunction` computes it.
 
     Attributes:
+        both: ``both(x, t)`` is ℓ, with its limits, and g, of single elements.
         write: ``write(g, x, t)`` writes g, piece by piece, and returns what the losses sum up to, in parts.
         curvature: ``curvature(g, t)`` is (2).
         limits: ``limits(x, t, reduction)`` is the loss where what ``write`` returns is NaN.
         negative: Whether g is -∂ℓ/∂x, where that is cheaper to write.
     """
 
+    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     write: Callable[[Tensor, Tensor, Tensor], list[Tensor]]
     curvature: Callable[[Tensor, Tensor], Tensor]
     limits: Callable[[Tensor, Tensor, str], Tensor]
@@ -54,6 +56,10 @@ class KeptGradientFunction(Function):
     def forward(
         x: Tensor, target: Tensor, reduction: str, formula: Formula, keeps: bool
     ) -> tuple[Tensor, Tensor | None]:  # (*), (*) -> (), g (*)
+        made = reduced_in_one_loop(formula.both, reduction, x, target, beside=(None,))
+        if made is not None:
+            loss, gradient = made
+            return loss, gradient if keeps else None
         gradient = torch.empty_like(x)
         loss = torch.stack(formula.write(gradient, x, target)).sum()
         loss = loss / x.numel() if reduction == "mean" else loss

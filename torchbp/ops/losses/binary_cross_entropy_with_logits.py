@@ -55,6 +55,7 @@ from torchbp.ops._reduction import (
     named,
     reduce,
     reduced,
+    reduced_in_one_kernel,
     spread,
 )
 from torchbp.ops._samples import Make, Sample, square
@@ -88,6 +89,11 @@ class BCEWithLogitsLossFunction(Function):
         if not x.is_floating_point():
             how = REDUCTIONS[reduction]
             return torch.binary_cross_entropy_with_logits(x, target, weight, pos_weight, how)
+
+        if weight is None is pos_weight:
+            loss = reduced_in_one_kernel(_values_with_limits, reduction, x, target)
+            if loss is not None:
+                return loss
 
         def plain() -> Tensor:
             few = x.numel() <= _FEW and not is_half(x)
@@ -216,6 +222,13 @@ def _gradient_target(x: Tensor, s: Tensor, c: Tensor | float = 1.0) -> Tensor:
     return scale_fresh(F.logsigmoid(-x) - c * F.logsigmoid(x), s)  # (2); logσ(x) = -softplus(-x)
 
 
+def _with_gradient(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    e = (-x.abs()).exp()
+    u = e / (1 + e)
+    g = torch.where(x > 0, (1 - target) - u, u - target)  # (5)
+    return _values_with_limits(x, target), g
+
+
 def _write_gradient(gradient: Tensor, x: Tensor, target: Tensor) -> list[Tensor]:
     """Write g, and return the parts of Σ ℓ: both from one sigmoid."""
     length = min(x.numel(), 2 * length_written(x))
@@ -240,7 +253,7 @@ def _with_limits(x: Tensor, target: Tensor, reduction: str) -> Tensor:
     return BCEWithLogitsLossFunction.forward(x, target, None, None, reduction)
 
 
-_keeping_gradient = Formula(_write_gradient, _curvature, _with_limits)
+_keeping_gradient = Formula(_with_gradient, _write_gradient, _curvature, _with_limits)
 _binary_cross_entropy_with_logits = entry(BCEWithLogitsLossFunction)
 
 

@@ -52,6 +52,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["GaussianNLLLoss", "GaussianNLLLossFunction", "gaussian_nll_loss"]
 
@@ -91,6 +92,16 @@ class GaussianNLLLossFunction(Function):
         need_d, need_var, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, d.numel())
         eps = ctx.eps
+        if need_d and need_var:
+            made = in_one_loop(
+                lambda d, var, s: (_gradient_d(d, var, s, eps), _gradient_var(d, var, s, eps)),
+                d,
+                var,
+                s,
+                outputs=(None, None),
+            )
+            if made is not None:
+                return *made, None, None, None
         shared = need_d and need_var and not is_half(d) and d.numel() > _FEW and not d.is_cuda
         if shared and writable(d, var, s):
             d, var, s = (t.contiguous() for t in (d, var, s))

@@ -30,18 +30,23 @@ from torch.autograd.function import Function
 from torchbp.ops._clamp import below
 from torchbp.ops._function import (
     Context,
-    as_dtype,
     entry,
     in_autocast_float32,
     in_place,
     kernel,
     public,
-    scale_fresh,
 )
 from torchbp.ops._numbers import number
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import is_few
-from torchbp.ops._reduction import broadcast, named, reduce, spread
+from torchbp.ops._reduction import (
+    broadcast,
+    named,
+    reduce,
+    reduced_in_one_loop,
+    scaled_signs,
+    spread,
+)
 from torchbp.ops._samples import Make, Sample, pairs, square
 
 __all__ = ["HingeEmbeddingLoss", "HingeEmbeddingLossFunction", "hinge_embedding_loss"]
@@ -58,6 +63,15 @@ class HingeEmbeddingLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, margin: float, reduction: str
     ) -> tuple[Tensor, Tensor]:  # (*), (*) -> () or (*), (*) int8
+        made = reduced_in_one_loop(
+            lambda x, t: _value_and_slope(x, t, margin),
+            reduction,
+            x,
+            target,
+            beside=(torch.int8,),
+        )
+        if made is not None:
+            return made
         m = number(margin, x)
         near, other = target != number(-1, x), target != number(1, x)
         slope = torch.add(near.to(torch.int8), other & below(x, m), alpha=-1)  # (1)
@@ -85,12 +99,19 @@ class HingeEmbeddingLossFunction(Function):
             return None, None, None, None
         (slope,) = ctx.saved_tensors
         s = spread(grad, ctx.reduction, slope.numel())
-        return as_dtype(scale_fresh(slope.to(s.dtype), s), grad.dtype), None, None, None  # (2)
+        return scaled_signs(slope, s, grad.dtype), None, None, None  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> tuple[Tensor, None]:
         (slope,) = ctx.saved_tensors
         return reduce(slope * tangent_x, ctx.reduction), None  # (3)
+
+
+def _value_and_slope(x: Tensor, t: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    near, other = t != -1, t != 1
+    value = torch.where(near, x, 0.0) + torch.where(other, torch.relu(margin - x), 0.0)
+    lower = torch.where(other & below(x, margin), 1.0, 0.0)
+    return value, torch.where(near, 1.0, 0.0) - lower  # (1)
 
 
 def _values_of_many(x: Tensor, target: Tensor, margin: float) -> Tensor:

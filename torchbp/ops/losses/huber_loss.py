@@ -54,6 +54,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["HuberLoss", "HuberLossFunction", "huber_loss"]
 
@@ -91,12 +92,15 @@ class HuberLossFunction(Function):
         wide = grad.dtype is x.dtype is target.dtype in WIDE
         if wide and x.numel() <= FEW and undifferentiated():
             gradient = _huber_loss_backward(*given)  # (1)
-        elif wide and fused(grad):
+            return gradient if need_x else None, -gradient if need_target else None, None, None
+        s, delta = spread(grad, ctx.reduction, x.numel()), ctx.delta
+        formula = lambda x, t, s: _gradient(x - t, s, delta)  # noqa: E731
+        gradient = in_one_loop(formula, x, target, s)
+        if gradient is None and wide and fused(grad):
             into = torch.empty_like(x)  # else the kernel fills it with zeros first
             gradient = _huber_loss_backward_into(*given, grad_input=into)
-        else:
-            s, delta = spread(grad, ctx.reduction, x.numel()), ctx.delta
-            gradient = in_pieces(lambda x, t, s: _gradient(x - t, s, delta), x, target, s)
+        elif gradient is None:
+            gradient = in_pieces(formula, x, target, s)
         return gradient if need_x else None, -gradient if need_target else None, None, None  # (2)
 
     @staticmethod

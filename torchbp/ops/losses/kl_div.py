@@ -31,7 +31,15 @@ from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, directional, entry, in_place, public
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import broadcast, in_common_dtype, named, reduce, reduced, spread
+from torchbp.ops._reduction import (
+    broadcast,
+    in_common_dtype,
+    named,
+    reduce,
+    reduced,
+    reduced_in_one_kernel,
+    spread,
+)
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 from torchbp.ops.losses._limits import product, with_limits
 
@@ -47,6 +55,9 @@ class KLDivLossFunction(Function):
     def forward(x: Tensor, target: Tensor, log_target: bool, reduction: str) -> Tensor:
         plain = _of_logarithms if log_target else _of_probabilities
         limits = _of_logarithms_with_limits if log_target else _of_probabilities_with_limits
+        loss = reduced_in_one_kernel(limits, reduction, x, target)
+        if loss is not None:
+            return loss
         return with_limits(
             lambda: reduced(plain, reduction, x, target),  # (*), (*) -> () or (*)
             lambda: reduced(limits, reduction, x, target),

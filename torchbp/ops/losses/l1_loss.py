@@ -33,11 +33,19 @@ from torchbp.ops._function import (
     fused,
     in_autocast_float32,
     public,
-    scale_fresh,
 )
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import alike, in_pieces, length_written
-from torchbp.ops._reduction import FEW, matched, named, reduce, reduced, spread
+from torchbp.ops._reduction import (
+    FEW,
+    matched,
+    named,
+    reduce,
+    reduced,
+    reduced_in_one_loop,
+    scaled_signs,
+    spread,
+)
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 
 __all__ = ["L1Loss", "L1LossFunction", "l1_loss"]
@@ -55,6 +63,10 @@ class L1LossFunction(Function):
         if x.is_cuda and x.dtype == target.dtype:  # a kernel each
             sign = in_pieces(_sign, x, target).to(torch.int8)
             return reduced(_values, reduction, x, target), sign
+        if x.dtype == target.dtype:
+            made = reduced_in_one_loop(_values_and_sign, reduction, x, target, beside=(torch.int8,))
+            if made is not None:
+                return made
         if reduction != "none" and x.numel() > FEW and alike(x, target):
             return _by_pieces(x, target, reduction)
         d = x - target
@@ -85,8 +97,7 @@ class L1LossFunction(Function):
         if sign.is_cuda and of_x == of_target:
             gradient = in_pieces(_times, sign.to(of_x), s)
             return gradient if need_x else None, -gradient if need_target else None, None
-        # a product of int8 and a float takes three times as long as both steps
-        gradient = scale_fresh(sign.to(s.dtype), s)  # (1)
+        gradient = scaled_signs(sign, s, of_x if of_x == of_target else s.dtype)  # (1)
         grad_x = as_dtype(gradient, of_x) if need_x else None
         grad_target = as_dtype(-gradient, of_target) if need_target else None
         return grad_x, grad_target, None
@@ -106,6 +117,11 @@ def _values(x: Tensor, t: Tensor) -> Tensor:
 
 def _sign(x: Tensor, t: Tensor) -> Tensor:
     return (x - t).sign()
+
+
+def _values_and_sign(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    d = x - t
+    return d.abs(), d.sign()
 
 
 def _times(sign: Tensor, s: Tensor) -> Tensor:

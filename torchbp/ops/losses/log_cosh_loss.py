@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
@@ -66,7 +67,7 @@ class LogCoshLossFunction(Function):
 def _values(d: Tensor) -> Tensor:  # (1)
     size = d.abs()
     if not fused(d):
-        return size + torch.log1p((-2 * size).exp()) - math.log(2)
+        return size + F.softplus(-2 * size) - math.log(2)
     return size.mul(-2).exp_().log1p_().add_(size).sub_(math.log(2))
 
 

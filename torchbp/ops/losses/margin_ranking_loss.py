@@ -38,8 +38,17 @@ from torchbp.ops._function import (
 from torchbp.ops._numbers import constant, number
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces, is_few
-from torchbp.ops._reduction import broadcast, in_common_dtype, laid_out, named, reduce, spread
+from torchbp.ops._reduction import (
+    broadcast,
+    in_common_dtype,
+    laid_out,
+    named,
+    reduce,
+    reduced_in_one_loop,
+    spread,
+)
 from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["MarginRankingLoss", "MarginRankingLossFunction", "margin_ranking_loss"]
 
@@ -55,6 +64,16 @@ class MarginRankingLossFunction(Function):
     def forward(
         x1: Tensor, x2: Tensor, target: Tensor, margin: float, reduction: str
     ) -> tuple[Tensor, Tensor]:  # (*), (*), (*) -> () or (*), (*) bool
+        made = reduced_in_one_loop(
+            lambda a, b, t: _value_and_active(a, b, t, margin),
+            reduction,
+            x1,
+            x2,
+            target,
+            beside=(torch.bool,),
+        )
+        if made is not None:
+            return made
         left = in_pieces(lambda a, b, t: _left(a, b, t, margin), x1, x2, target)
         active = above(left, number(0.0, left))
         return reduce(left.relu_() if in_place(left) else left.relu(), reduction), active
@@ -81,6 +100,10 @@ class MarginRankingLossFunction(Function):
         need_1, need_2, need_target, *_others = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, active.numel())
         grad_1 = grad_target = None
+        if need_1 and need_2 and target.dtype == grad.dtype:
+            made = in_one_loop(_both_gradients, target, active, s, outputs=(None, None))
+            if made is not None and not need_target:
+                return *made, None, None, None
         if need_1 or need_2:
             grad_1 = as_dtype(_gradient(active, target, s), grad.dtype)
         if need_target:
@@ -109,6 +132,18 @@ def _left(x1: Tensor, x2: Tensor, target: Tensor, margin: float) -> Tensor:
     if is_few(d) and d.is_cpu:
         return torch.addcmul(constant(margin, d.dtype), target, d, value=-1)
     return d.mul_(target).neg_().add_(margin)
+
+
+def _value_and_active(
+    x1: Tensor, x2: Tensor, target: Tensor, margin: float
+) -> tuple[Tensor, Tensor]:
+    left = margin - target * (x1 - x2)
+    return torch.relu(left), above(left, 0.0)
+
+
+def _both_gradients(target: Tensor, active: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    slope = target * active * s
+    return -slope, slope  # (1), (2)
 
 
 def _gradient(active: Tensor, target: Tensor, s: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import FEW, REDUCTIONS, WIDE, matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, square
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["MSELoss", "MSELossFunction", "mse_loss"]
 
@@ -85,11 +86,13 @@ class MSELossFunction(Function):
             v, how = grad, ctx.reduction
             if w is not None:
                 v, how = spread(grad, how, x.numel()) * w, "none"
-            if fused(v) and v.dtype == x.dtype == target.dtype:
+            s = spread(v, how, x.numel())
+            gradient = in_one_loop(_gradient, x, target, s) if x.dtype == target.dtype else None
+            if gradient is None and fused(v) and v.dtype == x.dtype == target.dtype:
                 into = torch.empty_like(x)  # else the kernel fills it with zeros first
                 gradient = _mse_loss_backward_into(v, x, target, REDUCTIONS[how], grad_input=into)
-            else:
-                gradient = in_pieces(_gradient, x, target, spread(v, how, x.numel()))
+            elif gradient is None:
+                gradient = in_pieces(_gradient, x, target, s)
             grad_x = as_dtype(gradient, x.dtype) if need_x else None
             grad_target = as_dtype(-gradient, target.dtype) if need_target else None  # (2)
         if need_w:

@@ -40,7 +40,17 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import alike, in_pieces, length_written
-from torchbp.ops._reduction import FEW, broadcast, in_common_dtype, named, reduce, reduced, spread
+from torchbp.ops._reduction import (
+    FEW,
+    broadcast,
+    in_common_dtype,
+    named,
+    reduce,
+    reduced,
+    reduced_in_one_kernel,
+    reduced_in_one_loop,
+    spread,
+)
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 from torchbp.ops.losses._exp import exponential
 from torchbp.ops.losses._limits import product, with_limits
@@ -60,6 +70,16 @@ class PoissonNLLLossFunction(Function):
         x: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: str
     ) -> tuple[Tensor, Tensor | None]:  # (*), (*) -> () or (*), rate (*)
         limits = partial(_values_with_limits, log_input=log_input, full=full, eps=eps)
+        if log_input and not is_half(x):
+            made = reduced_in_one_loop(
+                lambda x, t: _with_rate(x, t, full), reduction, x, target, beside=(None,)
+            )
+            if made is not None:
+                return made
+        else:
+            loss = reduced_in_one_kernel(limits, reduction, x, target)
+            if loss is not None:
+                return loss, None
         if x.is_cuda:  # nobody looks at the plain one
             rate = x.exp() if log_input and not is_half(x) else None
             return reduced(limits, reduction, x, target), rate
@@ -190,6 +210,12 @@ def _values_with_limits(x: Tensor, t: Tensor, *, log_input: bool, full: bool, ep
     values = x.exp() - product(t, x) if log_input else x - product(t, (x + eps).log())
     values = torch.where(x == torch.inf, x, values)  # e^x, and x, outgrow the other term
     return values + _stirling(t) if full else values
+
+
+def _with_rate(x: Tensor, t: Tensor, full: bool) -> tuple[Tensor, Tensor]:
+    rate = x.exp()
+    values = torch.where(x == torch.inf, x, rate - product(t, x))
+    return values + _stirling(t) if full else values, rate
 
 
 def _gradient_x(x: Tensor, t: Tensor, s: Tensor, log_input: bool, eps: float) -> Tensor:

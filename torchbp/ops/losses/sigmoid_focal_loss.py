@@ -38,7 +38,15 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces
-from torchbp.ops._reduction import in_common_dtype, laid_out, named, reduce, reduced, spread
+from torchbp.ops._reduction import (
+    in_common_dtype,
+    laid_out,
+    named,
+    reduce,
+    reduced,
+    reduced_in_one_kernel,
+    spread,
+)
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
 from torchbp.ops.losses._limits import product, with_limits
 
@@ -66,6 +74,9 @@ class SigmoidFocalLossFunction(Function):
             of_positive, of_negative = _terms(x, alpha, gamma)
             return product(t, of_positive) + product(1 - t, of_negative)
 
+        loss = reduced_in_one_kernel(values_with_limits, reduction, x, target)
+        if loss is not None:
+            return loss
         return with_limits(
             lambda: reduced(values, reduction, x, target),  # (*), (*) -> () or (*)
             lambda: reduced(values_with_limits, reduction, x, target),

@@ -121,6 +121,14 @@ def _gradient_into(grad_x: Tensor, x: Tensor, t: Tensor, s: Tensor) -> None:
     _softplus_backward_into(t, tx, -1, 40, grad_input=grad_x).mul_(-s)  # t · σ(-t x) in one pass
 
 
+def _with_gradient(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    z = t * x
+    size = z.abs()
+    e = (-size).exp()
+    value = torch.relu(-z) + F.softplus(-size)  # (4)
+    return value, t * torch.where(z > 0, e, 1.0) / (1 + e)  # (5)
+
+
 def _write_gradient(gradient: Tensor, x: Tensor, target: Tensor) -> list[Tensor]:
     """Write g, and return the parts of Σ ℓ: both while z is in the cache."""
     length = min(x.numel(), 2 * length_written(x))
@@ -140,7 +148,7 @@ def _curvature(g: Tensor, target: Tensor) -> Tensor:
 
 
 _keeping_gradient = Formula(
-    _write_gradient, _curvature, SoftMarginLossFunction.forward, negative=True
+    _with_gradient, _write_gradient, _curvature, SoftMarginLossFunction.forward, negative=True
 )
 _soft_margin_loss = entry(SoftMarginLossFunction)
 
