@@ -200,7 +200,11 @@ def _source(
     rows = "".join(f", const auto& r{i}" for i in range(len(arguments)))
     taken = " ".join(f"const T a{i} = r{i}[i];" for i in range(len(arguments)))
     to = " ".join(f"float* __restrict y{o} = to[{o}];" for o in range(len(outputs)))
-    kept = " ".join(f"y{o}[i] = {value};" for o, value in enumerate(values))
+    # a bool as a float takes four times as long by itself
+    as_float = [
+        f"{v} ? T(1) : T(0)" if f"const bool {v} " in " ".join(lines) else v for v in values
+    ]
+    kept = " ".join(f"y{o}[i] = {value};" for o, value in enumerate(as_float))
     read = ", ".join(
         f"{kind}<{_NAMES[dtype]}>(in[{i}]{f', lengths + {2 * i}' if kind == _SPREAD else ''})"
         for i, (dtype, kind) in enumerate(arguments)
