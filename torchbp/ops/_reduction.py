@@ -146,7 +146,7 @@ def reduced_in_one_loop(
 def scaled_signs(sign: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``sign * s`` in ``dtype``: signs in int8, and what :func:`spread` gives."""
     if sign.numel() >= MANY:
-        product = in_one_loop(torch.mul, s.expand_as(sign), sign, outputs=(dtype,))
+        product = in_one_loop(torch.mul, sign, s, outputs=(dtype,))
         if product is not None:
             return product
     # a product of int8 and a float takes three times as long as both steps

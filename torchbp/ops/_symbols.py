@@ -202,15 +202,6 @@ def _power(x: str, p: str) -> str:
     return f"{x} * {x}" if p == "T(2.0)" else f"pow({x}, {p})"
 
 
-def _power_in_loop(x: str, p: str) -> str:
-    """Return x^p of half a small whole number as products, as no ``pow`` is at hand; x is not negative."""
-    twice = 2 * float(p.removeprefix("T(").removesuffix(")"))
-    if twice not in range(1, 9):
-        raise LookupError(p)
-    factors = [x] * int(twice // 2) + [f"sqrt({x})"] * int(twice % 2)
-    return " * ".join(factors)
-
-
 def _same(x: str) -> str:
     return x
 
@@ -252,7 +243,6 @@ _RULES: dict[str, Callable[..., str]] = {
 # log1p_exp is of kernels/soft.h
 _LOOP_RULES: dict[str, Callable[..., str]] = {
     "log_sigmoid": lambda x: f"({x} < T(0) ? {x} : T(0)) - log1p_exp(-fabs({x}))",
-    "pow": _power_in_loop,
     "softplus": _softplus_in_loop,
 }
 _OPERATORS = {

@@ -84,6 +84,25 @@ def test_several_outputs_each_of_a_dtype_of_its_own(compiled):
     assert_close(total, (x - t).abs().sum())
 
 
+@pytest.mark.parametrize("of", [torch.int8, torch.bool], ids=names)
+def test_signs_may_come_first_and_truths_come_out(compiled, of):
+    def formula(sign, v):
+        y = sign * v
+        return y, y > 0
+
+    sign, v = random(N).sign().to(of), random(N, seed=1)
+    outputs = (torch.float32, torch.bool)
+    compiled(lambda: in_one_loop(formula, sign, v, outputs=outputs))
+    for made, truth in zip(
+        in_one_loop(formula, sign, v, outputs=outputs), formula(sign, v), strict=True
+    ):
+        assert made.dtype == truth.dtype
+        assert torch.equal(made, truth)
+    with _library.recording() as asked:
+        assert in_one_loop(torch.mul, sign, v) is None
+    assert not asked, "no value is rounded to an integer"
+
+
 @pytest.mark.parametrize(
     "layout",
     [

@@ -59,9 +59,9 @@ def in_one_loop(
 
     Args:
         formula: Elementwise function of ``tensors``. What it closes over, or is partial in, are numbers and functions.
-        tensors: On the CPU, the first of float32 or half precision and of the whole shape. The others have its shape
-            and layout, or are one number for all elements; beside contiguous ones they may be broadcast from one
-            dimension, or several side by side.
+        tensors: On the CPU, the first of the whole shape, and of float32 or half precision, or signs and the like where
+            no output has its dtype. The others have its shape and layout, or are one number for all elements; beside
+            contiguous ones they may be broadcast from one dimension, or several side by side.
         outputs: Of each of the formula's values: ``None`` for a tensor like the first, a dtype for one like it of that
             dtype, ``SUM`` for the sum over all elements, in float32 and without dimensions.
 
@@ -72,7 +72,7 @@ def in_one_loop(
     if not isinstance(first, Tensor) or first.numel() < MANY or not _library.at_hand():
         return None
     tensors = tuple(t.contiguous() if _is_one_for_all(t) else t for t in tensors)
-    laid = _laid(tensors)
+    laid = _laid(tensors, any_first=None not in outputs)
     known = identity(formula)
     if laid is None or known is None:
         return None
@@ -104,9 +104,13 @@ def looped(*tensors: Tensor) -> bool:
     return tensors[0].numel() >= MANY and _library.at_hand() and _laid(tensors) is not None
 
 
-def _laid(tensors: tuple[Tensor, ...]) -> _Laid | None:
+def _laid(tensors: tuple[Tensor, ...], *, any_first: bool = False) -> _Laid | None:
     first = tensors[0]
-    if first.dtype not in _FIRST or is_script_tracing() or not fused(*tensors, half=True):
+    if (
+        not (any_first or first.dtype in _FIRST)
+        or is_script_tracing()
+        or not fused(*tensors, half=True)
+    ):
         return None
     taken: list[_Taken] = []
     lengths: list[int] = []
