@@ -20,7 +20,7 @@ Sources:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ from torchbp.ops._function import (
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["ELU", "ELUFunction", "elu", "elu_"]
 
@@ -58,7 +59,10 @@ class ELUFunction(Function):
     def forward(
         x: Tensor, alpha: float, s: float, beta: float, inplace: bool
     ) -> Tensor:  # (*) -> (*)
-        return _nn.elu_(x, alpha, s, beta) if inplace else _nn.elu(x, alpha, s, beta)
+        if inplace:
+            return _nn.elu_(x, alpha, s, beta)
+        y = in_one_loop(_value(alpha, s, beta), x)
+        return _nn.elu(x, alpha, s, beta) if y is None else y
 
     @staticmethod
     def setup_context(
@@ -73,6 +77,9 @@ class ELUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
         (kept,) = ctx.saved_tensors
+        grad_x = None if ctx.inplace else in_one_loop(_times(ctx), grad_y, kept)
+        if grad_x is not None:
+            return grad_x, None, None, None, None
         if undifferentiated():
             grad_x = _elu_backward(grad_y, ctx.alpha, ctx.s, ctx.beta, ctx.inplace, kept)
         else:
@@ -85,7 +92,16 @@ class ELUFunction(Function):
         return _times_derivative(tangent_x, kept, ctx)
 
 
-def _times_derivative(v: Tensor, kept: Tensor, ctx: Context) -> Tensor:
+def _value(alpha: float, s: float, beta: float) -> Callable[[Tensor], Tensor]:
+    left = s * alpha
+
+    def formula(x: Tensor) -> Tensor:
+        return torch.where(x > 0, s * x, left * torch.expm1(beta * x))
+
+    return formula
+
+
+def _times(ctx: Context) -> Callable[[Tensor, Tensor], Tensor]:
     alpha, s, beta = ctx.alpha, ctx.s, ctx.beta
 
     def of_x(v: Tensor, x: Tensor) -> Tensor:
@@ -95,7 +111,11 @@ def _times_derivative(v: Tensor, kept: Tensor, ctx: Context) -> Tensor:
     def of_y(v: Tensor, y: Tensor) -> Tensor:
         return v * torch.where(y <= 0, beta * (y + s * alpha), s)  # (2)
 
-    return in_pieces(of_y if ctx.inplace else of_x, v, kept)
+    return of_y if ctx.inplace else of_x
+
+
+def _times_derivative(v: Tensor, kept: Tensor, ctx: Context) -> Tensor:
+    return in_pieces(_times(ctx), v, kept)
 
 
 # s · x where x > 0, else s · α · (exp(βx) - 1), for the public functions of the family

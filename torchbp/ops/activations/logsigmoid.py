@@ -26,6 +26,7 @@ from torchbp.ops._function import Context, entry, kernel, public, undifferentiat
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["LogSigmoid", "LogSigmoidFunction", "logsigmoid"]
 
@@ -39,7 +40,8 @@ class LogSigmoidFunction(Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:  # x, y: (*)
-        return F.logsigmoid(x)
+        y = in_one_loop(F.logsigmoid, x)
+        return F.logsigmoid(x) if y is None else y
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -49,6 +51,9 @@ class LogSigmoidFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
+        grad_x = in_one_loop(_times_derivative, grad_y, x)
+        if grad_x is not None:
+            return grad_x
         if undifferentiated():
             # log σ(x) = -softplus(-x): that kernel needs no buffer beside x; at 40 σ is 1 in every dtype
             return _softplus_backward(grad_y, x, -1, 40)

@@ -43,6 +43,7 @@ from torchbp.ops._invalid import INVALID, raised, sound
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import in_one_loop
 from torchbp.ops.activations._infinities import (
     FAR,
     at_once,
@@ -73,6 +74,9 @@ class MishFunction(Function):
             return y if not raised(INVALID) or sound(y) else mended(y, x)
         # What is no tensor torch's refuses.
         if isinstance(x, Tensor) and x.numel() > _FEW and x.is_cpu:
+            y = in_one_loop(_by_one_exponential, x)
+            if y is not None:
+                return y
             return in_pieces(lambda x: mended(_nn.mish(x), x), x, into=_value_into, spare=1)
         return value(_nn.mish, x, False, _value)
 
@@ -107,6 +111,12 @@ class MishFunction(Function):
 
 def _value(x: Tensor) -> Tensor:
     return x * torch.tanh(torch.log1p(torch.exp(x)))
+
+
+def _by_one_exponential(x: Tensor) -> Tensor:
+    u = torch.exp(x.clamp(max=40))
+    m = u + 0.5 * u * u
+    return x.clamp(min=-FAR) * (m / (m + 1))  # not -∞ · 0
 
 
 def _value_into(y: Tensor, u: Tensor, x: Tensor) -> None:

@@ -31,6 +31,7 @@ from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
 from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import SUM, in_one_loop, looped
 
 __all__ = ["PReLU", "PReLUFunction", "prelu"]
 
@@ -46,6 +47,10 @@ class PReLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:  # (N, C, *), (C,) or (1,) -> (N, C, *)
+        if isinstance(x, Tensor) and looped(x) and _fits(weight, x):
+            y = in_one_loop(_value, x, _along_channels(weight, x))
+            if y is not None:
+                return y
         return torch.prelu(x, weight)
 
     @staticmethod
@@ -63,7 +68,14 @@ class PReLUFunction(Function):
         need_x, need_weight = ctx.needs_input_grad
         w = _along_channels(weight, x)
         grad_x = grad_w = None
-        if need_x and x.is_cuda:
+        if need_x and need_weight and looped(grad_y, x):
+            summed = SUM if weight.numel() == 1 else torch.float32
+            both = in_one_loop(_times_both, grad_y, x, w, outputs=(None, summed))
+            if both is not None:
+                grad_x, product = both
+                total = product if summed == SUM else product.sum_to_size(w.shape)
+                return grad_x, total.reshape(weight.shape).to(weight.dtype)  # (1), (2)
+        if need_x:
             grad_x = in_one_kernel(_times_slope, grad_y, x, w)  # (1)
         if need_x and grad_x is None and fused(grad_y, x, w):
             # Masks and torch.where take several times as long as these kernels, which give 1 or w, too.
@@ -102,6 +114,21 @@ def _along_channels(w: Tensor, x: Tensor) -> Tensor:
     if x.dim() < 2:
         return w.reshape([1] * x.dim())
     return w.reshape([1, -1, *(1 for _ in x.shape[2:])])
+
+
+def _fits(weight: Tensor, x: Tensor) -> bool:
+    """Whether ``weight`` is what torch, too, takes beside ``x``."""
+    if not isinstance(weight, Tensor) or weight.dim() > 1 or weight.dtype != x.dtype:
+        return False
+    return weight.numel() == 1 or (x.dim() > 1 and weight.numel() == x.shape[1])
+
+
+def _value(x: Tensor, w: Tensor) -> Tensor:
+    return torch.where(x > 0, x, x * w)
+
+
+def _times_both(v: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return _times_slope(v, x, w), _times_negative(x, v)
 
 
 def _times_negative(x: Tensor, v: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torchbp.ops._invalid import FEW, sound
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import in_one_loop
 from torchbp.ops.activations._infinities import known_finite
 
 __all__ = ["Softsign", "SoftsignFunction", "softsign"]
@@ -41,6 +42,9 @@ class SoftsignFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
+        y = in_one_loop(_value, x)
+        if y is not None:
+            return y
         if finite is None:
             scale = x.abs().add_(1)
             y = torch.div(x, scale, out=scale) if x.is_floating_point() else x / scale
@@ -68,6 +72,12 @@ class SoftsignFunction(Function):
     def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
         return in_pieces(_times_derivative, tangent_x, x)
+
+
+def _value(x: Tensor) -> Tensor:
+    largest = torch.finfo(torch.float32).max
+    x = x.clamp(-largest, largest)
+    return x / (1 + x.abs())
 
 
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import MANY, in_one_loop
 from torchbp.ops.activations._tanh import tanh
 
 __all__ = ["Tanhshrink", "TanhshrinkFunction", "tanhshrink"]
@@ -40,6 +41,11 @@ class TanhshrinkFunction(Function):
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:  # x, y, t: (*)
+        if isinstance(x, Tensor) and x.numel() >= MANY:
+            y = in_one_loop(_value, x) if is_half(x) else None
+            made = (y, None) if is_half(x) else in_one_loop(_both, x, outputs=(None, None))
+            if made is not None and made[0] is not None:
+                return made
         t = tanh(x) if isinstance(x, Tensor) else x.tanh()  # torch's error
         return x - t, None if is_half(x) else t
 
@@ -70,9 +76,25 @@ class TanhshrinkFunction(Function):
         return tangent_y, None if is_half(kept) else tangent_x * (1 - kept * kept)
 
 
+def _value(x: Tensor) -> Tensor:
+    return x - torch.tanh(x)
+
+
+def _both(x: Tensor) -> tuple[Tensor, Tensor]:
+    t = torch.tanh(x)
+    return x - t, t
+
+
+def _times_square(v: Tensor, t: Tensor) -> Tensor:
+    return v * (t * t)
+
+
 def _times_derivative(v: Tensor, kept: Tensor) -> Tensor:
     if is_half(kept):
         return in_pieces(lambda v, x: v * x.tanh().square(), v, kept, into=_of_input_into)
+    by_square = in_one_loop(_times_square, v, kept)
+    if by_square is not None:
+        return by_square
     if fused(v, kept) and not v.is_complex():
         t = kept * kept
         return t.mul_(v)
