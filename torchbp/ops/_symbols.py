@@ -240,10 +240,11 @@ _RULES: dict[str, Callable[..., str]] = {
     "sub": _sum("-"),
     "where": lambda mask, a, b: f"{mask} ? {a} : {b}",
 }
-# log1p_exp is of kernels/soft.h
+# log1p_exp and erfcx are of kernels/soft.h
 _LOOP_RULES: dict[str, Callable[..., str]] = {
     "log_sigmoid": lambda x: f"({x} < T(0) ? {x} : T(0)) - log1p_exp(-fabs({x}))",
     "softplus": _softplus_in_loop,
+    "special_erfcx": lambda x: f"erfcx({x})",  # of x >= 0
 }
 _OPERATORS = {
     "add": "add",

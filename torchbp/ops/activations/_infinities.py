@@ -13,9 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import fused, modes_active, visible
+from torchbp.ops._function import fused, is_half, modes_active, visible
 from torchbp.ops._invalid import FEW, at_hand, quiet, sound
 from torchbp.ops._one_kernel import in_one_kernel
+from torchbp.ops.kernels import MANY, half_in_one_loop, in_one_loop
+from torchbp.ops.kernels import at_hand as compiled
 
 __all__ = [
     "FAR",
@@ -32,16 +34,19 @@ __all__ = [
 FAR = 1000.0
 
 
-def known_finite(x: Tensor, *, many: bool = True) -> bool | None:
+def known_finite(x: Tensor, *, many: bool = True, loop: bool = False) -> bool | None:
     """Whether ``x`` is known to be finite; ``None`` where what is made of it is looked at instead.
 
     Args:
         x: Looked at where that neither waits for a device nor breaks a trace.
         many: Whether a look at many elements is worth its time.
+        loop: Whether the op has a loop of float32, too, that is right at ±∞.
     """
     if not (isinstance(x, Tensor) and visible(x)):  # what is none, the kernel refuses
         return False
     if x.numel() <= FEW or at_hand():
+        return None
+    if compiled() and x.numel() >= MANY and (is_half(x) or (loop and x.dtype == torch.float32)):
         return None
     if not many or not x.is_floating_point():
         return False
@@ -63,11 +68,19 @@ def value(
     x: Tensor,
     finite: bool | None,
     formula: Callable[[Tensor], Tensor],
+    *,
+    loop: bool = False,
 ) -> Tensor:
     """Return torch's kernel ``forward(x)``, but its limit where ``x`` is ±∞.
 
-    On a GPU ``formula``, the same, in one kernel, of what is no further out than -1000: at ∞ it is right.
+    On a GPU, and in half precision where it has been compiled, ``formula``, the same, in one kernel, of what is no further out than -1000: at ∞ it is right.
+    With ``loop`` so in float32, too.
     """
+    if isinstance(x, Tensor) and x.numel() >= MANY:
+        one = in_one_loop if loop else half_in_one_loop
+        y = one(partial(_of_bounded_below, formula), x)
+        if y is not None:
+            return y
     if finite is None:
         y = forward(x)
         return y if quiet() or sound(y) else mended(y, x)

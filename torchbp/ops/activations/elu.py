@@ -96,7 +96,7 @@ def _value(alpha: float, s: float, beta: float) -> Callable[[Tensor], Tensor]:
     left = s * alpha
 
     def formula(x: Tensor) -> Tensor:
-        return torch.where(x > 0, s * x, left * torch.expm1(beta * x))
+        return torch.where(x < 0, left * torch.expm1(beta * x), s * x)
 
     return formula
 

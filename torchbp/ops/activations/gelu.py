@@ -32,6 +32,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import MANY
 from torchbp.ops.activations._infinities import (
     at_once,
     bounded,
@@ -79,8 +80,9 @@ class GELUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         derivative, into = _DERIVATIVES[ctx.approximate]
-        if x.is_cuda:
-            grad_x = at_once(derivative, grad_y, x)  # (2)
+        if x.is_cuda or x.numel() >= MANY:
+            one = derivative if x.is_cuda else _IN_A_LOOP[ctx.approximate]
+            grad_x = at_once(one, grad_y, x)  # (2)
             if grad_x is not None:
                 return grad_x, None, None
         if fused(grad_y, x):
@@ -125,6 +127,22 @@ def _of_tanh(v: Tensor, x: Tensor) -> Tensor:
     return v * (s * (1 + x * torch.sigmoid(-double_u) * slope))  # (1')
 
 
+def _of_erf_in_a_loop(v: Tensor, x: Tensor) -> Tensor:
+    e = torch.exp(-0.5 * x * x)  # for both: erfc(z) = exp(-z²) erfcx(z)
+    tail = 0.5 * torch.special.erfcx(_SQRT_HALF * x.abs()) * e
+    cdf = torch.where(x < 0, tail, 1 - tail)
+    return v * (cdf + x * e * _DENSITY_AT_0)  # (1)
+
+
+def _of_tanh_in_a_loop(v: Tensor, x: Tensor) -> Tensor:
+    k, square = 2 * _SQRT_2_OVER_PI, x * x
+    double_u = x * (k + k * _CUBIC * square)
+    e = torch.exp(-double_u.abs())
+    r = 1 / (1 + e)  # σ(2|u|), and e r is σ(-2|u|)
+    s = torch.where(x < 0, e * r, r)
+    return v * (s + x * (k + 3 * k * _CUBIC * square) * (e * r * r))  # (1')
+
+
 def _of_erf_into(grad_x: Tensor, density: Tensor, v: Tensor, x: Tensor) -> None:
     # exp2 takes a third of exp's time, and half precision does not see the difference
     torch.mul(x, x, out=density).mul_(-0.5 * _LOG2_E).exp2_().mul_(x)
@@ -141,6 +159,7 @@ def _of_tanh_into(grad_x: Tensor, slope: Tensor, v: Tensor, x: Tensor) -> None:
 
 
 _DERIVATIVES = {"none": (_of_erf, _of_erf_into), "tanh": (_of_tanh, _of_tanh_into)}
+_IN_A_LOOP = {"none": _of_erf_in_a_loop, "tanh": _of_tanh_in_a_loop}
 
 
 _gelu = entry(GELUFunction, again=GELUFunction.forward)

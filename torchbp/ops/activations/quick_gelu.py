@@ -27,6 +27,8 @@ from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import MANY
+from torchbp.ops.activations import silu
 from torchbp.ops.activations._infinities import (
     at_once,
     bounded,
@@ -50,8 +52,8 @@ class QuickGELUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
-        if x.is_cuda:
-            return value(_value, x, finite, _formula)
+        if x.is_cuda or x.numel() >= MANY:
+            return value(_value, x, finite, _formula, loop=True)
         return limited(_value(x), x, finite)
 
     @staticmethod
@@ -62,8 +64,8 @@ class QuickGELUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if x.is_cuda:
-            grad_x = at_once(_times_derivative, grad_y, x)  # (2)
+        if x.is_cuda or x.numel() >= MANY:
+            grad_x = at_once(_times_derivative if x.is_cuda else _by_one_sigmoid, grad_y, x)  # (2)
             if grad_x is not None:
                 return grad_x, None
         if fused(grad_y, x) and not x.is_complex():
@@ -87,6 +89,10 @@ def _formula(x: Tensor) -> Tensor:
 def _backward(grad_y: Tensor, x: Tensor) -> Tensor:
     z = x * _A
     return _silu_backward_into(grad_y, z, grad_input=z)
+
+
+def _by_one_sigmoid(v: Tensor, x: Tensor) -> Tensor:
+    return silu._by_one_sigmoid(v, _A * x)
 
 
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
@@ -117,7 +123,7 @@ def quick_gelu(input: Tensor) -> Tensor:
         >>> quick_gelu(torch.tensor([-1.0, 0.0, 2.0]))
         tensor([-0.1542,  0.0000,  1.9357])
     """
-    return _quick_gelu(input, known_finite(input))
+    return _quick_gelu(input, known_finite(input, loop=True))
 
 
 class QuickGELU(nn.Module):

@@ -29,6 +29,7 @@ from torchbp.ops._function import Context, entry, is_half, kernel, public, undif
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import half_in_one_loop
 
 __all__ = ["Sigmoid", "SigmoidFunction", "sigmoid"]
 
@@ -43,7 +44,8 @@ class SigmoidFunction(Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:  # x, y: (*)
-        return torch.sigmoid(x)
+        y = half_in_one_loop(torch.sigmoid, x)
+        return torch.sigmoid(x) if y is None else y
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -56,6 +58,9 @@ class SigmoidFunction(Function):
         (kept,) = ctx.saved_tensors
         if undifferentiated() and not is_half(kept):
             return _sigmoid_backward(grad_y, kept)
+        grad_x = half_in_one_loop(_by_one_exponential, grad_y, kept)
+        if grad_x is not None:
+            return grad_x
         return _times_derivative(grad_y, kept)  # (3)
 
     @staticmethod
@@ -72,6 +77,12 @@ def _times_derivative(v: Tensor, kept: Tensor) -> Tensor:
 
 def _from_input(v: Tensor, x: Tensor) -> Tensor:
     return v * (torch.sigmoid(x) * torch.sigmoid(-x))  # (2)
+
+
+def _by_one_exponential(v: Tensor, x: Tensor) -> Tensor:
+    e = torch.exp(-x.abs())
+    d = 1 + e
+    return v * (e / (d * d))  # (2), which is even in x
 
 
 def _from_input_into(grad_x: Tensor, v: Tensor, x: Tensor) -> None:

@@ -30,6 +30,7 @@ from torchbp.ops._function import Context, entry, kernel, overwrite, public, und
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import MANY
 from torchbp.ops.activations._infinities import (
     at_once,
     bounded,
@@ -50,7 +51,7 @@ class SiLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
-        return value(_nn.silu, x, finite, _value)
+        return value(_nn.silu, x, finite, _value, loop=True)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:
@@ -62,7 +63,7 @@ class SiLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if x.is_cuda:
+        if x.is_cuda or x.numel() >= MANY:
             grad_x = at_once(_by_one_sigmoid, grad_y, x)  # (2)
             if grad_x is not None:
                 return grad_x, None
@@ -115,8 +116,8 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.2689,  0.0000,  1.7616])
     """
     if inplace:
-        return overwrite(_silu, input, known_finite(input))
-    return _silu(input, known_finite(input))
+        return overwrite(_silu, input, known_finite(input, loop=True))
+    return _silu(input, known_finite(input, loop=True))
 
 
 class SiLU(nn.SiLU):

@@ -17,7 +17,7 @@ Sources:
     Bello et al., "Neural Combinatorial Optimization with Reinforcement Learning", 2016, arXiv:1611.09940.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import in_one_loop
 from torchbp.ops.activations._tanh import tanh
 
 __all__ = ["Softcap", "SoftcapFunction", "softcap"]
@@ -52,7 +53,8 @@ class SoftcapFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return _times_derivative(grad_y, kept, ctx.cap), None  # (2)
+        grad_x = in_one_loop(_times(ctx.cap, is_half(kept)), grad_y, kept)
+        return _times_derivative(grad_y, kept, ctx.cap) if grad_x is None else grad_x, None  # (2)
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, _: None) -> Tensor:
@@ -66,6 +68,19 @@ def _value(input: Tensor, cap: float) -> Tensor:
         return y.mul_(cap) if fused(y) else y * cap
 
     return in_pieces(formula, input)
+
+
+def _times(cap: float, half: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def of_x(v: Tensor, x: Tensor) -> Tensor:
+        e = torch.exp(-2 / cap * x.abs())
+        d = 1 + e
+        return v * (4 * e / (d * d))  # (1'), which is even in x
+
+    def of_y(v: Tensor, y: Tensor) -> Tensor:
+        t = y * (1 / cap)
+        return v - v * (t * t)  # (1), rounded once where t is small
+
+    return of_x if half else of_y
 
 
 def _times_derivative(v: Tensor, kept: Tensor, cap: float) -> Tensor:

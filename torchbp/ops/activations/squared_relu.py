@@ -25,6 +25,7 @@ from torchbp.ops._function import Context, entry, public, scale_fresh
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["SquaredReLU", "SquaredReLUFunction", "squared_relu"]
 
@@ -36,7 +37,8 @@ class SquaredReLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:  # x, y: (*)
-        return _value(x)
+        y = in_one_loop(_value, x)
+        return _value(x) if y is None else y
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:

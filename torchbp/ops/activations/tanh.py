@@ -29,6 +29,7 @@ from torchbp.ops._function import Context, entry, is_half, kernel, public, undif
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import half_in_one_loop, in_one_loop
 from torchbp.ops.activations._tanh import tanh as _tanh_of
 
 __all__ = ["Tanh", "TanhFunction", "tanh"]
@@ -44,7 +45,8 @@ class TanhFunction(Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:  # x, y: (*)
-        return _tanh_of(x)
+        y = in_one_loop(torch.tanh, x)
+        return _tanh_of(x) if y is None else y
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -57,6 +59,9 @@ class TanhFunction(Function):
         (kept,) = ctx.saved_tensors
         if undifferentiated() and not is_half(kept):
             return _tanh_backward(grad_y, kept)
+        grad_x = half_in_one_loop(_by_one_exponential, grad_y, kept)
+        if grad_x is not None:
+            return grad_x
         return _times_derivative(grad_y, kept)  # (3)
 
     @staticmethod
@@ -73,6 +78,12 @@ def _times_derivative(v: Tensor, kept: Tensor) -> Tensor:
 
 def _from_input(v: Tensor, x: Tensor) -> Tensor:
     return v * (4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x))  # (2)
+
+
+def _by_one_exponential(v: Tensor, x: Tensor) -> Tensor:
+    e = torch.exp(-2 * x.abs())
+    d = 1 + e
+    return v * (4 * e / (d * d))  # (2), which is even in x
 
 
 def _from_input_into(grad_x: Tensor, v: Tensor, x: Tensor) -> None:

@@ -8,7 +8,8 @@ from torchbp.ops.kernels._library import at_hand as at_hand
 from torchbp.ops.kernels._library import disabled as disabled
 from torchbp.ops.kernels._loop import MANY as MANY
 from torchbp.ops.kernels._loop import SUM as SUM
+from torchbp.ops.kernels._loop import half_in_one_loop as half_in_one_loop
 from torchbp.ops.kernels._loop import in_one_loop as in_one_loop
 from torchbp.ops.kernels._loop import looped as looped
 
-__all__ = ["MANY", "SUM", "at_hand", "disabled", "in_one_loop", "looped"]
+__all__ = ["MANY", "SUM", "at_hand", "disabled", "half_in_one_loop", "in_one_loop", "looped"]

@@ -18,13 +18,14 @@ from torchbp.ops._function import fused
 from torchbp.ops._symbols import identity, steps
 from torchbp.ops.kernels import _library
 
-__all__ = ["MANY", "SUM", "in_one_loop", "looped"]
+__all__ = ["MANY", "SUM", "half_in_one_loop", "in_one_loop", "looped"]
 
 MANY = 1 << 14  # elements; for fewer the call costs as much as the loop
 SUM = "sum"
 _PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 _MOST = 4096  # formulas and dtypes that are remembered
-_FIRST = (torch.float32, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+_FIRST = (torch.float32, *_HALF)
 _NAMES = {
     torch.float32: "float",
     torch.bfloat16: "bfloat16",
@@ -97,6 +98,14 @@ def in_one_loop(
 def _is_one_for_all(t: Tensor) -> bool:
     """Whether ``t`` is one number expanded, as the gradient of a sum is: a loop for it would be one more to compile."""
     return t.numel() > 1 and not any(t.stride())
+
+
+def half_in_one_loop(formula: Callable[..., Any], *tensors: Tensor) -> Any:
+    """Do as :func:`in_one_loop` in half precision alone: in float32 torch's own kernel takes as long."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.numel() < MANY or first.dtype not in _HALF:
+        return None
+    return in_one_loop(formula, *tensors)
 
 
 def looped(*tensors: Tensor) -> bool:
