@@ -73,8 +73,8 @@ def value(
 ) -> Tensor:
     """Return torch's kernel ``forward(x)``, but its limit where ``x`` is ±∞.
 
-    On a GPU, and in half precision where it has been compiled, ``formula``, the same, in one kernel, of what is no further out than -1000: at ∞ it is right.
-    With ``loop`` so in float32, too.
+    On a GPU, and in half precision where it has been compiled, ``formula``, the same, in one kernel, of what is no
+    further out than -1000: at ∞ it is right. With ``loop`` in float32, too.
     """
     if isinstance(x, Tensor) and x.numel() >= MANY:
         one = in_one_loop if loop else half_in_one_loop

@@ -43,7 +43,6 @@ from torchbp.ops._invalid import INVALID, raised, sound
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.kernels import in_one_loop
 from torchbp.ops.activations._infinities import (
     FAR,
     at_once,
@@ -51,6 +50,7 @@ from torchbp.ops.activations._infinities import (
     mended,
     value,
 )
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["Mish", "MishFunction", "mish"]
 

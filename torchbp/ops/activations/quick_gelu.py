@@ -27,7 +27,6 @@ from torchbp.ops._function import Context, entry, fused, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.kernels import MANY
 from torchbp.ops.activations import silu
 from torchbp.ops.activations._infinities import (
     at_once,
@@ -37,6 +36,7 @@ from torchbp.ops.activations._infinities import (
     value,
     with_limits,
 )
+from torchbp.ops.kernels import MANY
 
 __all__ = ["QuickGELU", "QuickGELUFunction", "quick_gelu"]
 

@@ -30,7 +30,6 @@ from torchbp.ops._function import Context, entry, kernel, overwrite, public, und
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.kernels import MANY
 from torchbp.ops.activations._infinities import (
     at_once,
     bounded,
@@ -38,6 +37,7 @@ from torchbp.ops.activations._infinities import (
     value,
     with_limits,
 )
+from torchbp.ops.kernels import MANY
 
 __all__ = ["SiLU", "SiLUFunction", "silu"]
 

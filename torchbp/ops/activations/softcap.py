@@ -29,8 +29,8 @@ from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.kernels import in_one_loop
 from torchbp.ops.activations._tanh import tanh
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["Softcap", "SoftcapFunction", "softcap"]
 

@@ -29,8 +29,8 @@ from torchbp.ops._invalid import FEW, sound
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.kernels import in_one_loop
 from torchbp.ops.activations._infinities import known_finite
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["Softsign", "SoftsignFunction", "softsign"]
 

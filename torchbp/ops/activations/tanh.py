@@ -29,8 +29,8 @@ from torchbp.ops._function import Context, entry, is_half, kernel, public, undif
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.kernels import half_in_one_loop, in_one_loop
 from torchbp.ops.activations._tanh import tanh as _tanh_of
+from torchbp.ops.kernels import half_in_one_loop, in_one_loop
 
 __all__ = ["Tanh", "TanhFunction", "tanh"]
 

@@ -7,7 +7,7 @@
 namespace torchbp {
 
 // e^x for x ≤ 0: exp without what is only needed above.
-TORCHBP_INLINE float exp_of_negative(float x) {
+inline __attribute__((always_inline)) float exp_of_negative(float x) {
     const int32_t i = bits(fma(x, 0x1.715476p0f, ROUND + 254.f));
     const float p = exp_tail(exp_remainder(x, from_bits(i) - (ROUND + 254.f)));
     const float y = scaled(1.f + p, i);
@@ -16,7 +16,7 @@ TORCHBP_INLINE float exp_of_negative(float x) {
 
 // log(1 + e^x) for x ≤ 0, which softplus, log-sigmoid and the losses of logits are made of: u = e^x is in [0, 1], so that
 // the logarithm has no exponent to look for. It is u + u (u q(u)); q minimax for its relative error, 2^-27.5.
-TORCHBP_INLINE float log1p_exp(float x) {
+inline __attribute__((always_inline)) float log1p_exp(float x) {
     const float u = exp_of_negative(x);
     const float q = polynomial(u, -0x1.ffffd2p-2f, 0x1.554ddp-2f, -0x1.ff23e8p-3f, 0x1.934b6ep-3f, -0x1.3a43ep-3f,
                                0x1.b4b094p-4f, -0x1.d6b75ep-5f, 0x1.49211cp-6f, -0x1.af5e2p-9f);
@@ -25,7 +25,7 @@ TORCHBP_INLINE float log1p_exp(float x) {
 
 // erfcx(x) = exp(x²) erfc(x) for x ≥ 0: t p(q), as in erfc, which has twice the digits. So a normal distribution and its
 // density share one exponential.
-TORCHBP_INLINE float erfcx(float x) {
+inline __attribute__((always_inline)) float erfcx(float x) {
     const float t = 1.f / (1.f + x);
     const float q = fma(t, -2.f, 1.f);
     return t * polynomial(q, 0x1.b5d878p-1f, -0x1.e6c536p-3f, -0x1.87661ep-4f, 0x1.c7b064p-7f, 0x1.a01312p-6f,
