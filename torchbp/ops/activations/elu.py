@@ -11,7 +11,7 @@ Saves:
     In place there is no x any more: y, as in torch. In half precision, where (2) is off by up to 100 %, a copy of x.
 
 Edge values:
-    x = 0: the left derivative, and the right second one, both as in torch.   NaN: dy/dx is s, as in torch.
+    x = 0: the left derivative, and the right second one, both as in torch.   NaN: dy/dx is s, as in torch; NaN of many elements, there too.
     x → +∞: y → s x.   x → -∞: y → -s α, dy/dx → 0.
 
 Sources:
@@ -77,7 +77,7 @@ class ELUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
         (kept,) = ctx.saved_tensors
-        grad_x = None if ctx.inplace else in_one_loop(_times(ctx), grad_y, kept)
+        grad_x = None if ctx.inplace else in_one_loop(_in_a_loop(ctx), grad_y, kept)
         if grad_x is not None:
             return grad_x, None, None, None, None
         if undifferentiated():
@@ -101,7 +101,17 @@ def _value(alpha: float, s: float, beta: float) -> Callable[[Tensor], Tensor]:
     return formula
 
 
-def _times(ctx: Context) -> Callable[[Tensor, Tensor], Tensor]:
+def _in_a_loop(ctx: Context) -> Callable[[Tensor, Tensor], Tensor]:
+    s, beta = ctx.s, ctx.beta
+    left = s * ctx.alpha * beta
+
+    def formula(v: Tensor, x: Tensor) -> Tensor:
+        return v * torch.where(x > 0, s, left * torch.exp(beta * x))  # (1); NaN as torch's vectors
+
+    return formula
+
+
+def _times_derivative(v: Tensor, kept: Tensor, ctx: Context) -> Tensor:
     alpha, s, beta = ctx.alpha, ctx.s, ctx.beta
 
     def of_x(v: Tensor, x: Tensor) -> Tensor:
@@ -111,11 +121,7 @@ def _times(ctx: Context) -> Callable[[Tensor, Tensor], Tensor]:
     def of_y(v: Tensor, y: Tensor) -> Tensor:
         return v * torch.where(y <= 0, beta * (y + s * alpha), s)  # (2)
 
-    return of_y if ctx.inplace else of_x
-
-
-def _times_derivative(v: Tensor, kept: Tensor, ctx: Context) -> Tensor:
-    return in_pieces(_times(ctx), v, kept)
+    return in_pieces(of_y if ctx.inplace else of_x, v, kept)
 
 
 # s · x where x > 0, else s · α · (exp(βx) - 1), for the public functions of the family
