@@ -11,7 +11,8 @@ Saves:
     In place there is no x any more: y, as in torch. In half precision, where (2) is off by up to 100 %, a copy of x.
 
 Edge values:
-    x = 0: the left derivative, and the right second one, both as in torch.   NaN: dy/dx is s, as in torch; NaN of many elements, there too.
+    x = 0: the left derivative, and the right second one, both as in torch.
+    NaN: dy/dx is s, as in torch; of many elements NaN, as in torch.
     x → +∞: y → s x.   x → -∞: y → -s α, dy/dx → 0.
 
 Sources:
