@@ -138,8 +138,12 @@ def test_edges_as_without(dtype, name):
         made = step(op, sample)
         with disabled():
             plain = step(op, sample)
-        for a, b in zip(made, plain, strict=True):
-            assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-38, equal_nan=True)
+        truth = step(op, in_float64(sample))
+        for a, b, c in zip(made, plain, truth, strict=True):
+            # what torch's kernel loses in a tail, a loop may keep
+            nearer = (a.double() - c).abs() < (b.double() - c).abs()
+            known = torch.where(nearer, a, b)
+            assert_close(a, known, rtol=4 * torch.finfo(dtype).eps, atol=1e-38, equal_nan=True)
 
 
 def test_most_ops_compile_something(dtype):

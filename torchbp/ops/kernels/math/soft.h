@@ -6,21 +6,19 @@
 
 namespace torchbp {
 
-// e^x for x ≤ 0: exp without what is only needed above.
-inline __attribute__((always_inline)) float exp_of_negative(float x) {
+// log(1 + e^x) for x ≤ 0, which softplus, log-sigmoid and the losses of logits are made of: u = e^x is in [0, 1], so that
+// the logarithm has no exponent to look for. It is u + u (u q(u)); q minimax for its relative error, 2^-27.5. Where u has
+// larger units than the logarithm, what it lost when it was rounded counts: u (1 + lost) stands for it. 1.7 ulp at most, 0.29
+// in the mean.
+inline __attribute__((always_inline)) float log1p_exp(float x) {
     const int32_t i = bits(fma(x, 0x1.715476p0f, ROUND + 254.f));
     const float p = exp_tail(exp_remainder(x, from_bits(i) - (ROUND + 254.f)));
-    const float y = scaled(1.f + p, i);
-    return x < -104.f ? 0.f : y;
-}
-
-// log(1 + e^x) for x ≤ 0, which softplus, log-sigmoid and the losses of logits are made of: u = e^x is in [0, 1], so that
-// the logarithm has no exponent to look for. It is u + u (u q(u)); q minimax for its relative error, 2^-27.5.
-inline __attribute__((always_inline)) float log1p_exp(float x) {
-    const float u = exp_of_negative(x);
+    const float rounded = 1.f + p;
+    const float lost = p - (rounded - 1.f);
+    const float u = scaled(rounded, i);
     const float q = polynomial(u, -0x1.ffffd2p-2f, 0x1.554ddp-2f, -0x1.ff23e8p-3f, 0x1.934b6ep-3f, -0x1.3a43ep-3f,
                                0x1.b4b094p-4f, -0x1.d6b75ep-5f, 0x1.49211cp-6f, -0x1.af5e2p-9f);
-    return fma(u * q, u, u);
+    return x < -104.f ? 0.f : fma(u, fma(u, q, lost), u);
 }
 
 // erfcx(x) = exp(x²) erfc(x) for x ≥ 0: t p(q), as in erfc, which has twice the digits. So a normal distribution and its
