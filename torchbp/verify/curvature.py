@@ -10,6 +10,7 @@ from torch.autograd.function import BackwardCFunction
 from torchbp.verify._check import Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import central, settle
+from torchbp.verify.lines import STEP, Step
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import graph, like, real, scale_of, signed_like
@@ -119,6 +120,9 @@ class _Lines:
             like(signed_like(real(p.cpu()), generator) * scale_of(p.cpu()), p).to(p)
             for p in self.points
         ]
+        for i, p in enumerate(self.points[: len(case.leaves)]):
+            if not p.is_complex():  # 0 may be the end of the domain
+                self.directions[i] = self.directions[i].abs().where(p == 0, self.directions[i])
         grads = case.plain.grads
         size = sum(float((a.abs() * g.abs()).sum()) for a, g in zip(w, grads, strict=True))
         self.noise = 4 * case.epsilon * size
@@ -129,8 +133,13 @@ class _Lines:
         self.step = 2.0**-8 if exact else 2.0**-4
         self.near = self.step / 256
         self.measured = float("nan")
+        self.end = end = case.memo.pop(STEP, None)
+        if isinstance(end, Step):
+            for i, d in end.directions.items():
+                along = like(d, self.points[i]).to(self.points[i])
+                self.directions[i] = along * (end.size / self.near)
 
-    def slope(self, chosen: list[int], gradient: list[Tensor]) -> float:
+    def slope(self, chosen: list[int], gradient: Sequence[Tensor]) -> float:
         """Return what ``gradient`` says of the slope along the lines of the chosen points together."""
         return sum(float((real(gradient[i]) * real(self.directions[i])).sum()) for i in chosen)
 
@@ -141,14 +150,29 @@ class _Lines:
 
     def rises(self, chosen: list[int]) -> bool:
         """Return whether it rises by the mean of its slopes at both ends of a short step; ``False`` says nothing."""
-        case = self.case
+        leaves, v = self._moved(chosen, self.near)
         try:
-            leaves, v = self._moved(chosen, self.near)
-            first, there, _ = _gradient(case, self.w, leaves, case.forward(leaves), v)
+            first, there = self._there(leaves, v)
         except (ForwardRaised, BackwardRaised, Refused):
             return False
         mean = (self.slope(chosen, self.got) + self.slope(chosen, there)) / 2
         return abs(self._rise(first) / self.near - mean) <= self.allowed(chosen)
+
+    def _there(
+        self, leaves: list[Tensor], v: list[Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return the gradient and its own gradient at the end of a step of all points, made already perhaps."""
+        case, end = self.case, self.end
+        if end:
+            try:
+                return _gradient(case, self.w, end.leaves, end.outputs, v)[:2]
+            except (BackwardRaised, Refused):
+                pass  # of a graph that can be run once only
+        outputs = case.forward(leaves)
+        n = len(leaves)
+        along = {i: real(d).reshape(-1).cpu() for i, d in enumerate(self.directions[:n])}
+        case.memo[STEP] = Step(along, self.near, leaves, outputs)
+        return _gradient(case, self.w, leaves, outputs, v)[:2]
 
     def wrong(self, chosen: list[int]) -> bool:
         """Return whether differences settle another slope, which is then ``measured``."""

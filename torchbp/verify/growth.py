@@ -14,13 +14,15 @@ from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised
-from torchbp.verify.resize import Places, Size, accepts, resized
+from torchbp.verify.resize import Places, Size, accepts, apart, resized
 from torchbp.verify.tolerance import largest
 
-__all__ = ["elementwise", "fits", "free_sizes", "one_more"]
+__all__ = ["LARGER", "elementwise", "fits", "free_sizes", "one_more", "refuses_alone"]
 
 MOST = 3  # sizes of the sample that are looked at
 LATER = 2  # sizes that may change alone, beside them
+LARGER = "which case of other sizes was seen with larger inputs"
+REFUSED = "places that forward refuses to be larger alone"
 SAME = 2**12  # elements of an input whose sizes are all the same
 ATTEMPTS = 10  # calls to find out
 
@@ -34,6 +36,11 @@ def one_more(case: Case) -> list[Case]:
     """Return the case with its free sizes one larger, or all the same if it takes that; and what may change alone."""
     _ = _growth(case)
     return case.memo.get("one more", [])
+
+
+def refuses_alone(case: Case, position: int, dim: int) -> bool:
+    """Whether forward is known to refuse this one dimension, of this input alone, to be larger."""
+    return ((position, dim, 1),) in case.memo.get(REFUSED, ())
 
 
 def fits(case: Case, sizes: Mapping[Size, int], most: int) -> bool:
@@ -112,15 +119,15 @@ class _Search:
         that 2 is a part: heads of queries for each head of keys.
         """
         same = max(size.now for size in sizes) + 1
-        other, new = self._same(sizes, same)
+        other, outputs, new = self._same(sizes, same)
         if other is None:
             may_divide = same % 2 and any(size.now == 1 for size in sizes)
-            even, _ = self._same(sizes, same + 1) if may_divide else (None, {})
+            even = self._same(sizes, same + 1)[0] if may_divide else None
             self.case.memo["one more"] = [] if even is None else [even]
             return False
         growth = dict.fromkeys(sizes, 0.0)
         by_change = {(size.now, n): size for size, n in new.items()}
-        here, there = (max(c.all_outputs, key=Tensor.numel).shape for c in (self.case, other))
+        here, there = (max(ys, key=Tensor.numel).shape for ys in (self.case.all_outputs, outputs))
         for change in zip(here, there, strict=False):
             if change in by_change:
                 growth[by_change[change]] += 1
@@ -130,19 +137,34 @@ class _Search:
         self.case.memo["one more"] = [other]
         return True
 
-    def _same(self, sizes: list[Size], same: int) -> tuple[Case | None, dict[Size, int]]:
-        """Return the case in which all sizes are ``same``, if forward takes it, and what each is then."""
+    def _same(
+        self, sizes: list[Size], same: int
+    ) -> tuple[Case | None, list[Tensor], dict[Size, int]]:
+        """Return the case in which all sizes are ``same``, if forward takes it, its outputs, and what each is then.
+
+        The outputs are those for larger inputs, with which `sizes` tests it, where such are in the domain.
+        """
         new = {size: same if size.now > 1 else size.more for size in sizes}
         wanted = {(i, d): n for size, n in new.items() for i, d, _ in size.places}
-        largest = max(
+        most = max(
             math.prod(wanted.get((i, d), n) for d, n in enumerate(t.shape))
             for i, t in self.case.arguments
         )
-        if largest > SAME:
-            return None, new
+        if most > SAME:
+            return None, [], new
         self.attempts += 1
         other = resized(self.case, new)
-        return (other if accepts(other) else None), new
+        for seen in dict.fromkeys((apart(other) if self._exceeds_1() else other, other)):
+            if accepts(seen):
+                self.case.memo[LARGER] = seen is not other and other
+                return other, seen.all_outputs, new
+            if "first" not in seen.__dict__:
+                break  # refused, and so are the sizes
+        return None, [], new
+
+    def _exceeds_1(self) -> bool:
+        """Whether inputs are beyond the domain of a probability, a cosine."""
+        return all(largest(t) > 1 for i, t in self.case.arguments if i in self.case.where)
 
     def _together(self, n: int, places: Mapping[int, Places]) -> None:
         """Find what of the dimensions of size ``n`` may change together: all of them, or the first or last alone."""
@@ -236,6 +258,7 @@ class _Search:
         self.attempts += 1
         case, other = self.case, resized(self.case, {size: size.more})
         if not accepts(other):
+            case.memo.setdefault(REFUSED, set()).add(size.places)
             return None
         if backward:
             try:

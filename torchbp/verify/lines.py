@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +15,31 @@ from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.tensors import like, real, scale_of, signed_like
 from torchbp.verify.tolerance import largest
 
-__all__ = ["Lines"]
+__all__ = ["STEP", "Lines", "Step"]
 
 HERE = 3e-9  # relative tolerance
 ELSEWHERE = 2e-8  # at other samples than the user's, whose rounding is less well known
 SHORTEST = 2.0**-40  # step whose own rounding does not matter yet
 SHORTER = 64.0  # times, where a step is too long
 SHORTENED = 3  # times at most
+STEP = "a step"  # in the memo of a case, for whoever else needs one
 DUALS = "forward refuses dual numbers"
+
+
+class Step(NamedTuple):
+    """The end of a short step from a sample: a call that has been made, whose graph may be run again.
+
+    Attributes:
+        directions: Flat real numbers, one tensor a leaf.
+        size: How far the step went along them.
+        leaves: What it led to.
+        outputs: What forward gave there.
+    """
+
+    directions: dict[int, Tensor]
+    size: float
+    leaves: list[Tensor]
+    outputs: tuple[Tensor, ...]
 
 
 class Lines:
@@ -202,7 +220,7 @@ class Lines:
 
     def _off_there(self, directions: dict[int, Tensor], step: float, got: float) -> float:
         leaves, outputs = self.end
-        self.rise = self._rise(outputs)
+        self.rise = self.rise_to(outputs)
         if self.otherwise:
             self.there = asked_otherwise(self.case, outputs, leaves)
         else:
@@ -237,7 +255,7 @@ class Lines:
     def value(self, directions: dict[int, Tensor], t: float) -> float:
         """Return ⟨v, f(x + t·directions) - f(x)⟩; NaN outside of the domain."""
         try:
-            return self._rise(self.case.forward(self.moved(directions, t)))
+            return self.rise_to(self.case.forward(self.moved(directions, t)))
         except ForwardRaised:  # outside of the domain
             return float("nan")
 
@@ -252,7 +270,7 @@ class Lines:
             leaves.append(moved.requires_grad_())
         return leaves
 
-    def _rise(self, outputs: Sequence[Tensor]) -> float:
+    def rise_to(self, outputs: Sequence[Tensor]) -> float:
         """Return ⟨v, outputs - f(x)⟩; NaN where they have another shape."""
         total = 0.0
         for v, y, y0 in zip(

@@ -13,7 +13,9 @@ from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 from torchbp.verify.tolerance import largest
 
-__all__ = ["check_smooth", "right_at_once"]
+__all__ = ["COINCIDENT", "check_smooth", "right_at_once"]
+
+COINCIDENT = "two inputs whose gradients are finite where their rows are equal"
 
 STEEP = 1e6  # times as large gradients: rounding decides
 

@@ -14,7 +14,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.growth import elementwise
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
-from torchbp.verify.smooth import check_smooth, right_at_once
+from torchbp.verify.smooth import COINCIDENT, check_smooth, right_at_once
 from torchbp.verify.tolerance import largest
 
 NAME = "degenerate"
@@ -109,6 +109,8 @@ def _run(case: Case) -> Iterator[Finding]:
         both = _met(samples[ROWS], pair)
         both.__dict__["epsilon"] = case.epsilon
         tested = right_at_once(both)
+        if "plain" in both.__dict__ and all(bool(g.isfinite().all()) for g in both.plain.grads):
+            case.memo[COINCIDENT] = pair  # for `ties`
         if tested:
             del samples[ROWS]  # alone it leaves no question
         else:

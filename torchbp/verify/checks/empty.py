@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.growth import refuses_alone
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 
@@ -20,7 +21,8 @@ def _run(case: Case) -> Iterator[Finding]:
     integers = {i for i, t in case.arguments if not (t.is_floating_point() or t.is_complex())}
     if not integers <= set(rows):  # indices into nothing: undefined, torch itself crashes on some
         raise NotApplicable("integer inputs that do not go with the rows")
-    for chosen in (rows,) if integers else (rows[:1], rows):
+    together = integers or refuses_alone(case, rows[0], 0)
+    for chosen in (rows,) if together else (rows[:1], rows):
         other = case.edited(lambda i, t, chosen=chosen: t[:0] if i in chosen else t)
         if accepts(other):
             break

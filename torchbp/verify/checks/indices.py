@@ -18,6 +18,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 
 NAME = "indices"
+REORDERED = "integers that are right in another order"
 KINDS = (torch.int64, torch.int32)
 
 
@@ -49,6 +50,10 @@ def _run(case: Case) -> Iterator[Finding]:
             yield found
             return
         mixed |= change is _extreme and not found
+        if change in (_extreme, _reversed) and not found:
+            case.memo.setdefault(REORDERED, set()).update(
+                i for i in integers if not torch.equal(case.flat[i], other.flat[i])
+            )
     if not tested:
         raise NotApplicable("forward takes no other integers")
 

@@ -85,8 +85,12 @@ def _far(case: Case) -> Iterator[Finding]:
     """
     wide, where = _wide(case), ""
     offset = FAR * max(1e-3, *map(largest, case.leaves))
-    if _adds_up_to_nothing(case) and _same_outputs(case, _moved(case, offset)):
-        wide, where = _moved(wide, offset), f" for inputs {offset:.3g} from the origin"
+    if _adds_up_to_nothing(case) and (
+        _adds_up_to_nothing_nearby(case) or _same_outputs(case, _moved(case, offset))
+    ):
+        moved = _moved(wide, offset)
+        if _runs(in_dtype(moved, torch.float32)[1]):
+            wide, where = moved, f" for inputs {offset:.3g} from the origin"
     low, exact = in_dtype(wide, torch.float32)
     try:
         outputs, same = low.plain.outputs, exact.plain.outputs
@@ -114,6 +118,25 @@ def _adds_up_to_nothing(case: Case) -> bool:
     grads = [g.double() for i, g in pairs if i < case.size]
     sizes = sum(float(g.abs().sum()) for g in grads)
     return abs(sum(float(g.sum()) for g in grads)) <= 1e-6 * sizes
+
+
+def _adds_up_to_nothing_nearby(case: Case) -> bool:
+    """Whether it is 0 at another sample too, where no gradient is 0: no call tells more of what is piecewise linear."""
+    if not all(i < case.size for i in case.where):
+        return False  # parameters move along
+    try:
+        other = case.nearby
+        return all(bool(g.any()) for g in other.plain.grads) and _adds_up_to_nothing(other)
+    except (ForwardRaised, BackwardRaised):
+        return False
+
+
+def _runs(case: Case) -> bool:
+    """Whether forward and backward run, and give finite values."""
+    try:
+        return all(bool(t.isfinite().all()) for t in (*case.plain.outputs, *case.plain.grads))
+    except (ForwardRaised, BackwardRaised):
+        return False
 
 
 def _same_outputs(case: Case, other: Case) -> bool:

@@ -9,8 +9,9 @@ from torch import nn
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.otherwise import differs_otherwise
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts
+from torchbp.verify.resize import accepts, same_outputs
 
 NAME = "module"
 
@@ -22,10 +23,20 @@ def _run(case: Case) -> Iterator[Finding]:
     yield from _state(case, was)
     other = case.in_mode(not was)
     yield from _state(case, not was)
-    if accepts(other) and other.steady:
+    if accepts(other) and not _same(case, other) and other.steady:
         found = check_lines(other, NAME, f" in {'eval' if was else 'train'} mode")
         if found:
             yield found
+
+
+def _same(case: Case, other: Case) -> bool:
+    """Whether values and gradients are those of the sample's mode, however these are asked for."""
+    return (
+        same_outputs(case, other)
+        and all(map(torch.equal, other.plain.grads, case.plain.grads))
+        and not other.wrote
+        and not differs_otherwise(other, NAME, "")
+    )
 
 
 def _state(case: Case, training: bool) -> Iterator[Finding]:

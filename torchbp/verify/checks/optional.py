@@ -6,7 +6,7 @@ output is another. Where that has a gradient of its own, it is tested too.
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -27,6 +27,10 @@ MOST = 3  # arguments
 TRIED = 6  # values of each
 NEVER = {"device", "dtype", "generator", "layout", "memory_format", "name", "out", "requires_grad"}
 MASK = re.compile("mask|keep|valid")
+NUMBER = re.compile(r"\b(bool|complex|float|int)\b|Number")  # in an annotation
+CALLED = re.compile(
+    "(^|_)(callback|fn|func|function|hook)s?$"
+)  # in the name of what no value may be
 NUMBERS = (
     "alpha",
     "base",
@@ -56,7 +60,8 @@ def _run(case: Case) -> Iterator[Finding]:
                 return
     for slot in _slots(case)[:MOST]:
         name = slot if isinstance(slot, str) else case.name_at[slot]
-        for value in islice(_values(case, name), TRIED):
+        meant = _meant(case, slot)
+        for value in islice(filter(meant, _values(case, name)), TRIED):
             if isinstance(slot, str):
                 other, at = case.with_argument(slot, value), case.size
             else:
@@ -113,9 +118,22 @@ def _slots(case: Case) -> list[str | int]:
             if name not in bound
             and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
             and parameter.default is None
-            and name not in NEVER
+            and not _is_no_value(name, parameter.annotation)
         ),
     ]
+
+
+def _is_no_value(name: str, annotation: Any) -> bool:
+    """Whether the argument may be neither a tensor nor a number: a function, or what steers memory or dtype."""
+    return name in NEVER or bool(CALLED.search(name)) or "Callable" in str(annotation)
+
+
+def _meant(case: Case, slot: str | int) -> Callable[[Any], bool]:
+    """Return what tells which values the annotation allows: all, where there is none that is known."""
+    parameter = _parameters(case)[0].get(str(slot))
+    said = str(parameter.annotation) if parameter else ""
+    tensor, number = "Tensor" in said, bool(NUMBER.search(said))
+    return lambda x: tensor == number or "Any" in said or tensor == torch.is_tensor(x)
 
 
 def _given(case: Case) -> list[int]:

@@ -9,6 +9,7 @@ from functools import reduce
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
+from torchbp.verify.checks.indices import REORDERED
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.growth import elementwise
 from torchbp.verify.report import Finding
@@ -44,8 +45,8 @@ def _ways(case: Case) -> Iterator[tuple[str, Callable[[Case], Case]]]:
     first = next((i for i in inputs if case.flat[i].dim() and len(case.flat[i]) > 1), None)
     if first is not None:
         rows = len(case.flat[first])
-        partners = [i for i, t in case.arguments if i != first and t.shape[:1] == (rows,)]
-        if partners:
+        partners = {i for i, t in case.arguments if i != first and t.shape[:1] == (rows,)}
+        if partners - case.memo.get(REORDERED, set()):  # else rows met others already
             yield (
                 f"the rows of {case.name_at[first]} are moved on by one",
                 lambda c: c.edited(lambda i, t: t.roll(1, 0) if i == first else t),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
-from torchbp.verify.growth import fits, free_sizes, one_more
+from torchbp.verify.growth import LARGER, fits, free_sizes, one_more
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import (
@@ -68,8 +68,10 @@ def _run(case: Case) -> Iterator[Finding]:
         *(Run(c, c, near=True, chance=True) for c in one_for_all(case)),
         *(Run(c, c, near=True, beyond=True) for c in one_more(case)),
     ]
-    if nearby and len(case.leaves) > 1:
-        nearby[-1] = _apart(case, nearby[-1])
+    if nearby:
+        seen = [k for k, run in enumerate(nearby) if run.plain is case.memo.get(LARGER)]
+        k = seen[0] if seen else -1
+        nearby[k] = _apart(case, nearby[k])
     for run in (*nearby, *_runs(case, free)):
         other = run.case
         when = f" at shapes {', '.join(str(tuple(t.shape)) for _, t in other.arguments)}"

@@ -24,6 +24,7 @@ from torchbp.verify.lines import Lines
 from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
+from torchbp.verify.smooth import COINCIDENT
 from torchbp.verify.tolerance import largest
 
 NAME = "ties"
@@ -55,9 +56,10 @@ def _run(case: Case) -> Iterator[Finding]:
         yield from _where_apart(case, ties, side, tied)
         break
     yield from _coincident(case, inputs)
-    for i in inputs:
-        if _selects(case, i):
-            tested = True
+    selected = [i for i in inputs if _selects(case, i)]
+    tested |= bool(selected)
+    if len(selected) < 2 or not _right_all_equal(case, selected):  # all at once leave no question
+        for i in selected:
             yield from _all_equal(case, i)
     if not tested:
         raise NotApplicable("no two elements that can be made equal")
@@ -70,14 +72,40 @@ def _selects(case: Case, which: int) -> bool:
     return g.numel() / 4 <= zeros < g.numel() and which not in elementwise(case)
 
 
+def _of_equal(case: Case, chosen: Sequence[int]) -> tuple[Lines, dict[int, Tensor]] | None:
+    """Return lines through the case in which all elements of each chosen leaf are equal, and what moves them alike."""
+    values = {i: float(case.leaves[i].detach().flatten()[0]) for i in chosen}
+    new = {case.where[i]: torch.full_like(case.leaves[i], x) for i, x in values.items()}
+    other = case.edited(new.get)
+    if not all(values.values()) or not accepts(other):
+        return None
+    along = {
+        i: torch.full((case.leaves[i].numel(),), abs(x), dtype=torch.float64, device="cpu")
+        for i, x in values.items()
+    }
+    return Lines(other, elsewhere=True), along
+
+
+def _right_all_equal(case: Case, chosen: Sequence[int]) -> bool:
+    """Whether the gradients of all of them add up to the slope as they move, each at another pace."""
+    made = _of_equal(case, chosen)
+    if not made:
+        return False
+    lines, along = made
+    along = {i: d * (1 + k / 2) for k, (i, d) in enumerate(along.items())}
+    slopes = [float((lines.grads[i].double().reshape(-1) * d).sum()) for i, d in along.items()]
+    slack = SLACK * max(
+        float((lines.grads[i].abs().reshape(-1) * d).sum()) for i, d in along.items()
+    )
+    return abs(lines.value(along, lines.near) / lines.near - sum(slopes)) <= slack
+
+
 def _all_equal(case: Case, which: int) -> Iterator[Finding]:
-    leaf = case.leaves[which]
-    value = float(leaf.detach().flatten()[0])
-    other = case.edited(lambda i, t: torch.full_like(t, value) if i == case.where[which] else t)
-    if not value or not accepts(other):
+    made = _of_equal(case, [which])
+    if not made:
         return
-    lines = Lines(other, elsewhere=True)
-    along = {which: torch.full((leaf.numel(),), abs(value), dtype=torch.float64, device="cpu")}
+    lines, along = made
+    value = float(case.leaves[which].detach().flatten()[0])
     got = float(lines.grads[which].double().sum())
     slack = SLACK * float(lines.grads[which].abs().sum())
     if abs(lines.value(along, lines.near) / lines.near / abs(value) - got) <= slack:
@@ -163,6 +191,8 @@ def _coincident(case: Case, inputs: list[int]) -> Iterator[Finding]:
     if pair is None:
         return
     i, j, n = pair
+    if case.memo.get(COINCIDENT) == (case.where[i], case.where[j]):
+        return
     ties = [((i, k), (j, k)) for k in range(n)]
     try:
         tied = _nudged(case, ties, ()).plain

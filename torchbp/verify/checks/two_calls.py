@@ -15,9 +15,9 @@ def _run(case: Case) -> Iterator[Finding]:
     other = case.nearby
     v, expected = other.plain.cotangents, other.plain.grads  # alone, before any mixing
     here, mine = case.kept if case.runs_again else case.graph()
-    there, its = other.graph()
+    there, its = other.kept if case.runs_again else other.graph()
     first = case.backward(mine, here, case.plain.cotangents, retain_graph=True)
-    second = other.backward(its, there, v)
+    second = other.backward(its, there, v, retain_graph=True)
     when = " after another call of the function"
     yield from compare_all(NAME, case, first, case.plain.grads, when=when, cause=CAUSE)
     when = " in the second of two calls"

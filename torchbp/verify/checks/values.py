@@ -19,7 +19,7 @@ from torchbp.verify.calls import Plain
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_beside
 from torchbp.verify.halving import culprit
-from torchbp.verify.lines import Lines
+from torchbp.verify.lines import STEP, Lines, Step
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import like, like_mask, real
 from torchbp.verify.tolerance import compare
@@ -82,6 +82,8 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _rises_for_others(case: Case, lines: Lines, direction: dict[int, Tensor]) -> bool:
     """Whether all is well for other grad_outputs too: chance may hide in one what is wrong in the eighth digit."""
+    if lines.at_once:
+        case.memo[STEP] = Step(direction, lines.near, *lines.end)
     for number in range(OTHERS if lines.at_once else 0):
         v = case.cotangents(case.plain.outputs, f"{NAME} {number}")
         other = copy.copy(case)
