@@ -410,3 +410,46 @@ def test_whatever_the_default_device_is():
         report = torchbp.gradcheck(function, inputs, skip=COMPILE)
     assert report
     assert not [c.detail for c in report.capabilities.values() if "itself failed" in c.detail]
+
+
+class Hinge(Function):
+    """max(0, x), with a slope that is off by a thousandth."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        return grad_y * (x > 0) * 1.001
+
+
+def selected(x):
+    return x.clamp(min=0)
+
+
+def in_float32(x):
+    return x.float().clamp(min=0).to(x.dtype)
+
+
+@pytest.mark.parametrize(("function", "status"), [(selected, "ok"), (in_float32, "not applicable")])
+def test_a_selection_of_float32_samples_is_no_float32_function(function, status):
+    report = torchbp.gradcheck(function, sample(3, 4, dtype=torch.float32))
+    assert report.capabilities["low_precision"].status == status
+
+
+def test_a_selection_of_float32_samples_is_checked_in_float64():
+    report = torchbp.gradcheck(
+        Hinge.apply, sample(3, 4, dtype=torch.float32), checks="values", raise_exception=False
+    )
+    assert not report
+    assert report.wrong[0].ratio == pytest.approx(1.001)
+
+
+def test_a_float32_selection_is_not():
+    def rounded(x):
+        return in_float32(x) * 1.0
+
+    assert torchbp.gradcheck(rounded, sample(3, 4), skip=["compile"])

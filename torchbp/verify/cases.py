@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torchbp._random import states
 from torchbp.verify.calls import Calls, Plain
 from torchbp.verify.observed import Observed, observe
+from torchbp.verify.precision import precision
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.sample import Sample
 from torchbp.verify.tensors import signed_like, tensors_in
@@ -19,6 +20,10 @@ from torchbp.verify.wild import refuse_wild
 from torchbp.verify.work import LOOP, Bounded, TooMuch
 
 __all__ = ["Case"]
+
+LARGER = (
+    1.0625 + 2.0**-30
+)  # times; in float64 the product has more bits than float32, whatever ``t`` has
 
 
 class Case(Sample):
@@ -300,19 +305,8 @@ class Case(Sample):
 
     @cached_property
     def epsilon(self) -> float:
-        """Precision the function works in: that of its outputs, or float32's where they hold no more bits."""
-        eps = torch.finfo(torch.float64).eps
-        for y in self.plain.outputs:
-            eps = max(eps, torch.finfo(y.dtype).eps)
-            real = torch.view_as_real(y) if y.is_complex() else y
-            whole = real.numel() == 0 or bool((real == real.round()).all())
-            if (
-                real.dtype == torch.float64
-                and not whole
-                and torch.equal(real, real.float().double())
-            ):
-                eps = max(eps, torch.finfo(torch.float32).eps)
-        return eps
+        """Precision the function works in."""
+        return precision(self)
 
     def cotangents(self, outputs: Sequence[Tensor], purpose: str) -> tuple[Tensor, ...]:
         """Return a random grad_output for each output."""
@@ -321,4 +315,4 @@ class Case(Sample):
 
 
 def _larger(t: Tensor) -> Tensor:
-    return t * 1.0625 if t.is_floating_point() or t.is_complex() else t
+    return t * LARGER if t.is_floating_point() or t.is_complex() else t

@@ -22,7 +22,7 @@ __all__ = ["LARGER", "elementwise", "fits", "free_sizes", "one_more", "refuses_a
 MOST = 3  # sizes of the sample that are looked at
 LATER = 2  # sizes that may change alone, beside them
 LARGER = "which case of other sizes was seen with larger inputs"
-REFUSED = "places that forward refuses to be larger alone"
+REFUSED = "places that forward refuses to be twice as large alone"
 SAME = 2**12  # elements of an input whose sizes are all the same
 ATTEMPTS = 10  # calls to find out
 
@@ -39,7 +39,7 @@ def one_more(case: Case) -> list[Case]:
 
 
 def refuses_alone(case: Case, position: int, dim: int) -> bool:
-    """Whether forward is known to refuse this one dimension, of this input alone, to be larger."""
+    """Whether forward is known to refuse this one dimension, of this input alone, to be twice as large."""
     return ((position, dim, 1),) in case.memo.get(REFUSED, ())
 
 
@@ -258,7 +258,8 @@ class _Search:
         self.attempts += 1
         case, other = self.case, resized(self.case, {size: size.more})
         if not accepts(other):
-            case.memo.setdefault(REFUSED, set()).add(size.places)
+            if size.unit == size.now:  # twice as large; groups refuse what is one more, too
+                case.memo.setdefault(REFUSED, set()).add(size.places)
             return None
         if backward:
             try:
