@@ -17,11 +17,12 @@ from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.resize import Places, Size, accepts, apart, resized
 from torchbp.verify.tolerance import largest
 
-__all__ = ["LARGER", "elementwise", "fits", "free_sizes", "one_more", "refuses_alone"]
+__all__ = ["LARGER", "elementwise", "fits", "free_sizes", "one_more", "refuses_alone", "tie"]
 
 MOST = 3  # sizes of the sample that are looked at
 LATER = 2  # sizes that may change alone, beside them
 LARGER = "which case of other sizes was seen with larger inputs"
+TIED = "sizes of integers of several dimensions stay"
 REFUSED = "places that forward refuses to be twice as large alone"
 SAME = 2**12  # elements of an input whose sizes are all the same
 ATTEMPTS = 10  # calls to find out
@@ -36,6 +37,19 @@ def one_more(case: Case) -> list[Case]:
     """Return the case with its free sizes one larger, or all the same if it takes that; and what may change alone."""
     _ = _growth(case)
     return case.memo.get("one more", [])
+
+
+def tie(case: Case) -> bool:
+    """Leave all sizes of integers of several dimensions as they are from now on; ``False`` if they were before.
+
+    Indices that are repeated may write over each other: whose gradient that is then nobody knows.
+    """
+    if TIED in case.memo:
+        return False
+    for name in ("growth", "one more", LARGER, REFUSED):
+        case.memo.pop(name, None)
+    case.memo[TIED] = True
+    return True
 
 
 def refuses_alone(case: Case, position: int, dim: int) -> bool:
@@ -89,22 +103,12 @@ class _Search:
     def _places(self) -> dict[int, Places]:
         """Return the places of each size, in the order of the floating-point arguments."""
         arguments = self.case.arguments
-        # An integer input of several dimensions indexes single elements, one size of integers alone is that of offsets
-        # or lengths: repeated, they would mean something else.
         values = [t for _, t in arguments if t.is_floating_point() or t.is_complex()]
-        tied = {
-            n
-            for _, t in arguments
-            for n in t.shape
-            if t.dim() > 1
-            and not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
-        }
-        tied.update(  # one index twice would mean something else
-            1
-            for _, t in arguments
-            if 1 in t.shape
-            and not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
-        )
+        # One size of integers alone is that of offsets or lengths: repeated, they would mean something else.
+        integers = [t for _, t in arguments if _counts(t)]
+        tied = {1 for t in integers if 1 in t.shape}
+        if TIED in self.case.memo:
+            tied.update(n for t in integers if t.dim() > 1 for n in t.shape)
         return {
             n: tuple((i, d, 1) for i, t in arguments for d, m in enumerate(t.shape) if m == n)
             for n in dict.fromkeys(n for t in values for n in t.shape)
@@ -305,6 +309,10 @@ def _elementwise(case: Case) -> list[int]:
 def _proportional(g: Tensor, v: Tensor, h: Tensor, w: Tensor, slack: float) -> bool:
     one, other = g * w, h * v
     return bool(torch.allclose(one, other, rtol=slack, atol=slack * largest(one), equal_nan=True))
+
+
+def _counts(t: Tensor) -> bool:
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
 
 
 def _count(tensors: Iterable[Tensor]) -> int:
