@@ -65,6 +65,7 @@ def _at_points(case: Case, which: int, values: Tensor, slopes: Tensor) -> Iterat
     low, high = torch.minimum(left_near, right_near), torch.maximum(left_near, right_near)
     steepness = torch.maximum(low.abs(), high.abs())
     settled = y.isfinite() & (drift <= 0.05 * steepness + TOLERANCE + noise)
+    settled &= STEPS[1] * SIZE > case.epsilon * POINTS.abs()  # else that rounds the step away
     slack = TOLERANCE * (1 + steepness) + 4 * drift + noise
     wrong = settled & ~((g >= low - slack) & (g <= high + slack))
     # What overflows at 1e12 alone is a smaller domain.
