@@ -161,7 +161,7 @@ def along_dims_errors(make: Make) -> Iterator[Sample]:
 
 def halved(make: Make) -> Iterator[Sample]:
     """Yield tensors for a function of the two halves of one tensor along a dimension."""
-    for shape in ((3, 4), (2,), (0, 2), (2, 3, 4)):
+    for shape in ((3, 4), (2, 40), (2,), (0, 2), (2, 3, 4)):
         yield Sample((make.normal(*shape),), name="x".join(map(str, shape)))
     yield Sample((make.normal(4, 3), 0), name="dim0")
     yield Sample((make.normal(2, 4, 3),), {"dim": -2}, name="keyword")

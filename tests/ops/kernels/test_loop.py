@@ -130,6 +130,76 @@ def test_numbers_are_spread_over_dimensions(compiled, dtype, shape):
     assert torch.equal(in_one_loop(torch.mul, x, w), (x.float() * w.float()).to(dtype))
 
 
+def halves(x, dim):
+    return x.chunk(2, dim)
+
+
+ROWS = [  # (shape, dim): rows as long as a block, shorter, longer, and of no whole blocks
+    ((64, 2 * 512), 1),
+    ((500, 2 * 40), -1),
+    ((9, 2 * 2500), 1),
+    ((7, 2 * 5, 501), 1),
+    ((2 * 6, 3001), 0),
+    ((300, 1, 2 * 60), 2),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize(("shape", "dim"), ROWS, ids=str)
+def test_takes_and_writes_the_halves_of_a_tensor(compiled, dtype, shape, dim):
+    def formula(v, a, b):
+        return v * b, v * a
+
+    x = random(*shape, dtype=dtype)
+    a, b = halves(x, dim)
+    v = random(*a.shape, dtype=dtype, seed=1)
+    compiled(lambda: in_one_loop(torch.mul, a, b))
+    y = in_one_loop(torch.mul, a, b)
+    assert y.is_contiguous()
+    assert torch.equal(y, (a.float() * b.float()).to(dtype))
+    grad = torch.full_like(x, torch.nan)
+    into = halves(grad, dim)
+    compiled(lambda: in_one_loop(formula, v, a, b, outputs=into))
+    made = in_one_loop(formula, v, a, b, outputs=into)
+    assert made == into
+    truth = torch.cat([(v.float() * b.float()), (v.float() * a.float())], dim).to(dtype)
+    assert torch.equal(grad, truth)
+
+
+def test_a_value_beside_what_is_written_into_rows(compiled):
+    x = random(300, 2 * 70)
+    a, b = halves(x, 1)
+    room = torch.full_like(x, torch.nan)
+    outputs = (SUM, room[:, 70:], None)
+
+    def formula(a, b):
+        return a * b, a - b, a + b
+
+    compiled(lambda: in_one_loop(formula, a, b, outputs=outputs))
+    total, made, y = in_one_loop(formula, a, b, outputs=outputs)
+    assert_close(total, (a * b).sum())
+    assert made is outputs[1]
+    assert torch.equal(made, a - b)
+    assert torch.equal(y, a + b)
+    assert room[:, :70].isnan().all(), "the gaps are left as they are"
+
+
+def test_rows_that_are_repeated_are_read_but_not_written(compiled):
+    x = random(400, 64)
+    row = random(1, 64, seed=1).expand(400, 64)
+    compiled(lambda: in_one_loop(torch.mul, x, row))
+    assert torch.equal(in_one_loop(torch.mul, x, row), x * row)
+    assert in_one_loop(torch.mul, x, x, outputs=(row,)) is None
+    assert in_one_loop(torch.mul, x, x, outputs=(random(400, 63),)) is None
+
+
+def test_the_halves_of_channels_last_are_left_to_the_formula(compiled):
+    x = random(2, 8, 64, 64).to(memory_format=torch.channels_last)
+    compiled(lambda: in_one_loop(torch.exp, x))
+    assert in_one_loop(torch.exp, x) is not None
+    assert in_one_loop(torch.exp, x.chunk(2, 1)[0]) is None
+
+
 def test_a_gradient_that_is_the_same_for_all(compiled):
     v, x = torch.tensor(0.5).expand(N), random(N)
     compiled(lambda: in_one_loop(swish, v, x))

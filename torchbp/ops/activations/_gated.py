@@ -30,8 +30,9 @@ from torchbp.ops.activations._infinities import (
     limited,
     mended,
 )
+from torchbp.ops.kernels import MANY, in_one_loop, looped
 
-__all__ = ["gated", "halves"]
+__all__ = ["gated", "halves", "halves_in_one_loop"]
 
 _silu_into = kernel("silu", "out")
 _silu_backward_into = kernel("silu_backward", "grad_input")
@@ -46,7 +47,8 @@ _threshold_backward_into = kernel("threshold_backward", "grad_input")
 class Gate:
     """A gate: g(a), as torch has it and by formula; v · g'(a), by formulas; both by torch's kernels, which may write.
 
-    The second formula is the one for a single kernel; ``sound`` tells whether torch's kernels made no NaN.
+    The second formula is the one for a single kernel, ``in_a_loop`` the one for both gradients; ``sound`` tells whether
+    torch's kernels made no NaN.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -55,6 +57,7 @@ class Gate:
     at_once: Callable[[Tensor, Tensor], Tensor]
     value_kernel: Callable[[Tensor], Tensor]
     kernel: Callable[[Tensor, Tensor], Tensor]
+    in_a_loop: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     value_into: Callable[[Tensor, Tensor], Tensor]
     times_derivative_into: Callable[[Tensor, Tensor, Tensor], Tensor]
     sound: Callable[[Tensor], bool] = sound
@@ -64,6 +67,7 @@ def _gelu_gate(
     approximate: str,
     formula: Callable[[Tensor], Tensor],
     times_derivative: Callable[[Tensor, Tensor], Tensor],
+    factors: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> Gate:
     exact = approximate == "none"  # the default: a word less to pass
     value = _nn.gelu if exact else partial(_nn.gelu, approximate=approximate)
@@ -74,9 +78,21 @@ def _gelu_gate(
         times_derivative,
         value,
         _gelu_backward if exact else partial(_gelu_backward, approximate=approximate),
+        partial(_of_both, factors),
         lambda a, out: _gelu_into(a, approximate=approximate, out=out),
         lambda v, a, out: _gelu_backward_into(v, a, approximate=approximate, grad_input=out),
     )
+
+
+def _of_both(
+    factors: Callable[[Tensor], tuple[Tensor, Tensor]], v: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    share, slope = factors(bounded(a))  # g(a) = a · share, g'(a)
+    return v * b * slope, v * (a.clamp(min=-FAR) * share)  # (1), (2)
+
+
+def _of_both_of_relu(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return _times_step(v * b, a), v * a.clamp(min=0)  # (1), (2)
 
 
 def _times_step(v: Tensor, a: Tensor) -> Tensor:
@@ -102,11 +118,12 @@ _GATES = {
         silu._by_one_sigmoid,
         _nn.silu,
         kernel("silu_backward"),
+        partial(_of_both, silu._in_a_loop),
         lambda a, out: _silu_into(a, out=out),
         lambda v, a, out: _silu_backward_into(v, a, grad_input=out),
     ),
-    "none": _gelu_gate("none", gelu._value_of_erf, gelu._of_erf),
-    "tanh": _gelu_gate("tanh", gelu._value_of_tanh, gelu._of_tanh),
+    "none": _gelu_gate("none", gelu._value_of_erf, gelu._of_erf, gelu._erf_in_a_loop),
+    "tanh": _gelu_gate("tanh", gelu._value_of_tanh, gelu._of_tanh, gelu._tanh_in_a_loop),
     "relu": Gate(
         torch.relu,
         lambda a: a.clamp(min=0),
@@ -114,6 +131,7 @@ _GATES = {
         _times_step,
         torch.relu,
         lambda v, a: _threshold_backward(v, a, 0.0),
+        _of_both_of_relu,
         lambda a, out: torch.clamp_min(a, 0, out=out),
         lambda v, a, out: _threshold_backward_into(v, a, 0.0, grad_input=out),
         lambda _: True,
@@ -128,6 +146,10 @@ class GatedFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int, gate: str, finite: bool | None) -> Tensor:
+        if x.numel() >= 2 * MANY:
+            y = in_one_loop(partial(_times, _GATES[gate].formula), *x.unsafe_chunk(2, dim))
+            if y is not None:
+                return y
         if finite is None and not is_half(x):  # nothing traces or batches it
             a, b = x.unsafe_chunk(2, dim)
             g = _GATES[gate].value_kernel(a)
@@ -160,6 +182,10 @@ class GatedFunction(Function):
             grad_a = gate.kernel(grad_y * b, a)  # (1)
             grad_x = torch.cat((grad_a, gate.value_kernel(a).mul_(grad_y)), dim)  # (2)
             if gate.sound(grad_x):
+                return grad_x, None, None, None
+        if x.numel() >= 2 * MANY:
+            grad_x = halves_in_one_loop(gate.in_a_loop, grad_y, x, dim)
+            if grad_x is not None:
                 return grad_x, None, None, None
         if x.is_cuda:
             a, b = x.chunk(2, dim)
@@ -195,13 +221,28 @@ class GatedFunction(Function):
         return in_row_pieces(formula, dim, tangent_x, x)
 
 
+def halves_in_one_loop(
+    formula: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    v: Tensor,
+    x: Tensor,
+    dim: int,
+) -> Tensor | None:
+    """Return what ``formula(v, a, b)`` makes of the halves of ``x``, side by side as these are, or ``None``."""
+    a, b = x.chunk(2, dim)
+    if not looped(v, a, b):
+        return None
+    made = torch.empty_like(x)
+    written = in_one_loop(formula, v, a, b, outputs=made.chunk(2, dim))
+    return None if written is None else made
+
+
 _gated = entry(GatedFunction, again=GatedFunction.forward)
 
 
 def gated(op: str, x: Tensor, dim: int, gate: str) -> Tensor:
     """Return g(a) · b for the public function ``op``."""
     check_halves(op, x, dim)
-    return _gated(x, dim, gate, not x.is_complex() and known_finite(x))
+    return _gated(x, dim, gate, not x.is_complex() and known_finite(x, loop=True))
 
 
 def check_halves(op: str, x: Tensor, dim: int) -> None:

@@ -127,20 +127,29 @@ def _of_tanh(v: Tensor, x: Tensor) -> Tensor:
     return v * (s * (1 + x * torch.sigmoid(-double_u) * slope))  # (1')
 
 
-def _of_erf_in_a_loop(v: Tensor, x: Tensor) -> Tensor:
-    e = torch.exp(-0.5 * x * x)  # for both: erfc(z) = exp(-z²) erfcx(z)
+def _erf_in_a_loop(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Φ(x) and dy/dx, both by one exponential: erfc(z) = exp(-z²) erfcx(z)."""
+    e = torch.exp(-0.5 * x * x)
     tail = 0.5 * torch.special.erfcx(_SQRT_HALF * x.abs()) * e
     cdf = torch.where(x < 0, tail, 1 - tail)
-    return v * (cdf + x * e * _DENSITY_AT_0)  # (1)
+    return cdf, cdf + x * e * _DENSITY_AT_0  # (1)
+
+
+def _tanh_in_a_loop(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return σ(2u) and dy/dx, both by one exponential."""
+    k, square = 2 * _SQRT_2_OVER_PI, x * x
+    e = torch.exp(-(x * (k + k * _CUBIC * square)).abs())
+    r = 1 / (1 + e)  # σ(2|u|), and e r is σ(-2|u|)
+    s = torch.where(x < 0, e * r, r)
+    return s, s + x * (k + 3 * k * _CUBIC * square) * (e * r * r)  # (1')
+
+
+def _of_erf_in_a_loop(v: Tensor, x: Tensor) -> Tensor:
+    return v * _erf_in_a_loop(x)[1]
 
 
 def _of_tanh_in_a_loop(v: Tensor, x: Tensor) -> Tensor:
-    k, square = 2 * _SQRT_2_OVER_PI, x * x
-    double_u = x * (k + k * _CUBIC * square)
-    e = torch.exp(-double_u.abs())
-    r = 1 / (1 + e)  # σ(2|u|), and e r is σ(-2|u|)
-    s = torch.where(x < 0, e * r, r)
-    return v * (s + x * (k + 3 * k * _CUBIC * square) * (e * r * r))  # (1')
+    return v * _tanh_in_a_loop(x)[1]
 
 
 def _of_erf_into(grad_x: Tensor, density: Tensor, v: Tensor, x: Tensor) -> None:

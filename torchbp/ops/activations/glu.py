@@ -28,6 +28,8 @@ from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.activations._gated import halves_in_one_loop
+from torchbp.ops.kernels import MANY, in_one_loop
 
 __all__ = ["GLU", "GLUFunction", "glu"]
 
@@ -41,6 +43,10 @@ class GLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int) -> Tensor:  # (*, 2D, *) -> (*, D, *)
+        if isinstance(x, Tensor) and x.numel() >= 2 * MANY and x.size(dim) % 2 == 0:
+            y = in_one_loop(_value, *x.unsafe_chunk(2, dim))
+            if y is not None:
+                return y
         # F.glu asks again who else answers, 0.3 µs; what is no tensor, or has no dimensions, it refuses
         return _nn.glu(x, dim) if isinstance(x, Tensor) and x.dim() else F.glu(x, dim)
 
@@ -52,6 +58,10 @@ class GLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
+        if x.numel() >= 2 * MANY:
+            grad_x = halves_in_one_loop(_in_a_loop, grad_y, x, ctx.dim)
+            if grad_x is not None:
+                return grad_x, None
         # a GPU's kernel computes half precision in float32, as in_row_pieces would here
         if undifferentiated() and (not is_half(x) or x.is_cuda):
             return _glu_backward(grad_y, x, ctx.dim), None
@@ -74,6 +84,16 @@ class GLUFunction(Function):
             return by_a * tangent_a + by_b * tangent_b  # (3)
 
         return in_row_pieces(formula, ctx.dim, tangent_x, x)
+
+
+def _value(a: Tensor, b: Tensor) -> Tensor:
+    return a * torch.sigmoid(b)
+
+
+def _in_a_loop(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    e = torch.exp(-b.abs())
+    r = 1 / (1 + e)  # σ(|b|), and e r is σ(-|b|)
+    return v * torch.where(b < 0, e * r, r), v * a * (e * r * r)  # (1), (2)
 
 
 def _derivatives(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

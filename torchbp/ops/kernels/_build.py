@@ -53,7 +53,7 @@ def many(op: Op, dtype: torch.dtype) -> Iterator[Sample]:
         first = next((a for a in sample.args if isinstance(a, Tensor)), None)
         if first is None or first.dtype != dtype or first.dim() < 2 or not first.numel():
             continue
-        rows, times = first.shape[0], -(-MANY // first.numel())
+        rows, times = first.shape[0], -(-2 * MANY // first.numel())  # what takes halves has as many
 
         def longer(t: Tensor, rows: int = rows, times: int = times) -> Tensor:
             if not t.dim() or t.shape[0] != rows:

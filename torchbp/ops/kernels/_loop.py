@@ -34,23 +34,27 @@ _NAMES = {
     torch.uint8: "uint8_t",
     torch.bool: "uint8_t",
 }
-_ARRAY, _NUMBER, _SPREAD = "Array", "Number", "Spread"
-Output = torch.dtype | str | None
+_ARRAY, _NUMBER, _SPREAD, _ROWS = "Array", "Number", "Spread", "Rows"
+_A_ROW = 16  # elements; of shorter ones each would be copied by itself
+Output = torch.dtype | str | Tensor | None
 
 
 class _Taken(NamedTuple):
     """What the loop makes of an argument."""
 
     dtype: torch.dtype
-    kind: str  # of each element its own, one number for all, or numbers spread over dimensions
+    kind: str  # of each element its own, one number for all, or numbers spread over dimensions, or rows with gaps
 
 
 class _Laid(NamedTuple):
     """How the arguments lie in memory."""
 
-    like: Tensor  # an array, each of whose elements is in memory once
+    like: Tensor  # an array: what is made lies as it does, or, beside rows, without gaps
     taken: tuple[_Taken, ...]
-    lengths: tuple[int, ...]  # two for each argument: 0, or how its numbers are spread
+    lengths: tuple[
+        int, ...
+    ]  # two for each argument: 0, or how its numbers are spread or its rows lie
+    rows: bool
 
 
 def in_one_loop(
@@ -62,9 +66,11 @@ def in_one_loop(
         formula: Elementwise function of ``tensors``. What it closes over, or is partial in, are numbers and functions.
         tensors: On the CPU, the first of the whole shape, and of float32 or half precision, or signs and the like where
             no output has its dtype. The others have its shape and layout, or are one number for all elements; beside
-            contiguous ones they may be broadcast from one dimension, or several side by side.
+            contiguous ones they may be broadcast from one dimension, or several side by side, or lie in rows with gaps,
+            as the halves of a tensor do.
         outputs: Of each of the formula's values: ``None`` for a tensor like the first, a dtype for one like it of that
-            dtype, ``SUM`` for the sum over all elements, in float32 and without dimensions.
+            dtype, ``SUM`` for the sum over all elements, in float32 and without dimensions; or the tensor that it is
+            written into, of the same shape, contiguous or in rows.
 
     Returns:
         A tensor, or for several ``outputs`` a tuple of them.
@@ -77,22 +83,40 @@ def in_one_loop(
     known = identity(formula)
     if laid is None or known is None:
         return None
-    key = (known, outputs, laid.taken)
+    into = [() if not isinstance(o, Tensor) else _written(o, first.shape) for o in outputs]
+    if None in into or (any(into) and not (laid.rows or laid.like.is_contiguous())):
+        return None
+    kinds = tuple(_Into(o.dtype) if isinstance(o, Tensor) else o for o in outputs)
+    key = (known, kinds, laid.taken)
     run = _library.remembered.get(key, ())
     if run == ():
         if len(_library.remembered) >= _MOST:  # a number that changes from step to step
             _library.remembered.clear()
-        run = _library.remembered[key] = _compiled(formula, laid.taken, outputs)
+        run = _library.remembered[key] = _compiled(formula, laid.taken, kinds)
     if run is None:
         return None
     made = tuple(
-        torch.empty((), dtype=torch.float32)
-        if o == SUM
-        else torch.empty_like(laid.like, dtype=first.dtype if o is None else o)
+        o if isinstance(o, Tensor) else _made(laid, first.dtype if o is None else o)
         for o in outputs
     )
-    run(first.numel(), tensors, made, laid.lengths)
+    lengths = laid.lengths + sum((i or (0, 0) for i in into), ())
+    run(first.numel(), tensors, made, lengths)
     return made if len(made) > 1 else made[0]
+
+
+def _made(laid: _Laid, dtype: torch.dtype | str) -> Tensor:
+    if dtype == SUM:
+        return torch.empty((), dtype=torch.float32)
+    layout = torch.contiguous_format if laid.rows else torch.preserve_format
+    return torch.empty_like(laid.like, dtype=dtype, memory_format=layout)  # pyright: ignore[reportArgumentType]
+
+
+def _written(t: Tensor, shape: torch.Size) -> tuple[int, int] | None:
+    """Return the length and the stride of the rows of ``t``, to be written; ``None`` where it can't be."""
+    rows = _rows(t)
+    if rows is None or t.shape != shape or t.dtype not in _NAMES:
+        return None
+    return rows if rows[1] >= rows[0] else None
 
 
 def _is_one_for_all(t: Tensor) -> bool:
@@ -138,8 +162,43 @@ def _laid(tensors: tuple[Tensor, ...], *, any_first: bool = False) -> _Laid | No
         strides = arrays[0].stride()
         alike = all(t.stride() == strides for t in arrays)
         if not alike or any(lengths) or _has_gaps(arrays[0]):
+            return _laid_in_rows(tensors, arrays[0], taken, lengths)
+    return _Laid(arrays[0], tuple(taken), tuple(lengths), False)
+
+
+def _laid_in_rows(
+    tensors: tuple[Tensor, ...], like: Tensor, taken: list[_Taken], lengths: list[int]
+) -> _Laid | None:
+    for i, t in enumerate(tensors):
+        if taken[i].kind == _ARRAY and not t.is_contiguous():
+            rows = _rows(t)
+            if rows is None:
+                return None
+            taken[i] = _Taken(t.dtype, _ROWS)
+            lengths[2 * i : 2 * i + 2] = rows
+    return _Laid(like, tuple(taken), tuple(lengths), True)
+
+
+def _rows(t: Tensor) -> tuple[int, int] | None:
+    """Return (length, stride), for element i lies at i // length * stride + i % length; ``None`` where it doesn't."""
+    dims = [(n, s) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1]
+    length = 1
+    while dims and dims[-1][1] == length:
+        length *= dims.pop()[0]
+    if not dims:
+        return length, length
+    stride = expected = dims[-1][1]
+    for n, s in reversed(dims):
+        if s != expected:
             return None
-    return _Laid(arrays[0], tuple(taken), tuple(lengths))
+        expected *= n
+    return None if length < _A_ROW else (length, stride)
+
+
+class _Into(NamedTuple):
+    """A value that is written into a tensor of this dtype."""
+
+    dtype: torch.dtype
 
 
 def _kind(t: Tensor, shape: torch.Size) -> tuple[str | None, tuple[int, int]]:
@@ -175,7 +234,7 @@ def _has_gaps(t: Tensor) -> bool:
 
 
 def _compiled(
-    formula: Callable[..., Any], taken: tuple[_Taken, ...], outputs: tuple[Output, ...]
+    formula: Callable[..., Any], taken: tuple[_Taken, ...], outputs: tuple[Any, ...]
 ) -> Callable[..., None] | None:
     noted = steps(formula, len(taken), loop=True)
     if noted is None or len(noted[1]) != len(outputs):
@@ -189,7 +248,7 @@ def _compiled(
     function.argtypes = (c_int64, c_int, *(c_void_p,) * 4)
     given = (c_float * len(numbers))(*numbers)
     of_inputs, of_outputs = c_void_p * len(taken), c_void_p * len(outputs)
-    of_lengths = c_int64 * (2 * len(taken))
+    of_lengths = c_int64 * (2 * len(taken) + 2 * len(outputs))
 
     def run(
         n: int, tensors: tuple[Tensor, ...], made: tuple[Tensor, ...], lengths: tuple[int, ...]
@@ -206,7 +265,7 @@ def _source(
     values: tuple[str, ...],
     numbers: int,
     arguments: tuple[_Taken, ...],
-    outputs: tuple[Output, ...],
+    outputs: tuple[Any, ...],
 ) -> tuple[str, str]:
     """Return the name and the C++ of the loop."""
     shared = " ".join(f"const T c{i} = c[{i}];" for i in range(numbers))
@@ -219,15 +278,10 @@ def _source(
     ]
     kept = " ".join(f"y{o}[i] = {value};" for o, value in enumerate(as_float))
     read = ", ".join(
-        f"{kind}<{_NAMES[dtype]}>(in[{i}]{f', lengths + {2 * i}' if kind == _SPREAD else ''})"
+        f"{kind}<{_NAMES[dtype]}>(in[{i}]{f', lengths + {2 * i}' if kind in (_SPREAD, _ROWS) else ''})"
         for i, (dtype, kind) in enumerate(arguments)
     )
-    written = ", ".join(
-        f"Sum(out[{i}], n)"
-        if o == SUM
-        else f"Values<{_NAMES[arguments[0].dtype if o is None else o]}>(out[{i}], n)"  # pyright: ignore[reportArgumentType]
-        for i, o in enumerate(outputs)
-    )
+    written = ", ".join(_destination(o, i, arguments) for i, o in enumerate(outputs))
     body = f"""(int64_t n, int threads, const void* const* in, void* const* out, const float* c,
     const int64_t* lengths) {{
     using T = float;
@@ -245,3 +299,13 @@ def _source(
 """
     name = f"torchbp_{sha256(body.encode()).hexdigest()[:20]}"
     return name, f'extern "C" void {name}{body}'
+
+
+def _destination(output: Any, i: int, arguments: tuple[_Taken, ...]) -> str:
+    """Return the C++ of where the value ``i`` goes."""
+    if output == SUM:
+        return f"Sum(out[{i}], n)"
+    if isinstance(output, _Into):
+        return f"IntoRows<{_NAMES[output.dtype]}>(out[{i}], lengths + {2 * (len(arguments) + i)})"
+    dtype = arguments[0].dtype if output is None else output
+    return f"Values<{_NAMES[dtype]}>(out[{i}], n)"

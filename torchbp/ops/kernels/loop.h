@@ -118,7 +118,7 @@ inline void narrow(const float* from, float16* to) {
 #endif
 }
 
-// ---- what goes in: an array, or one number for all of its elements ----------------------------------------------------
+// ---- what goes in: an array, numbers for its elements, or rows --------------------------------------------------------
 
 struct Row {
     const float* at;
@@ -187,7 +187,50 @@ struct Spread {
     }
 };
 
-// ---- what comes out: an array, or a sum -------------------------------------------------------------------------------
+// Rows of a length, each a stride behind the one before, as a half of a tensor along a dimension lies.
+struct Lines {
+    int64_t length, stride;
+    explicit Lines(const int64_t* lengths) : length(lengths[0]), stride(lengths[1]) {}
+
+    // take(i, place, count): the elements from i on, of the n from `start` on, lie at `place` one behind the other.
+    template <class Take>
+    void each(int64_t start, int64_t n, Take take) const {
+        int64_t row = start / length, at = start % length;
+        for (int64_t i = 0; i < n; ++row, at = 0) {
+            const int64_t count = length - at < n - i ? length - at : n - i;
+            take(i, row * stride + at, count);
+            i += count;
+        }
+    }
+    // Where a whole block lies, or -1.
+    int64_t whole(int64_t start, int64_t n) const {
+        const int64_t row = start / length, at = start % length;
+        return n == BLOCK && at + BLOCK <= length ? row * stride + at : -1;
+    }
+};
+
+template <class T>
+struct Rows {
+    const T* data;
+    Lines lines;
+    Rows(const void* p, const int64_t* lengths) : data(static_cast<const T*>(p)), lines(lengths) {}
+
+    Row block(int64_t start, int64_t n, float* room) const {
+        const int64_t place = lines.whole(start, n);
+        if (place >= 0) {
+            if constexpr (std::is_same_v<T, float>) return {data + place};
+            widen(data + place, room);
+            return {room};
+        }
+        T full[BLOCK];
+        lines.each(start, n, [&](int64_t i, int64_t at, int64_t count) { std::memcpy(full + i, data + at, count * sizeof(T)); });
+        for (int64_t i = n; i < BLOCK; ++i) full[i] = full[n - 1];
+        widen(full, room);
+        return {room};
+    }
+};
+
+// ---- what comes out: an array, rows, or a sum -----------------------------------------------------------------------------
 
 template <class T>
 struct Values {
@@ -205,6 +248,32 @@ struct Values {
         T full[BLOCK];
         narrow(from, full);
         std::memcpy(data + start, full, n * sizeof(T));
+    }
+    void finish() const {}
+};
+
+template <class T>
+struct IntoRows {
+    T* data;
+    Lines lines;
+    IntoRows(void* p, const int64_t* lengths) : data(static_cast<T*>(p)), lines(lengths) {}
+
+    float* room(int64_t start, int64_t n, float* room) const {
+        if constexpr (std::is_same_v<T, float>) {
+            const int64_t place = lines.whole(start, n);
+            if (place >= 0) return data + place;
+        }
+        return room;
+    }
+    void keep(const float* from, int64_t start, int64_t n) const {
+        const int64_t place = lines.whole(start, n);
+        if (place >= 0) {
+            if (from != static_cast<const void*>(data + place)) narrow(from, data + place);
+            return;
+        }
+        T full[BLOCK];
+        narrow(from, full);
+        lines.each(start, n, [&](int64_t i, int64_t at, int64_t count) { std::memcpy(data + at, full + i, count * sizeof(T)); });
     }
     void finish() const {}
 };
