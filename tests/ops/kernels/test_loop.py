@@ -189,6 +189,9 @@ def test_rows_that_are_repeated_are_read_but_not_written(compiled):
     row = random(1, 64, seed=1).expand(400, 64)
     compiled(lambda: in_one_loop(torch.mul, x, row))
     assert torch.equal(in_one_loop(torch.mul, x, row), x * row)
+    room = torch.empty_like(x)
+    compiled(lambda: in_one_loop(torch.mul, x, x, outputs=(room,)))
+    assert in_one_loop(torch.mul, x, x, outputs=(room,)) is room
     assert in_one_loop(torch.mul, x, x, outputs=(row,)) is None
     assert in_one_loop(torch.mul, x, x, outputs=(random(400, 63),)) is None
 

@@ -139,9 +139,9 @@ def _tanh_in_a_loop(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return σ(2u) and dy/dx, both by one exponential."""
     k, square = 2 * _SQRT_2_OVER_PI, x * x
     e = torch.exp(-(x * (k + k * _CUBIC * square)).abs())
-    r = 1 / (1 + e)  # σ(2|u|), and e r is σ(-2|u|)
-    s = torch.where(x < 0, e * r, r)
-    return s, s + x * (k + 3 * k * _CUBIC * square) * (e * r * r)  # (1')
+    s = e / (1 + e)  # σ(-2|u|), whose complement is exact
+    share = torch.where(x < 0, s, 1 - s)
+    return share, share + x * (k + 3 * k * _CUBIC * square) * (s - s * s)  # (1')
 
 
 def _of_erf_in_a_loop(v: Tensor, x: Tensor) -> Tensor:

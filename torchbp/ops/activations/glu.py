@@ -92,8 +92,8 @@ def _value(a: Tensor, b: Tensor) -> Tensor:
 
 def _in_a_loop(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     e = torch.exp(-b.abs())
-    r = 1 / (1 + e)  # σ(|b|), and e r is σ(-|b|)
-    return v * torch.where(b < 0, e * r, r), v * a * (e * r * r)  # (1), (2)
+    s = e / (1 + e)  # σ(-|b|), whose complement is exact
+    return v * torch.where(b < 0, s, 1 - s), v * a * (s - s * s)  # (1), (2)
 
 
 def _derivatives(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
