@@ -35,6 +35,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._random import int32_of
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations.leaky_relu import leaky_relu
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["RReLU", "RReLUFunction", "rrelu", "rrelu_"]
 
@@ -85,7 +86,13 @@ def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
         slopes = torch.empty_like(wide, memory_format=torch.contiguous_format)
         _nn.rrelu_with_noise(wide, slopes, lower, upper, True)  # two calls instead of ten
         return as_dtype(slopes, x.dtype)
-    uniform = _uniform(x)
+    bits = int32_of(x.shape) if visible(x) else None
+    if bits is not None:
+        with torch.no_grad():
+            slopes = in_one_loop(partial(_slopes_of_bits, lower=lower, upper=upper), x, bits)
+        if slopes is not None:
+            return slopes
+    uniform = _uniform(x, bits)
     if x.is_cuda:
         with torch.no_grad():
             slopes = in_one_kernel(partial(_slopes, lower=lower, upper=upper), x, uniform)
@@ -103,16 +110,21 @@ def _slopes(x: Tensor, uniform: Tensor, *, lower: float, upper: float) -> Tensor
     return torch.where(x <= 0, uniform * (upper - lower) + lower, 1)
 
 
+def _slopes_of_bits(x: Tensor, bits: Tensor, *, lower: float, upper: float) -> Tensor:
+    return _slopes(x, bits * 2**-32 + 0.5, lower=lower, upper=upper)
+
+
 def _is_few(x: Tensor) -> bool:
     """Whether torch's kernel, which draws one number after the other, is faster."""
     return visible(x) and x.numel() <= _FEW and x.is_floating_point()
 
 
-def _uniform(x: Tensor) -> Tensor:
-    """Draw from U(0, 1), whatever the strides of ``x``."""
+def _uniform(x: Tensor, bits: Tensor | None = None) -> Tensor:
+    """Draw from U(0, 1), whatever the strides of ``x``; ``bits`` is what has been drawn for it already."""
     if visible(x):
         wide = torch.float32 if is_half(x) else x.dtype
-        return int32_of(x.shape).to(wide).mul_(2**-32).add_(0.5).to(x.dtype)
+        bits = int32_of(x.shape) if bits is None else bits
+        return bits.to(wide).mul_(2**-32).add_(0.5).to(x.dtype)
     return torch.rand_like(x, memory_format=torch.contiguous_format)
 
 

@@ -31,6 +31,7 @@ _NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.int8: "int8_t",
+    torch.int32: "int32_t",
     torch.uint8: "uint8_t",
     torch.bool: "uint8_t",
 }
