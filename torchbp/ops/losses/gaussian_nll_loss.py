@@ -52,7 +52,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, square, stored
-from torchbp.ops.kernels import in_one_loop
+from torchbp.ops.kernels import MANY, in_one_loop
 
 __all__ = ["GaussianNLLLoss", "GaussianNLLLossFunction", "gaussian_nll_loss"]
 
@@ -92,14 +92,9 @@ class GaussianNLLLossFunction(Function):
         need_d, need_var, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, d.numel())
         eps = ctx.eps
-        if need_d and need_var:
-            made = in_one_loop(
-                lambda d, var, s: (_gradient_d(d, var, s, eps), _gradient_var(d, var, s, eps)),
-                d,
-                var,
-                s,
-                outputs=(None, None),
-            )
+        if need_d and need_var and d.numel() >= MANY:
+            formula = lambda d, var, s: _each_gradient(d, var, s, eps)  # noqa: E731
+            made = in_one_loop(formula, d, var, s, outputs=(None, None))
             if made is not None:
                 return *made, None, None, None
         shared = need_d and need_var and not is_half(d) and d.numel() > _FEW and not d.is_cuda
@@ -153,6 +148,10 @@ def _gradient_var(d: Tensor, var: Tensor, s: Tensor, eps: float) -> Tensor:
     if not in_place(d, var, s):
         return s * (1 - d.square() / v) / (2 * v)  # (2)
     return d.square().div_(v).neg_().add_(1).div_(v).mul_(s / 2)
+
+
+def _each_gradient(d: Tensor, var: Tensor, s: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _gradient_d(d, var, s, eps), _gradient_var(d, var, s, eps)
 
 
 def _both_gradients(d: Tensor, var: Tensor, s: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, pairs, square
+from torchbp.ops.kernels import MANY
 
 __all__ = ["HingeEmbeddingLoss", "HingeEmbeddingLossFunction", "hinge_embedding_loss"]
 
@@ -63,15 +64,11 @@ class HingeEmbeddingLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, margin: float, reduction: str
     ) -> tuple[Tensor, Tensor]:  # (*), (*) -> () or (*), (*) int8
-        made = reduced_in_one_loop(
-            lambda x, t: _value_and_slope(x, t, margin),
-            reduction,
-            x,
-            target,
-            beside=(torch.int8,),
-        )
-        if made is not None:
-            return made
+        if x.numel() >= MANY:
+            formula = lambda x, t: _value_and_slope(x, t, margin)  # noqa: E731
+            made = reduced_in_one_loop(formula, reduction, x, target, beside=(torch.int8,))
+            if made is not None:
+                return made
         m = number(margin, x)
         near, other = target != number(-1, x), target != number(1, x)
         slope = torch.add(near.to(torch.int8), other & below(x, m), alpha=-1)  # (1)

@@ -47,6 +47,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops.kernels import MANY
 
 __all__ = ["L1Loss", "L1LossFunction", "l1_loss"]
 
@@ -63,7 +64,7 @@ class L1LossFunction(Function):
         if x.is_cuda and x.dtype == target.dtype:  # a kernel each
             sign = in_pieces(_sign, x, target).to(torch.int8)
             return reduced(_values, reduction, x, target), sign
-        if x.dtype == target.dtype:
+        if x.numel() >= MANY and x.dtype == target.dtype:
             made = reduced_in_one_loop(_values_and_sign, reduction, x, target, beside=(torch.int8,))
             if made is not None:
                 return made

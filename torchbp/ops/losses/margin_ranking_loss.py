@@ -48,7 +48,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, square, stored
-from torchbp.ops.kernels import in_one_loop
+from torchbp.ops.kernels import MANY, in_one_loop
 
 __all__ = ["MarginRankingLoss", "MarginRankingLossFunction", "margin_ranking_loss"]
 
@@ -64,16 +64,11 @@ class MarginRankingLossFunction(Function):
     def forward(
         x1: Tensor, x2: Tensor, target: Tensor, margin: float, reduction: str
     ) -> tuple[Tensor, Tensor]:  # (*), (*), (*) -> () or (*), (*) bool
-        made = reduced_in_one_loop(
-            lambda a, b, t: _value_and_active(a, b, t, margin),
-            reduction,
-            x1,
-            x2,
-            target,
-            beside=(torch.bool,),
-        )
-        if made is not None:
-            return made
+        if x1.numel() >= MANY:
+            formula = lambda a, b, t: _value_and_active(a, b, t, margin)  # noqa: E731
+            made = reduced_in_one_loop(formula, reduction, x1, x2, target, beside=(torch.bool,))
+            if made is not None:
+                return made
         left = in_pieces(lambda a, b, t: _left(a, b, t, margin), x1, x2, target)
         active = above(left, number(0.0, left))
         return reduce(left.relu_() if in_place(left) else left.relu(), reduction), active
@@ -100,9 +95,9 @@ class MarginRankingLossFunction(Function):
         need_1, need_2, need_target, *_others = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, active.numel())
         grad_1 = grad_target = None
-        if need_1 and need_2 and target.dtype == grad.dtype:
+        if need_1 and need_2 and not need_target and target.dtype == grad.dtype:
             made = in_one_loop(_both_gradients, target, active, s, outputs=(None, None))
-            if made is not None and not need_target:
+            if made is not None:
                 return *made, None, None, None
         if need_1 or need_2:
             grad_1 = as_dtype(_gradient(active, target, s), grad.dtype)

@@ -52,6 +52,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops.kernels import MANY
 from torchbp.ops.losses._exp import exponential
 from torchbp.ops.losses._limits import product, with_limits
 
@@ -70,13 +71,12 @@ class PoissonNLLLossFunction(Function):
         x: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: str
     ) -> tuple[Tensor, Tensor | None]:  # (*), (*) -> () or (*), rate (*)
         limits = partial(_values_with_limits, log_input=log_input, full=full, eps=eps)
-        if log_input and not is_half(x):
-            made = reduced_in_one_loop(
-                lambda x, t: _with_rate(x, t, full), reduction, x, target, beside=(None,)
-            )
+        if x.numel() >= MANY and log_input and not is_half(x):
+            formula = lambda x, t: _with_rate(x, t, full)  # noqa: E731
+            made = reduced_in_one_loop(formula, reduction, x, target, beside=(None,))
             if made is not None:
                 return made
-        else:
+        elif x.numel() >= MANY:
             loss = reduced_in_one_kernel(limits, reduction, x, target)
             if loss is not None:
                 return loss, None
