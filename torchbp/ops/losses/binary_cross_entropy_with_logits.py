@@ -59,6 +59,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, square
+from torchbp.ops.kernels import in_one_loop
 from torchbp.ops.losses._kept_gradient import Formula, suits_kept_gradient, with_kept_gradient
 from torchbp.ops.losses._limits import product, with_limits
 from torchbp.ops.losses._log_sums import FEW, minus_log1p_sum, reduced_softplus
@@ -140,7 +141,9 @@ class BCEWithLogitsLossFunction(Function):
         grad_x = None
         if need_x and not c and _few_alike(x, target, s):
             grad_x = _gradient_x_of_few(x, target, s)
-        elif need_x:
+        elif need_x and not c:
+            grad_x = in_one_loop(_times_gradient, x, target, s)
+        if need_x and grad_x is None:
             into = None if c else _gradient_x_into
             grad_x = in_pieces(_gradient_x, x, target, s, *c, into=into, spare=1)
             grad_x = as_dtype(grad_x, x.dtype)
@@ -223,10 +226,17 @@ def _gradient_target(x: Tensor, s: Tensor, c: Tensor | float = 1.0) -> Tensor:
 
 
 def _with_gradient(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return _values_with_limits(x, target), _gradient_of_one_sigmoid(x, target)
+
+
+def _gradient_of_one_sigmoid(x: Tensor, target: Tensor) -> Tensor:
     e = (-x.abs()).exp()
     u = e / (1 + e)
-    g = torch.where(x > 0, (1 - target) - u, u - target)  # (5)
-    return _values_with_limits(x, target), g
+    return torch.where(x > 0, (1 - target) - u, u - target)  # (5)
+
+
+def _times_gradient(x: Tensor, target: Tensor, s: Tensor) -> Tensor:
+    return _gradient_of_one_sigmoid(x, target) * s
 
 
 def _write_gradient(gradient: Tensor, x: Tensor, target: Tensor) -> list[Tensor]:
