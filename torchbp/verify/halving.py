@@ -75,8 +75,10 @@ def _stands(lines: Lines, which: int, index: int, value: float) -> bool:
     """
     generator = lines.case.generator("stands")
     moved = []
-    for leaf in lines.case.leaves:
+    for leaf, scale in zip(lines.case.leaves, lines.scales, strict=True):
         r = signed_like(leaf.real, generator)
+        if not leaf.is_complex():
+            r *= (scale != 0).view(r.shape).to(r)  # what stays may be at the end of the domain
         moved.append((leaf * (1 + 16 * torch.finfo(leaf.dtype).eps * r)).requires_grad_())
     try:
         grads = lines.case.backward(lines.case.forward(moved), moved, lines.case.plain.cotangents)

@@ -81,9 +81,7 @@ def others(case: Case, x: Any, name: str = "") -> list[Any]:
     if isinstance(x, bool):
         return [not x]
     if isinstance(x, tuple):
-        n = list(x)
-        whole = len(n) > 1 and all(type(k) is int for k in n)
-        return [(n[0] + 1, *n[1:]), (*n[:-1], n[-1] + 1)] if whole else []
+        return _other_tuples(x)
     if isinstance(x, str):
         return other_words(x, case.func)
     integers = [t for _, t in case.arguments if t.dtype in (torch.int64, torch.int32) and t.numel()]
@@ -94,6 +92,15 @@ def others(case: Case, x: Any, name: str = "") -> list[Any]:
             return [n for n in (-1, 1, 0) if n != x]  # a sign
         return [x + 1] if x > most else [int(integers[0].flatten()[0])] if x == -100 else []
     return [0, -2] if x == -1 else [x + 1, x - 1]
+
+
+def _other_tuples(x: tuple[Any, ...]) -> list[Any]:
+    """Return a tuple of numbers with another for its first, and for its last: what is equal is so no more."""
+    kinds = [type(n) for n in x]
+    if not set(kinds) <= {int, float} or kinds in ([], [int]):
+        return []  # one whole number alone is a dimension, or a size
+    other = [nearby(n) if type(n) is float else n + 1 for n in x]
+    return list(dict.fromkeys([(other[0], *x[1:]), (*x[:-1], other[-1])]))
 
 
 def nearby(x: float) -> float:

@@ -17,6 +17,7 @@ from torchbp.verify.work import may_be_too_much
 
 __all__ = [
     "APART",
+    "LARGE",
     "Size",
     "accepts",
     "apart",
@@ -29,6 +30,7 @@ __all__ = [
     "uneven",
     "with_ones",
     "with_zeros",
+    "within_limits",
 ]
 
 UNEVEN = (1.0, 2.0**-18, 2.0**3, 2.0**-7, 2.0**6, 2.0**-11)  # of rows: a norm clamped, a branch
@@ -37,6 +39,8 @@ GOLDEN = 0.6180339887  # its multiples lie evenly between whole numbers
 ONE = re.compile(r"\(1,|broadcast|\bexpand\b")  # of what is given once for all
 
 APART = 2.0**3  # times, of several inputs every other one
+LARGE = 2.0**10
+LIMITED = (2.0**8, 2.0**6)  # where that is refused
 
 Places = tuple[tuple[int, int, int], ...]  # position in flat, dimension, how many times the size
 
@@ -133,6 +137,24 @@ def _times(t: Tensor, factor: float) -> Tensor:
 
 def _has_both_signs(t: Tensor) -> bool:
     return t.is_complex() or bool((t < 0).any() and (t > 0).any())
+
+
+def within_limits(case: Case) -> tuple[float, Case | None]:
+    """Return the case with its inputs as large as a function takes them that refuses far larger ones, and how much."""
+    if _refuses(scaled(case, LARGE)):
+        for factor in LIMITED:
+            other = scaled(case, factor)
+            if not _refuses(other):
+                return factor, other if accepts(other) else None
+    return 1.0, None
+
+
+def _refuses(case: Case) -> bool:
+    try:
+        _ = case.first
+    except ForwardRaised:
+        return True
+    return False
 
 
 def uneven(case: Case, size: Size) -> Case:

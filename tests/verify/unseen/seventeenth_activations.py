@@ -27,7 +27,7 @@ class BiasAct(Function):
         x, b = ctx.saved_tensors
         slope, gain, limit = ctx.options
         y = BiasAct.before(x, b, slope, gain)
-        grad = scaled(g, gain) * torch.where(y > 0, 1, slope) * (y.abs() <= limit)
+        grad = scaled(g, gain) * torch.where(y > 0, y.new_tensor(1), slope) * (y.abs() <= limit)
         return grad, grad.sum([i for i in range(x.dim()) if i != 1]), None, None, None
 
     @staticmethod

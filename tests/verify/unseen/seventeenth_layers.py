@@ -78,7 +78,7 @@ class InPlaceNorm(Function):
     def gradients(ctx, g, slope):
         y, w, b, rstd = ctx.saved_tensors
         dims = [i for i in range(y.dim()) if i != 1]
-        slopes = torch.where(y > 0, 1, slope)
+        slopes = torch.where(y > 0, y.new_tensor(1), slope)
         w, b = InPlaceNorm.wide(w, y), InPlaceNorm.wide(b, y)
         normal, g = (y / slopes - b) / w, g * slopes
         d = g * w

@@ -2,14 +2,14 @@
 
 A sample with alpha=1, dim=-1 or reduction="mean" hides a factor that is missing, a dimension that is fixed, a count
 that is due to one reduction only. So does a default that the sample leaves as it is, or an attribute of a Module. What
-changes nothing in forward is left in peace: a flag that detaches, a factor that reverses gradients; so is a forward
-that is flat there: `hard=True` asks for a straight-through gradient. No negative number is tried where the name of the
-argument says that there is none.
+changes nothing in forward, nor at larger inputs, is left in peace: a flag that detaches, a factor that reverses
+gradients; so is a forward that is flat there: `hard=True` asks for a straight-through gradient. No negative number is
+tried where the name of the argument says that there is none.
 """
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 
 import torch
@@ -22,7 +22,7 @@ from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.options import NEVER_NEGATIVE, Values, nearby, options, others, with_options
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts, same_outputs
+from torchbp.verify.resize import accepts, same_outputs, scaled
 from torchbp.verify.tensors import signed_like
 from torchbp.verify.tolerance import largest
 
@@ -30,6 +30,7 @@ NAME = "arguments"
 MOST = 4  # arguments alone, beside all real numbers at once and all others at once
 EACH = 2  # other values of one, that forward takes
 TRIED = 4  # calls for those
+LARGER = (8.0, 2.0)  # times, the inputs of what says nothing in the sample
 # Names of a norm's order, of which 1 and infinity are special.
 NORM = re.compile("p|ord|order|norm|norm_type|power")
 
@@ -39,6 +40,7 @@ def _run(case: Case) -> Iterator[Finding]:
     asking = _asking(case)
     tested = False
     right: list[Values] = []
+    idle: Values = {}  # what says nothing in the sample
     for some in _tries(case, values):
         accepted = 0
         for change in some:
@@ -49,26 +51,45 @@ def _run(case: Case) -> Iterator[Finding]:
                 continue
             other = _with(case, asking, change)
             if not _is_another(case, other):
+                idle = {**change, **idle} if accepts(other) else idle
                 continue
             accepted += 1
             tested = True
-            when = " where " + " and ".join(
-                f"{i if isinstance(i, str) else case.name_at[i]} is {x!r} instead of {values[i]!r}"
-                for i, x in change.items()
-            )
-            found = check_lines(other, NAME, when)
-            # Where forward is flat a gradient may be a straight-through estimator's; a slope of 0 makes none of it, nor
-            # does a part of the input that is not read.
-            zero = all(type(x) is float and x == 0 for x in change.values())
-            if found and (_has_slope(found) or zero or not _is_flat(other, found)):
+            found = check_lines(other, NAME, _when(case, values, change))
+            if found and _counts(other, found, change):
                 yield found
                 return
             if not found:
                 right.append(change)
             if len(change) > 1:
                 break
+    tested |= yield from _beyond(case, values, idle)
     if not tested:
         raise NotApplicable("no number, flag or word among the arguments that may be another")
+
+
+def _when(case: Case, values: Values, change: Values) -> str:
+    return " where " + " and ".join(
+        f"{i if isinstance(i, str) else case.name_at[i]} is {x!r} instead of {values[i]!r}"
+        for i, x in change.items()
+    )
+
+
+def _beyond(case: Case, values: Values, idle: Values) -> Generator[Finding, None, bool]:
+    """Try what says nothing in the sample at inputs so large that it does: a limit, a border. Return whether it does."""
+    for times in LARGER if idle else ():
+        large = scaled(case, times)
+        if not accepts(large):
+            continue
+        other = with_options(large, idle)
+        if _is_another(large, other):
+            when = f"{_when(case, values, idle)}, for inputs {times:g} times as large"
+            found = check_lines(other, NAME, when)
+            if found and _counts(other, found, idle):
+                yield found
+            return True
+        break
+    return False
 
 
 def _asking(case: Case) -> Case:
@@ -98,6 +119,15 @@ def _is_another(case: Case, other: Case) -> bool:
 def _is_part(change: Values, whole: Values) -> bool:
     """Whether these flags and words were right together with others; what a number does a word may hide."""
     return all(isinstance(x, (bool, str)) and whole.get(i) == x for i, x in change.items())
+
+
+def _counts(case: Case, found: Finding, change: Values) -> bool:
+    """Whether what was found is a fault; where forward is flat a gradient may be a straight-through estimator's.
+
+    A slope of 0 makes none of it, nor does a part of the input that is not read.
+    """
+    zero = all(type(x) is float and x == 0 for x in change.values())
+    return _has_slope(found) or zero or not _is_flat(case, found)
 
 
 def _has_slope(found: Finding) -> bool:

@@ -20,6 +20,7 @@ from torchbp.verify.resize import accepts
 from torchbp.verify.tolerance import compare_all
 
 NAME = "batch_dimension"
+MANY = 8  # samples
 
 Join = Literal["stack", "sum", "mean"]
 Gradients = list[Tensor]  # one a leaf
@@ -46,11 +47,9 @@ def _run(case: Case) -> Iterator[Finding]:
     for chosen in dict.fromkeys((rows, every, every[:1])):
         batches = _drawn(case, chosen) if case.draws else _batches(case, chosen)
         for batch in batches or ():
-            shapes = ", ".join(str(tuple(t.shape)) for _, t in batch.arguments)
-            when = f" with a leading dimension more, at shapes {shapes}"
-            found = check_lines(batch, NAME, when, elsewhere=False)
+            found = check_lines(batch, NAME, _when(batch), elsewhere=False)
             if found and found.got is None:
-                raise Refused(found.message)
+                found = _of_as_many(case, chosen, found.message)
             if found:
                 yield found
                 return
@@ -58,6 +57,32 @@ def _run(case: Case) -> Iterator[Finding]:
             return
     if not single:
         raise NotApplicable("forward takes no further dimension, or not as a batch")
+
+
+def _of_as_many(case: Case, chosen: tuple[int, ...], refused: str) -> Finding:
+    """Return what is wrong with a batch of as many samples as a sample has rows, where two are refused.
+
+    A backward that exchanges the first two dimensions, and not the last, takes those without a word.
+
+    Raises:
+        Refused: That nothing is, so ``refused`` stands.
+    """
+    n = len(case.flat[chosen[0]]) if case.flat[chosen[0]].dim() else 0
+
+    def several(t: Tensor) -> Tensor:
+        return torch.stack([t.roll(k, 0) if t.dim() else t for k in range(n)])
+
+    other = case.edited(lambda i, t: several(t) if i in chosen else t)
+    if 2 < n <= MANY and not case.draws and accepts(other):
+        found = check_lines(other, NAME, _when(other), elsewhere=False)
+        if found and found.got is not None:
+            return found
+    raise Refused(refused)
+
+
+def _when(batch: Case) -> str:
+    shapes = ", ".join(str(tuple(t.shape)) for _, t in batch.arguments)
+    return f" with a leading dimension more, at shapes {shapes}"
 
 
 def _single(case: Case, rows: Sequence[int]) -> Case | None:

@@ -2,7 +2,8 @@
 
 A derivative is conjugated, which changes nothing in real numbers. Most functions take complex inputs by chance, for
 nothing stops them; these are meant to where the source of the autograd.Function, or of the function that was given,
-speaks of complex numbers.
+speaks of complex numbers. Not where it speaks of imaginary parts, and nothing in it is done to complex numbers: it is
+given those apart.
 """
 
 import re
@@ -22,12 +23,16 @@ from torchbp.verify.tensors import signed_like
 
 NAME = "complex_inputs"
 SPEAKS = re.compile(r"complex|\bconj\b|\.m?H\b|adjoint")
+APART = re.compile(r"imaginary|\bimag\b")
+DONE = re.compile(
+    r"\bconj\b|\.m?H\b|\.(?:real|imag)\b|adjoint|complex(?:64|128|32)|(?:is|as)_complex|torch\.complex\b"
+)
 
 
 def _run(case: Case) -> Iterator[Finding]:
     if any(t.is_complex() for _, t in case.arguments):
         raise NotApplicable("the sample is complex")
-    if not speaks(case, SPEAKS):
+    if not speaks(case, SPEAKS) or (speaks(case, APART) and not speaks(case, DONE)):
         raise NotApplicable("complex inputs are not spoken of")
     generator = case.generator(NAME)
 

@@ -13,13 +13,12 @@ from torchbp.verify.finite import not_finite, not_finite_at
 from torchbp.verify.growth import elementwise
 from torchbp.verify.lines import STEP, Lines
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts, scaled, with_ones, with_zeros
-from torchbp.verify.tensors import real
+from torchbp.verify.resize import LARGE, accepts, scaled, with_ones, with_zeros, within_limits
+from torchbp.verify.tensors import real, scale_of
 
 NAME = "extremes"
 
 
-LARGE = 2.0**10
 SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     f"{LARGE:g} times as large": lambda t: t * LARGE,
     "all zero": torch.zeros_like,
@@ -54,10 +53,10 @@ def _run(case: Case) -> Iterator[Finding]:
             if found:
                 yield found
                 return
-    for other, text, also in () if by_element else _with_one_else(case):  # see `edges`
+    for other, when, also in _others(case, by_element):
         tested = True
-        when = f" where one element is {text}, where forward is finite and smooth"
-        found = not_finite(other, NAME, when) or (also and also(other, inputs))
+        found = not_finite(other, NAME, f"{when}, where forward is finite and smooth")
+        found = found or (also and also(other, inputs))
         if found:
             yield found
             return
@@ -82,15 +81,51 @@ def _is_balanced(t: Tensor) -> bool:
     return not (low > 0 and high > 0) or max(low, high) < SIDES * min(low, high)
 
 
-def _with_one_else(
-    case: Case,
+def _others(
+    case: Case, by_element: bool
 ) -> Iterator[tuple[Case, str, Callable[[Case, list[int]], Finding | None] | None]]:
-    """Yield the case with one element that is 0 or 1, where no other check looks at that, and what else is tested."""
+    """Yield the case with inputs as large as a limit allows, or one element 0 or 1, and what else is tested there."""
+    factor, limited = within_limits(case)
+    if limited:
+        yield limited, f" for inputs {factor:g} times as large", None
+    if by_element:
+        return  # see `edges`
     zero, one = with_zeros(case), with_ones(case)
     if zero is not case and accepts(zero):
-        yield zero, "0", _slope_at_zero
+        yield zero, " where one element is 0", _slope_at_zero
     if one is not case and accepts(one):
-        yield one, "1", None
+        yield one, " where one element is 1", _beside_ones
+
+
+def _beside_ones(one: Case, _: list[int]) -> Finding | None:
+    """Compare the gradient of the others where every other element of the last row is 1: products of 1 - p are 0 then.
+
+    What is 1 stays so: it may be the end of the domain.
+    """
+    where = [i for i, t in zip(one.where, one.leaves, strict=True) if i < one.size and _has_one(t)]
+
+    def with_several(t: Tensor) -> Tensor:
+        rows = t.clone().reshape(-1, t.shape[-1])
+        rows[-1, ::2] = 1
+        return rows.view(t.shape)
+
+    other = one.edited(lambda i, t: with_several(t) if i in where else t)
+    if not accepts(other):
+        return None
+    other.memo["steps"] = [
+        scale_of(leaf.cpu()) * (leaf.cpu() != 1).reshape(-1) if i in where else None
+        for i, leaf in zip(other.where, other.leaves, strict=True)
+    ]
+    return check_lines(other, NAME, " where every other element of the last row is 1")
+
+
+def _has_one(t: Tensor) -> bool:
+    return (
+        not t.is_complex()
+        and t.dim() > 0
+        and t.shape[-1] > 2
+        and bool(t.min() > 0 and t.max() == 1)
+    )
 
 
 def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:

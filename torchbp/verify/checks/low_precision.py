@@ -18,7 +18,7 @@ from torchbp.verify.operations import Operations
 from torchbp.verify.otherwise import ways
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate
 from torchbp.verify.report import Finding, Severity
-from torchbp.verify.resize import accepts, resized
+from torchbp.verify.resize import accepts, resized, within_limits
 from torchbp.verify.tolerance import largest
 
 NAME = "low_precision"
@@ -60,6 +60,7 @@ def _run(case: Case) -> Iterator[Finding]:
         yield from _in_all_ways(low, exact, expected, lost)
     yield from _far(case)
     yield from _large(case)
+    yield from _limited(case)
 
 
 def _lacks(error: BaseException) -> bool:
@@ -80,17 +81,19 @@ def _in_all_ways(
 def _far(case: Case) -> Iterator[Finding]:
     """Look at float32 at a larger size, where kernels take other paths; of differences, far from the origin too.
 
-    What does not change when all inputs are moved alike (a norm, a distance, a softmax) is made of differences, and
-    should not lose them.
+    What does not change when all inputs are moved alike (a norm, a distance, a softmax), or some of them, each as a
+    whole (places beside weights), is made of differences, and should not lose them.
     """
     wide, where = _wide(case), ""
     offset = FAR * max(1e-3, *map(largest, case.leaves))
-    if _adds_up_to_nothing(case) and (
-        _adds_up_to_nothing_nearby(case) or _same_outputs(case, _moved(case, offset))
+    moving = _without_origin(case)
+    if moving and (
+        _without_origin_nearby(case, moving) or _same_outputs(case, _moved(case, offset, moving))
     ):
-        moved = _moved(wide, offset)
+        moved = _moved(wide, offset, moving)
         if _runs(in_dtype(moved, torch.float32)[1]):
-            wide, where = moved, f" for inputs {offset:.3g} from the origin"
+            which = "inputs" if len(moving) > 1 else case.name_at[moving[0]]
+            wide, where = moved, f" for {which} {offset:.3g} from the origin"
     low, exact = in_dtype(wide, torch.float32)
     try:
         outputs, same = low.plain.outputs, exact.plain.outputs
@@ -107,26 +110,27 @@ def _far(case: Case) -> Iterator[Finding]:
         return
 
 
-def _moved(case: Case, offset: float) -> Case:
-    """Return the case with all inputs moved alike."""
-    return case.edited(lambda i, t: t + offset if i in case.where else t)
+def _moved(case: Case, offset: float, moving: Sequence[int]) -> Case:
+    """Return the case with some inputs moved alike."""
+    return case.edited(lambda i, t: t + offset if i in moving else t)
 
 
-def _adds_up_to_nothing(case: Case) -> bool:
-    """Whether the slope is 0 as all inputs move alike; a call is spared where it is not."""
+def _without_origin(case: Case) -> list[int]:
+    """Return the inputs that may move alike: all, or those whose own gradients add up to nothing. It costs no call."""
     pairs = zip(case.where, case.plain.grads, strict=True)
-    grads = [g.double() for i, g in pairs if i < case.size]
-    sizes = sum(float(g.abs().sum()) for g in grads)
-    return abs(sum(float(g.sum()) for g in grads)) <= 1e-6 * sizes
+    grads = {i: g.double() for i, g in pairs if i < case.size}
+    sums = {i: (float(g.sum()), float(g.abs().sum())) for i, g in grads.items()}
+    rise, size = (sum(parts) for parts in zip(*sums.values(), strict=True)) if sums else (0, 0)
+    if abs(rise) <= 1e-6 * size:
+        return list(sums)
+    return [i for i, (rise, size) in sums.items() if abs(rise) <= 1e-6 * size and size > 0]
 
 
-def _adds_up_to_nothing_nearby(case: Case) -> bool:
-    """Whether it is 0 at another sample too, where no gradient is 0: no call tells more of what is piecewise linear."""
-    if not all(i < case.size for i in case.where):
-        return False  # parameters move along
+def _without_origin_nearby(case: Case, moving: Sequence[int]) -> bool:
+    """Whether it is so at another sample too, where no gradient is 0: no call tells more of what is piecewise linear."""
     try:
         other = case.nearby
-        return all(bool(g.any()) for g in other.plain.grads) and _adds_up_to_nothing(other)
+        return all(bool(g.any()) for g in other.plain.grads) and _without_origin(other) == moving
     except (ForwardRaised, BackwardRaised):
         return False
 
@@ -182,6 +186,30 @@ def _large(case: Case) -> Iterator[Finding]:
             )  # one that never does has a smaller domain
             yield _overflow(name, where, error, largest(e), severity)
             return
+
+
+def _limited(case: Case) -> Iterator[Finding]:
+    """Look at float32 for inputs as large as forward takes them, where it refuses larger ones: exponentials are 0."""
+    factor, limited = within_limits(case)
+    if not limited:
+        return
+    low, exact = in_dtype(limited, torch.float32)
+    try:
+        if not accepts(low) or all(map(_is_finite, low.plain.grads)):
+            return
+        expected = exact.vjps([[v.double() for v in low.plain.cotangents]])[0]
+        if max(map(rounded_norm_error, low.plain.outputs, exact.plain.outputs)) > LOST:
+            return
+    except (ForwardRaised, BackwardRaised):
+        return
+    for name, g, e in zip(case.names, low.plain.grads, expected, strict=True):
+        if not _is_finite(g) and _is_finite(e) and largest(e) < torch.finfo(torch.float32).max / 4:
+            where = f"float32 for inputs {factor:g} times as large"
+            yield _overflow(name, where, float("inf"), largest(e))
+
+
+def _is_finite(t: Tensor) -> bool:
+    return bool(t.isfinite().all())
 
 
 def _widens(low: Case) -> bool:

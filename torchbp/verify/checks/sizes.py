@@ -6,6 +6,7 @@ from math import inf
 
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
+from torchbp.verify.dimensions import wider
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.growth import LARGER, fits, free_sizes, one_more, tie
 from torchbp.verify.raised import BackwardRaised
@@ -66,7 +67,7 @@ def _run(case: Case) -> Iterator[Finding]:
     refused = ""
     nearby = [
         *(Run(c, c, near=True, beyond=True) for c in broadcast(case)),
-        *(Run(c, c, near=True, chance=True) for c in one_for_all(case)),
+        *(Run(c, c, near=True, chance=True) for c in (*one_for_all(case), *wider(case))),
         *(Run(c, c, near=True, beyond=True) for c in one_more(case)),
     ]
     if nearby:
