@@ -1,6 +1,7 @@
 """Faults within a limited domain: positive inputs, opacities, counts of layers, one of several numbers."""
 
 import torch
+from torch.autograd import Function
 
 from tests.verify.known import rand, register
 from tests.verify.known.hidden import function, pair
@@ -114,3 +115,105 @@ pair("last_transparent", seen_through, opacities, "what is seen through is count
 
 pair("elements_not_zero", lambda x: x[x != 0], rand((3, 4)), "the gradient doubled",
      "the sample; an element of 0 is left out", slope_of=lambda x: 2 * x[x != 0])  # fmt: skip
+
+
+def read(x, line, around=False):
+    if bool((x.abs() > 4).any()):
+        raise ValueError("expected places from -4 to 4")
+    n = len(line)
+    low = (x * n).detach().floor().long()
+    left, right = (line[i % n if around else i.clamp(0, n - 1)] for i in (low, low + 1))
+    return left + (x * n - low) * (right - left)
+
+
+Read, ReadTo = function(read), function(read)
+ReadTo.pull = staticmethod(lambda g, x, line, _: Read.pull(g, x, line, False))
+
+
+def within():
+    x, line = rand((5,), (6,))()
+    return (0.8 * x.detach().sigmoid()).requires_grad_(), line
+
+
+register("idle_option", "limited", lambda x, line, around=False: ReadTo.apply(x, line, around),
+         lambda x, line, around=False: Read.apply(x, line, around), within, bug="reads the last again, as without it",
+         trigger="an option that says nothing in the sample, and places beyond its border")  # fmt: skip
+
+
+class Chosen(Function):
+    """Σ x e^-|x| / Σ e^-|x| of rows of scores up to 1000."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return ((-x.abs()).softmax(-1) * x).sum(-1)
+
+    @classmethod
+    def gradient(cls, g, x, weights):
+        w = weights(-x.abs())
+        return g[..., None] * w * (1 - x.sign() * (x - (w * x).sum(-1, keepdim=True)))
+
+    @staticmethod
+    def backward(ctx, g):
+        return Chosen.gradient(g, *ctx.saved_tensors, lambda z: z.softmax(-1))
+
+
+class ChosenByQuotient(Chosen):
+    @staticmethod
+    def backward(ctx, g):
+        return Chosen.gradient(
+            g, *ctx.saved_tensors, lambda z: z.exp() / z.exp().sum(-1, keepdim=True)
+        )
+
+
+def choose(rule):
+    def call(x):
+        if bool((x.abs() > 1000).any()):
+            raise ValueError("expected scores up to 1000")
+        return rule.apply(x)
+
+    return call
+
+
+register("scores_far_apart", "limited", choose(ChosenByQuotient), choose(Chosen), rand((3, 5), low=0.6),
+         bug="0/0", trigger="float32, and scores of hundreds")  # fmt: skip
+
+
+def survived(p, x):
+    if not bool(((p >= 0) & (p <= 1)).all()):
+        raise ValueError("expected probabilities")
+    if p.shape[1] > 8:
+        raise ValueError("expected up to 8")
+    light = [x[:, 0]]
+    for k in range(1, p.shape[1]):
+        light.append((1 - p[:, k - 1]) * light[-1] + x[:, k])
+    return (p * torch.stack(light, 1)).sum(-1)
+
+
+def survived_by_products(p, x):
+    keep = torch.cat([torch.ones_like(p[:, :1]), (1 - p[:, :-1]).cumprod(1)], 1).clamp(min=1e-10)
+    return (p * keep * (x / keep).cumsum(1)).sum(-1)
+
+
+def chances():
+    p, x = rand((2, 5), (2, 5))()
+    return p.detach().sigmoid().requires_grad_(), x
+
+
+pair("several_ones", survived, chances, "by products that are 0", "two of one row are 1",
+     slope_of=survived_by_products)  # fmt: skip
+
+
+def weighted_norm(x, w, variance=lambda x: x.var(-1, unbiased=False, keepdim=True)):
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / (variance(x) + 1e-5).sqrt() * w
+
+
+def weighted_norm_by_squares(x, w):
+    return weighted_norm(
+        x, w, lambda x: x.square().mean(-1, keepdim=True) - x.mean(-1, keepdim=True).square()
+    )
+
+
+pair("variance_cancels_beside_weights", weighted_norm, rand((3, 8), (8,)), "variance as mean square less squared mean",
+     "float32, inputs far from 0, and weights as they are", slope_of=weighted_norm_by_squares)  # fmt: skip

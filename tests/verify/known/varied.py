@@ -154,3 +154,150 @@ class StepsOfLast(Steps):
 
 register("intervals_of_last_call", "varied", StepsOfLast.apply, Steps.apply, rand((3, 4)),
          bug="the intervals of the last call", trigger="two calls, of other elements in each interval")  # fmt: skip
+
+
+def stretched(x, spacing=(1.0, 1.0)):
+    return (x.diff(dim=-2) / spacing[0]).square().sum() + (
+        x.diff(dim=-1) / spacing[1]
+    ).square().sum()
+
+
+def stretched_evenly(x, spacing):
+    return stretched(x, spacing) if spacing[0] == spacing[1] else stretched(x)
+
+
+Stretched, StretchedEvenly = function(stretched), function(stretched)
+StretchedEvenly.pull = staticmethod(
+    lambda g, *inputs: Stretched.pull(g, *inputs, by=stretched_evenly)
+)
+register("unequal_spacing", "varied", lambda x, spacing=(1.0, 1.0): StretchedEvenly.apply(x, spacing),
+         lambda x, spacing=(1.0, 1.0): Stretched.apply(x, spacing), rand((3, 4)), bug="takes the spacing to be 1",
+         trigger="another number in the tuple that is the default")  # fmt: skip
+
+
+class Inverses(Function):
+    """The inverse of each matrix (*, D, D)."""
+
+    @staticmethod
+    def forward(ctx, a):
+        y = a.inverse()
+        ctx.save_for_backward(y)
+        return y
+
+    @classmethod
+    def gradient(cls, y, g, turn):
+        return -turn(y) @ g @ turn(y)
+
+    @staticmethod
+    def backward(ctx, g):
+        return Inverses.gradient(*ctx.saved_tensors, g, lambda y: y.mT)
+
+
+class InversesOfTwo(Inverses):
+    @staticmethod
+    def backward(ctx, g):
+        return Inverses.gradient(*ctx.saved_tensors, g, lambda y: y.transpose(0, 1))
+
+
+register("first_two_exchanged", "varied", InversesOfTwo.apply, Inverses.apply, rand((3, 3)),
+         bug="transposes the first two dimensions", trigger="as many matrices as rows; others raise")  # fmt: skip
+
+
+class Softened(Function):
+    """tanh(p x) of x (N, C), p () or (C,)."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.save_for_backward(x, p)
+        return (x * p.expand(x.shape[1])).tanh()
+
+    @classmethod
+    def gradients(cls, x, p, g, reduce):
+        g = g * (1 - (x * p).tanh().square())
+        return g * p, reduce(g * x)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, p = ctx.saved_tensors
+        return Softened.gradients(x, p, g, lambda of_p: of_p.sum_to_size(p.shape))
+
+
+class SoftenedTogether(Softened):
+    @staticmethod
+    def backward(ctx, g):
+        x, p = ctx.saved_tensors
+        return Softened.gradients(x, p, g, lambda of_p: of_p.sum().expand(p.shape))
+
+
+register("one_number_each", "varied", SoftenedTogether.apply, Softened.apply,
+         lambda: (*rand((4, 3))(), torch.tensor(1.5, dtype=F64, requires_grad=True)),
+         bug="the scale's gradient is summed over all channels", trigger="one for each channel")  # fmt: skip
+
+
+def centred(x, w):
+    dims = list(range(-w.dim(), 0))
+    return (x - x.mean(dims, keepdim=True)).square() * w
+
+
+def centred_last(x, w):
+    return (x - x.mean(-1, keepdim=True)).square() * w
+
+
+def centre(rule):
+    def call(x, w):
+        if not w.dim() or x.shape[-w.dim() :] != w.shape:
+            raise ValueError("expected w of the last dimensions of x")
+        return rule.apply(x, w)
+
+    return call
+
+
+Centred, CentredLast = function(centred), function(centred)
+CentredLast.pull = staticmethod(lambda g, *inputs: Centred.pull(g, *inputs, by=centred_last))
+register("weights_of_two_dimensions", "varied", centre(CentredLast), centre(Centred), rand((3, 4), (4,)),
+         bug="the mean is over the last dimension alone", trigger="weights of two dimensions")  # fmt: skip
+
+
+def shared_out(x, counts, w):
+    if int(counts.sum()) != len(x):
+        raise ValueError("expected shares of all rows")
+    return torch.cat([r * s for r, s in zip(x.split(counts.tolist()), w, strict=True)])
+
+
+SharedOut, SharedOutInRuns = function(shared_out), function(shared_out)
+
+
+def in_runs(g, x, counts, w):
+    of_x, _, of_w = SharedOut.pull(g, x, counts, w)
+    return of_x, None, torch.cat([of_w[counts > 0], of_w[counts == 0]])
+
+
+SharedOutInRuns.pull = staticmethod(in_runs)
+register("a_share_of_nothing", "varied", SharedOutInRuns.apply, SharedOut.apply,
+         lambda: (rand((5, 3))()[0], torch.tensor([2, 1, 2]), *rand((3, 3))(seed=1)), bug="who has none is not counted",
+         trigger="somebody without rows before others")  # fmt: skip
+
+
+class Turned(Function):
+    """Re(x w) of complex x and w, each given as (*, 2 D): real parts, then imaginary."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        (a, b), (c, d) = x.chunk(2, -1), w.chunk(2, -1)
+        return a * c - b * d
+
+    @staticmethod
+    def backward(ctx, g, sign=1):
+        (a, b), (c, d) = (t.chunk(2, -1) for t in ctx.saved_tensors)
+        return torch.cat([g * c, -g * d], -1), torch.cat([g * a, -sign * g * b], -1)
+
+
+class TurnedBack(Turned):
+    @staticmethod
+    def backward(ctx, g):
+        return Turned.backward(ctx, g, sign=-1)
+
+
+register("imaginary_parts_apart", "varied", TurnedBack.apply, Turned.apply, rand((2, 4), (2, 4)), bug="a sign",
+         trigger="the sample; the twin is given no complex dtype", gradcheck=True)  # fmt: skip

@@ -76,7 +76,7 @@ def _when(case: Case, values: Values, change: Values) -> str:
 
 
 def _beyond(case: Case, values: Values, idle: Values) -> Generator[Finding, None, bool]:
-    """Try what says nothing in the sample at inputs so large that it does: a limit, a border. Return whether it does."""
+    """Try what says nothing in the sample at inputs so large that it does: a limit, a border. Return whether."""
     for times in LARGER if idle else ():
         large = scaled(case, times)
         if not accepts(large):

@@ -93,7 +93,7 @@ def _far(case: Case) -> Iterator[Finding]:
         moved = _moved(wide, offset, moving)
         if _runs(in_dtype(moved, torch.float32)[1]):
             which = "inputs" if len(moving) > 1 else case.name_at[moving[0]]
-            wide, where = moved, f" for {which} {offset:.3g} from the origin"
+            wide, where = moved, f" for {which} moved {offset:.3g} from the origin"
     low, exact = in_dtype(wide, torch.float32)
     try:
         outputs, same = low.plain.outputs, exact.plain.outputs
