@@ -305,6 +305,31 @@ def test_one_wrong_element_of_many_is_found():
     assert report.wrong[0].ratio == pytest.approx(1.01)
 
 
+def test_a_right_gradient_beside_a_wrong_one_is_not_named():
+    """Of a value that is rounded alike on both sides the difference is exact to the last digit, and off in the ninth."""
+
+    class Score(Function):
+        @staticmethod
+        def forward(ctx, x, y, z):
+            ctx.save_for_backward(x, y, z)
+            return (x * y * z).sum(-1)
+
+        @staticmethod
+        def backward(ctx, g):
+            x, y, z = ctx.saved_tensors
+            g = g[:, None]
+            return -g * y * z, g * x * z, g * x * y
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        inputs = [
+            torch.randn(3, 5, generator=generator, dtype=torch.float64).requires_grad_()
+            for _ in range(3)
+        ]
+        report = torchbp.gradcheck(Score.apply, inputs, checks="values", raise_exception=False)
+        assert {f.input for f in report.wrong} == {"input 0"}
+
+
 def test_kink_in_the_sample_is_no_fault():
     x = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
     assert torchbp.gradcheck(torch.relu, x, checks="values")

@@ -1,7 +1,8 @@
 """One leading dimension more, or less: sequences of tokens instead of rows, one row, where forward takes them.
 
 Where forward makes of a batch what it makes of its samples, backward must make of it what it makes of them: no
-differences are needed, unless the two disagree.
+differences are needed, unless the two disagree. Where backward raises, a batch of as many samples as one has rows is
+tried as well: that is how an exchange of the first two dimensions, instead of the last, goes unseen.
 """
 
 from collections.abc import Callable, Iterator, Sequence
