@@ -306,7 +306,7 @@ def test_one_wrong_element_of_many_is_found():
 
 
 def test_a_right_gradient_beside_a_wrong_one_is_not_named():
-    """Of a value that is rounded alike on both sides the difference is exact to the last digit, and off in the ninth."""
+    """Where both sides are rounded alike there seems to be no bend, and the difference is off in the ninth digit."""
 
     class Score(Function):
         @staticmethod

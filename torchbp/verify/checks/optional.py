@@ -20,6 +20,7 @@ from torchbp.verify.options import nearby, options, others, with_options
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
+from torchbp.verify.source import speaks
 from torchbp.verify.tensors import uniform
 
 NAME = "optional"
@@ -178,6 +179,12 @@ def _values(case: Case, name: str) -> Iterator[Any]:
         yield most - torch.arange(n, device=first.device) % most
     if "dim" in name or "axis" in name:
         yield 0
+    if speaks(
+        case, re.compile(rf"\b{name} = .*arange|arange.*\b{name} is None|{name} is None.*arange")
+    ):
+        # Indices: all in order by default, so none twice.
+        for n in dict.fromkeys((*whole[1:2], *whole[:1])):
+            yield torch.arange(n, device=first.device) // 2
     result = case.all_outputs[0].shape
     sizes = first.shape[-1:] + first.shape[1:2] + result[-1:] + result[1:2]
     vectors = [(n,) for n in sizes]

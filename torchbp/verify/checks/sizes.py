@@ -1,4 +1,4 @@
-"""Sizes beyond the sample: block boundaries, where kernels handle the last partial block; equal ones made unequal, dimensions more."""
+"""Sizes beyond the sample: block boundaries, the last partial block; equal ones made unequal; dimensions more."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
