@@ -79,6 +79,7 @@ add(
     lambda: (real(2, 5), (real(2, 5, 2, seed=1, grad=False) / 4).requires_grad_()),
     bug="the outputs before the first get no gradient",
     shows="zi that requires grad",
+    missed="what is given for None has no gradient, which may be meant",
 )
 
 

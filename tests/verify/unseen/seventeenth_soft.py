@@ -171,6 +171,7 @@ add(
     lambda: (real(5), torch.linspace(-2, 2, 4, dtype=F64), torch.tensor(0.5, dtype=F64)),
     bug="the width gets no gradient",
     shows="a width that requires grad",
+    missed="a note: an input whose gradient is None, which may be meant",
 )
 
 
@@ -269,4 +270,5 @@ add(
     bug="backward adds place by place in half precision: a sum of ones stops at 256 in bfloat16",
     shows="bfloat16 or float16 and a token that occurs often",
     half=lambda function: function,
+    missed="one row read many times: torch itself adds such gradients up in low precision",
 )
