@@ -12,6 +12,7 @@ PAIRS = known.every()
 SLOW = {"scan_time_step"}  # a Python loop over 1025 steps, halved 15 times
 SLOW |= {"soft_dtw_9", "soft_dtw_10"}  # a Python loop over a table of up to 2053 by 4
 SLOW |= {"isotonic_block_13", "linear_attention_offset_13", "scan_block_carry_13"}  # further loops
+SLOW |= {"circuit_repeated_17"}  # as many runs of a loop as it has steps, in backward
 NEED_COMPILE = {"compile_path_wrong", "graph_break"}
 
 
