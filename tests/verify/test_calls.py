@@ -44,14 +44,14 @@ SAMPLES = {
     "five inputs of other shapes": (normed_conv, FIVE, 69, 100),
     "loss with targets": (F.cross_entropy, (leaf(4, 3), torch.tensor([0, 2, 1, 1])), 73, 103),
     "Module": (lambda: nn.Linear(4, 3), (leaf(5, 4),), 61, 102),
-    "Module with buffers": (lambda: nn.BatchNorm1d(4), (leaf(5, 4),), 73, 98),
-    "Module, four parameters": (lambda: nn.GRUCell(3, 4), (leaf(5, 3),), 66, 100),
+    "Module with buffers": (lambda: nn.BatchNorm1d(4), (leaf(5, 4),), 75, 98),
+    "Module, four parameters": (lambda: nn.GRUCell(3, 4), (leaf(5, 3),), 68, 100),
     # Kinks and poles near every sample: shorter steps are tried.
     "kinks": (F.l1_loss, (leaf(3, 4), leaf(3, 4, seed=1)), 78, 110),
     "hinges": (
         F.triplet_margin_with_distance_loss,
         tuple(leaf(3, 4, seed=k) for k in range(3)),
-        79,
+        80,
         106,
     ),
     "maxima": (lambda x: F.max_pool1d(x, 2), (leaf(2, 3, 6),), 58, 91),

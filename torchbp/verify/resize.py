@@ -141,11 +141,13 @@ def _has_both_signs(t: Tensor) -> bool:
 
 def within_limits(case: Case) -> tuple[float, Case | None]:
     """Return the case with its inputs as large as a function takes them that refuses far larger ones, and how much."""
-    if _refuses(scaled(case, LARGE)):
-        for factor in LIMITED:
-            other = scaled(case, factor)
-            if not _refuses(other):
-                return factor, other if accepts(other) else None
+    known = -LARGE in case.memo.get("scaled", ())  # at another size
+    if known or not _refuses(scaled(case, LARGE)):
+        return 1.0, None
+    for factor in LIMITED:
+        other = scaled(case, factor)
+        if not _refuses(other):
+            return factor, other if accepts(other) else None
     return 1.0, None
 
 

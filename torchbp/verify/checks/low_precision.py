@@ -127,7 +127,7 @@ def _without_origin(case: Case) -> list[int]:
 
 
 def _without_origin_nearby(case: Case, moving: Sequence[int]) -> bool:
-    """Whether it is so at another sample too, where no gradient is 0: no call tells more of what is piecewise linear."""
+    """Whether it is so at another sample too, where no gradient is 0: no call tells more of what is linear in parts."""
     try:
         other = case.nearby
         return all(bool(g.any()) for g in other.plain.grads) and _without_origin(other) == moving
