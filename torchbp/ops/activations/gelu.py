@@ -67,7 +67,8 @@ class GELUFunction(Function):
         if few:
             return limited(F.gelu(x.double()).float(), x, finite)
         formula = _value_of_erf if approximate == "none" else _value_of_tanh
-        return value(partial(F.gelu, approximate=approximate), x, finite, formula)
+        loop = approximate == "tanh"  # for erf oneDNN takes 0.7 to 0.85 of its time, in every dtype
+        return value(partial(F.gelu, approximate=approximate), x, finite, formula, loop=loop)
 
     @staticmethod
     def setup_context(
@@ -112,7 +113,8 @@ def _value_of_erf(x: Tensor) -> Tensor:
 
 
 def _value_of_tanh(x: Tensor) -> Tensor:
-    return x * 0.5 * (1 + torch.tanh(_SQRT_2_OVER_PI * (x + _CUBIC * x * x * x)))
+    k = 2 * _SQRT_2_OVER_PI
+    return x / (1 + torch.exp(-(x * (k + k * _CUBIC * (x * x)))))  # (1 + tanh u)/2 = σ(2u)
 
 
 def _of_erf(v: Tensor, x: Tensor) -> Tensor:
@@ -198,7 +200,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if approximate not in _DERIVATIVES:
         rule = "approximate to be 'none' or 'tanh'"
         raise RuntimeError(wrong("gelu", rule, repr(approximate), "pass one of the two"))
-    return _gelu(input, approximate, known_finite(input))
+    return _gelu(input, approximate, known_finite(input, loop=approximate == "tanh"))
 
 
 class GELU(nn.GELU):
