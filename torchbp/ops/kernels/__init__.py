@@ -11,5 +11,25 @@ from torchbp.ops.kernels._loop import SUM as SUM
 from torchbp.ops.kernels._loop import half_in_one_loop as half_in_one_loop
 from torchbp.ops.kernels._loop import in_one_loop as in_one_loop
 from torchbp.ops.kernels._loop import looped as looped
+from torchbp.ops.kernels._rows import over_batch as over_batch
+from torchbp.ops.kernels._rows import over_batch_backward as over_batch_backward
+from torchbp.ops.kernels._rows import over_groups as over_groups
+from torchbp.ops.kernels._rows import over_groups_backward as over_groups_backward
+from torchbp.ops.kernels._rows import over_rows as over_rows
+from torchbp.ops.kernels._rows import over_rows_backward as over_rows_backward
 
-__all__ = ["MANY", "SUM", "at_hand", "disabled", "half_in_one_loop", "in_one_loop", "looped"]
+__all__ = [
+    "MANY",
+    "SUM",
+    "at_hand",
+    "disabled",
+    "half_in_one_loop",
+    "in_one_loop",
+    "looped",
+    "over_batch",
+    "over_batch_backward",
+    "over_groups",
+    "over_groups_backward",
+    "over_rows",
+    "over_rows_backward",
+]

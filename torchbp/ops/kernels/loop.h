@@ -45,6 +45,22 @@ struct float16 {
     uint16_t bits;
 };
 
+inline float as_float(float16 x) {
+    const uint32_t sign = (x.bits & 0x8000u) << 16, size = x.bits & 0x7fffu;
+    // the exponent's bias grows from 15 to 127 by a product, which makes subnormal numbers right; ∞ and NaN are put right
+    const float small = as_float(size << 13) * as_float(0x77800000u);
+    return as_float((size >= 0x7c00u ? (size << 13) | 0x7f800000u : as_bits(small)) | sign);
+}
+
+inline float16 as_float16(float x) {
+    const uint32_t bits = as_bits(x), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+    // normal: the exponent's bias shrinks by 112, and 13 bits are rounded off; below 2^-14 a sum with 0.5 rounds
+    const uint32_t normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+    const uint32_t small = as_bits(as_float(size) + 0.5f) - 0x3f000000u;
+    const uint32_t large = size > 0x7f800000u ? 0x7e00u : 0x7c00u;  // from 65520 on
+    return {static_cast<uint16_t>(sign | (size >= 0x477ff000u ? large : size < 0x38800000u ? small : normal))};
+}
+
 // ---- from memory to float32 -------------------------------------------------------------------------------------------
 
 inline void widen(const float* from, float* to) { std::memcpy(to, from, BLOCK * sizeof(float)); }
@@ -69,13 +85,7 @@ inline void widen(const float16* from, float* to) {
         _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
 #else
 #pragma omp simd
-    for (int64_t i = 0; i < BLOCK; ++i) {
-        const uint32_t sign = (from[i].bits & 0x8000u) << 16, size = from[i].bits & 0x7fffu;
-        // the exponent's bias grows from 15 to 127 by a product, which makes subnormal numbers right; ∞ and NaN are put right
-        const float small = as_float(size << 13) * as_float(0x77800000u);
-        const uint32_t bits = size >= 0x7c00u ? (size << 13) | 0x7f800000u : as_bits(small);
-        to[i] = as_float(bits | sign);
-    }
+    for (int64_t i = 0; i < BLOCK; ++i) to[i] = as_float(from[i]);
 #endif
 }
 
@@ -107,14 +117,7 @@ inline void narrow(const float* from, float16* to) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
 #else
 #pragma omp simd
-    for (int64_t i = 0; i < BLOCK; ++i) {
-        const uint32_t bits = as_bits(from[i]), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
-        // normal: the exponent's bias shrinks by 112, and 13 bits are rounded off; below 2^-14 a sum with 0.5 rounds
-        const uint32_t normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
-        const uint32_t small = as_bits(as_float(size) + 0.5f) - 0x3f000000u;
-        const uint32_t large = size > 0x7f800000u ? 0x7e00u : 0x7c00u;  // from 65520 on
-        to[i].bits = static_cast<uint16_t>(sign | (size >= 0x477ff000u ? large : size < 0x38800000u ? small : normal));
-    }
+    for (int64_t i = 0; i < BLOCK; ++i) to[i] = as_float16(from[i]);
 #endif
 }
 

@@ -32,16 +32,13 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._function import Context, as_dtype, entry, is_half, public
 from torchbp.ops._op import Op
+from torchbp.ops.kernels import over_batch
 from torchbp.ops.normalization import _batch_norm_samples
 from torchbp.ops.normalization._batch_norm_arguments import check
-from torchbp.ops.normalization._half_norms import (
-    as_kernels_take_it,
-    batch_norm_backward,
-    half_batch_norm,
-    half_batch_norm_backward,
-)
+from torchbp.ops.normalization._by_kernels import batch_norm_gradients, move
+from torchbp.ops.normalization._half_norms import as_kernels_take_it, half_batch_norm
 from torchbp.ops.normalization._standardize import (
     along_channels,
     channel_sum,
@@ -74,6 +71,13 @@ class BatchNormFunction(Function):
         rule = (training, momentum, eps)
         if not x.is_cpu:  # a GPU's kernel (torch 2.11) gives y whatever strides x has
             x = as_kernels_take_it(x, last=(4, 5))
+        made = over_batch(x, weight, bias, eps) if training else None
+        if made is not None:
+            y, mean, rstd, variance = made
+            move(running_mean, mean, momentum)
+            count = x.numel() // x.shape[1]
+            move(running_var, variance.mul_(count / (count - 1)), momentum)
+            return y, mean, rstd
         if not is_half(x):
             return torch.native_batch_norm(x, weight, bias, running_mean, running_var, *rule)
         return half_batch_norm(x, weight, bias, running_mean, running_var, *rule)
@@ -92,6 +96,9 @@ class BatchNormFunction(Function):
         rstd: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Give the output of ``forward`` again, without moving the running statistics a second time."""
+        made = over_batch(x, weight, bias, eps)
+        if made is not None:
+            return made[:3]
         if x.numel() > 0 and x.device.type == "cpu" and mean is not None and rstd is not None:
             # The kernel forms rstd · w and b - mean · rstd · w, then one affine map: so it does in evaluation, where it
             # need not take the statistics again, a tenth of the time. 1 / √(1 + 0) is exactly 1.
@@ -132,24 +139,17 @@ class BatchNormFunction(Function):
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         # a, b: μ and r of the batch in training, the running mean and variance in evaluation
         x, weight, a, b = ctx.saved_tensors
-        if x is not None and x.numel() and fused(grad_y, x):
-            statistics = (None, None, a, b) if ctx.training else (a, b, None, None)
-            # contiguous: with two dimensions the CPU kernel (torch 2.13) reads them as if they were
-            weight, *dense = (None if t is None else t.contiguous() for t in (weight, *statistics))
-            grads[:3] = batch_norm_backward(
-                grad_y, x, weight, dense, ctx.training, ctx.eps, [need_x, need_weight, need_bias]
-            )
-            return tuple(grads)
+        if x is not None:
+            needs = [need_x, need_weight, need_bias]
+            found = batch_norm_gradients(grad_y, x, weight, a, b, ctx.training, ctx.eps, needs)
+            if found is not None:
+                grads[:3] = (
+                    None if g is None else as_dtype(g, dtype)
+                    for g, dtype in zip(found, ctx.dtypes, strict=True)
+                )
+                return tuple(grads)
 
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        if x is not None and x.numel() and is_half(x) and fused(grad_y, half=True):
-            needs = [need_x, need_weight, need_bias]
-            found = half_batch_norm_backward(grad_y, x, weight, a, b, ctx.training, ctx.eps, needs)
-            grads[:3] = (
-                None if g is None else g.to(dtype)
-                for g, dtype in zip(found, ctx.dtypes, strict=True)
-            )
-            return tuple(grads)
         g = widened(grad_y)
         if need_x and not ctx.training:
             r = _running_rstd(g, b, ctx.eps)

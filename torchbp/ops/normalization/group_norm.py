@@ -28,23 +28,13 @@ from torch.autograd.function import Function
 
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._function import Context, as_dtype, entry, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.normalization._group_rows import (
-    channels_backward,
-    grouped,
-    rows_backward,
-    rows_forward,
-)
-from torchbp.ops.normalization._half_norms import (
-    as_kernels_take_it,
-    gradient_as_kernels_take_it,
-    group_norm_backward,
-    half_group_norm,
-    half_group_norm_backward,
-    sizes,
-)
+from torchbp.ops.kernels import over_groups
+from torchbp.ops.normalization._by_kernels import group_norm_gradients
+from torchbp.ops.normalization._group_rows import grouped, rows_forward
+from torchbp.ops.normalization._half_norms import as_kernels_take_it, half_group_norm, sizes
 from torchbp.ops.normalization._standardize import (
     along_channels,
     channel_sum,
@@ -65,6 +55,9 @@ class GroupNormFunction(Function):
     def forward(  # (N, C, *), (C,), (C,) -> (N, C, *); mean, rstd: (N, G)
         x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        made = over_groups(x, groups, weight, bias, eps)
+        if made is not None:
+            return made
         if x.dim() == 2 and not is_half(x):
             return rows_forward(x, groups, weight, bias, eps)
         if is_half(x):
@@ -99,32 +92,15 @@ class GroupNormFunction(Function):
             return None, None, None, None, None
         x, weight, mean, rstd = ctx.saved_tensors
         need_x, _, need_weight, need_bias, _ = ctx.needs_input_grad
-        if x is not None and x.dim() == 2 and fused(grad_y, x):
-            needs = (need_x, need_weight, need_bias)
-            grad_x, grad_weight, grad_bias = rows_backward(grad_y, x, weight, mean, rstd, needs)
-            return grad_x, None, grad_weight, grad_bias, None
-        if x is not None and x.numel() and is_half(x) and fused(grad_y, half=True):
+        if x is not None:
             needs = [need_x, need_weight, need_bias]
-            grads = half_group_norm_backward(grad_y, x, ctx.groups, weight, ctx.eps, needs)
-            grad_x, grad_weight, grad_bias = (
-                g.to(dtype) if needed else None
-                for g, dtype, needed in zip(grads, (x.dtype, *ctx.dtypes), needs, strict=True)
-            )
-            return grad_x, None, grad_weight, grad_bias, None
-        if x is not None and x.numel() and fused(grad_y, x) and not (need_bias and weight is None):
-            if ctx.groups == x.shape[1]:
-                grads = channels_backward(grad_y, x, weight, mean, rstd, ctx.eps)
-            else:
-                dense_x = as_kernels_take_it(x)
-                dense = (gradient_as_kernels_take_it(grad_y, dense_x), dense_x, mean, rstd)
-                w = None if weight is None else weight.contiguous()
-                needs = [need_x, need_weight, need_bias]
-                grads = group_norm_backward(*dense, w, *sizes(x), ctx.groups, needs)
-            grad_x, grad_weight, grad_bias = (
-                g if needed else None
-                for g, needed in zip(grads, (need_x, need_weight, need_bias), strict=True)
-            )
-            return grad_x, None, grad_weight, grad_bias, None
+            grads = group_norm_gradients(grad_y, x, ctx.groups, weight, mean, rstd, ctx.eps, needs)
+            if grads is not None:
+                grad_x, grad_weight, grad_bias = (
+                    as_dtype(g, dtype) if g is not None and needed else None
+                    for g, dtype, needed in zip(grads, (x.dtype, *ctx.dtypes), needs, strict=True)
+                )
+                return grad_x, None, grad_weight, grad_bias, None
 
         weight_dtype, bias_dtype = ctx.dtypes
         grad_x = grad_weight = grad_bias = None

@@ -32,6 +32,7 @@ from torchbp.ops._function import Context, entry, fused, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops._samples import square as _square
+from torchbp.ops.kernels import over_rows, over_rows_backward
 from torchbp.ops.normalization._standardize import project, standardize, widened
 
 __all__ = ["LayerNorm", "LayerNormFunction", "layer_norm"]
@@ -51,7 +52,8 @@ class LayerNormFunction(Function):
     def forward(
         x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.native_layer_norm(x, shape, weight, bias, eps)  # y: (*, D); mean, rstd: (*, 1)
+        made = over_rows(x, len(shape), weight, bias, eps)  # y: (*, D); mean, rstd: (*, 1)
+        return torch.native_layer_norm(x, shape, weight, bias, eps) if made is None else made
 
     @staticmethod
     def setup_context(
@@ -78,12 +80,14 @@ class LayerNormFunction(Function):
         need_x, _, need_weight, need_bias, _ = ctx.needs_input_grad
         if fused(grad_y, x, half=True) and not (need_bias and weight is None):
             need = [need_x, need_weight, need_bias]
-            if not is_half(x):
+            grads = over_rows_backward(grad_y, x, len(ctx.shape), weight, mean, ctx.eps, need)
+            if grads is None and not is_half(x):
                 grad_x, grad_weight, grad_bias = _fused(
                     grad_y, x, ctx.shape, mean, rstd, weight, weight, need
                 )
                 return grad_x, None, grad_weight, grad_bias, None
-            grads = _by_rows(grad_y, x, ctx.shape, weight, ctx.eps, need)
+            if grads is None:
+                grads = _by_rows(grad_y, x, ctx.shape, weight, ctx.eps, need)
             dtypes = (x.dtype, weight.dtype if need_weight else None, ctx.bias_dtype)
             grad_x, grad_weight, grad_bias = (
                 None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)

@@ -29,8 +29,9 @@ from torch.autograd.function import Function
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, eager, entry, fused, is_half, public
 from torchbp.ops._op import Op
-from torchbp.ops._pieces import row_pieces
 from torchbp.ops._samples import Make, Sample, square
+from torchbp.ops.kernels import over_rows, over_rows_backward
+from torchbp.ops.normalization._rms_rows import by_rows, of_few, rstd
 from torchbp.ops.normalization._standardize import affine, widened
 
 __all__ = ["RMSNorm", "RMSNormFunction", "rms_norm"]
@@ -51,8 +52,11 @@ class RMSNormFunction(Function):
     ) -> Tensor:
         if eager() and _on_gpu(x, weight):
             return _forward(x.contiguous(), x.shape[-len(dims) :], weight, eps)[0]
+        made = over_rows(x, len(dims), weight, None, eps, centred=False)
+        if made is not None:
+            return made[0]
         wide = widened(x)
-        y = wide * _rstd(wide, dims, eps)
+        y = wide * rstd(wide, dims, eps)
         y = affine(y, weight).contiguous()  # as torch's, whatever the layout of x
         return y if wide is x else y.to(x.dtype)
 
@@ -75,13 +79,28 @@ class RMSNormFunction(Function):
         if _on_gpu(x, weight) and fused(grad_y, half=True):
             grad_x, grad_weight = _by_gpu(grad_y, x, weight, ctx.dims, ctx.eps)
             return grad_x if need_x else None, None, grad_weight if need_weight else None, None
+        grads = over_rows_backward(
+            grad_y,
+            x,
+            len(ctx.dims),
+            weight,
+            None,
+            ctx.eps,
+            (need_x, need_weight, False),
+            centred=False,
+        )
+        if grads is not None:
+            grad_x, grad_weight, _ = grads
+            if grad_weight is not None:
+                grad_weight = grad_weight.to(weight.dtype)
+            return grad_x, None, grad_weight, None
         if fused(grad_y, x) and not x.is_complex() and x.numel():
-            made = _of_few if x.numel() <= _FEW and need_x else _by_rows
+            made = of_few if x.numel() <= _FEW and need_x else by_rows
             grad_x, grad_weight = made(grad_y, x, weight, ctx.dims, ctx.eps, need_x, need_weight)
             return grad_x, None, grad_weight, None
 
         g, wide = widened(grad_y), widened(x)
-        r = _rstd(wide, ctx.dims, ctx.eps)
+        r = rstd(wide, ctx.dims, ctx.eps)
         normalized = wide * r
         grad_x = grad_weight = None
         if need_x:
@@ -97,7 +116,7 @@ class RMSNormFunction(Function):
     ) -> Tensor:
         x, weight = ctx.saved_tensors
         wide = widened(x)
-        r = _rstd(wide, ctx.dims, ctx.eps)
+        r = rstd(wide, ctx.dims, ctx.eps)
         normalized = wide * r
         tangent_y = torch.zeros_like(normalized)  # (3)
         if tangent_x is not None:
@@ -126,72 +145,8 @@ def _by_gpu(
     return _backward(grad_y.contiguous(), x.contiguous(), shape, r, weight, needs)
 
 
-def _rstd(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    return torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
-
-
 def _project(s: Tensor, normalized: Tensor, r: Tensor, dims: tuple[int, ...]) -> Tensor:
     return r * (s - normalized * (s * normalized).mean(dims, keepdim=True))
-
-
-def _of_few(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    dims: tuple[int, ...],
-    eps: float,
-    _need_x: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return (1) and (2) in as few calls as there can be."""
-    r = _rstd(x, dims, eps)
-    normalized = x * r
-    p = grad_y * normalized
-    grad_weight = None
-    if need_weight and weight is not None:
-        grad_weight = p.sum_to_size(weight.shape)  # (2)
-    s = grad_y if weight is None else grad_y * weight
-    along = (p if weight is None else p * weight).mean(dims, keepdim=True)
-    return torch.addcmul(s, normalized, along, value=-1).mul_(r), grad_weight  # (1)
-
-
-def _by_rows(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    dims: tuple[int, ...],
-    eps: float,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return (1) and (2), some rows at a time, with p = grad_y · x: mean(s · x̂) = r · (p w)/D, grad_w = Σ p · r.
-
-    At 1024 x 1024 in float32 forward and backward take half of torch's time.
-    """
-    width = math.prod(x.shape[-len(dims) :])
-    flat_g, flat_x = grad_y.reshape(-1, width), x.reshape(-1, width)
-    w = None if weight is None else weight.reshape(width)
-    grad_x = torch.empty_like(flat_x)
-    sums = []
-    for g, rows, part in row_pieces(flat_g, flat_x, grad_x):
-        # What there is one of per row is computed in float64: free, and r² would have twice the error of r.
-        exact_r = (torch.mul(rows, rows, out=part).mean(1).double() + eps).rsqrt()
-        r = exact_r.to(x.dtype)[:, None]
-        p = g * rows
-        # not torch.mv(p, w), whose sums run straight: four times the error
-        along = p.sum(1) if w is None else torch.mul(p, w, out=part).sum(1)
-        along = (along * exact_r**2 / width).to(x.dtype)[:, None]
-        if need_weight and weight is not None:
-            sums.append(p.mul_(r).sum(0))  # (2)
-        if need_x:
-            s = g if w is None else torch.mul(g, w, out=part)
-            torch.addcmul(s, rows, along, value=-1, out=part).mul_(
-                r
-            )  # (1), r last: it rounds what is left
-    grad_weight = None
-    if need_weight and weight is not None:
-        grad_weight = torch.stack(sums).sum(0).reshape(weight.shape)
-    return grad_x.reshape(x.shape) if need_x else None, grad_weight
 
 
 _rms_norm = entry(RMSNormFunction, again=RMSNormFunction.forward)

@@ -1,0 +1,326 @@
+"""Normalization over rows as compiled loops (``rows.h``): of layer, root mean square, group, instance and batch norms.
+
+They are templates over what memory holds, one text for each dtype, found by its name as a formula's loop is.
+"""
+
+from collections.abc import Callable, Sequence
+from ctypes import c_double, c_int, c_int64, c_void_p
+from hashlib import sha256
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, get_num_threads
+from torch._C import _is_tracing as is_script_tracing
+
+from torchbp.ops._function import fused
+from torchbp.ops.kernels import _library
+from torchbp.ops.kernels._loop import MANY
+
+__all__ = [
+    "over_batch",
+    "over_batch_backward",
+    "over_groups",
+    "over_groups_backward",
+    "over_rows",
+    "over_rows_backward",
+]
+
+_PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
+_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SHORT = 32  # positions of a channel, for fewer of which each has the weight beside it, as in a row
+_ROWS, _CHANNELS = "n[0], n[1], n[2], threads, eps", "{n[0], n[1], n[2], n[3]}, threads, eps"
+_WRITTEN = "static_cast<T*>(out[0]), f1, f2"
+_CALLS = {
+    "rows": f"rows<true>({_ROWS}, x, w, b, {_WRITTEN})",
+    "rows, not centred": f"rows<false>({_ROWS}, x, w, b, {_WRITTEN})",
+    "rows, backward": f"rows_backward<true>({_ROWS}, g, x, w, b, {_WRITTEN})",
+    "rows, not centred, backward": f"rows_backward<false>({_ROWS}, g, x, w, b, {_WRITTEN})",
+    "channels": f"channels({_CHANNELS}, x, w, b, {_WRITTEN}, static_cast<float*>(out[3]))",
+    "channels, backward": f"channels_backward({_CHANNELS}, g, x, w, b, {_WRITTEN})",
+}
+_SIZES, _POINTERS = c_int64 * 4, c_void_p * 4
+Run = Callable[..., None]
+Needs = Sequence[bool]  # of x, w and b
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def over_rows(
+    x: Tensor,
+    dims: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    centred: bool = True,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return y, and μ and r in float32, of rows; ``None`` where this was not compiled, or isn't taken.
+
+    Args:
+        x: ``(*, *shape)``.
+        dims: How many there are in ``shape``, that of a row.
+        weight: ``shape``, or ``None`` for ones.
+        bias: ``shape``, or ``None`` for zeros.
+        eps: Added to the variance, or the mean square.
+        centred: Whether the mean is subtracted.
+    """
+    if x.numel() < MANY or not _library.at_hand():
+        return None
+    run = _taken("rows" if centred else "rows, not centred", x, weight, bias)
+    if run is None:
+        return None
+    width = prod(x.shape[-dims:])
+    each = (*x.shape[:-dims], *(1 for _ in range(dims)))
+    return _rows(run, x, 1, width, each, _weight(weight, width), _wide(bias), eps)
+
+
+def over_rows_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    dims: int,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    eps: float,
+    needs: Needs,
+    *,
+    centred: bool = True,
+) -> Gradients | None:
+    """Return the gradients of what :func:`over_rows` takes, those of w and b in float32.
+
+    Args:
+        grad_y: As ``x``.
+        x: ``(*, *shape)``.
+        dims: How many there are in ``shape``, that of a row.
+        weight: ``shape``, or ``None`` for ones.
+        mean: What :func:`over_rows` returned; ``None`` where it was not kept.
+        eps: Added to the variance, or the mean square.
+        needs: Which gradients are needed.
+        centred: Whether the mean is subtracted.
+    """
+    if x.numel() < MANY or not _library.at_hand():
+        return None
+    run = _taken(
+        "rows, backward" if centred else "rows, not centred, backward", x, weight, grad_y, mean
+    )
+    if run is None:
+        return None
+    shape = x.shape[-dims:]
+    width = prod(shape)
+    w = _weight(weight, width)
+    grad_x, grad_w, grad_b = _rows_backward(run, grad_y, x, 1, width, w, mean, eps, needs)
+    return grad_x, *(None if t is None else t.view(shape) for t in (grad_w, grad_b))
+
+
+def over_groups(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return y, and μ and r in float32 (N, G), of ``x`` (N, C, *), w and b (C,); ``None`` as :func:`over_rows` does."""
+    if x.numel() < MANY or not _library.at_hand():
+        return None
+    n, channels, length = x.shape[0], x.shape[1], prod(x.shape[2:])
+    short = length < _SHORT
+    run = _taken("rows" if short else "channels", x, weight, bias)
+    if run is None or not x.is_contiguous():
+        return None
+    if short:
+        w, b = _weight(weight, channels, length), _wide(bias, length)
+        return _rows(run, x, groups, channels // groups * length, (n, groups), w, b, eps)
+    y, mean, rstd = torch.empty_like(x), *_statistics((n, groups), 2)
+    _call(
+        run,
+        (n, channels, length, groups),
+        (None, x, _wide(weight), _wide(bias)),
+        (y, mean, rstd, None),
+        eps,
+    )
+    return y, mean, rstd
+
+
+def over_groups_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    eps: float,
+    needs: Needs,
+) -> Gradients | None:
+    """Return the gradients of what :func:`over_groups` takes, those of w and b in float32."""
+    if x.numel() < MANY or not _library.at_hand():
+        return None
+    channels, length = x.shape[1], prod(x.shape[2:])
+    short = length < _SHORT
+    run = _taken("rows, backward" if short else "channels, backward", x, weight, grad_y, mean)
+    if run is None or not x.is_contiguous():
+        return None
+    if not short:
+        return _channels_backward(run, grad_y, x, groups, weight, mean, eps, needs)
+    w, width = _weight(weight, channels, length), channels // groups * length
+    grad_x, *of_positions = _rows_backward(run, grad_y, x, groups, width, w, mean, eps, needs)
+    return grad_x, *(None if t is None else t.view(channels, length).sum(1) for t in of_positions)
+
+
+def over_batch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Return y, and μ, r and v in float32 (C,), each channel of ``x`` (N, C, *) normalized over all samples."""
+    if x.numel() < MANY or not _library.at_hand():
+        return None
+    run = _taken("channels", x, weight, bias)
+    length = prod(x.shape[2:])
+    if run is None or length < _SHORT or not x.is_contiguous():
+        return None
+    y, mean, rstd, variance = torch.empty_like(x), *_statistics((x.shape[1],), 3)
+    _call(
+        run,
+        (*x.shape[:2], length, 0),
+        (None, x, _wide(weight), _wide(bias)),
+        (y, mean, rstd, variance),
+        eps,
+    )
+    return y, mean, rstd, variance
+
+
+def over_batch_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    eps: float,
+    needs: Needs,
+) -> Gradients | None:
+    """Return the gradients of what :func:`over_batch` takes, those of w and b in float32."""
+    if x.numel() < MANY or not _library.at_hand():
+        return None
+    run = _taken("channels, backward", x, weight, grad_y, mean)
+    if run is None or prod(x.shape[2:]) < _SHORT or not x.is_contiguous():
+        return None
+    return _channels_backward(run, grad_y, x, 0, weight, mean, eps, needs)
+
+
+def _rows(
+    run: Run,
+    x: Tensor,
+    groups: int,
+    width: int,
+    each: tuple[int, ...],
+    w: Tensor,
+    b: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    y, mean, rstd = torch.empty_like(x), *_statistics(each, 2)
+    sizes = (x.numel() // (groups * width), groups, width, 0)
+    _call(run, sizes, (None, x, w, b), (y, mean, rstd, None), eps)
+    return y, mean, rstd
+
+
+def _rows_backward(
+    run: Run,
+    grad_y: Tensor,
+    x: Tensor,
+    groups: int,
+    width: int,
+    w: Tensor,
+    mean: Tensor | None,
+    eps: float,
+    needs: Needs,
+) -> Gradients:
+    x, grad_y = x.contiguous(), grad_y.contiguous()
+    columns = groups * width
+    made = _gradients(x, columns, needs)
+    _call(run, (x.numel() // columns, groups, width, 0), (grad_y, x, w, mean), (*made, None), eps)
+    return made
+
+
+def _channels_backward(
+    run: Run,
+    grad_y: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    eps: float,
+    needs: Needs,
+) -> Gradients:
+    n, channels = x.shape[:2]
+    made = _gradients(x, channels, needs)
+    sizes = (n, channels, prod(x.shape[2:]), groups)
+    _call(run, sizes, (grad_y.contiguous(), x, _wide(weight), mean), (*made, None), eps)
+    return made
+
+
+def _gradients(x: Tensor, columns: int, needs: Needs) -> Gradients:
+    """Return room for the gradients of x, w and b."""
+    need_x, *of_parameters = needs
+    rooms = (torch.empty(columns, dtype=torch.float32) if need else None for need in of_parameters)
+    return torch.empty_like(x) if need_x else None, *rooms
+
+
+def _statistics(shape: tuple[int, ...], count: int) -> list[Tensor]:
+    return [torch.empty(shape, dtype=torch.float32) for _ in range(count)]
+
+
+def _wide(t: Tensor | None, times: int = 1) -> Tensor | None:
+    """Return ``t`` in float32, dense, each number of it ``times`` side by side."""
+    if t is None:
+        return None
+    wide = t.to(torch.float32).contiguous()
+    return wide if times == 1 else wide.repeat_interleave(times)
+
+
+def _weight(t: Tensor | None, size: int, times: int = 1) -> Tensor:
+    wide = _wide(t, times)
+    return torch.ones(size * times, dtype=torch.float32) if wide is None else wide
+
+
+def _taken(kind: str, x: Tensor, *others: Tensor | None) -> Run | None:
+    """Return the loop for ``x`` and what goes with it; ``None`` where it was not compiled, or has to see no values."""
+    if x.dtype not in _NAMES or is_script_tracing():
+        return None
+    given = [x, *(t for t in others if t is not None)]
+    if not fused(*given, half=True):
+        return None
+    for t in given:
+        if (
+            not t.is_cpu
+            or type(t).__torch_dispatch__ is not _PLAIN  # pyright: ignore[reportAttributeAccessIssue]
+            or t.dtype not in (x.dtype, torch.float32)
+            or t.is_neg()
+        ):
+            return None
+    key = (kind, x.dtype)
+    run = _library.remembered.get(key, ())
+    if run == ():
+        run = _library.remembered[key] = _compiled(_CALLS[kind], _NAMES[x.dtype])
+    return run
+
+
+def _compiled(call: str, dtype: str) -> Run | None:
+    """Return the compiled function that makes ``call``."""
+    body = f"""(const int64_t* n, const void* const* in, void* const* out, int threads, double eps) {{
+    using T = {dtype};
+    const T *g = static_cast<const T*>(in[0]), *x = static_cast<const T*>(in[1]);
+    const float *w = static_cast<const float*>(in[2]), *b = static_cast<const float*>(in[3]);
+    float *f1 = static_cast<float*>(out[1]), *f2 = static_cast<float*>(out[2]);
+    {call};
+}}
+"""
+    name = f"torchbp_{sha256(body.encode()).hexdigest()[:20]}"
+    function: Any = _library.find(name, f'#include "rows.h"\n\nextern "C" void {name}{body}')
+    if function is None:
+        return None
+    function.restype = None
+    function.argtypes = (c_void_p, c_void_p, c_void_p, c_int, c_double)
+    return function
+
+
+def _call(
+    run: Run,
+    sizes: tuple[int, int, int, int],
+    read: tuple[Tensor | None, ...],
+    written: tuple[Tensor | None, ...],
+    eps: float,
+) -> None:
+    of = [_POINTERS(*[None if t is None else t.data_ptr() for t in ts]) for ts in (read, written)]
+    run(_SIZES(*sizes), *of, get_num_threads(), eps)

@@ -1,0 +1,607 @@
+// Normalization over rows: x̂ = (x - μ) r, r = 1 / √(v + ε), then y = x̂ w + b, and the gradients of both.
+//
+// 16 elements at a time, in float32 whatever memory holds; what is left at a row's end is filled up. Sums are float32 over at
+// most 2048 elements, float64 from there; what there is one of per row is float64. μ is taken out in two parts, for x - μ
+// would have the error of μ's rounding: that is seen where |μ| is a thousand times the deviation. Each row is one thread's, and
+// sums over rows are those of chunks whose length the shape alone determines: no bit depends on the threads.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "loop.h"
+
+namespace torchbp {
+
+constexpr int64_t LANES = 16;
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+inline float* aligned(float* room) {  // to what is read at once; the room is 16 longer
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room) + sizeof(Lanes) - 1) / sizeof(Lanes) * sizeof(Lanes));
+}
+
+inline Lanes all(float value) { return Lanes{} + value; }
+
+// ---- 16 elements from memory and back; of `count` < 16 only those are touched, the others are `fill` -------------------
+
+template <class Vector, class T>
+inline Vector raw(const T* from) {
+    Vector v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline Lanes widened(Halves h, bfloat16) {
+#if defined(__AVX512F__)  // GCC 12 makes two halves of it
+    return (Lanes)((Words)_mm512_cvtepu16_epi32((__m256i)h) << 16);
+#else
+    return (Lanes)(__builtin_convertvector(h, Words) << 16);
+#endif
+}
+
+inline Halves narrowed(Lanes v, bfloat16) {
+    const Words bits = (Words)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Words near = v != v ? (Words{} + 0x7fc0u) : rounded;
+#if defined(__AVX512F__)
+    return (Halves)_mm512_cvtepi32_epi16((__m512i)near);
+#else
+    return __builtin_convertvector(near, Halves);
+#endif
+}
+
+inline Lanes widened(Halves h, float16) {
+    Lanes v;
+#if defined(__AVX512F__)
+    const __m512 wide = _mm512_cvtph_ps((__m256i)h);
+    std::memcpy(&v, &wide, sizeof v);
+#elif defined(__F16C__)
+    __m128i half[2];
+    std::memcpy(half, &h, sizeof h);
+    const __m256 wide[2] = {_mm256_cvtph_ps(half[0]), _mm256_cvtph_ps(half[1])};
+    std::memcpy(&v, wide, sizeof v);
+#else
+    for (int64_t i = 0; i < LANES; ++i) v[i] = as_float(float16{h[i]});
+#endif
+    return v;
+}
+
+inline Halves narrowed(Lanes v, float16) {
+    Halves h;
+#if defined(__AVX512F__)
+    h = (Halves)_mm512_cvtps_ph((__m512)v, 0);
+#elif defined(__F16C__)
+    __m256 wide[2];
+    std::memcpy(wide, &v, sizeof v);
+    const __m128i half[2] = {_mm256_cvtps_ph(wide[0], 0), _mm256_cvtps_ph(wide[1], 0)};
+    std::memcpy(&h, half, sizeof h);
+#else
+    for (int64_t i = 0; i < LANES; ++i) h[i] = as_float16(v[i]).bits;
+#endif
+    return h;
+}
+
+template <class T>
+inline Lanes load(const T* from) {
+    if constexpr (std::is_same_v<T, float>)
+        return raw<Lanes>(from);
+    else
+        return widened(raw<Halves>(from), T{});
+}
+
+template <class T>
+inline void store(T* to, Lanes v) {
+    if constexpr (std::is_same_v<T, float>) {
+        std::memcpy(to, &v, sizeof v);
+    } else {
+        const Halves h = narrowed(v, T{});
+        std::memcpy(to, &h, sizeof h);
+    }
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+inline __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
+
+template <class T>
+inline Lanes load(const T* from, int64_t count, float fill = 0.0f) {
+    if constexpr (std::is_same_v<T, float>) {
+        return (Lanes)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(count), from);
+    } else {
+        const Lanes v = widened((Halves)_mm256_maskz_loadu_epi16(first(count), from), T{});
+        return (Lanes)_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(count), (__m512)v);
+    }
+}
+
+template <class T>
+inline void store(T* to, Lanes v, int64_t count) {
+    if constexpr (std::is_same_v<T, float>)
+        _mm512_mask_storeu_ps(to, first(count), (__m512)v);
+    else
+        _mm256_mask_storeu_epi16(to, first(count), (__m256i)narrowed(v, T{}));
+}
+#else
+template <class T>
+inline Lanes load(const T* from, int64_t count, float fill = 0.0f) {
+    T full[LANES] = {};
+    std::memcpy(full, from, count * sizeof(T));
+    Lanes v = load(full);
+    for (int64_t i = count; i < LANES; ++i) v[i] = fill;
+    return v;
+}
+
+template <class T>
+inline void store(T* to, Lanes v, int64_t count) {
+    T full[LANES];
+    store(full, v);
+    std::memcpy(to, full, count * sizeof(T));
+}
+#endif
+
+// ---- loops and sums ----------------------------------------------------------------------------------------------------
+
+struct Whole {  // 16 elements, known to the compiler as such
+    template <class T>
+    Lanes operator()(const T* from, float = 0.0f) const { return load(from); }
+    template <class T>
+    void operator()(T* to, Lanes v) const { store(to, v); }
+};
+
+struct Part {
+    int64_t count;
+    template <class T>
+    Lanes operator()(const T* from, float fill = 0.0f) const { return load(from, count, fill); }
+    template <class T>
+    void operator()(T* to, Lanes v) const { store(to, v, count); }
+};
+
+// step(i, at) for 16 elements from i on, which it reads and writes by `at`.
+template <class F>
+inline void each(int64_t n, F step) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) step(i, Whole{});
+    if (i < n) step(i, Part{n - i});
+}
+
+inline float together(Lanes v) {
+    typedef float Eight __attribute__((vector_size(32)));
+    typedef float Four __attribute__((vector_size(16)));
+    Eight eight[2];
+    std::memcpy(eight, &v, sizeof v);
+    eight[0] += eight[1];
+    Four four[2];
+    std::memcpy(four, eight, sizeof four);
+    four[0] += four[1];
+    return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
+}
+
+// N sums at once, of rows in one piece or in several.
+template <int N>
+struct Sums {
+    static constexpr int64_t SIDE = N > 2 ? 2 : 4;  // sums side by side, for one waits for its last addition
+    Lanes lanes[SIDE][N];
+    double total[N];
+    int64_t since = 0;
+
+    Sums() {  // not by {}, of which GCC makes `rep stos`: it takes as long as a row of 64
+#pragma GCC unroll 4
+        for (int64_t side = 0; side < SIDE; ++side)
+#pragma GCC unroll 4
+            for (int k = 0; k < N; ++k) lanes[side][k] = Lanes{};
+        for (int k = 0; k < N; ++k) total[k] = 0.0;
+    }
+
+    // Adds, for n elements, to the k-th sum the k-th of what terms(i, at, of) writes to `of`: 0 where there is no element.
+    template <class F>
+    void add(int64_t n, F terms) {
+        for (int64_t start = 0; start < n; start += 2048) {
+            const int64_t end = std::min(n, start + 2048);
+            Lanes sums[SIDE][N];  // of this function alone: in registers
+            std::memcpy(sums, lanes, sizeof sums);
+            int64_t i = start;
+            for (; i + SIDE * LANES <= end; i += SIDE * LANES)
+#pragma GCC unroll 4
+                for (int64_t side = 0; side < SIDE; ++side) next(i + side * LANES, Whole{}, sums[side], terms);
+            for (; i + LANES <= end; i += LANES) next(i, Whole{}, sums[0], terms);
+            if (i < end) next(i, Part{end - i}, sums[1], terms);
+            std::memcpy(lanes, sums, sizeof sums);
+            since += end - start;
+            if (since >= 2048) {
+                for (int k = 0; k < N; ++k) settle(k);
+                since = 0;
+            }
+        }
+    }
+    template <class At, class F>
+    static void next(int64_t i, At at, Lanes* sums, F terms) {
+        Lanes of[N];
+        terms(i, at, of);
+#pragma GCC unroll 4
+        for (int k = 0; k < N; ++k) sums[k] += of[k];
+    }
+    void settle(int k) {
+        Lanes sum = lanes[0][k];
+        lanes[0][k] = Lanes{};
+        for (int64_t side = 1; side < SIDE; ++side) {
+            sum += lanes[side][k];
+            lanes[side][k] = Lanes{};
+        }
+        total[k] += together(sum);
+    }
+    double take(int k) {
+        settle(k);
+        const double sum = total[k];
+        total[k] = 0.0;
+        return sum;
+    }
+};
+
+template <class F>
+inline void in_parallel(int64_t n, int threads, F run) {
+    if (threads > 1 && n > 1) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t i = 0; i < n; ++i) run(i);
+    } else {
+        for (int64_t i = 0; i < n; ++i) run(i);
+    }
+}
+
+// ---- statistics --------------------------------------------------------------------------------------------------------
+
+// Elements that share their statistics: `count` pieces of `length`, the starts of two a `stride` apart.
+struct Pieces {
+    int64_t count, length, stride;
+    double share;  // of one element: a division for each row takes as long as 64 elements
+    Pieces(int64_t count, int64_t length, int64_t stride)
+        : count(count), length(length), stride(stride), share(1.0 / (static_cast<double>(count) * static_cast<double>(length))) {}
+};
+
+struct Statistics {
+    float shift, rest;  // μ in two parts
+    double mean, variance, r;  // r is 0 where v is no float32
+
+    // Of Σ c and Σ c², c = x - shift.
+    Statistics(float shift, double by_c, double by_square, Pieces p, double eps) : shift(shift) {
+        const double off = by_c * p.share, v = by_square * p.share - off * off;
+        rest = static_cast<float>(off);
+        mean = shift + off;
+        variance = v < 0.0 ? 0.0 : v;
+        r = std::isinf(static_cast<float>(variance + eps)) ? 0.0 : 1.0 / std::sqrt(variance + eps);
+    }
+    // Σ v x̂ of Σ v and Σ v c. The latter may have overflown where r is 0.
+    double along(double by_v, double by_product) const {
+        return r == 0.0 && std::isfinite(variance) ? 0.0 : (by_product - (mean - shift) * by_v) * r;
+    }
+    // Whether the squares are those of deviations. Where the shift is far from μ they are not, and their digits cancel.
+    bool exact() const { return rest * rest <= 4.0 * variance && std::isfinite(variance); }
+};
+
+// About the mean, from the first few elements.
+template <class T>
+inline float near_mean(const T* x, Pieces p) {
+    const int64_t few = std::min<int64_t>(p.length, LANES);
+    return together(load(x, few)) / static_cast<float>(few);
+}
+
+template <bool CENTRED, class T>
+inline Statistics statistics_about(float shift, const T* x, Pieces p, double eps) {
+    const Lanes away = all(shift);
+    Sums<2> sums;
+    for (int64_t k = 0; k < p.count; ++k) {
+        const T* from = x + k * p.stride;
+        sums.add(p.length, [&](int64_t i, auto at, Lanes* of) {
+            const Lanes c = at(from + i, shift) - away;
+            of[0] = CENTRED ? c : Lanes{};
+            of[1] = c * c;
+        });
+    }
+    return Statistics(shift, sums.take(0), sums.take(1), p, eps);
+}
+
+// In float64, element by element, for what overflows float32.
+template <bool CENTRED, class T>
+inline Statistics wide_statistics(const T* x, Pieces p, double eps) {
+    double shift = 0.0;
+    for (int pass = CENTRED ? 0 : 1;; ++pass) {
+        double by[2] = {};
+        for (int64_t k = 0; k < p.count; ++k)
+            for (int64_t i = 0; i < p.length; ++i) {
+                const double c = load(x + k * p.stride + i, 1)[0] - shift;
+                by[0] += c;
+                by[1] += c * c;
+            }
+        if (pass == 1) return Statistics(static_cast<float>(shift), CENTRED ? by[0] : 0.0, by[1], p, eps);
+        shift = static_cast<float>(by[0] * p.share);
+    }
+}
+
+template <bool CENTRED, class T>
+inline Statistics statistics(const T* x, Pieces p, double eps) {
+    Statistics s = statistics_about<CENTRED>(CENTRED ? near_mean(x, p) : 0.0f, x, p, eps);
+    if (CENTRED && !s.exact()) s = statistics_about<CENTRED>(static_cast<float>(s.mean), x, p, eps);
+    return std::isfinite(s.variance) ? s : wide_statistics<CENTRED>(x, p, eps);
+}
+
+// ---- rows with a weight for each element -------------------------------------------------------------------------------
+
+// (N, G, D): y, and of each row μ and r. w, b: (G, D).
+template <bool CENTRED, class T>
+inline void rows(int64_t n, int64_t groups, int64_t width, int threads, double eps, const T* x, const float* w, const float* b,
+                 T* y, float* mean, float* rstd) {
+    const int64_t some = std::max<int64_t>(1, CHUNK / std::max<int64_t>(1, width)), count = n * groups;
+    const Pieces whole(1, width, 0);
+    in_parallel((count + some - 1) / some, threads, [=](int64_t chunk) {
+        for (int64_t row = chunk * some; row < std::min(count, (chunk + 1) * some); ++row) {
+            const T* from = x + row * width;
+            T* to = y + row * width;
+            const float* w_row = w + row % groups * width;
+            const Statistics s = statistics<CENTRED>(from, whole, eps);
+            const Lanes shift = all(s.shift), rest = all(s.rest), r = all(static_cast<float>(s.r));
+            const auto normalized = [&](int64_t i, auto at) { return (CENTRED ? at(from + i) - shift - rest : at(from + i)) * r; };
+            if (b != nullptr) {
+                const float* b_row = b + row % groups * width;
+                each(width, [&](int64_t i, auto at) { at(to + i, normalized(i, at) * at(w_row + i) + at(b_row + i)); });
+            } else {
+                each(width, [&](int64_t i, auto at) { at(to + i, normalized(i, at) * at(w_row + i)); });
+            }
+            if (mean != nullptr) mean[row] = static_cast<float>(s.mean);
+            if (rstd != nullptr) rstd[row] = static_cast<float>(s.r);
+        }
+    });
+}
+
+// Sums over rows, of columns (C,), in `some`: float32 over 64 rows, float64 from there.
+struct Columns {
+    float* some;
+    int64_t size, rows = 0;
+    std::vector<double> total = {};
+
+    void next_rows(int64_t count) {
+        rows += count;
+        if (rows >= 64) settle();
+    }
+    void settle() {
+        total.resize(size, 0.0);
+        double* to = total.data();
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) {
+            to[i] += some[i];
+            some[i] = 0.0f;
+        }
+        rows = 0;
+    }
+    void finish() {
+        if (total.empty()) return;
+        settle();
+        for (int64_t i = 0; i < size; ++i) some[i] = static_cast<float>(total[i]);
+    }
+};
+
+// What the gradient of a row is made of: (s - level - (x - shift - rest) share) r.
+struct RowGradient {
+    float shift, rest, r, level, share;
+};
+
+// Of a row, from where it is about centred.
+template <bool CENTRED, class T>
+inline RowGradient row_gradient(Pieces whole, double eps, const T* g, const T* x, const float* w, float shift) {
+    const auto sums_about = [&](float shift) {
+        const Lanes away = all(shift);
+        Sums<4> sums;  // Σ s, Σ s c, Σ c, Σ c², with c = x - shift
+        sums.add(whole.length, [&](int64_t i, auto at, Lanes* of) {
+            const Lanes s = at(g + i) * at(w + i), c = CENTRED ? at(x + i, shift) - away : at(x + i);
+            of[0] = CENTRED ? s : Lanes{};
+            of[1] = s * c;
+            of[2] = CENTRED ? c : Lanes{};
+            of[3] = c * c;
+        });
+        for (int k = 0; k < 4; ++k) sums.settle(k);
+        return sums;
+    };
+    Sums<4> by = sums_about(shift);
+    Statistics s(shift, by.total[2], by.total[3], whole, eps);
+    if (!s.exact()) {
+        s = statistics<CENTRED>(x, whole, eps);
+        if (CENTRED) by = sums_about(s.shift);
+    }
+    const double share = s.along(by.total[0], by.total[1]) * s.r * whole.share;
+    const double level = by.total[0] * whole.share;
+    return {s.shift, s.rest, static_cast<float>(s.r), static_cast<float>(level), static_cast<float>(share)};
+}
+
+// ROWS rows at once, `stride` apart: their sums go to memory once.
+template <bool CENTRED, bool GRADIENT, bool SUMMED, int ROWS, class T>
+inline void row_gradients(int64_t width, int64_t stride, const RowGradient* rows, const T* g, const T* x, const float* w, T* to,
+                          float* by_w, float* by_b) {
+    Lanes shift[ROWS], rest[ROWS], r[ROWS], level[ROWS], share[ROWS];
+    for (int k = 0; k < ROWS; ++k) {
+        shift[k] = all(rows[k].shift);
+        rest[k] = all(rows[k].rest);
+        r[k] = all(rows[k].r);
+        level[k] = all(rows[k].level);
+        share[k] = all(rows[k].share);
+    }
+    each(width, [&](int64_t i, auto at) {
+        const Lanes scale = at(w + i);
+        Lanes of_w = SUMMED ? at(by_w + i) : Lanes{}, of_b = SUMMED && CENTRED ? at(by_b + i) : Lanes{}, made[ROWS];
+#pragma GCC unroll 4
+        for (int k = 0; k < ROWS; ++k) {
+            const int64_t place = k * stride + i;
+            const Lanes v = at(g + place), c = CENTRED ? at(x + place) - shift[k] - rest[k] : at(x + place);
+            if (SUMMED) {
+                of_w += v * (c * r[k]);
+                of_b += v;
+            }
+            if (GRADIENT) {
+                const Lanes s = v * scale;
+                made[k] = ((CENTRED ? s - level[k] : s) - c * share[k]) * r[k];  // r last: it rounds what is left
+            }
+        }
+        // Behind all that is read: rows lie whole pages apart, where a processor takes a place for one just written to.
+        for (int k = 0; k < ROWS && GRADIENT; ++k) at(to + k * stride + i, made[k]);
+        if (SUMMED) at(by_w + i, of_w);
+        if (SUMMED && CENTRED) at(by_b + i, of_b);
+    });
+}
+
+// The gradients of `rows`: of x, and where they are wanted of w and b. `mean` is where x is centred about, if it is known.
+template <bool CENTRED, bool GRADIENT, bool SUMMED, class T>
+inline void rows_backward(int64_t n, int64_t groups, int64_t width, int threads, double eps, const T* g, const T* x,
+                          const float* w, const float* mean, T* grad_x, float* grad_w, float* grad_b) {
+    constexpr int64_t ROWS = 2;
+    const Pieces whole(1, width, 0);
+    const int64_t columns = groups * width;
+    const int64_t least = 2 * CHUNK / std::max<int64_t>(1, columns), some = std::max<int64_t>({1, least, (n + 63) / 64});
+    const int64_t chunks = (n + some - 1) / some, kept = SUMMED ? (CENTRED ? 2 : 1) * columns : 0;
+    std::vector<float> room(chunks * kept + LANES);
+    float* const parts = aligned(room.data());
+    in_parallel(chunks, threads, [&](int64_t chunk) {
+        Columns sums{parts + chunk * kept, kept};
+        const int64_t last = std::min(n, (chunk + 1) * some);
+        for (int64_t sample = chunk * some; sample < last;) {
+            const int64_t count = std::min(ROWS, last - sample);
+            for (int64_t group = 0; group < groups; ++group) {
+                const int64_t column = group * width, start = sample * columns + column;
+                RowGradient rows[ROWS];
+                for (int64_t k = 0; k < count; ++k) {
+                    const T* x_row = x + start + k * columns;
+                    const float known = mean == nullptr ? near_mean(x_row, whole) : mean[(sample + k) * groups + group];
+                    rows[k] = row_gradient<CENTRED>(whole, eps, g + start + k * columns, x_row, w + column, CENTRED ? known : 0.0f);
+                }
+                float *by_w = sums.some + column, *by_b = by_w + columns;
+                const auto write = [&](int64_t k, auto some_rows) {
+                    const int64_t place = start + k * columns;
+                    row_gradients<CENTRED, GRADIENT, SUMMED, some_rows>(width, columns, rows + k, g + place, x + place, w + column,
+                                                                       grad_x + place, by_w, by_b);
+                };
+                if (count == ROWS)
+                    write(0, std::integral_constant<int, ROWS>{});
+                else
+                    for (int64_t k = 0; k < count; ++k) write(k, std::integral_constant<int, 1>{});
+            }
+            sample += count;
+            if (SUMMED) sums.next_rows(count);
+        }
+        if (SUMMED) sums.finish();
+    });
+    std::vector<double> total(kept, 0.0);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        for (int64_t i = 0; i < kept; ++i) total[i] += parts[chunk * kept + i];
+    for (int64_t i = 0; i < columns && SUMMED; ++i) {
+        if (grad_w != nullptr) grad_w[i] = static_cast<float>(total[i]);
+        if (grad_b != nullptr) grad_b[i] = static_cast<float>(total[columns + i]);
+    }
+}
+
+template <bool CENTRED, class T>
+inline void rows_backward(int64_t n, int64_t groups, int64_t width, int threads, double eps, const T* g, const T* x,
+                          const float* w, const float* mean, T* grad_x, float* grad_w, float* grad_b) {
+    const bool summed = grad_w != nullptr || grad_b != nullptr;
+    const auto run = grad_x == nullptr ? rows_backward<CENTRED, false, true, T>
+                     : summed          ? rows_backward<CENTRED, true, true, T>
+                                       : rows_backward<CENTRED, true, false, T>;
+    run(n, groups, width, threads, eps, g, x, w, mean, grad_x, grad_w, grad_b);
+}
+
+// ---- channels: pieces with one weight each -----------------------------------------------------------------------------
+
+// x as (N, C, L), its channels in G groups with statistics of their own in each sample; or G = 0: each channel has them over all
+// samples.
+struct Channels {
+    int64_t n, channels, length, groups;
+
+    int64_t units() const { return groups > 0 ? n * groups : channels; }
+    int64_t pieces() const { return groups > 0 ? channels / groups : n; }
+    int64_t stride() const { return groups > 0 ? length : channels * length; }
+    int64_t start(int64_t unit) const { return groups > 0 ? unit * pieces() * length : unit * length; }
+    int64_t channel(int64_t unit, int64_t piece) const { return groups > 0 ? unit % groups * pieces() + piece : unit; }
+    Pieces of_unit() const {  // as few as there can be
+        return groups > 0 ? Pieces(1, pieces() * length, 0) : Pieces(n, length, stride());
+    }
+};
+
+// y, and of each unit μ, r and, where it is wanted, v. w, b: (C,).
+template <class T>
+inline void channels(Channels of, int threads, double eps, const T* x, const float* w, const float* b, T* y, float* mean,
+                     float* rstd, float* variance) {
+    const Pieces whole = of.of_unit();
+    in_parallel(of.units(), threads, [=](int64_t unit) {
+        const Statistics s = statistics<true>(x + of.start(unit), whole, eps);
+        const Lanes shift = all(s.shift), rest = all(s.rest);
+        for (int64_t k = 0; k < of.pieces(); ++k) {
+            const int64_t start = of.start(unit) + k * of.stride(), channel = of.channel(unit, k);
+            const Lanes scale = all(static_cast<float>(s.r * (w == nullptr ? 1.0 : w[channel])));
+            const Lanes level = all(b == nullptr ? 0.0f : b[channel]);
+            each(of.length, [&](int64_t i, auto at) { at(y + start + i, (at(x + start + i) - shift - rest) * scale + level); });
+        }
+        mean[unit] = static_cast<float>(s.mean);
+        rstd[unit] = static_cast<float>(s.r);
+        if (variance != nullptr) variance[unit] = static_cast<float>(s.variance);
+    });
+}
+
+template <class T>
+inline void channels_backward(Channels of, int threads, double eps, const T* g, const T* x, const float* w, const float* mean,
+                              T* grad_x, float* grad_w, float* grad_b) {
+    const int64_t pieces = of.pieces();
+    const Pieces whole = of.of_unit();
+    std::vector<double> of_w(of.units() * pieces), of_b(of.units() * pieces);
+    in_parallel(of.units(), threads, [&](int64_t unit) {
+        const int64_t first = of.start(unit);
+        double *by_w = of_w.data() + unit * pieces, *by_b = of_b.data() + unit * pieces;
+        double by_s, by_product;
+        const auto weight = [&](int64_t k) { return w == nullptr ? 1.0f : w[of.channel(unit, k)]; };
+        const auto sums_about = [&](float shift) {
+            const Lanes away = all(shift);
+            Sums<4> by;  // Σ g, Σ g c of each piece, Σ c, Σ c² of all, with c = x - shift
+            by_s = by_product = 0.0;
+            for (int64_t k = 0; k < pieces; ++k) {
+                const T *g_piece = g + first + k * of.stride(), *x_piece = x + first + k * of.stride();
+                by.add(of.length, [&](int64_t i, auto at, Lanes* of) {
+                    const Lanes v = at(g_piece + i), c = at(x_piece + i, shift) - away;
+                    of[0] = v;
+                    of[1] = v * c;
+                    of[2] = c;
+                    of[3] = c * c;
+                });
+                by_b[k] = by.take(0);
+                by_w[k] = by.take(1);
+                by_s += by_b[k] * weight(k);
+                by_product += by_w[k] * weight(k);
+            }
+            return Statistics(shift, by.take(2), by.take(3), whole, eps);
+        };
+        Statistics s = sums_about(mean != nullptr ? mean[unit] : near_mean(x + first, whole));
+        if (!s.exact()) {
+            s = statistics<true>(x + first, whole, eps);
+            sums_about(s.shift);
+        }
+        for (int64_t k = 0; k < pieces; ++k) by_w[k] = s.along(by_b[k], by_w[k]);
+        if (grad_x == nullptr) return;
+        const double along = s.along(by_s, by_product) * s.r * whole.share;
+        const Lanes from = all(s.shift), rest = all(s.rest), r = all(static_cast<float>(s.r)),
+                    share = all(static_cast<float>(along)), level = all(static_cast<float>(by_s * whole.share));
+        for (int64_t k = 0; k < pieces; ++k) {
+            const int64_t start = first + k * of.stride();
+            const Lanes scale = all(weight(k));
+            each(of.length, [&](int64_t i, auto at) {
+                const Lanes s = at(g + start + i) * scale - level, c = at(x + start + i) - from - rest;
+                at(grad_x + start + i, (s - c * share) * r);  // r last: it rounds what is left
+            });
+        }
+    });
+    std::vector<double> by_w(of.channels), by_b(of.channels);
+    for (int64_t unit = 0; unit < of.units(); ++unit)
+        for (int64_t k = 0; k < pieces; ++k) {
+            by_w[of.channel(unit, k)] += of_w[unit * pieces + k];
+            by_b[of.channel(unit, k)] += of_b[unit * pieces + k];
+        }
+    for (int64_t i = 0; i < of.channels; ++i) {
+        if (grad_w != nullptr) grad_w[i] = static_cast<float>(by_w[i]);
+        if (grad_b != nullptr) grad_b[i] = static_cast<float>(by_b[i]);
+    }
+}
+
+}  // namespace torchbp
