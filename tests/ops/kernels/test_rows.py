@@ -9,6 +9,7 @@ import torchbp.functional as B
 from tests.ops.kernels.conftest import opened
 from torchbp.ops.kernels import (
     _library,
+    _rows,
     disabled,
     over_batch,
     over_batch_backward,
@@ -30,7 +31,7 @@ GROUPS = [
     ((3, 32, 17, 17), 8),
     ((5, 64, 7, 9), 64),
     ((5, 64, 7, 9), 1),
-    ((300, 64), 8),
+    ((300, 256), 8),
     ((100, 32, 7), 4),
 ]
 BATCH = [(2, 8, 50, 50), (70, 5, 49), (4, 3, 1500)]
@@ -82,11 +83,14 @@ def _library_of_rows():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _short_rows_too(monkeypatch):
+    monkeypatch.setattr(_rows, "_least", lambda *_: 1)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Count the calls of compiled loops."""
-    from torchbp.ops.kernels import _rows
-
     made = []
     call = _rows._call
     monkeypatch.setattr(_rows, "_call", lambda *args: (made.append(1), call(*args)))

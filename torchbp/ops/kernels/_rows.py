@@ -29,17 +29,16 @@ __all__ = [
 _PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SHORT = 32  # positions of a channel, for fewer of which each has the weight beside it, as in a row
-_ROWS, _CHANNELS = "n[0], n[1], n[2], threads, eps", "{n[0], n[1], n[2], n[3]}, threads, eps"
-_WRITTEN = "static_cast<T*>(out[0]), f1, f2"
+_ROWS, _CHANNELS = "n, m, l, threads, eps", "{n, m, l, k}, threads, eps"
+_WRITTEN = "y, f1, f2"
 _CALLS = {
     "rows": f"rows<true>({_ROWS}, x, w, b, {_WRITTEN})",
     "rows, not centred": f"rows<false>({_ROWS}, x, w, b, {_WRITTEN})",
     "rows, backward": f"rows_backward<true>({_ROWS}, g, x, w, b, {_WRITTEN})",
     "rows, not centred, backward": f"rows_backward<false>({_ROWS}, g, x, w, b, {_WRITTEN})",
-    "channels": f"channels({_CHANNELS}, x, w, b, {_WRITTEN}, static_cast<float*>(out[3]))",
+    "channels": f"channels({_CHANNELS}, x, w, b, {_WRITTEN}, f3)",
     "channels, backward": f"channels_backward({_CHANNELS}, g, x, w, b, {_WRITTEN})",
 }
-_SIZES, _POINTERS = c_int64 * 4, c_void_p * 4
 Run = Callable[..., None]
 Needs = Sequence[bool]  # of x, w and b
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -70,6 +69,8 @@ def over_rows(
     if run is None:
         return None
     width = prod(x.shape[-dims:])
+    if width < _least(x, centred):
+        return None
     each = (*x.shape[:-dims], *(1 for _ in range(dims)))
     return _rows(run, x, 1, width, each, _weight(weight, width), _wide(bias), eps)
 
@@ -106,6 +107,8 @@ def over_rows_backward(
         return None
     shape = x.shape[-dims:]
     width = prod(shape)
+    if width < _least(x, centred):
+        return None
     w = _weight(weight, width)
     grad_x, grad_w, grad_b = _rows_backward(run, grad_y, x, 1, width, w, mean, eps, needs)
     return grad_x, *(None if t is None else t.view(shape) for t in (grad_w, grad_b))
@@ -120,7 +123,7 @@ def over_groups(
     n, channels, length = x.shape[0], x.shape[1], prod(x.shape[2:])
     short = length < _SHORT
     run = _taken("rows" if short else "channels", x, weight, bias)
-    if run is None or not x.is_contiguous():
+    if run is None or not x.is_contiguous() or channels // groups * length < _SHORT:
         return None
     if short:
         w, b = _weight(weight, channels, length), _wide(bias, length)
@@ -151,7 +154,7 @@ def over_groups_backward(
     channels, length = x.shape[1], prod(x.shape[2:])
     short = length < _SHORT
     run = _taken("rows, backward" if short else "channels, backward", x, weight, grad_y, mean)
-    if run is None or not x.is_contiguous():
+    if run is None or not x.is_contiguous() or channels // groups * length < _SHORT:
         return None
     if not short:
         return _channels_backward(run, grad_y, x, groups, weight, mean, eps, needs)
@@ -196,6 +199,13 @@ def over_batch_backward(
     if run is None or prod(x.shape[2:]) < _SHORT or not x.is_contiguous():
         return None
     return _channels_backward(run, grad_y, x, 0, weight, mean, eps, needs)
+
+
+def _least(x: Tensor, centred: bool) -> int:
+    """Return how long a row is at least: for shorter ones torch's kernels, or steps, take less time (one thread)."""
+    if centred:
+        return 128 if x.dtype == torch.float32 else 4
+    return 16
 
 
 def _rows(
@@ -265,8 +275,9 @@ def _wide(t: Tensor | None, times: int = 1) -> Tensor | None:
     """Return ``t`` in float32, dense, each number of it ``times`` side by side."""
     if t is None:
         return None
-    wide = t.to(torch.float32).contiguous()
-    return wide if times == 1 else wide.repeat_interleave(times)
+    if t.dtype != torch.float32 or not t.is_contiguous():
+        t = t.to(torch.float32).contiguous()
+    return t if times == 1 else t.repeat_interleave(times)
 
 
 def _weight(t: Tensor | None, size: int, times: int = 1) -> Tensor:
@@ -278,13 +289,13 @@ def _taken(kind: str, x: Tensor, *others: Tensor | None) -> Run | None:
     """Return the loop for ``x`` and what goes with it; ``None`` where it was not compiled, or has to see no values."""
     if x.dtype not in _NAMES or is_script_tracing():
         return None
-    given = [x, *(t for t in others if t is not None)]
+    given = [t for t in (x, *others) if t is not None]
     if not fused(*given, half=True):
         return None
     for t in given:
         if (
             not t.is_cpu
-            or type(t).__torch_dispatch__ is not _PLAIN  # pyright: ignore[reportAttributeAccessIssue]
+            or (type(t) is not Tensor and type(t).__torch_dispatch__ is not _PLAIN)  # pyright: ignore[reportAttributeAccessIssue]
             or t.dtype not in (x.dtype, torch.float32)
             or t.is_neg()
         ):
@@ -298,11 +309,11 @@ def _taken(kind: str, x: Tensor, *others: Tensor | None) -> Run | None:
 
 def _compiled(call: str, dtype: str) -> Run | None:
     """Return the compiled function that makes ``call``."""
-    body = f"""(const int64_t* n, const void* const* in, void* const* out, int threads, double eps) {{
+    body = f"""(int64_t n, int64_t m, int64_t l, int64_t k, const void* g_, const void* x_, const float* w,
+    const float* b, void* y_, float* f1, float* f2, float* f3, int threads, double eps) {{
     using T = {dtype};
-    const T *g = static_cast<const T*>(in[0]), *x = static_cast<const T*>(in[1]);
-    const float *w = static_cast<const float*>(in[2]), *b = static_cast<const float*>(in[3]);
-    float *f1 = static_cast<float*>(out[1]), *f2 = static_cast<float*>(out[2]);
+    const T *g = static_cast<const T*>(g_), *x = static_cast<const T*>(x_);
+    T* y = static_cast<T*>(y_);
     {call};
 }}
 """
@@ -311,7 +322,7 @@ def _compiled(call: str, dtype: str) -> Run | None:
     if function is None:
         return None
     function.restype = None
-    function.argtypes = (c_void_p, c_void_p, c_void_p, c_int, c_double)
+    function.argtypes = (*(c_int64,) * 4, *(c_void_p,) * 8, c_int, c_double)
     return function
 
 
@@ -322,5 +333,5 @@ def _call(
     written: tuple[Tensor | None, ...],
     eps: float,
 ) -> None:
-    of = [_POINTERS(*[None if t is None else t.data_ptr() for t in ts]) for ts in (read, written)]
-    run(_SIZES(*sizes), *of, get_num_threads(), eps)
+    at = [None if t is None else t.data_ptr() for t in read + written]
+    run(*sizes, *at, get_num_threads(), eps)

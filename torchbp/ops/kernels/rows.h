@@ -352,7 +352,7 @@ inline void rows(int64_t n, int64_t groups, int64_t width, int threads, double e
     });
 }
 
-// Sums over rows, of columns (C,), in `some`: float32 over 64 rows, float64 from there.
+// Sums over rows, of columns (C,), in `some`: float32 over 16 rows, float64 from there.
 struct Columns {
     float* some;
     int64_t size, rows = 0;
@@ -360,7 +360,7 @@ struct Columns {
 
     void next_rows(int64_t count) {
         rows += count;
-        if (rows >= 64) settle();
+        if (rows >= 16) settle();
     }
     void settle() {
         total.resize(size, 0.0);
@@ -425,7 +425,7 @@ inline void row_gradients(int64_t width, int64_t stride, const RowGradient* rows
     }
     each(width, [&](int64_t i, auto at) {
         const Lanes scale = at(w + i);
-        Lanes of_w = SUMMED ? at(by_w + i) : Lanes{}, of_b = SUMMED && CENTRED ? at(by_b + i) : Lanes{}, made[ROWS];
+        Lanes of_w = {}, of_b = {}, made[ROWS];
 #pragma GCC unroll 4
         for (int k = 0; k < ROWS; ++k) {
             const int64_t place = k * stride + i;
@@ -441,8 +441,8 @@ inline void row_gradients(int64_t width, int64_t stride, const RowGradient* rows
         }
         // Behind all that is read: rows lie whole pages apart, where a processor takes a place for one just written to.
         for (int k = 0; k < ROWS && GRADIENT; ++k) at(to + k * stride + i, made[k]);
-        if (SUMMED) at(by_w + i, of_w);
-        if (SUMMED && CENTRED) at(by_b + i, of_b);
+        if (SUMMED) at(by_w + i, at(by_w + i) + of_w);
+        if (SUMMED && CENTRED) at(by_b + i, at(by_b + i) + of_b);
     });
 }
 
@@ -450,10 +450,10 @@ inline void row_gradients(int64_t width, int64_t stride, const RowGradient* rows
 template <bool CENTRED, bool GRADIENT, bool SUMMED, class T>
 inline void rows_backward(int64_t n, int64_t groups, int64_t width, int threads, double eps, const T* g, const T* x,
                           const float* w, const float* mean, T* grad_x, float* grad_w, float* grad_b) {
-    constexpr int64_t ROWS = 2;
+    constexpr int64_t ROWS = 4;
     const Pieces whole(1, width, 0);
     const int64_t columns = groups * width;
-    const int64_t least = 2 * CHUNK / std::max<int64_t>(1, columns), some = std::max<int64_t>({1, least, (n + 63) / 64});
+    const int64_t least = 4 * CHUNK / std::max<int64_t>(1, columns), some = std::max<int64_t>({1, least, (n + 63) / 64});
     const int64_t chunks = (n + some - 1) / some, kept = SUMMED ? (CENTRED ? 2 : 1) * columns : 0;
     std::vector<float> room(chunks * kept + LANES);
     float* const parts = aligned(room.data());
