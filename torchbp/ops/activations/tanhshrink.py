@@ -42,9 +42,12 @@ class TanhshrinkFunction(Function):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:  # x, y, t: (*)
         if isinstance(x, Tensor) and x.numel() >= MANY:
-            y = in_one_loop(_value, x) if is_half(x) else None
-            made = (y, None) if is_half(x) else in_one_loop(_both, x, outputs=(None, None))
-            if made is not None and made[0] is not None:
+            if is_half(x):
+                y = in_one_loop(_value, x)
+                made = None if y is None else (y, None)
+            else:
+                made = in_one_loop(_both, x, outputs=(None, None))
+            if made is not None:
                 return made
         t = tanh(x) if isinstance(x, Tensor) else x.tanh()  # torch's error
         return x - t, None if is_half(x) else t

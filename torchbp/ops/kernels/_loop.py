@@ -100,9 +100,9 @@ def in_one_loop(
         o if isinstance(o, Tensor) else _made(laid, first.dtype if o is None else o)
         for o in outputs
     )
-    lengths = laid.lengths + sum((i or (0, 0) for i in into), ())
+    lengths = (*laid.lengths, *(n for i in into for n in i or (0, 0)))
     run(first.numel(), tensors, made, lengths)
-    return made if len(made) > 1 else made[0]
+    return made[0] if len(made) == 1 else made
 
 
 def _made(laid: _Laid, dtype: torch.dtype | str) -> Tensor:
