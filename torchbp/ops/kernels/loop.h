@@ -176,6 +176,19 @@ struct Spread {
 
     Row block(int64_t start, int64_t n, float* room) const {
         T full[BLOCK];
+        if (inner == 1) {  // a number a column: runs of them, for one at a time takes as long as all else
+            int64_t at = start % size;
+            if constexpr (std::is_same_v<T, float>)
+                if (at + BLOCK <= size) return {data + at};
+            for (int64_t i = 0; i < BLOCK;) {
+                const int64_t count = size - at < BLOCK - i ? size - at : BLOCK - i;
+                std::memcpy(full + i, data + at, count * sizeof(T));
+                i += count;
+                at = at + count < size ? at + count : 0;
+            }
+            widen(full, room);
+            return {room};
+        }
         int64_t index = start / inner % size, left = inner - start % inner;
         for (int64_t i = 0; i < BLOCK;) {
             const int64_t count = left < BLOCK - i ? left : BLOCK - i;

@@ -31,6 +31,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import row_pieces
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.activations._tanh import tanh
+from torchbp.ops.kernels import SUM, in_one_loop
 from torchbp.ops.normalization._standardize import affine, widened
 
 __all__ = ["DyT", "DyTFunction", "dyt"]
@@ -48,6 +49,11 @@ class DyTFunction(Function):
     def forward(  # (*, D), (), (D,), (D,) -> (*, D)
         x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
+        given = [t for t in (weight, bias) if t is not None]
+        if len(given) != 1:
+            y = in_one_loop(_affine_tanh if given else _tanh, x, alpha, *given)
+            if y is not None:
+                return y
         y = tanh(widened(x) * alpha)
         return as_dtype(affine(y, weight, bias), x.dtype)
 
@@ -64,6 +70,10 @@ class DyTFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, weight = ctx.saved_tensors
         need_x, need_alpha, need_weight, need_bias = ctx.needs_input_grad
+        if ctx.along_rows and weight is not None and x.dim() > 1:
+            made = in_one_loop(_gradients, grad_y, x, alpha, weight, outputs=_OUTPUTS)
+            if made is not None:
+                return _of_loop(made, grad_y, alpha, weight, ctx.needs_input_grad, ctx.bias)
         if ctx.along_rows and fused(grad_y):  # of the dtype of x
             made = _of_few if x.numel() <= _FEW else _by_rows
             return made(grad_y, x, alpha, weight, ctx.needs_input_grad, ctx.bias)
@@ -100,6 +110,45 @@ class DyTFunction(Function):
         if tangent_bias is not None:
             tangent_y = tangent_y + tangent_bias
         return tangent_y.to(x.dtype)
+
+
+def _tanh(x: Tensor, alpha: Tensor) -> Tensor:
+    return torch.tanh(x * alpha)
+
+
+def _affine_tanh(x: Tensor, alpha: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.tanh(x * alpha) * w + b
+
+
+def _gradients(g: Tensor, x: Tensor, alpha: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    u = x * alpha
+    e = torch.exp(-2 * u.abs())
+    d = 1 + e
+    s = g * w * (4 * e / (d * d))  # 1 - z² without cancellation
+    return s * alpha, s * x, g * torch.tanh(u)  # (1), and of (2) and (3) what is summed
+
+
+_OUTPUTS = (None, SUM, torch.float32)
+
+
+def _of_loop(
+    made: tuple[Tensor, Tensor, Tensor],
+    grad_y: Tensor,
+    alpha: Tensor,
+    weight: Tensor,
+    needs: tuple[bool, ...],
+    bias: tuple[torch.Size, torch.dtype] | None,
+) -> tuple[Tensor | None, ...]:
+    """Return (1) to (4) from what the loop made: sums over rows are torch's, in float32."""
+    need_x, need_alpha, need_weight, need_bias = needs
+    grad_x, along, products = made
+    rows = tuple(range(products.dim() - 1))
+    grad_alpha = along.to(alpha.dtype).reshape(alpha.shape) if need_alpha else None
+    grad_weight = as_dtype(products.sum(rows), weight.dtype) if need_weight else None  # (3)
+    grad_bias = None
+    if need_bias and bias is not None:
+        grad_bias = as_dtype(grad_y.sum(rows, dtype=torch.float32), bias[1])  # (4)
+    return grad_x if need_x else None, grad_alpha, grad_weight, grad_bias
 
 
 def _is_vector(t: Tensor | None, x: Tensor) -> bool:
