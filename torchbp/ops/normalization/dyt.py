@@ -122,9 +122,8 @@ def _affine_tanh(x: Tensor, alpha: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 def _gradients(g: Tensor, x: Tensor, alpha: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u = x * alpha
-    e = torch.exp(-2 * u.abs())
-    d = 1 + e
-    s = g * w * (4 * e / (d * d))  # 1 - z² without cancellation
+    q = torch.sigmoid(-2 * u.abs())
+    s = g * w * (1 - q) * q * 4  # 1 - z² without cancellation
     return s * alpha, s * x, g * torch.tanh(u)  # (1), and of (2) and (3) what is summed
 
 
