@@ -27,7 +27,7 @@ from torchbp.ops._function import Context, entry, kernel, public, undifferentiat
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.kernels import in_one_loop
+from torchbp.ops.kernels import MANY, in_one_loop
 
 __all__ = ["Softplus", "SoftplusFunction", "softplus"]
 
@@ -41,8 +41,11 @@ class SoftplusFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, beta: float, threshold: float) -> Tensor:  # x, y: (*)
-        y = in_one_loop(_values(beta, threshold), x)
-        return F.softplus(x, beta, threshold) if y is None else y
+        if isinstance(x, Tensor) and x.numel() >= MANY:
+            y = in_one_loop(_values(beta, threshold), x)
+            if y is not None:
+                return y
+        return F.softplus(x, beta, threshold)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
@@ -52,9 +55,10 @@ class SoftplusFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        grad_x = in_one_loop(_times(ctx.beta, ctx.threshold), grad_y, x)
-        if grad_x is not None:
-            return grad_x, None, None
+        if x.numel() >= MANY:
+            grad_x = in_one_loop(_times(ctx.beta, ctx.threshold), grad_y, x)
+            if grad_x is not None:
+                return grad_x, None, None
         if undifferentiated():
             return _softplus_backward(grad_y, x, ctx.beta, ctx.threshold), None, None
         return _times_derivative(grad_y, x, ctx.beta, ctx.threshold), None, None  # (2)
