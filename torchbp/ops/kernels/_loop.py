@@ -52,9 +52,8 @@ class _Laid(NamedTuple):
 
     like: Tensor  # an array: what is made lies as it does, or, beside rows, without gaps
     taken: tuple[_Taken, ...]
-    lengths: tuple[
-        int, ...
-    ]  # two for each argument: 0, or how its numbers are spread or its rows lie
+    # Two for each argument: 0, or how its numbers are spread, or how its rows lie.
+    lengths: tuple[int, ...]
     rows: bool
 
 
