@@ -94,8 +94,8 @@ def _expanded(case: Case) -> list[Finding]:
         for make in (lambda t: t[:1].repeat_interleave(len(t), 0), lambda t: t[:1].expand_as(t))
     )
     try:
-        if not rows or not all(bool(g.isfinite().all()) for g in dense.plain.grads):
-            return []  # a matrix of equal rows is singular
+        if not rows or _singular(dense):
+            return []
         shared = [case.where.index(leader.get(i, i)) for i in case.where]
         when = " for inputs that are expanded, with stride 0"
         if len(set(shared)) < len(shared):
@@ -103,6 +103,13 @@ def _expanded(case: Case) -> list[Finding]:
         return _compare(dense, expanded, when, shared)
     except (ForwardRaised, BackwardRaised):
         return []  # refuses equal rows, or writes in its input
+
+
+def _singular(case: Case) -> bool:
+    """Whether gradients are infinite, or would be but for rounding, as for a matrix of equal rows."""
+    steepest = max((torch.finfo(g.dtype).eps * largest(g) for g in case.plain.grads), default=0.0)
+    finite = all(bool(g.isfinite().all()) for g in case.plain.grads)
+    return not finite or steepest > max(1.0, *map(largest, case.plain.outputs))
 
 
 def _compare(case: Case, other: Case, when: str, shared: list[int] | None = None) -> list[Finding]:
