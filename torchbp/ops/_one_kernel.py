@@ -17,9 +17,9 @@ from torch._C import _is_tracing as is_script_tracing
 
 from torchbp.ops._function import as_dtype, fused, is_half
 from torchbp.ops._symbols import identity, source
-from torchbp.ops.kernels import SUM, in_one_loop, looped
+from torchbp.ops.kernels import SUM, in_one_loop
 
-__all__ = ["in_one_kernel", "one_kernel"]
+__all__ = ["in_one_kernel"]
 
 _PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,14 +55,6 @@ def in_one_kernel(
         return _in_pairs(formula, tensors, summed)
     run = _kernel(formula, len(tensors))
     return None if run is None else run(*tensors)
-
-
-def one_kernel(*tensors: Tensor) -> bool:
-    """Whether a formula of ``tensors`` is one kernel, as far as they tell: it may then be the one that needs no look.
-
-    On a GPU each choice by values would wait; in one loop what is right at ±∞ costs nothing.
-    """
-    return tensors[0].is_cuda or looped(*tensors)
 
 
 def _suits(t: Tensor, first: Tensor) -> bool:

@@ -73,23 +73,29 @@ def version() -> str:
 
 
 class _State:
-    library: ctypes.CDLL | None = None
+    opened: ctypes.CDLL | None = None
     wanted: dict[str, str] | None = None  # while the sources are listed
 
 
 def open_library(file: Path | None) -> None:
     """Take the kernels of ``file`` from now on; ``None``: none."""
     remembered.clear()
-    _State.library = ctypes.CDLL(str(file)) if file is not None else None
+    _State.opened = ctypes.CDLL(str(file)) if file is not None else None
 
 
 def at_hand() -> bool:
     """Whether there are compiled formulas, or they are being listed for the compiler."""
-    return _State.library is not None or _State.wanted is not None
+    return _State.opened is not None or _State.wanted is not None
 
 
 # What has been asked for already; another library may have other kernels.
 remembered: dict[Any, Any] = {}
+
+
+def named(body: str) -> tuple[str, str]:
+    """Return the name of a function, a digest of its ``body``, parameters included, and its whole text."""
+    name = f"torchbp_{sha256(body.encode()).hexdigest()[:20]}"
+    return name, f'extern "C" void {name}{body}'
 
 
 def find(name: str, text: str) -> Any:
@@ -97,7 +103,7 @@ def find(name: str, text: str) -> Any:
     if _State.wanted is not None:
         _State.wanted[name] = text
         return None
-    return getattr(_State.library, name, None)
+    return getattr(_State.opened, name, None)
 
 
 @contextmanager
@@ -114,11 +120,11 @@ def recording() -> Iterator[dict[str, str]]:
 @contextmanager
 def disabled() -> Iterator[None]:
     """Run formulas uncompiled here."""
-    before, _State.library = _State.library, None
+    before, _State.opened = _State.opened, None
     try:
         yield
     finally:
-        _State.library = before
+        _State.opened = before
 
 
 def _open_what_is_there() -> None:

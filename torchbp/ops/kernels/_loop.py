@@ -6,7 +6,6 @@ of the loop is a digest of that source, so a formula that has changed is not fou
 
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_void_p
-from hashlib import sha256
 from math import prod
 from typing import Any, NamedTuple
 
@@ -201,14 +200,15 @@ class _Into(NamedTuple):
     dtype: torch.dtype
 
 
+def in_memory(t: Tensor) -> bool:
+    """Whether the values of ``t`` are what the CPU's memory holds where it points."""
+    plain = type(t) is Tensor or type(t).__torch_dispatch__ is _PLAIN  # pyright: ignore[reportAttributeAccessIssue]
+    return t.is_cpu and plain and not t.is_neg()
+
+
 def _kind(t: Tensor, shape: torch.Size) -> tuple[str | None, tuple[int, int]]:
     """Return what the loop makes of ``t``, and how its numbers are spread; ``None`` where it can't read it."""
-    if (
-        not t.is_cpu
-        or type(t).__torch_dispatch__ is not _PLAIN  # pyright: ignore[reportAttributeAccessIssue]
-        or t.dtype not in _NAMES
-        or t.is_neg()
-    ):
+    if t.dtype not in _NAMES or not in_memory(t):
         return None, (0, 0)
     if t.numel() == 1:
         return _NUMBER, (0, 0)
@@ -273,9 +273,8 @@ def _source(
     taken = " ".join(f"const T a{i} = r{i}[i];" for i in range(len(arguments)))
     to = " ".join(f"float* __restrict y{o} = to[{o}];" for o in range(len(outputs)))
     # a bool as a float takes four times as long by itself
-    as_float = [
-        f"{v} ? T(1) : T(0)" if f"const bool {v} " in " ".join(lines) else v for v in values
-    ]
+    inside = " ".join(lines)
+    as_float = [f"{v} ? T(1) : T(0)" if f"const bool {v} " in inside else v for v in values]
     kept = " ".join(f"y{o}[i] = {value};" for o, value in enumerate(as_float))
     read = ", ".join(
         f"{kind}<{_NAMES[dtype]}>(in[{i}]{f', lengths + {2 * i}' if kind in (_SPREAD, _ROWS) else ''})"
@@ -291,14 +290,13 @@ def _source(
 #pragma omp simd
         for (int64_t i = 0; i < BLOCK; ++i) {{
             {taken}
-            {" ".join(lines)}
+            {inside}
             {kept}
         }}
     }}, std::make_tuple({written}), std::make_tuple({read}));
 }}
 """
-    name = f"torchbp_{sha256(body.encode()).hexdigest()[:20]}"
-    return name, f'extern "C" void {name}{body}'
+    return _library.named(body)
 
 
 def _destination(output: Any, i: int, arguments: tuple[_Taken, ...]) -> str:

@@ -5,7 +5,6 @@ They are templates over what memory holds, one text for each dtype, found by its
 
 from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int, c_int64, c_void_p
-from hashlib import sha256
 from math import prod
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch._C import _is_tracing as is_script_tracing
 
 from torchbp.ops._function import fused
 from torchbp.ops.kernels import _library
-from torchbp.ops.kernels._loop import MANY
+from torchbp.ops.kernels._loop import MANY, in_memory
 
 __all__ = [
     "over_batch",
@@ -26,7 +25,6 @@ __all__ = [
     "over_rows_backward",
 ]
 
-_PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SHORT = 32  # positions of a channel, for fewer of which each has the weight beside it, as in a row
 # Elements, from which a loop gains on one thread, its call counted in. Of float32 torch reads rows once, too: of
@@ -307,14 +305,8 @@ def _taken(kind: str, x: Tensor, *others: Tensor | None) -> Run | None:
     given = [t for t in (x, *others) if t is not None]
     if not fused(*given, half=True):
         return None
-    for t in given:
-        if (
-            not t.is_cpu
-            or (type(t) is not Tensor and type(t).__torch_dispatch__ is not _PLAIN)  # pyright: ignore[reportAttributeAccessIssue]
-            or t.dtype not in (x.dtype, torch.float32)
-            or t.is_neg()
-        ):
-            return None
+    if not all(t.dtype in (x.dtype, torch.float32) and in_memory(t) for t in given):
+        return None
     key = (kind, x.dtype)
     run = _library.remembered.get(key, ())
     if run == ():
@@ -332,8 +324,8 @@ def _compiled(call: str, dtype: str) -> Run | None:
     {call};
 }}
 """
-    name = f"torchbp_{sha256(body.encode()).hexdigest()[:20]}"
-    function: Any = _library.find(name, f'#include "rows.h"\n\nextern "C" void {name}{body}')
+    name, text = _library.named(body)
+    function: Any = _library.find(name, f'#include "rows.h"\n\n{text}')
     if function is None:
         return None
     function.restype = None

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from torchbp.ops._function import visible
 from torchbp.ops._invalid import sound
+from torchbp.ops._reduction import reduced, reduced_in_one_kernel
 
-__all__ = ["product", "with_limits"]
+__all__ = ["product", "reduced_with_limits", "with_limits"]
 
 
 def with_limits(plain: Callable[[], Tensor], limits: Callable[[], Tensor], x: Tensor) -> Tensor:
@@ -27,6 +28,27 @@ def with_limits(plain: Callable[[], Tensor], limits: Callable[[], Tensor], x: Te
         if sound(loss):
             return loss
     return limits()
+
+
+def reduced_with_limits(
+    plain: Callable[..., Tensor], limits: Callable[..., Tensor], reduction: str, *tensors: Tensor
+) -> Tensor:
+    """Return the reduced loss of an elementwise formula: in one kernel by ``limits`` at once, which cost nothing there.
+
+    Args:
+        plain: Elementwise function of ``tensors``.
+        limits: The same, with the limits.
+        reduction: As :func:`reduced` takes it.
+        tensors: Of one shape.
+    """
+    loss = reduced_in_one_kernel(limits, reduction, *tensors)
+    if loss is not None:
+        return loss
+    return with_limits(
+        lambda: reduced(plain, reduction, *tensors),  # (*), (*) -> () or (*)
+        lambda: reduced(limits, reduction, *tensors),
+        tensors[0],
+    )
 
 
 def product(share: Tensor, value: Tensor) -> Tensor:

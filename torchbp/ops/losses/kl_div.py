@@ -36,12 +36,10 @@ from torchbp.ops._reduction import (
     in_common_dtype,
     named,
     reduce,
-    reduced,
-    reduced_in_one_kernel,
     spread,
 )
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
-from torchbp.ops.losses._limits import product, with_limits
+from torchbp.ops.losses._limits import product, reduced_with_limits
 
 __all__ = ["KLDivLoss", "KLDivLossFunction", "kl_div"]
 
@@ -55,14 +53,7 @@ class KLDivLossFunction(Function):
     def forward(x: Tensor, target: Tensor, log_target: bool, reduction: str) -> Tensor:
         plain = _of_logarithms if log_target else _of_probabilities
         limits = _of_logarithms_with_limits if log_target else _of_probabilities_with_limits
-        loss = reduced_in_one_kernel(limits, reduction, x, target)
-        if loss is not None:
-            return loss
-        return with_limits(
-            lambda: reduced(plain, reduction, x, target),  # (*), (*) -> () or (*)
-            lambda: reduced(limits, reduction, x, target),
-            x,
-        )
+        return reduced_with_limits(plain, limits, reduction, x, target)
 
     @staticmethod
     def setup_context(

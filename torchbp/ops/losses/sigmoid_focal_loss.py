@@ -43,12 +43,10 @@ from torchbp.ops._reduction import (
     laid_out,
     named,
     reduce,
-    reduced,
-    reduced_in_one_kernel,
     spread,
 )
 from torchbp.ops._samples import Make, Sample, pairs, square, stored
-from torchbp.ops.losses._limits import product, with_limits
+from torchbp.ops.losses._limits import product, reduced_with_limits
 
 __all__ = ["SigmoidFocalLoss", "SigmoidFocalLossFunction", "sigmoid_focal_loss"]
 
@@ -74,14 +72,7 @@ class SigmoidFocalLossFunction(Function):
             of_positive, of_negative = _terms(x, alpha, gamma)
             return product(t, of_positive) + product(1 - t, of_negative)
 
-        loss = reduced_in_one_kernel(values_with_limits, reduction, x, target)
-        if loss is not None:
-            return loss
-        return with_limits(
-            lambda: reduced(values, reduction, x, target),  # (*), (*) -> () or (*)
-            lambda: reduced(values_with_limits, reduction, x, target),
-            x,
-        )
+        return reduced_with_limits(values, values_with_limits, reduction, x, target)
 
     @staticmethod
     def setup_context(
