@@ -12,8 +12,8 @@ Saves:
     x and the target, which are inputs. torch keeps the membership in T in floating point besides.
 
 Edge values:
-    1 - x_j + x_i = 0: slope 0, as in torch.   An empty T: 0.   The formula (torch.func, torch.compile, half
-    precision) takes N · C² elements; torch's kernels, which run otherwise, take none.
+    1 - x_j + x_i = 0: slope 0, as in torch.   An empty T: 0.   The formula (torch.func, torch.compile) takes N · C²
+    elements; what runs otherwise, torch's kernels or _margin_pairs.py, takes none.
 
 Sources:
     torch.nn.MultiLabelMarginLoss, whose values, gradients and reductions these are.
@@ -42,6 +42,7 @@ from torchbp.ops._function import (
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import REDUCTIONS, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops.losses._margin_pairs import pair_gradient, pair_values, pairs_at_hand
 
 __all__ = ["MultiLabelMarginLoss", "MultiLabelMarginLossFunction", "multilabel_margin_loss"]
 
@@ -60,7 +61,9 @@ class MultiLabelMarginLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, reduction: str
     ) -> Tensor:  # (N, C), (N, C) -> () or (N,)
-        if fused(x) or (not x.is_cpu and fused(x, half=True)):
+        if fused(x, half=True):
+            if x.is_cpu and (x.numel() > _FEW or is_half(x)) and pairs_at_hand(x):
+                return in_float32(lambda x: reduce(pair_values(x, target), reduction), x)
             how = REDUCTIONS[reduction]
             return in_float32(lambda x: _nn.multilabel_margin_loss(x, target, how), x)
         return reduce(in_float32(lambda x: _values(x, target), x), reduction)
@@ -78,13 +81,9 @@ class MultiLabelMarginLossFunction(Function):
             members = _forward(x, target, how)[1]
             return _backward(grad, x, target, how, members), None, None
         s = spread(grad, ctx.reduction, x.shape[0]).expand(x.shape[0])
-        if not x.is_cpu and fused(x, grad, half=True):
-            return in_float32(lambda x, s: _by_gpu(s, x, target), x, s), None, None
-        if fused(x, grad):
-            longest = int((target >= 0).sum(1).max()) if target.numel() else 0  # most is padding
-            _, members = _members(target[:, :longest], x.shape[1])
-            arguments = s.contiguous(), x.contiguous(), target, 0, members.to(x.dtype)
-            return _backward(*arguments), None, None
+        if target.numel() and fused(x, grad, half=True):
+            gradient = pair_gradient if x.is_cpu else _by_gpu
+            return in_float32(lambda x, s: gradient(x, s, target), x, s), None, None
         return in_float32(lambda x, s: _gradient(x, s, target), x, s), None, None
 
     @staticmethod
@@ -102,7 +101,7 @@ def _members(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     return counts, none.scatter_add(1, index, counts.to(target.dtype)) > 0
 
 
-def _by_gpu(s: Tensor, x: Tensor, target: Tensor) -> Tensor:
+def _by_gpu(x: Tensor, s: Tensor, target: Tensor) -> Tensor:
     """Return (1) and (2) by torch's kernel, with one more class for the last target.
 
     In the kernel (torch 2.11) one thread adds the last target's share while the others already scale the row, and the
