@@ -6,14 +6,12 @@ import subprocess
 import threading
 import time
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 
-import torchbp.nn
 from tests.device import DEVICE
 from tests.ops.conftest import HALF, drawn
 from torchbp.ops import _function, _one_kernel
@@ -241,15 +239,6 @@ def test_who_differentiates_gets_the_formula():
         assert in_one_kernel(lambda x: x.cumsum(0), x) is None
         assert in_one_kernel(torch.exp, x.double()) is None
         assert torch.func.vmap(lambda x: in_one_kernel(torch.exp, x) or x)(x).shape == x.shape
-
-
-@cuda
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace(_method)?. is deprecated:DeprecationWarning")
-def test_a_trace_has_the_formula():
-    module = torchbp.nn.GELU()
-    x, other = drawn((2, 4, 4), torch.float32)
-    traced: Any = torch.jit.trace(module, x)
-    torch.testing.assert_close(traced(other), module(other))
 
 
 @cuda

@@ -1,6 +1,8 @@
 """torch.func, torch.compile, torch.export, torch.fx and autocast take every op as they take torch's."""
 
 import copy
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -26,6 +28,8 @@ from tests.ops.conftest import (
 from tests.ops.test_values import widened
 from torchbp.ops._function import visible
 from torchbp.ops._samples import Make
+
+SIZED = ("ctc_loss", "local_response_norm")  # their loops are as long as a size
 
 
 def closed(case: Case, function=None):
@@ -186,7 +190,39 @@ def test_make_fx(first):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(case, dynamic):
     """One graph, forward and backward, with the values and gradients of eager."""
+    if dynamic and case.op.name in SIZED and torch.__version__ < "2.13":
+        pytest.skip("dynamo asserts, where a size inside a Function turns out to be a number")
     check_compiled(case, "aot_eager", dynamic=dynamic)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.trace. is deprecated:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+@pytest.mark.parametrize("times", [1, 700], ids=["as many", "many"])
+def test_script_trace(first, times):
+    """Traced by ``torch.jit`` and run on other values, and on a larger batch where torch's trace takes one."""
+    if first.op.random:
+        pytest.skip("draws anew")
+    sample = first.sample(torch.float32)
+    f, tensors = first.of_tensors(sample)
+    g, _ = first.of_tensors(sample, first.reference)
+    others = tuple(
+        torch.cat([t.detach() * 0.7] * times) if t.dim() else t.detach() for t in tensors
+    )
+    try:
+        torch.testing.assert_close(
+            torch.jit.trace(g, tensors, check_trace=False)(*others), g(*others)
+        )
+    except Exception:
+        pytest.skip("torch's own can't")
+    traced = torch.jit.trace(f, tensors, check_trace=False)
+    torch.testing.assert_close(traced(*others), f(*others))
+
+
+def test_a_script_trace_says_nothing():
+    program = "import torch, torchbp; torch.jit.trace(torchbp.nn.GELU(), torch.ones(2, 3))"
+    quiet = ["-W", "error", "-W", "ignore::DeprecationWarning"]
+    subprocess.run([sys.executable, *quiet, "-c", program], check=True)
 
 
 @pytest.mark.slow

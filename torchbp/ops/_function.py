@@ -1,5 +1,6 @@
 """What every ``autograd.Function`` of this package shares: how it is typed, called, and computed in half precision."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -58,6 +59,10 @@ _HALF = (torch.bfloat16, torch.float16)
 # What a class has that does not answer for torch's ops itself, as fake and distributed tensors do.
 _PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 _formula_only = False
+
+# A trace of torch.jit keeps the choice of a way by its first inputs' sizes: to the same values, so to say it is noise,
+# which torch silences of its own layers, too.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torchbp\.")
 
 
 class Context(Protocol):
@@ -420,8 +425,9 @@ def _is_fake() -> bool:
 def fused(first: Tensor, *others: Tensor, half: bool = False) -> bool:
     """Whether a backward may run a fused kernel, or write into a tensor it has just made.
 
-    Under double backward, ``torch.func``, ``torch.compile`` and batched gradients (``is_grads_batched``) only the
-    formula is differentiable, traceable and batched; in half precision it alone computes in float32.
+    Under double backward, ``torch.func``, ``torch.compile``, ``torch.jit.trace`` and batched gradients
+    (``is_grads_batched``) only the formula is differentiable, traceable and batched; in half precision it alone computes
+    in float32.
 
     Args:
         first: What the kernel would read: of what comes from the gradient, and else of half precision, all. Saved
@@ -434,6 +440,7 @@ def fused(first: Tensor, *others: Tensor, half: bool = False) -> bool:
         or is_grad_enabled()  # in backward it is on exactly when create_graph was asked for
         or is_dynamo_compiling()
         or transforms_active()
+        or is_script_tracing()
         or (modes_active() and _is_fake())
         or is_legacy_batchedtensor(first)
     ):

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_tracing as is_script_tracing
 
 from torchbp.ops._function import as_dtype, fused, is_half
 from torchbp.ops._symbols import identity, source
@@ -46,8 +45,6 @@ def in_one_kernel(
     if not (
         first.is_cuda and first.dtype in _DTYPES and first.numel() and fused(*tensors, half=True)
     ):
-        return None
-    if is_script_tracing():  # torch.jit.trace would take the value for a constant
         return None
     if len(tensors) > _MOST or not all(_suits(t, first) for t in tensors) or not _at_hand():
         return None

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, get_num_threads
-from torch._C import _is_tracing as is_script_tracing
 
 from torchbp.ops._function import fused
 from torchbp.ops._symbols import identity, steps
@@ -140,7 +139,6 @@ def _laid(tensors: tuple[Tensor, ...], *, any_first: bool = False) -> _Laid | No
     first = tensors[0]
     if (
         not (any_first or first.dtype in _FIRST)
-        or is_script_tracing()
         or not fused(*tensors, half=True)
     ):
         return None

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads
-from torch._C import _is_tracing as is_script_tracing
 
 from torchbp.ops._function import fused
 from torchbp.ops.kernels import _library
@@ -300,7 +299,7 @@ def _weight(t: Tensor | None, size: int, times: int = 1) -> Tensor:
 
 def _taken(kind: str, x: Tensor, *others: Tensor | None) -> Run | None:
     """Return the loop for ``x`` and what goes with it; ``None`` where it was not compiled, or has to see no values."""
-    if x.dtype not in _NAMES or is_script_tracing():
+    if x.dtype not in _NAMES:
         return None
     given = [t for t in (x, *others) if t is not None]
     if not fused(*given, half=True):

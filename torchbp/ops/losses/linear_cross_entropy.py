@@ -282,8 +282,9 @@ def linear_cross_entropy(
         tensors = (x, linear_weight, linear_bias, flat, weight)
         traced = torch.compiler.is_compiling()
         constant = not any(_wanted(x, linear_weight, linear_bias))
-        if traced and torch._C._are_functorch_transforms_active():
-            # Dynamo (torch 2.13) differentiates the forward there, and through a Function loses the weight's gradient
+        if (traced and torch._C._are_functorch_transforms_active()) or torch.jit.is_tracing():
+            # Dynamo (torch 2.13) differentiates the forward there, and through a Function loses the weight's gradient;
+            # a size, as torch.jit.trace has it, is a tensor, which a Function would not take
             value, *tokens = values_by_formula(*tensors, given)
             outputs = (value, *(t.detach() for t in tokens))
         elif traced and (any(early) or (constant and not _exporting())):
