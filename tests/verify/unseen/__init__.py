@@ -54,6 +54,7 @@ FOURTEENTH: dict[str, Unseen] = {}
 FIFTEENTH: dict[str, Unseen] = {}
 SIXTEENTH: dict[str, Unseen] = {}
 SEVENTEENTH: dict[str, Unseen] = {}
+EIGHTEENTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -72,12 +73,28 @@ SETS = {
     "fifteenth set": FIFTEENTH,
     "sixteenth set": SIXTEENTH,
     "seventeenth set": SEVENTEENTH,
+    "eighteenth set": EIGHTEENTH,
 }
 
 
 def every():
     """Import the files, which fill the sets."""
     from tests.verify.unseen import (  # noqa: F401
+        eighteenth_algebra,
+        eighteenth_caffe,
+        eighteenth_elementwise,
+        eighteenth_interpolation,
+        eighteenth_layers,
+        eighteenth_losses,
+        eighteenth_networks,
+        eighteenth_pooling,
+        eighteenth_products,
+        eighteenth_regression,
+        eighteenth_rendering,
+        eighteenth_sequences,
+        eighteenth_solutions,
+        eighteenth_splats,
+        eighteenth_sums,
         eighth,
         eleventh_algebra,
         eleventh_attention,
