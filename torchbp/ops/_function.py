@@ -426,8 +426,8 @@ def fused(first: Tensor, *others: Tensor, half: bool = False) -> bool:
     """Whether a backward may run a fused kernel, or write into a tensor it has just made.
 
     Under double backward, ``torch.func``, ``torch.compile``, ``torch.jit.trace`` and batched gradients
-    (``is_grads_batched``) only the formula is differentiable, traceable and batched; in half precision it alone computes
-    in float32.
+    (``is_grads_batched``) only the formula is differentiable, traceable and batched; in half precision it alone
+    computes in float32.
 
     Args:
         first: What the kernel would read: of what comes from the gradient, and else of half precision, all. Saved

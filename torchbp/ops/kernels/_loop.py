@@ -137,10 +137,7 @@ def looped(*tensors: Tensor) -> bool:
 
 def _laid(tensors: tuple[Tensor, ...], *, any_first: bool = False) -> _Laid | None:
     first = tensors[0]
-    if (
-        not (any_first or first.dtype in _FIRST)
-        or not fused(*tensors, half=True)
-    ):
+    if not (any_first or first.dtype in _FIRST) or not fused(*tensors, half=True):
         return None
     taken: list[_Taken] = []
     lengths: list[int] = []
