@@ -159,11 +159,11 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
     rest = {
         i: ys
         for i, x in values.items()
-        if i not in reals and (ys := others(case, x, i if isinstance(i, str) else ""))
+        if i not in reals and (ys := others(case, x, _name(case, i)))
     }
     if reals:
         yield _all_or_each({i: nearby(x) for i, x in reals.items()})
-        if signed := {i: -x for i, x in reals.items() if not NEVER_NEGATIVE.search(str(i))}:
+        if signed := {i: -x for i, x in reals.items() if not NEVER_NEGATIVE.search(_name(case, i))}:
             yield [signed]
         # Of several one half at a time: where all are 0 a product of them hides what each does.
         zero = [i for i, x in reals.items() if x]
@@ -175,10 +175,15 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
         yield [{i: y} for y in ys[:TRIED]]
     # Far more of what is counted: what is read at one ratio may be cut off at another.
     for i, x in values.items():
-        if NORM.fullmatch(str(i)) and type(x) in (int, float):
+        if NORM.fullmatch(_name(case, i)) and type(x) in (int, float):
             yield [{i: p} for p in (math.inf, 1.0) if p != x and p not in rest.get(i, ())]
         elif type(x) is int and x > 1 and i in rest:
             yield [{i: 4 * x}]
+
+
+def _name(case: Case, i: int | str) -> str:
+    """Return the name of an argument: of one given by its place, there is none."""
+    return i if isinstance(i, str) else case.name_at[i].removeprefix("argument ")
 
 
 def _all_or_each(change: Values) -> list[Values]:

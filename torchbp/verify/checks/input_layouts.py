@@ -17,12 +17,16 @@ from torchbp.verify.tolerance import compare, compare_all, largest, rounding
 
 NAME = "input_layouts"
 CAUSE = "an input, or what was saved of it, indexed as if contiguous"
+CHANNELS_LAST = {
+    4: torch.channels_last,
+    5: torch.channels_last_3d,
+}  # images and volumes have a layout of their own
 
 
 def _permuted(t: Tensor) -> Tensor:
     """Return t with its dimensions in memory in the reverse order: of images, channels last."""
-    if t.dim() == 4:
-        return t.contiguous(memory_format=torch.channels_last)
+    if t.dim() in CHANNELS_LAST:
+        return t.contiguous(memory_format=CHANNELS_LAST[t.dim()])
     dims = tuple(reversed(range(t.dim())))
     return t.permute(dims).contiguous().permute(dims) if t.dim() >= 2 else t
 
@@ -74,8 +78,8 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _right_at_once(case: Case) -> bool:
     """Whether all is right for inputs that are permuted and a slice, too, which saves a call."""
-    if any(t.dim() == 4 for t in case.leaves):
-        return False  # images have a layout of their own
+    if any(t.dim() in CHANNELS_LAST for t in case.leaves):
+        return False
     try:
         return not _compare(case, case.variant(_both), "")
     except (ForwardRaised, BackwardRaised):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import inf
 
 from torchbp.verify._check import Check, NotApplicable, Refused
@@ -65,6 +66,7 @@ def _run(case: Case) -> Iterator[Finding]:
     if not free:
         raise NotApplicable("no dimension can change")
     refused = ""
+    alone = _alone(case, free)
     nearby = [
         *(Run(c, c, near=True, beyond=True) for c in broadcast(case)),
         *(Run(c, c, near=True, chance=True) for c in (*one_for_all(case), *wider(case))),
@@ -74,7 +76,7 @@ def _run(case: Case) -> Iterator[Finding]:
         seen = [k for k, run in enumerate(nearby) if run.plain is case.memo.get(LARGER)]
         k = seen[0] if seen else -1
         nearby[k] = _apart(case, nearby[k])
-    for run in (*nearby, *_runs(case, free)):
+    for run in chain(nearby, _runs(case, free), (run for run in alone if refused)):
         other = run.case
         when = f" at shapes {', '.join(str(tuple(t.shape)) for _, t in other.arguments)}"
         found = check_lines(
@@ -145,6 +147,17 @@ def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
             for size in sizes:
                 reached[size] = max(reached[size], size.within(run.plain))
             yield run
+
+
+def _alone(case: Case, free: list[Size]) -> Iterator[Run]:
+    """Yield each size alone, small and large: for where backward refused several together that do not go together."""
+    indexed = any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
+    for size in free:
+        for n in (FEW, BLOCK):
+            if not (indexed and n < size.now) and (
+                run := _largest_that_runs(case, {size: size.near(n)})
+            ):
+                yield run
 
 
 def _rows(case: Case, free: list[Size]) -> list[tuple[int, ...]]:
