@@ -180,6 +180,62 @@ class ThresholdOfOutput(Threshold):
         return y
 
 
+class SquaredVolumes(Function):
+    """Squares of volumes (N, C, D, H, W)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * g * x
+
+
+class SquaredVolumesInMemory(SquaredVolumes):
+    """Of channels that are last it takes what lies first in memory for the first channel."""
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d):
+            x = x.permute(0, 2, 3, 4, 1).reshape(x.shape)
+        return 2 * g * x
+
+
+class Delay(Function):
+    """Sums of W neighbours of x (N, D, T) behind a state (N, D, W - 1), weighted by (D, W); and the next state."""
+
+    @staticmethod
+    def forward(ctx, x, weight, state):
+        ctx.save_for_backward(x, weight, state)
+        full = torch.cat((state, x), -1)
+        sums = (full.unfold(-1, weight.shape[-1], 1) * weight.unsqueeze(-2)).sum(-1)
+        return sums, full[..., x.shape[-1] :].clone()
+
+    @staticmethod
+    def backward(ctx, g, g_next):
+        x, weight, state = ctx.saved_tensors
+        steps, width = x.shape[-1], weight.shape[-1]
+        grad = sum(F.pad(g * weight[:, w, None], (w, width - 1 - w)) for w in range(width))
+        grad = grad + F.pad(g_next, (steps, 0))
+        windows = torch.cat((state, x), -1).unfold(-1, width, 1)
+        return grad[..., width - 1 :], (g[..., None] * windows).sum((0, 2)), grad[..., : width - 1]
+
+
+class DelayOfLongInputs(Delay):
+    """All of the next state is taken to be of x."""
+
+    @staticmethod
+    def backward(ctx, g, g_next):
+        steps, kept = ctx.saved_tensors[0].shape[-1], g_next.shape[-1]
+        grad_x, grad_weight, grad_state = Delay.backward(ctx, g, torch.zeros_like(g_next))
+        last = min(steps, kept)
+        return grad_x + F.pad(g_next[..., :last], (steps - last, 0)), grad_weight, grad_state
+
+
 def in_float32(*shape):
     """A sample of numbers that float32 holds."""
 
@@ -228,3 +284,9 @@ register("threshold_of_the_output", "further",
          lambda x, at=0.1, value=-0.5: Threshold.apply(x, at, value), in_float32(3, 4),
          bug="the output is compared with the threshold, in the input's place",
          trigger="a value above the threshold, in a sample of few bits")  # fmt: skip
+register("volumes_as_they_lie", "further", SquaredVolumesInMemory.apply, SquaredVolumes.apply, rand((2, 3, 2, 2, 2)),
+         bug="what was saved is read as if its channels were not last",
+         trigger="volumes in channels_last_3d")  # fmt: skip
+register("state_of_few_steps", "further", DelayOfLongInputs.apply, Delay.apply, rand((2, 3, 6), (3, 4), (2, 3, 3)),
+         bug="the next state's gradient goes to the inputs alone",
+         trigger="fewer steps than the state has")  # fmt: skip

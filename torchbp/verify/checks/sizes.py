@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from math import inf
 
 from torchbp.verify._check import Check, NotApplicable, Refused
@@ -65,8 +65,7 @@ def _run(case: Case) -> Iterator[Finding]:
     free = free_sizes(case)
     if not free:
         raise NotApplicable("no dimension can change")
-    refused = ""
-    alone = _alone(case, free)
+    refused: list[str] = []
     nearby = [
         *(Run(c, c, near=True, beyond=True) for c in broadcast(case)),
         *(Run(c, c, near=True, chance=True) for c in (*one_for_all(case), *wider(case))),
@@ -76,7 +75,7 @@ def _run(case: Case) -> Iterator[Finding]:
         seen = [k for k, run in enumerate(nearby) if run.plain is case.memo.get(LARGER)]
         k = seen[0] if seen else -1
         nearby[k] = _apart(case, nearby[k])
-    for run in chain(nearby, _runs(case, free), (run for run in alone if refused)):
+    for run in chain(nearby, _runs(case, free), _alone(case, free, refused)):
         other = run.case
         when = f" at shapes {', '.join(str(tuple(t.shape)) for _, t in other.arguments)}"
         found = check_lines(
@@ -85,7 +84,7 @@ def _run(case: Case) -> Iterator[Finding]:
         if found and run.scale and accepts(run.plain):
             found = check_lines(run.plain, NAME, when, beyond=run.beyond) or found
         if found and found.got is None:  # backward raised: sizes that do not go together, perhaps
-            refused = refused or ("" if run.chance else found.message)
+            refused += [] if run.chance else [found.message]
             continue
         if found and _is_overwritten(case, other, found) and tie(case):
             yield from _run(case)
@@ -95,7 +94,7 @@ def _run(case: Case) -> Iterator[Finding]:
             yield replace(found, severity="note") if out else found
             return
     if refused:
-        raise Refused(refused)
+        raise Refused(refused[0])
 
 
 def _is_overwritten(case: Case, other: Case, found: Finding) -> bool:
@@ -149,15 +148,13 @@ def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
             yield run
 
 
-def _alone(case: Case, free: list[Size]) -> Iterator[Run]:
-    """Yield each size alone, small and large: for where backward refused several together that do not go together."""
+def _alone(case: Case, free: list[Size], refused: list[str]) -> Iterator[Run]:
+    """Yield each size alone, small and large, where backward refused several that do not go together."""
     indexed = any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
-    for size in free:
-        for n in (FEW, BLOCK):
-            if not (indexed and n < size.now) and (
-                run := _largest_that_runs(case, {size: size.near(n)})
-            ):
-                yield run
+    for size, n in product(free, (FEW, BLOCK)) if refused else ():
+        if size.near(n) != size.now and not (indexed and n < size.now):
+            run = _largest_that_runs(case, {size: size.near(n)})
+            yield from [run] if run else []
 
 
 def _rows(case: Case, free: list[Size]) -> list[tuple[int, ...]]:
