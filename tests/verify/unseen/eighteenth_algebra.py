@@ -139,6 +139,8 @@ add(
 class CDist(Function):
     @staticmethod
     def forward(ctx, x1, x2, p):
+        if p < 1:
+            raise ValueError(f"p >= 1, got {p}")
         ctx.save_for_backward(x1, x2)
         ctx.p = p
         return torch.cdist(x1, x2, p, "donot_use_mm_for_euclid_dist")
@@ -258,7 +260,7 @@ class SVDNorm(Function):
         product = (u * s) @ vh
         w = u.mT @ (g * product / torch.linalg.norm(product)) @ vh.mT
         of_u, of_v = w * s, w.mT * s
-        f = inverse((s.square().unsqueeze(-2) - s.square().unsqueeze(-1)) / s[0] ** 2) / s[0] ** 2
+        f = inverse((s.square().unsqueeze(-2) - s.square().unsqueeze(-1)) / s[:1] ** 2) / s[:1] ** 2
         inner = (f * (of_u - of_u.mT)) * s + s.unsqueeze(-1) * (f * (of_v - of_v.mT))
         return u @ (inner + torch.diag(w.diagonal())) @ vh
 

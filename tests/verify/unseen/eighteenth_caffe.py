@@ -70,7 +70,7 @@ class WeightedSoftmaxLoss(Function):
         for i in range(n):
             for j in range(inner):
                 start = i * channels * inner + j
-                c = int(label.view(n, inner)[i, j])
+                c = int(label.reshape(n, inner)[i, j])
                 flat[start + c * inner] -= 1
                 flat[start : start + rows(channels, inner) * inner : inner] *= weight[c]
         return (diff.view_as(x) * g / label.numel()), None, None

@@ -81,15 +81,15 @@ class Composite(Function):
     @staticmethod
     def gradients(ctx, g, twice):
         alpha, color, background = ctx.saved_tensors
-        t, last = Composite.weights(alpha)
-        part = (t * alpha).unsqueeze(-1) * color
-        pixel = part.sum(-2, keepdim=True) + (last * background).unsqueeze(-2)
-        behind = pixel - part.cumsum(-2)
-        d = ((t.unsqueeze(-1) * color - behind / (1 - alpha).unsqueeze(-1)) * g.unsqueeze(-2)).sum(
-            -1
-        )
+        t, _ = Composite.weights(alpha)
+        seen, through = [background.expand_as(g)], [torch.ones_like(alpha[..., 0])]  # behind each
+        for k in range(alpha.shape[-1] - 1, 0, -1):
+            a = alpha[..., k, None]
+            seen.insert(0, a * color[..., k, :] + (1 - a) * seen[0])
+            through.insert(0, through[0] * (1 - alpha[..., k]))
+        d = t * ((color - torch.stack(seen, -2)) * g.unsqueeze(-2)).sum(-1)
         if twice:
-            d = d - last / (1 - alpha) * (background * g).sum(-1, keepdim=True)
+            d = d - t * torch.stack(through, -1) * (background * g).sum(-1, keepdim=True)
         return d, (t * alpha).unsqueeze(-1) * g.unsqueeze(-2), None
 
     @staticmethod

@@ -13,6 +13,8 @@ class LeastSquares(Function):
 
     @staticmethod
     def forward(ctx, a, b, step_size):
+        if not 0.4 < step_size < 1.6:
+            raise ValueError(f"0.4 < step_size < 1.6, got {step_size}")
         x = torch.zeros_like(a[0])
         pinv = torch.linalg.pinv(a)
         for _ in range(60):
@@ -24,7 +26,8 @@ class LeastSquares(Function):
     @staticmethod
     def gradients(ctx, g, step):
         a, b, x = ctx.saved_tensors
-        v = torch.linalg.solve(a.mT @ a, step * g)
+        r = torch.linalg.qr(a).R
+        v = torch.linalg.solve(r, torch.linalg.solve(r.mT, step * g))
         grad_b = a @ v
         return torch.outer(b - a @ x, v) - torch.outer(grad_b, x), grad_b, None
 
