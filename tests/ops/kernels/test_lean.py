@@ -18,7 +18,15 @@ def gradients(model, x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_same_bits_with_formulas_compiled(compiled, dtype):
-    layers = (nn.Mish(), nn.RMSNorm(64), nn.ELU(), nn.Softplus(), nn.PReLU(), nn.LayerNorm(64))
+    layers = (
+        nn.Mish(),
+        nn.RMSNorm(64),
+        nn.ELU(),
+        nn.Softplus(),
+        nn.PReLU(),
+        nn.LayerNorm(64),
+        nn.LogSoftmax(-1),
+    )
     model = nn.Sequential(*(m for layer in layers for m in (nn.Linear(64, 64), layer))).to(dtype)
     x = torch.randn(512, 64, dtype=dtype)
     converted = torchbp.convert(copy.deepcopy(model))

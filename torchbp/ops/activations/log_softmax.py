@@ -31,6 +31,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations.softmax import along
+from torchbp.ops.kernels import over_log_softmax, over_log_softmax_backward
 
 __all__ = ["LogSoftmax", "LogSoftmaxFunction", "log_softmax"]
 
@@ -44,7 +45,8 @@ class LogSoftmaxFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int) -> Tensor:  # x, y: (*)
-        return torch.log_softmax(x, dim)
+        made = over_log_softmax(x, dim)
+        return torch.log_softmax(x, dim) if made is None else made
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -55,6 +57,9 @@ class LogSoftmaxFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
+        grad_x = over_log_softmax_backward(grad_y, kept, ctx.dim)
+        if grad_x is not None:
+            return grad_x, None
         if undifferentiated() and not (is_half(kept) or is_half(grad_y)):
             grad_x = _log_softmax_backward_data(grad_y, kept, ctx.dim, kept.dtype)
             return grad_x, None

@@ -17,6 +17,8 @@ from torchbp.ops.kernels._rows import over_groups as over_groups
 from torchbp.ops.kernels._rows import over_groups_backward as over_groups_backward
 from torchbp.ops.kernels._rows import over_rows as over_rows
 from torchbp.ops.kernels._rows import over_rows_backward as over_rows_backward
+from torchbp.ops.kernels._softmax import over_log_softmax as over_log_softmax
+from torchbp.ops.kernels._softmax import over_log_softmax_backward as over_log_softmax_backward
 
 __all__ = [
     "MANY",
@@ -30,6 +32,8 @@ __all__ = [
     "over_batch_backward",
     "over_groups",
     "over_groups_backward",
+    "over_log_softmax",
+    "over_log_softmax_backward",
     "over_rows",
     "over_rows_backward",
 ]

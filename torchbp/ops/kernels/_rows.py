@@ -3,17 +3,16 @@
 They are templates over what memory holds, one text for each dtype, found by its name as a formula's loop is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import c_double, c_int, c_int64, c_void_p
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads
 
-from torchbp.ops._function import fused
 from torchbp.ops.kernels import _library
-from torchbp.ops.kernels._loop import MANY, in_memory
+from torchbp.ops.kernels._by_hand import Loop, Run, taken
+from torchbp.ops.kernels._loop import MANY
 
 __all__ = [
     "over_batch",
@@ -24,13 +23,15 @@ __all__ = [
     "over_rows_backward",
 ]
 
-_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SHORT = 32  # positions of a channel, for fewer of which each has the weight beside it, as in a row
 # Elements, from which a loop gains on one thread, its call counted in. Of float32 torch reads rows once, too: of
 # layer norm's the loop gains a twentieth at 4M, of group norm's an eighth at 1M.
 _FROM = {"rows": 1 << 22, "groups": 1 << 19, "batch": 1 << 15}
 _ROWS, _CHANNELS = "n, m, l, threads, eps", "{n, m, l, k}, threads, eps"
 _WRITTEN = "y, f1, f2"
+_PARAMETERS = """int64_t n, int64_t m, int64_t l, int64_t k, const T* g, const T* x, const float* w,
+    const float* b, T* y, float* f1, float* f2, float* f3, int threads, double eps"""
+_TYPES = (*(c_int64,) * 4, *(c_void_p,) * 8, c_int, c_double)
 _CALLS = {
     "rows": f"rows<true>({_ROWS}, x, w, b, {_WRITTEN})",
     "rows, not centred": f"rows<false>({_ROWS}, x, w, b, {_WRITTEN})",
@@ -39,7 +40,7 @@ _CALLS = {
     "channels": f"channels({_CHANNELS}, x, w, b, {_WRITTEN}, f3)",
     "channels, backward": f"channels_backward({_CHANNELS}, g, x, w, b, {_WRITTEN})",
 }
-Run = Callable[..., None]
+_LOOPS = {kind: Loop("rows.h", _PARAMETERS, call, _TYPES) for kind, call in _CALLS.items()}
 Needs = Sequence[bool]  # of x, w and b
 Gradients = tuple[Tensor | None, ...]  # of x, w and b
 
@@ -65,7 +66,7 @@ def over_rows(
     """
     if x.numel() < MANY or not _library.at_hand():
         return None
-    run = _taken("rows" if centred else "rows, not centred", x, weight, bias)
+    run = taken(_LOOPS["rows" if centred else "rows, not centred"], x, weight, bias)
     if run is None:
         return None
     width = prod(x.shape[-dims:])
@@ -100,8 +101,12 @@ def over_rows_backward(
     """
     if x.numel() < MANY or not _library.at_hand():
         return None
-    run = _taken(
-        "rows, backward" if centred else "rows, not centred, backward", x, weight, grad_y, mean
+    run = taken(
+        _LOOPS["rows, backward" if centred else "rows, not centred, backward"],
+        x,
+        weight,
+        grad_y,
+        mean,
     )
     if run is None:
         return None
@@ -122,7 +127,7 @@ def over_groups(
         return None
     n, channels, length = x.shape[0], x.shape[1], prod(x.shape[2:])
     short = length < _SHORT
-    run = _taken("rows" if short else "channels", x, weight, bias)
+    run = taken(_LOOPS["rows" if short else "channels"], x, weight, bias)
     if run is None or not _gain_groups(x, groups, length):
         return None
     if short:
@@ -153,7 +158,9 @@ def over_groups_backward(
         return None
     channels, length = x.shape[1], prod(x.shape[2:])
     short = length < _SHORT
-    run = _taken("rows, backward" if short else "channels, backward", x, weight, grad_y, mean)
+    run = taken(
+        _LOOPS["rows, backward" if short else "channels, backward"], x, weight, grad_y, mean
+    )
     if run is None or not _gain_groups(x, groups, length):
         return None
     if not short:
@@ -169,7 +176,7 @@ def over_batch(
     """Return y, and μ, r and v in float32 (C,), each channel of ``x`` (N, C, *) normalized over all samples."""
     if x.numel() < MANY or not _library.at_hand():
         return None
-    run = _taken("channels", x, weight, bias)
+    run = taken(_LOOPS["channels"], x, weight, bias)
     length = prod(x.shape[2:])
     if run is None or not _gain_batch(x, length):
         return None
@@ -195,7 +202,7 @@ def over_batch_backward(
     """Return the gradients of what :func:`over_batch` takes, those of w and b in float32."""
     if x.numel() < MANY or not _library.at_hand():
         return None
-    run = _taken("channels, backward", x, weight, grad_y, mean)
+    run = taken(_LOOPS["channels, backward"], x, weight, grad_y, mean)
     if run is None or not _gain_batch(x, prod(x.shape[2:])):
         return None
     return _channels_backward(run, grad_y, x, 0, weight, mean, eps, needs)
@@ -295,41 +302,6 @@ def _wide(t: Tensor | None, times: int = 1) -> Tensor | None:
 def _weight(t: Tensor | None, size: int, times: int = 1) -> Tensor:
     wide = _wide(t, times)
     return torch.ones(size * times, dtype=torch.float32) if wide is None else wide
-
-
-def _taken(kind: str, x: Tensor, *others: Tensor | None) -> Run | None:
-    """Return the loop for ``x`` and what goes with it; ``None`` where it was not compiled, or has to see no values."""
-    if x.dtype not in _NAMES:
-        return None
-    given = [t for t in (x, *others) if t is not None]
-    if not fused(*given, half=True):
-        return None
-    if not all(t.dtype in (x.dtype, torch.float32) and in_memory(t) for t in given):
-        return None
-    key = (kind, x.dtype)
-    run = _library.remembered.get(key, ())
-    if run == ():
-        run = _library.remembered[key] = _compiled(_CALLS[kind], _NAMES[x.dtype])
-    return run
-
-
-def _compiled(call: str, dtype: str) -> Run | None:
-    """Return the compiled function that makes ``call``."""
-    body = f"""(int64_t n, int64_t m, int64_t l, int64_t k, const void* g_, const void* x_, const float* w,
-    const float* b, void* y_, float* f1, float* f2, float* f3, int threads, double eps) {{
-    using T = {dtype};
-    const T *g = static_cast<const T*>(g_), *x = static_cast<const T*>(x_);
-    T* y = static_cast<T*>(y_);
-    {call};
-}}
-"""
-    name, text = _library.named(body)
-    function: Any = _library.find(name, f'#include "rows.h"\n\n{text}')
-    if function is None:
-        return None
-    function.restype = None
-    function.argtypes = (*(c_int64,) * 4, *(c_void_p,) * 8, c_int, c_double)
-    return function
 
 
 def _call(
