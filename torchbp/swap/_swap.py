@@ -27,9 +27,9 @@ def twins() -> dict[type[nn.Module], type[nn.Module]]:
     """Return torchbp's class for each class of torch that has one."""
     ours = [module for op in all_ops().values() for module in op.modules]
     return {
-        module.__mro__[1]: module
+        theirs: module
         for module in ours
-        if module.__mro__[1].__name__ == module.__name__
+        if (theirs := module.__mro__[1]) is getattr(nn, module.__name__, None)
     }
 
 
