@@ -7,6 +7,7 @@ A kernel is the formula of its op's file, written down as a loop (``_loop.py``),
 from torchbp.ops.kernels._library import at_hand as at_hand
 from torchbp.ops.kernels._library import disabled as disabled
 from torchbp.ops.kernels._loop import MANY as MANY
+from torchbp.ops.kernels._loop import ROWS as ROWS
 from torchbp.ops.kernels._loop import SUM as SUM
 from torchbp.ops.kernels._loop import half_in_one_loop as half_in_one_loop
 from torchbp.ops.kernels._loop import in_one_loop as in_one_loop
@@ -22,6 +23,7 @@ from torchbp.ops.kernels._softmax import over_log_softmax_backward as over_log_s
 
 __all__ = [
     "MANY",
+    "ROWS",
     "SUM",
     "at_hand",
     "disabled",

@@ -16,10 +16,11 @@ from torchbp.ops._function import fused
 from torchbp.ops._symbols import identity, steps
 from torchbp.ops.kernels import _library
 
-__all__ = ["MANY", "SUM", "half_in_one_loop", "in_one_loop", "looped"]
+__all__ = ["MANY", "ROWS", "SUM", "half_in_one_loop", "in_one_loop", "looped"]
 
 MANY = 1 << 14  # elements; for fewer the call costs as much as the loop
 SUM = "sum"
+ROWS = "sums of rows"
 _PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 _MOST = 4096  # formulas and dtypes that are remembered
 _HALF = (torch.bfloat16, torch.float16)
@@ -35,6 +36,7 @@ _NAMES = {
 }
 _ARRAY, _NUMBER, _SPREAD, _ROWS = "Array", "Number", "Spread", "Rows"
 _A_ROW = 16  # elements; of shorter ones each would be copied by itself
+_SUMMED_ROW = 64  # elements; of shorter rows the sums take as long as torch's
 Output = torch.dtype | str | Tensor | None
 
 
@@ -66,9 +68,10 @@ def in_one_loop(
             no output has its dtype. The others have its shape and layout, or are one number for all elements; beside
             contiguous ones they may be broadcast from one dimension, or several side by side, or lie in rows with gaps,
             as the halves of a tensor do.
-        outputs: Of each of the formula's values: ``None`` for a tensor like the first, a dtype for one like it of that
-            dtype, ``SUM`` for the sum over all elements, in float32 and without dimensions; or the tensor that it is
-            written into, of the same shape, contiguous or in rows.
+        outputs: Of each of the formula's values: ``None`` for a tensor like the first; a dtype for one like it of that
+            dtype; ``SUM`` for the sum over all elements, without dimensions, or ``ROWS`` for those over the last, of 64
+            elements or more, in float32, but not both; or the tensor that it is written into, of the same shape,
+            contiguous or in rows.
 
     Returns:
         A tensor, or for several ``outputs`` a tuple of them.
@@ -81,8 +84,8 @@ def in_one_loop(
     known = identity(formula)
     if laid is None or known is None:
         return None
-    into = [() if not isinstance(o, Tensor) else _written(o, first.shape) for o in outputs]
-    if None in into or (any(into) and not (laid.rows or laid.like.is_contiguous())):
+    lengths = [_lengths(o, first.shape, outputs) for o in outputs]
+    if None in lengths or (any(lengths) and not (laid.rows or laid.like.is_contiguous())):
         return None
     kinds = tuple(_Into(o.dtype) if isinstance(o, Tensor) else o for o in outputs)
     key = (known, kinds, laid.taken)
@@ -91,28 +94,38 @@ def in_one_loop(
         if len(_library.remembered) >= _MOST:  # a number that changes from step to step
             _library.remembered.clear()
         run = _library.remembered[key] = _compiled(formula, laid.taken, kinds)
-    if run is None:
+    if run is None or (ROWS in kinds and first.shape[-1] < _SUMMED_ROW):
         return None
     made = tuple(
         o if isinstance(o, Tensor) else _made(laid, first.dtype if o is None else o)
         for o in outputs
     )
-    lengths = (*laid.lengths, *(n for i in into for n in i or (0, 0)))
-    run(first.numel(), tensors, made, lengths)
+    of_outputs = (n for pair in lengths for n in pair or (0, 0))
+    run(first.numel(), tensors, made, (*laid.lengths, *of_outputs))
     return made[0] if len(made) == 1 else made
 
 
 def _made(laid: _Laid, dtype: torch.dtype | str) -> Tensor:
     if dtype == SUM:
         return torch.empty((), dtype=torch.float32)
+    if dtype == ROWS:
+        return torch.empty(laid.like.shape[:-1], dtype=torch.float32)
     layout = torch.contiguous_format if laid.rows else torch.preserve_format
     return torch.empty_like(laid.like, dtype=dtype, memory_format=layout)  # pyright: ignore[reportArgumentType]
 
 
-def _written(t: Tensor, shape: torch.Size) -> tuple[int, int] | None:
-    """Return the length and the stride of the rows of ``t``, to be written; ``None`` where it can't be."""
-    rows = _rows(t)
-    if rows is None or t.shape != shape or t.dtype not in _NAMES:
+def _lengths(
+    output: Output, shape: torch.Size, outputs: tuple[Output, ...]
+) -> tuple[int, ...] | None:
+    """Return two numbers of rows that ``output`` depends on, if it does; ``None`` where it can't be made.
+
+    They are the length, and the stride of those of a tensor that is written into.
+    """
+    if not isinstance(output, Tensor):
+        of_rows = (shape[-1], 0) if shape and SUM not in outputs else None
+        return of_rows if output == ROWS else ()
+    rows = _rows(output)
+    if rows is None or output.shape != shape or output.dtype not in _NAMES:
         return None
     return rows if rows[1] >= rows[0] else None
 
@@ -298,7 +311,10 @@ def _destination(output: Any, i: int, arguments: tuple[_Taken, ...]) -> str:
     """Return the C++ of where the value ``i`` goes."""
     if output == SUM:
         return f"Sum(out[{i}], n)"
+    lengths = f"lengths + {2 * (len(arguments) + i)}"
+    if output == ROWS:
+        return f"RowSums(out[{i}], n, {lengths})"
     if isinstance(output, _Into):
-        return f"IntoRows<{_NAMES[output.dtype]}>(out[{i}], lengths + {2 * (len(arguments) + i)})"
+        return f"IntoRows<{_NAMES[output.dtype]}>(out[{i}], {lengths})"
     dtype = arguments[0].dtype if output is None else output
     return f"Values<{_NAMES[dtype]}>(out[{i}], n)"

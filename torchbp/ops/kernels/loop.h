@@ -2,7 +2,8 @@
 //
 // 512 elements at a time, which stay in the first cache: half precision becomes float32 there, and sums are taken. What is
 // left at the end is filled up, so that every element goes through the same instructions: its bits depend neither on where
-// it stands nor on the threads. A sum is that of 32 768 elements each, in order, so it does not either.
+// it stands nor on the threads. A sum is that of 32 768 elements each, in order, so it does not either; that of a row is one
+// thread's, and each element's place in the sum is that in the row.
 #pragma once
 
 #include <cstdint>
@@ -246,7 +247,7 @@ struct Rows {
     }
 };
 
-// ---- what comes out: an array, rows, or a sum -----------------------------------------------------------------------------
+// ---- what comes out: an array, rows, a sum, or one of each row ----------------------------------------------------------------
 
 template <class T>
 struct Values {
@@ -317,6 +318,83 @@ struct Sum {
     }
 };
 
+// to[i] += from[i] for `count` <= 32, without a step for each.
+inline void add_few(float* to, const float* from, int64_t count) {
+#if defined(__AVX512F__)
+    const auto some = [](int64_t n) { return static_cast<__mmask16>(n < 16 ? (1u << n) - 1u : 0xffffu); };
+    for (int64_t i = 0; i < count; i += 16) {
+        const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(some(count - i), to + i), _mm512_maskz_loadu_ps(some(count - i), from + i));
+        _mm512_mask_storeu_ps(to + i, some(count - i), sum);
+    }
+#else
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+#endif
+}
+
+// Sums of rows of `width` elements, float32 over at most 512 of them, float64 from there.
+struct RowSums {
+    static constexpr int64_t SIDE = 32, SETTLED = 16 * SIDE;
+    struct Open {  // the row that a chunk is at
+        float lanes[SIDE] = {};
+        double total = 0.0;
+
+        // Adds `count` elements, the first of them in the place `side`.
+        void add(int64_t side, const float* from, int64_t count) {
+            if (side != 0 || count < SIDE) {
+                const int64_t some = SIDE - side < count ? SIDE - side : count;
+                add_few(lanes + side, from, some);
+                from += some;
+                count -= some;
+            }
+            float sums[SIDE];  // of this function alone: in registers
+            std::memcpy(sums, lanes, sizeof sums);
+            for (; count >= SIDE; count -= SIDE, from += SIDE)
+#pragma omp simd
+                for (int64_t l = 0; l < SIDE; ++l) sums[l] += from[l];
+            std::memcpy(lanes, sums, sizeof sums);
+            if (count > 0) add_few(lanes, from, count);
+        }
+        void settle() {
+            double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t l = 0; l < SIDE; ++l) {
+                sum += lanes[l];
+                lanes[l] = 0.0f;
+            }
+            total += sum;
+        }
+    };
+    float* result;
+    int64_t width;
+    mutable std::vector<Open> open;
+    RowSums(void* p, int64_t n, const int64_t* lengths) : result(static_cast<float*>(p)), width(lengths[0]), open(n / chunk() + 1) {}
+
+    int64_t chunk() const { return width < CHUNK ? CHUNK / width * width : width; }
+    float* room(int64_t, int64_t, float* room) const { return room; }
+    void keep(const float* from, int64_t start, int64_t n) const {
+        Open& row = open[start / chunk()];
+        for (int64_t index = start / width, at = start % width; n > 0; ++index, at = 0) {
+            for (const int64_t end = width - at < n ? width : at + n; at < end;) {
+                const int64_t settled = (at / SETTLED + 1) * SETTLED, some = (end < settled ? end : settled) - at;
+                row.add(at % SIDE, from, some);
+                at += some;
+                from += some;
+                n -= some;
+                if (at == width || at == settled) row.settle();
+            }
+            if (at == width) {
+                result[index] = static_cast<float>(row.total);
+                row.total = 0.0;
+            }
+        }
+    }
+    void finish() const {}
+};
+
+template <class Out>
+inline int64_t chunk_of(const Out&) { return 0; }
+inline int64_t chunk_of(const RowSums& sums) { return sums.chunk(); }
+
 // ---- the loop ---------------------------------------------------------------------------------------------------------
 
 template <class F, class Outs, class Ins, std::size_t... O, std::size_t... I>
@@ -333,10 +411,12 @@ inline void block(F formula, const Outs& outs, const Ins& ins, int64_t start, in
 // formula(to, rows...) computes 512 elements: it holds the loop itself, so that numbers stay in registers.
 template <class F, class... Out, class... In>
 inline void run(int64_t n, int threads, F formula, const std::tuple<Out...>& outs, const std::tuple<In...>& ins) {
-    const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+    int64_t length = CHUNK;  // whole rows, where there are sums of rows
+    std::apply([&](const auto&... out) { ((length = chunk_of(out) > 0 ? chunk_of(out) : length), ...); }, outs);
+    const int64_t chunks = (n + length - 1) / length;
     const auto chunk = [&](int64_t c) {
-        const int64_t end = (c + 1) * CHUNK < n ? (c + 1) * CHUNK : n;
-        for (int64_t start = c * CHUNK; start < end; start += BLOCK)
+        const int64_t end = (c + 1) * length < n ? (c + 1) * length : n;
+        for (int64_t start = c * length; start < end; start += BLOCK)
             block(formula, outs, ins, start, end - start < BLOCK ? end - start : BLOCK,
                   std::index_sequence_for<Out...>{}, std::index_sequence_for<In...>{});
     };

@@ -44,6 +44,7 @@ from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import row_pieces
 from torchbp.ops._reduction import FEW, broadcast, in_common_dtype, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops.kernels import ROWS, in_one_loop, looped
 
 __all__ = ["CosineEmbeddingLoss", "CosineEmbeddingLossFunction", "cosine_embedding_loss"]
 
@@ -61,12 +62,15 @@ class CosineEmbeddingLossFunction(Function):
     def forward(
         a: Tensor, b: Tensor, target: Tensor, margin: float, reduction: str
     ) -> tuple[Tensor, Tensor | None]:  # (N, D), (N, D), (N,) -> () or (N,); sums: (3, N)
-        sums = None
-        if in_place(a, b):
-            wide = torch.stack(_sums(a, b))
-            return reduce(_values(wide, target, margin).to(a.dtype), reduction), wide.to(a.dtype)
+        wide = _sums_in_one_loop(a, b)
+        if wide is None and in_place(a, b):
+            wide = _sums(a, b)
+        if wide is not None:
+            sums = torch.stack(wide)
+            loss = reduce(_values(sums, target, margin).to(a.dtype), reduction)
+            return loss, None if is_half(a) else sums.to(a.dtype)
         formula = lambda a, b: _values(_sums(a, b), target, margin)  # noqa: E731
-        return reduce(in_float32(formula, a, b), reduction), sums
+        return reduce(in_float32(formula, a, b), reduction), None
 
     @staticmethod
     def setup_context(
@@ -91,6 +95,10 @@ class CosineEmbeddingLossFunction(Function):
         a, b, target, sums = ctx.saved_tensors
         need_a, need_b, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, target.numel())
+        if looped(a, b):
+            made = _gradients_in_one_loop(a, b, target, sums, s, ctx.margin)
+            if made is not None:
+                return made[0] if need_a else None, made[1] if need_b else None, None, None, None
         wide_a, wide_b, s = (v.float() if is_half(v) else v for v in (a, b, s))
         again = sums is None or not fused(grad, a, b)
         sums = _sums(wide_a, wide_b) if again else sums.double()
@@ -116,6 +124,35 @@ class CosineEmbeddingLossFunction(Function):
         if tangent_b is not None:
             values = values + _combined(a, across, b, of_b) * tangent_b
         return reduce(values.sum(-1), ctx.reduction), None  # (3)
+
+
+def _products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return a * b, a * a, b * b
+
+
+def _sums_in_one_loop(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return what :func:`_sums` does, in float64."""
+    sums = in_one_loop(_products, a, b, outputs=(ROWS, ROWS, ROWS))
+    if sums is None:
+        return None
+    dot, big_a, big_b = (of.double() for of in sums)
+    return dot, big_a + _EPS, big_b + _EPS
+
+
+def _gradients(
+    a: Tensor, b: Tensor, across: Tensor, of_a: Tensor, of_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    return b * across + a * of_a, a * across + b * of_b  # (1), (2)
+
+
+def _gradients_in_one_loop(
+    a: Tensor, b: Tensor, target: Tensor, sums: Tensor | None, s: Tensor, margin: float
+) -> tuple[Tensor, Tensor] | None:
+    again = _sums_in_one_loop(a, b) if sums is None else sums.double()
+    if again is None:
+        again = _sums(a.float(), b.float())
+    per_row = _coefficients(again, s, target, margin, torch.float32)
+    return in_one_loop(_gradients, a, b, *per_row, outputs=(None, None))
 
 
 def _sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,20 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-from torchbp.ops._clamp import above
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import (
-    Context,
-    as_dtype,
-    entry,
-    fused,
-    is_half,
-    public,
-)
+from torchbp.ops._function import Context, as_dtype, entry, is_half, public
 from torchbp.ops._numbers import number
 from torchbp.ops._op import Op, rounded_once
-from torchbp.ops._reduction import FEW, broadcast, in_common_dtype, named, reduce, spread
+from torchbp.ops._reduction import broadcast, in_common_dtype, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops.losses._triplet_distances import euclidean_gradients, slopes, with_norms
 
 __all__ = ["TripletMarginLoss", "TripletMarginLossFunction", "triplet_margin_loss"]
 
@@ -68,13 +61,10 @@ class TripletMarginLossFunction(Function):
         reduction: str,
     ) -> tuple[Tensor | None, ...]:
         """(*, D) three times -> the loss, () or (*); the differences, (*, D) each; their norms, (2 or 3, *)."""
-        vs = _differences(a, p, n, eps, swap)
-        ds = [_norm(v, power) for v in vs]
+        vs, ds = with_norms(a, p, n, power, eps, swap)
         far = torch.minimum(ds[1], ds[2]) if swap else ds[1]
         loss = reduce(torch.relu(ds[0] - far + number(margin, far)), reduction)
-        loss = as_dtype(loss, a.dtype)
-        vs = [v.to(a.dtype) for v in vs] if is_half(a) else vs
-        return loss, vs[0], vs[1], vs[2] if swap else None, torch.stack(ds)
+        return as_dtype(loss, a.dtype), vs[0], vs[1], vs[2] if swap else None, torch.stack(ds)
 
     @staticmethod
     def setup_context(
@@ -100,12 +90,12 @@ class TripletMarginLossFunction(Function):
             ap, an, pn, ds = ctx.saved_tensors
             s = spread(grad, ctx.reduction, ap.shape[:-1].numel())
             plain = ctx.power == 2 and pn is None and g_ap is None and g_an is None
-            if plain and fused(grad, ap, an):
-                own = _euclidean_gradients(ap, an, ds, s, ctx.margin, needs)
+            own = euclidean_gradients(ap, an, ds, s, ctx.margin, needs) if plain else None
+            if own is not None:
                 return *own, None, None, None, None, None
-            slopes = _slopes(ap, an, pn, s, ctx.margin, ctx.power)
-            pairs = zip((g_ap, g_an, g_pn), slopes, strict=True)
-            g_ap, g_an, g_pn = (_total(g, of_loss) for g, of_loss in pairs)
+            of_loss = slopes(ap, an, pn, s, ctx.margin, ctx.power)
+            pairs = zip((g_ap, g_an, g_pn), of_loss, strict=True)
+            g_ap, g_an, g_pn = (_total(*pair) for pair in pairs)
         each = (g_ap, g_an), (g_pn, _minus(g_ap)), (_minus(g_an), _minus(g_pn))  # (3)
         totals = [
             _total(*terms) if needed else None for terms, needed in zip(each, needs, strict=True)
@@ -128,21 +118,11 @@ class TripletMarginLossFunction(Function):
         none = torch.zeros_like(ap)
         t_a, t_p, t_n = (none if t is None else t for t in (tangent_a, tangent_p, tangent_n))
         t_ap, t_an, t_pn = t_a - t_p, t_a - t_n, None if pn is None else t_p - t_n
-        g_ap, g_an, g_pn = _slopes(ap, an, pn, ap.new_ones(()), ctx.margin, ctx.power)
+        g_ap, g_an, g_pn = slopes(ap, an, pn, ap.new_ones(()), ctx.margin, ctx.power)
         values = g_ap * t_ap + g_an * t_an
         if g_pn is not None and t_pn is not None:
             values = values + g_pn * t_pn
         return reduce(values.sum(-1), ctx.reduction), t_ap, t_an, t_pn, None  # (4)
-
-
-def _differences(a: Tensor, p: Tensor, n: Tensor, eps: float, swap: bool) -> list[Tensor]:
-    """Return a - p + ε, a - n + ε and, with swap, p - n + ε; in float32 for half precision."""
-    if is_half(a):
-        a, p, n = a.float(), p.float(), n.float()
-    pairs = ((a, p), (a, n), (p, n)) if swap else ((a, p), (a, n))
-    if not fused(a, p, n):
-        return [u - v + eps for u, v in pairs]
-    return [(u - v).add_(number(eps, a)) for u, v in pairs]
 
 
 def _minus(g: Tensor | None) -> Tensor | None:
@@ -153,72 +133,6 @@ def _total(g: Tensor | None, h: Tensor | None) -> Tensor | None:
     if g is None or h is None:
         return h if g is None else g
     return g + h
-
-
-def _norm(v: Tensor, power: float) -> Tensor:
-    return torch.linalg.vector_norm(v, power, dim=-1)
-
-
-def _slopes(
-    ap: Tensor, an: Tensor, pn: Tensor | None, s: Tensor, margin: float, power: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (2) from the differences, in float32 for half precision."""
-    if is_half(ap):
-        ap, an, pn = ap.float(), an.float(), None if pn is None else pn.float()
-    near, far = _norm(ap, power), _norm(an, power)
-    if pn is None:
-        s = s * above(near - far + margin, 0).to(near.dtype)
-        return _slope(ap, near, power, s), _slope(an, far, power, -s), None
-    across = _norm(pn, power)
-    share = 0.5 * ((across < far).to(s.dtype) + (across <= far).to(s.dtype))
-    s = s * above(near - torch.minimum(far, across) + margin, 0).to(near.dtype)
-    of_an = _slope(an, far, power, -s * (1 - share))
-    return _slope(ap, near, power, s), of_an, _slope(pn, across, power, -s * share)
-
-
-def _euclidean_gradients(
-    ap: Tensor,
-    an: Tensor,
-    ds: Tensor,
-    s: Tensor,
-    margin: float,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return (3) for p = 2 without swap, in three passes."""
-    near, far = ds
-    zero = number(0, near)
-    s = s * above(near - far + number(margin, near), zero).to(near.dtype)
-    if ap.numel() <= FEW:  # in short rows the rounding of s / d is seen, a third of the error
-        of_near, of_far = ds.masked_fill(ds == zero, math.inf).unsqueeze(-1)
-        s = s.unsqueeze(-1)
-        grad_p, grad_n = (ap / of_near).mul_(-s), (an / of_far).mul_(s)
-    else:
-        by_near, by_far = (s / ds).masked_fill_(ds == zero, 0).unsqueeze(-1)
-        grad_p, grad_n = torch.mul(ap, -by_near), torch.mul(an, by_far)
-    need_a, need_p, need_n = needs
-    grad_a = torch.add(grad_p, grad_n).neg_() if need_a else None
-    return grad_a, grad_p if need_p else None, grad_n if need_n else None
-
-
-def _slope(v: Tensor, d: Tensor, power: float, s: Tensor) -> Tensor:
-    """Return s · D(v), (1)."""
-    zero = d == 0
-    d, s = d.masked_fill(zero, 1), s.masked_fill(zero, 0)
-    if power == 2:
-        return v * (s / d).unsqueeze(-1)
-    if power == 1:
-        return v.sgn() * s.unsqueeze(-1)
-    if power == 0:  # the number of elements that are not 0
-        return torch.zeros_like(v)
-    if power == math.inf:
-        largest = (v.abs() == d.unsqueeze(-1)).to(v.dtype)
-        return v.sgn() * largest * (s / largest.sum(-1).clamp(min=1)).unsqueeze(-1)
-    share = v.abs() / d.unsqueeze(-1)
-    if power < 1:
-        share = share.masked_fill(
-            v == 0, 1
-        )  # the slope is infinite there; sgn(v) makes it 0, as in torch
-    return v.sgn() * share.pow(power - 1) * s.unsqueeze(-1)
 
 
 _triplet_margin_loss = entry(TripletMarginLossFunction)

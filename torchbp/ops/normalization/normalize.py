@@ -21,6 +21,7 @@ Sources:
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, square
+from torchbp.ops.kernels import MANY, ROWS, in_one_loop, looped
 from torchbp.ops.normalization._standardize import widened
 
 __all__ = ["NormalizeFunction", "normalize"]
@@ -50,6 +52,12 @@ class NormalizeFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, p: float, dim: int, eps: float) -> Tensor:
+        if _has_rows(x, p, dim):
+            square = in_one_loop(torch.square, x, outputs=(ROWS,))
+            n = _norm(x, p, dim) if square is None else square.sqrt_().unsqueeze(-1)
+            y = in_one_loop(torch.div, x, n.clamp_min_(eps))
+            if y is not None:
+                return y
         return (x / _norm(x, p, dim).clamp_min(eps)).to(x.dtype)
 
     @staticmethod
@@ -62,6 +70,10 @@ class NormalizeFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
+        if _has_rows(x, ctx.p, ctx.dim) and looped(grad_y, x):
+            grad_x = _of_rows(grad_y, x, ctx.eps)
+            if grad_x is not None:
+                return grad_x, None, None, None  # (2)
         n = _norm(x, ctx.p, ctx.dim)
         m = n.clamp_min(ctx.eps)
         if ctx.p == 2 and fused(grad_y, x) and not x.is_complex():
@@ -85,6 +97,32 @@ class NormalizeFunction(Function):
         derivative = _norm_derivative(x, n, ctx.p, ctx.dim)
         along = _real(derivative.conj() * t).sum(ctx.dim, keepdim=True) / (m * m)
         return (t / m - x * torch.where(above(n, ctx.eps), along, 0)).to(tangent_x.dtype)  # (3)
+
+
+def _has_rows(x: Tensor, p: float, dim: Any) -> bool:
+    return p == 2 and x.numel() >= MANY and x.is_cpu and dim in (-1, x.dim() - 1)
+
+
+def _products(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return g * x, x * x
+
+
+def _projected(g: Tensor, x: Tensor, m: Tensor, along: Tensor) -> Tensor:
+    return g / m - x * along
+
+
+def _of_rows(g: Tensor, x: Tensor, eps: float) -> Tensor | None:
+    """Return (2) for the last dimension and p = 2, in two loops: the sums of rows, then what is made of them."""
+    sums = in_one_loop(_products, g, x, outputs=(ROWS, ROWS))
+    if sums is None:
+        wide = widened(x)
+        sums = (widened(g) * wide).sum(-1), wide.square().sum(-1)
+    along, square = (of.unsqueeze(-1).double() for of in sums)
+    n = square.sqrt_()
+    m = n.clamp_min(eps)
+    along /= m * m * m
+    along.masked_fill_(~above(n, eps), 0)
+    return in_one_loop(_projected, g, x, m.float(), along.float())
 
 
 def _norm(x: Tensor, p: float, dim: int) -> Tensor:
