@@ -28,11 +28,12 @@ OUTPUTS = (None, ROWS, ROWS)
 
 
 def triplet(f, a, p, n, **kwargs):
+    kwargs = {"eps": 0.0, **kwargs}  # distances may be 0
     return f.triplet_margin_loss(a, p, n, margin=3.0, reduction="none", **kwargs)
 
 
 def triplet_swapped(f, a, p, n):
-    return triplet(f, a, p, n, swap=True)
+    return triplet(f, a, p, n, swap=True, eps=1e-6)
 
 
 def cosine(f, a, b, _):

@@ -59,13 +59,13 @@ def euclidean_gradients(
         ds: Their norms; ``None`` in half precision, where they are made again.
         s: The gradient of each loss.
         margin: m.
-        needs: Which of the three are needed.
+        needs: Which of the three are needed; the loop makes all.
     """
     if looped(ap, an):
         by_near, by_far = _shares(_norms(ap, an) if ds is None else ds, s, margin)
         made = in_one_loop(_all_three, ap, an, by_near, by_far, outputs=(None,) * 3)
         if made is not None:
-            return tuple(g if needed else None for g, needed in zip(made, needs, strict=True))
+            return made
     if ds is None or not fused(s, ap, an):
         return None
     if ap.numel() <= FEW:  # in short rows the rounding of s / d is seen, a third of the error

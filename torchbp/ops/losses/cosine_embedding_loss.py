@@ -98,7 +98,7 @@ class CosineEmbeddingLossFunction(Function):
         if looped(a, b):
             made = _gradients_in_one_loop(a, b, target, sums, s, ctx.margin)
             if made is not None:
-                return made[0] if need_a else None, made[1] if need_b else None, None, None, None
+                return *made, None, None, None
         wide_a, wide_b, s = (v.float() if is_half(v) else v for v in (a, b, s))
         again = sums is None or not fused(grad, a, b)
         sums = _sums(wide_a, wide_b) if again else sums.double()
