@@ -55,6 +55,7 @@ FIFTEENTH: dict[str, Unseen] = {}
 SIXTEENTH: dict[str, Unseen] = {}
 SEVENTEENTH: dict[str, Unseen] = {}
 EIGHTEENTH: dict[str, Unseen] = {}
+NINETEENTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -74,6 +75,7 @@ SETS = {
     "sixteenth set": SIXTEENTH,
     "seventeenth set": SEVENTEENTH,
     "eighteenth set": EIGHTEENTH,
+    "nineteenth set": NINETEENTH,
 }
 
 
@@ -149,6 +151,19 @@ def every():
         linear_algebra,
         losses,
         losses_weighted,
+        nineteenth_convolution,
+        nineteenth_layers,
+        nineteenth_logistic,
+        nineteenth_losses,
+        nineteenth_matrices,
+        nineteenth_networks,
+        nineteenth_neurons,
+        nineteenth_rotations,
+        nineteenth_scalars,
+        nineteenth_sequences,
+        nineteenth_softmaxes,
+        nineteenth_statistics,
+        nineteenth_traces,
         ninth,
         numerics,
         protocol,
