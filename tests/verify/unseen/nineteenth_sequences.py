@@ -33,18 +33,19 @@ class Lstm(Function):
         x, w, u, b = ctx.saved_tensors
         steps = Lstm.steps(x, w, u, b)
         dh, dc = torch.zeros_like(g[0]), torch.zeros_like(g[0])
-        dw, du, db, dx = torch.zeros_like(w), torch.zeros_like(u), torch.zeros_like(b), []
+        dx, of_steps = [], []
         for t in reversed(range(len(steps))):
             i, f, o, a, h, before, c = steps[t]
             dh = dh + g[t]
             dc = dc + dh * o * (1 - c.tanh().square())
             gates = dc * a * i * (1 - i), dc * before * f * (1 - f), dh * c.tanh() * o * (1 - o)
             dz = torch.cat((*gates, dc * i * (1 - a.square())), 1)
-            dw, du, db = dw + x[t].mT @ dz, du + h.mT @ dz, db + dz.sum(0)
+            of_steps.append((x[t].mT @ dz, h.mT @ dz, dz.sum(0)))
             to_input, to_state = sent(dz, i)
             dx.insert(0, to_input @ w.mT)
             dh, dc = to_state @ u.mT, dc * f
-        return torch.stack(dx), *(share(grad, len(steps)) for grad in (dw, du, db))
+        of_weights = (torch.stack(grads).sum(0) for grads in zip(*of_steps, strict=True))
+        return torch.stack(dx), *(share(grad, len(steps)) for grad in of_weights)
 
     @staticmethod
     def backward(ctx, g):
