@@ -4,6 +4,10 @@
 A kernel is the formula of its op's file, written down as a loop (``_loop.py``), with the mathematics of ``math.h``.
 """
 
+from torchbp.ops.kernels._cross_entropy import over_log_partition as over_log_partition
+from torchbp.ops.kernels._cross_entropy import over_log_probabilities as over_log_probabilities
+from torchbp.ops.kernels._cross_entropy import over_softmax_gradient as over_softmax_gradient
+from torchbp.ops.kernels._cross_entropy import takes_logits as takes_logits
 from torchbp.ops.kernels._library import at_hand as at_hand
 from torchbp.ops.kernels._library import disabled as disabled
 from torchbp.ops.kernels._loop import MANY as MANY
@@ -34,8 +38,12 @@ __all__ = [
     "over_batch_backward",
     "over_groups",
     "over_groups_backward",
+    "over_log_partition",
+    "over_log_probabilities",
     "over_log_softmax",
     "over_log_softmax_backward",
     "over_rows",
     "over_rows_backward",
+    "over_softmax_gradient",
+    "takes_logits",
 ]

@@ -13,9 +13,9 @@ from torchbp.ops._function import fused
 from torchbp.ops.kernels import _library
 from torchbp.ops.kernels._loop import in_memory
 
-__all__ = ["Loop", "Run", "taken"]
+__all__ = ["NAMES", "Loop", "Run", "taken"]
 
-_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 Run = Callable[..., None]
 
 
@@ -43,7 +43,7 @@ def taken(loop: Loop, x: Tensor, *others: Tensor | None) -> Run | None:
         x: Float32 or half precision: its dtype is the loop's.
         others: Of that dtype, float32 or int64; ``None`` for none.
     """
-    if x.dtype not in _NAMES:
+    if x.dtype not in NAMES:
         return None
     given = [t for t in (x, *others) if t is not None]
     if not fused(*given, half=True):
@@ -54,7 +54,7 @@ def taken(loop: Loop, x: Tensor, *others: Tensor | None) -> Run | None:
     key = (loop.call, x.dtype)
     run = _library.remembered.get(key, ())
     if run == ():
-        run = _library.remembered[key] = _compiled(loop, _NAMES[x.dtype])
+        run = _library.remembered[key] = _compiled(loop, NAMES[x.dtype])
     return run
 
 

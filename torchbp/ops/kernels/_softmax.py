@@ -9,22 +9,28 @@ from torchbp.ops.kernels import _library
 from torchbp.ops.kernels._by_hand import Loop, Run, taken
 from torchbp.ops.kernels._loop import MANY
 
-__all__ = ["over_log_softmax", "over_log_softmax_backward"]
+__all__ = ["call", "over_log_softmax", "over_log_softmax_backward", "row_loop"]
 
 _WIDE = 64  # elements of a row, from which the loop gains in float32
 _MANY_WIDE = 1 << 18  # elements of all rows, as well
 
 
-def _loop(name: str, *pointers: str) -> Loop:
-    """Return the loop that calls the template ``name`` with n, c, threads and ``pointers``."""
-    arguments = ", ".join(p.split()[-1] for p in pointers)
-    parameters = f"int64_t n, int64_t c, int threads, {', '.join(pointers)}"
-    types = (c_int64, c_int64, c_int, *(c_void_p,) * len(pointers))
-    return Loop("softmax.h", parameters, f"{name}(n, c, threads, {arguments})", types)
+def row_loop(header: str, name: str, *parameters: str) -> Loop:
+    """Return the loop that calls the template ``name`` with n and c, threads and ``parameters``, in C++."""
+    arguments = ", ".join(p.split()[-1] for p in parameters)
+    types = (c_void_p if "*" in p else c_int64 for p in parameters)
+    return Loop(
+        header,
+        f"int64_t n, int64_t c, int threads, {', '.join(parameters)}",
+        f"{name}(n, c, threads, {arguments})",
+        (c_int64, c_int64, c_int, *types),
+    )
 
 
-_LOG_SOFTMAX = _loop("log_softmax", "const T* x", "T* y")
-_LOG_SOFTMAX_BACKWARD = _loop("log_softmax_backward", "const T* g", "const T* x", "T* grad_x")
+_LOG_SOFTMAX = row_loop("softmax.h", "log_softmax", "const T* x", "T* y")
+_LOG_SOFTMAX_BACKWARD = row_loop(
+    "softmax.h", "log_softmax_backward", "const T* g", "const T* x", "T* grad_x"
+)
 
 
 def over_log_softmax(x: Tensor, dim: int) -> Tensor | None:
@@ -35,7 +41,7 @@ def over_log_softmax(x: Tensor, dim: int) -> Tensor | None:
     if run is None or not _gain_values(x):
         return None
     y = torch.empty_like(x)
-    _call(run, x, x, y)
+    call(run, x, x, y)
     return y
 
 
@@ -52,7 +58,7 @@ def over_log_softmax_backward(grad_y: Tensor, x: Tensor, dim: int) -> Tensor | N
     if run is None:
         return None
     grad_x = torch.empty_like(x)
-    _call(run, x, grad_y.contiguous(), x, grad_x)
+    call(run, x, grad_y.contiguous(), x, grad_x)
     return grad_x
 
 
@@ -64,6 +70,8 @@ def _in_rows(x: Tensor, dim: int) -> bool:
     return dim in (-1, x.dim() - 1) and x.is_contiguous()
 
 
-def _call(run: Run, x: Tensor, *tensors: Tensor) -> None:
+def call(run: Run, x: Tensor, *arguments: object) -> None:
+    """Run the loop for the rows of ``x``."""
     width = x.shape[-1]
-    run(x.numel() // width, width, get_num_threads(), *[t.data_ptr() for t in tensors])
+    given = [t.data_ptr() if isinstance(t, Tensor) else t for t in arguments]
+    run(x.numel() // width, width, get_num_threads(), *given)

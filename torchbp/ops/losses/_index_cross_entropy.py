@@ -10,8 +10,9 @@ from torch.autograd.function import Function
 
 from torchbp.ops._function import Context, as_dtype, entry, fused
 from torchbp.ops._reduction import REDUCTIONS
+from torchbp.ops.kernels import over_log_probabilities, takes_logits
 from torchbp.ops.losses._classes import class_dim, counted
-from torchbp.ops.losses._logits_gradient import gradient_of_indices
+from torchbp.ops.losses._logits_gradient import gradient_in_a_loop, gradient_of_indices
 from torchbp.ops.losses._softmax_cross_entropy import TOO_MANY
 
 __all__ = ["IndexCrossEntropyFunction", "of_indices"]
@@ -30,6 +31,9 @@ class IndexCrossEntropyFunction(Function):
     ) -> Tensor:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *)
         if target.dtype == torch.uint8:  # torch has no batching rule for it
             target = target.long()
+        loss = _in_loops(x, target, w, reduction, ignored, smoothing)
+        if loss is not None:
+            return loss
         if _by_rows(x):
             return _values_by_rows(x, target, w, reduction, ignored, smoothing)
         return _nn.cross_entropy_loss(x, target, w, REDUCTIONS[reduction], ignored, smoothing)
@@ -44,8 +48,11 @@ class IndexCrossEntropyFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, target, w = ctx.saved_tensors
-        grad_x = gradient_of_indices(x, grad, target, w, ctx.reduction, ctx.ignored, ctx.smoothing)
-        return as_dtype(grad_x, x.dtype), None, None, None, None, None
+        settings = (ctx.reduction, ctx.ignored, ctx.smoothing)
+        grad_x = gradient_in_a_loop(x, grad, target, w, *settings)
+        if grad_x is None:
+            grad_x = as_dtype(gradient_of_indices(x, grad, target, w, *settings), x.dtype)
+        return grad_x, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_others: None) -> Tensor:
@@ -55,6 +62,26 @@ class IndexCrossEntropyFunction(Function):
         product = gradient_of_indices(x, one, target, w, *settings) * tangent_x  # (5)
         values = product.sum(class_dim(x)) if ctx.reduction == "none" else product.sum()
         return values.to(x.dtype)
+
+
+def _in_loops(
+    x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int, smoothing: float
+) -> Tensor | None:
+    """Return the loss where the rows go through a compiled loop, in which nothing but log p_t is written."""
+    if not takes_logits(x):
+        return None
+    made = over_log_probabilities(x, target, ignored, w, weighted=smoothing > 0)
+    if made is None:
+        return None
+    log_p, even, total = made
+    values = log_p if smoothing == 0.0 else log_p * (1 - smoothing)
+    if w is not None:
+        _, w_t, total = counted(x, target, w, ignored)
+        values = values * w_t
+    if even is not None:
+        values = values.add(even, alpha=smoothing / x.shape[1])
+    values = values.neg() if reduction == "none" else values.sum().neg_()
+    return as_dtype(values / total if reduction == "mean" else values, x.dtype)
 
 
 def _by_rows(x: Tensor) -> bool:

@@ -5,9 +5,15 @@ from torch import Tensor
 
 from torchbp.ops._function import fused, is_half, kernel, scale_fresh
 from torchbp.ops._reduction import FEW, REDUCTIONS, spread
+from torchbp.ops.kernels import over_softmax_gradient, takes_logits
 from torchbp.ops.losses._classes import all_count, along_classes, class_dim, counted
 
-__all__ = ["gradient_of_indices", "gradient_of_probabilities", "terms_of_probabilities"]
+__all__ = [
+    "gradient_in_a_loop",
+    "gradient_of_indices",
+    "gradient_of_probabilities",
+    "terms_of_probabilities",
+]
 
 _nll_loss = kernel("nll_loss_forward")
 _nll_loss_backward = kernel("nll_loss_backward")
@@ -50,6 +56,33 @@ def gradient_of_indices(
         b = b.unsqueeze(dim)
         gradient = gradient - (b if w is None else b * along_classes(w, x))
     return gradient.scatter_add_(dim, index.unsqueeze(dim), -a.unsqueeze(dim))
+
+
+def gradient_in_a_loop(
+    x: Tensor,
+    grad: Tensor,
+    target: Tensor,
+    w: Tensor | None,
+    reduction: str,
+    ignored: int,
+    smoothing: float,
+) -> Tensor | None:
+    """Return (1) in the dtype of ``x``, from a compiled loop over its rows; ``None`` where there is none."""
+    if not takes_logits(x):
+        return None
+    target = target.long()
+    mean = reduction == "mean" and w is None  # divided by a count, which the loop knows
+    if w is None:
+        a = s = spread(grad, "sum" if mean else reduction, 1)
+    else:
+        _, w_t, total = counted(x, target, w, ignored)
+        s = spread(grad, reduction, total)
+        a = s * w_t
+    if smoothing == 0.0:
+        return over_softmax_gradient(x, a, target, ignored, peak=a, mean=mean)
+    a, b = a * (1 - smoothing), s * (smoothing / x.shape[1])
+    by_p = a + b * (x.shape[1] if w is None else w.float().sum())
+    return over_softmax_gradient(x, by_p, target, ignored, w, even=b, peak=a, mean=mean)
 
 
 def _suits_kernels(x: Tensor, w: Tensor | None) -> bool:

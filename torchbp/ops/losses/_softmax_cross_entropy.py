@@ -15,6 +15,7 @@ from torch.compiler import is_dynamo_compiling
 from torchbp.ops import _recipe
 from torchbp.ops._function import Context, entry, fused, kernel, visible
 from torchbp.ops._reduction import FEW, REDUCTIONS, WIDE, reduce, spread
+from torchbp.ops.kernels import takes_logits
 from torchbp.ops.losses._classes import all_count
 
 __all__ = ["TOO_MANY", "SoftmaxCrossEntropyFunction", "of_softmax", "suits_softmax"]
@@ -99,6 +100,7 @@ def suits_softmax(x: Tensor, target: Tensor, ignored: int) -> bool:
         and target.dtype is torch.int64
         and target.size() == x.size()[:1]
         and visible(x)
+        and not takes_logits(x)  # which keeps x, and is faster still
         and all_count(target, ignored)
     )
 

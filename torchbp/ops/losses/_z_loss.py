@@ -21,6 +21,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops._function import Context, entry, is_half
 from torchbp.ops._reduction import reduce, spread
+from torchbp.ops.kernels import over_log_partition, over_softmax_gradient, takes_logits
 from torchbp.ops.losses._classes import class_dim, positions
 
 __all__ = ["LogPartitionPenaltyFunction", "gradient_of_penalty", "log_partition_penalty"]
@@ -33,7 +34,8 @@ class LogPartitionPenaltyFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, counts: Tensor | None, factor: float, reduction: str) -> Tensor:
-        z = _wide(x).logsumexp(class_dim(x))  # (N, C, *) -> () or (N, *)
+        z = over_log_partition(x)  # (N, C, *) -> () or (N, *)
+        z = _wide(x).logsumexp(class_dim(x)) if z is None else z
         values = z.square() * factor
         values = values if counts is None else values.masked_fill(~counts, 0)
         values = values if reduction == "none" else reduce(values, "sum")
@@ -49,8 +51,13 @@ class LogPartitionPenaltyFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, counts = ctx.saved_tensors
-        grad_x = gradient_of_penalty(x, grad, counts, ctx.factor, ctx.reduction)
-        return grad_x.to(x.dtype), None, None, None
+        grad_x = None
+        if takes_logits(x):
+            s = 2 * ctx.factor * _of_values(x, grad, counts, ctx.reduction)
+            grad_x = over_softmax_gradient(x, None, by_partition=s)  # (1)
+        if grad_x is None:
+            grad_x = gradient_of_penalty(x, grad, counts, ctx.factor, ctx.reduction).to(x.dtype)
+        return grad_x, None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
@@ -69,13 +76,17 @@ def _count(x: Tensor, counts: Tensor | None) -> int | Tensor:
     return positions(x) if counts is None else counts.sum()
 
 
+def _of_values(x: Tensor, grad: Tensor, counts: Tensor | None, reduction: str) -> Tensor:
+    """Return s, 0 where a position does not count."""
+    s = spread(grad, reduction, _count(x, counts))
+    return s if counts is None else s.expand(counts.shape).masked_fill(~counts, 0)
+
+
 def gradient_of_penalty(
     x: Tensor, grad: Tensor, counts: Tensor | None, factor: float, reduction: str
 ) -> Tensor:
     """Return (1) for the gradient ``grad`` of the reduced penalty, in float32 for half precision."""
-    s = spread(grad, reduction, _count(x, counts))
-    if counts is not None:
-        s = s.expand(counts.shape).masked_fill(~counts, 0)
+    s = _of_values(x, grad, counts, reduction)
     dim, x = class_dim(x), _wide(x)
     scale = 2 * factor * s * x.logsumexp(dim)
     return torch.softmax(x, dim) * scale.unsqueeze(dim)  # (1)

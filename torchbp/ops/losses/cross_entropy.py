@@ -18,8 +18,8 @@ Derivation, with ∂log p_c/∂x_j = [c = j] - p_j and s the gradient of each �
 
 Saves:
     x (4 bytes per float32 element), the target, w. torch keeps log p instead of x: as much. Of 2¹⁴ to 2²³ float32
-    logits with neither weights nor smoothing nor ignored positions p instead of x, but under ``lean``; a second
-    derivative goes through p, which is an output that no caller sees.
+    logits with neither weights nor smoothing nor ignored positions p instead of x, but under ``lean`` and with compiled
+    kernels, which make p again; a second derivative goes through p, which is an output that no caller sees.
 
 Edge values:
     All ignored, or N = 0: the mean is NaN, the gradient 0.   A logit of -∞: p = 0, grad 0.   x = +∞: NaN.
