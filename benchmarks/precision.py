@@ -1,14 +1,16 @@
 """Measures how far every op's gradient is from the true one, beside torch's, in units in the last place (ulps).
 
-Method: README.md beside this file. Writes benchmarks/data/precision-<device>-<date>.json and prints the table;
-docs/ops.md takes its columns of errors from the newest of these files.
+Method: README.md beside this file. Writes benchmarks/data/precision-cpu-<date>.json and prints the table; docs/ops.md
+takes its columns of errors from the newest of these files. With the library of compiled formulas open it is
+precision-kernels-cpu-<date>.json.
 """
 
 import argparse
-import datetime
+import itertools
 import json
-import platform
+import math
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,18 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
 
-from run import DATA, processor
+from run import DATA, about, stored_rows
 
 from torchbp.ops._op import Op, all_ops
-from torchbp.ops._precision import measure
+from torchbp.ops._precision import EACH, measure
+from torchbp.ops.kernels import at_hand
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def row(op: Op, dtype: str, values: int) -> dict[str, Any]:
+def row(op: Op, dtype: str, values: int, each: int) -> dict[str, Any]:
     """Return one row: means and 99.9th percentiles in ulps, and the number of values they were taken of."""
-    ours, theirs = measure(op, DTYPES[dtype], values)
+    ours, theirs = measure(op, DTYPES[dtype], values, each=each)
     found: dict[str, Any] = {"op": op.name, "dtype": dtype, "values": ours.values}
     for name, errors in (("torchbp", ours), ("torch", theirs)):
         found[f"{name}_mean"] = None if errors is None else round(errors.mean, 4)
@@ -70,36 +73,45 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help="these only")
     parser.add_argument("--values", type=int, default=1_300_000, metavar="N", help="%(default)s")
+    parser.add_argument(
+        "--each", type=int, default=EACH, metavar="N", help="elements of a sample (%(default)s)"
+    )
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what today's file has; it is then added to"
+    )
+    parser.add_argument(
+        "--at-most", type=float, default=math.inf, metavar="SECONDS", help="then --resume goes on"
+    )
     args = parser.parse_args()
     unknown = sorted(set(args.ops) - set(all_ops()))
     if unknown:
         parser.error(f"expected names of ops, got {', '.join(unknown)}; `torchbp ops` lists them")
     warnings.simplefilter("ignore")  # torch's own, of its losses' shapes
-    rows = []
-    for name in args.ops or all_ops():
-        for dtype in args.dtypes:
-            try:
-                rows.append(row(all_ops()[name], dtype, args.values))
-            except LookupError as reason:
-                print(f"\r{reason}\033[K", file=sys.stderr)
-            print(f"\r{name} {dtype}\033[K", end="", file=sys.stderr)
+    facts = about()
+    path = DATA / f"precision{'-kernels' * at_hand()}-cpu-{facts['date']}.json"
+    rows = stored_rows(path) if args.resume else []
+    known = {(r["op"], r["dtype"]) for r in rows}
+    start = time.monotonic()
+    for name, dtype in itertools.product(args.ops or all_ops(), args.dtypes):
+        if (name, dtype) in known:
+            continue
+        if time.monotonic() - start > args.at_most:
+            print("\r\033[Krows are left: go on with --resume", file=sys.stderr)
+            break
+        try:
+            rows.append(row(all_ops()[name], dtype, args.values, args.each))
+        except LookupError as reason:
+            print(f"\r{reason}\033[K", file=sys.stderr)
+        print(f"\r{name} {dtype}\033[K", end="", file=sys.stderr)
     print("\r\033[K", end="", file=sys.stderr)
     print(table(rows))
     if args.no_write:
         return 0
     DATA.mkdir(exist_ok=True)
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    about = {
-        "date": date,
-        "device": processor(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    path = DATA / f"precision-cpu-{date}.json"
     text = ",\n".join(json.dumps(r) for r in rows)
-    path.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n')
+    path.write_text(f'{{"about": {json.dumps(facts)},\n"rows": [\n{text}\n]}}\n')
     print(f"wrote {path}")
     return 0
 

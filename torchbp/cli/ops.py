@@ -25,8 +25,8 @@ of 1 byte stands where a packed bit would do, because packing takes longer than 
 same mathematics; under double backward, `torch.func` and `torch.compile` it is always the formula. A dash: there is
 nothing to compare with (torch has no such op or dtype, or refuses complex numbers; a gradient that is, by definition,
 not the derivative; edges of what is no function of single elements). *Ulps* are the gradient's error against float64 in
-units in the last place, mean / 99.9th percentile, torch → torchbp, from the newest `benchmarks/data/precision-*.json`;
-the method is in [benchmarks](../benchmarks/README.md).
+units in the last place, mean / 99.9th percentile, torch → torchbp, from the newest
+`benchmarks/data/precision-cpu-*.json`; the method is in [benchmarks](../benchmarks/README.md).
 
 """
 
@@ -77,7 +77,7 @@ def _errors() -> dict[tuple[str, str], str]:
     from pathlib import Path
 
     data = Path(__file__).parents[2] / "benchmarks" / "data"
-    newest = max(data.glob("precision-*.json"), key=lambda p: p.stem[-10:], default=None)
+    newest = max(data.glob("precision-cpu-*.json"), key=lambda p: p.stem[-10:], default=None)
     rows = [] if newest is None else json.loads(newest.read_text())["rows"]
 
     def pair(row: dict[str, float | None], whose: str) -> str:

@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_flatten
 from torchbp.ops._op import Op
 from torchbp.ops._samples import EDGES, Make, Sample, one_tensor
 
-__all__ = ["Errors", "measure", "ulps"]
+__all__ = ["EACH", "Errors", "measure", "ulps"]
+
+EACH = 1 << 16  # elements of a sample: some formulas take N · C² numbers
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,15 @@ class Errors:
 
 
 def measure(
-    op: Op, dtype: torch.dtype, values: int, device: str = "cpu"
+    op: Op, dtype: torch.dtype, values: int, device: str = "cpu", *, each: int = EACH
 ) -> tuple[Errors, Errors | None]:
     """Return the errors of ``op``, and of torch's function on the same inputs.
 
     Torch's is the function of that name, or the composition of its ops that is the op's reference; ``None`` where it
     has nothing in this dtype, or another gradient. A quarter of the values are edges: single ones (:data:`EDGES`,
     magnitudes from 1e-30 to 1e30) for elementwise ops, eight times as large inputs for others.
+
+    Samples have at most ``each`` elements: where kernels of this package ask for more, they do not run.
 
     Left out are values so small that float64 itself does not know them: torch's 1 - tanh² is 0 where it is below 1e-16.
 
@@ -53,7 +57,7 @@ def measure(
     composed = unwrap(op.reference) if op.reference else None
     theirs = None if op.other_gradient else op.torchs or composed
     pools: dict[Callable[..., Any], list[Tensor]] = {f: [] for f in (op.function, theirs) if f}
-    for sample, v in _draws(op, dtype, values, device):
+    for sample, v in _draws(op, dtype, values, device, each):
         for function in list(pools):
             try:
                 found = _gradients(function, sample, v)
@@ -126,9 +130,11 @@ def _pooled(errors: list[Tensor]) -> Errors:
     )
 
 
-def _draws(op: Op, dtype: torch.dtype, values: int, device: str) -> Iterator[tuple[Sample, Tensor]]:
+def _draws(
+    op: Op, dtype: torch.dtype, values: int, device: str, each: int
+) -> Iterator[tuple[Sample, Tensor]]:
     """Yield samples of all in all about ``values`` elements, each with an incoming gradient."""
-    each = min(values // 4, 1 << 16)  # pieces: some formulas take N · C² numbers
+    each = min(values // 4, each)
     for k in range(values // each):
         make = Make(dtype, device, seed=k, fine=True)
         sample = op.benchmark(make, each)
