@@ -91,6 +91,12 @@ def _of_both(
     return v * b * slope, v * (a.clamp(min=-FAR) * share)  # (1), (2)
 
 
+def _of_both_of_silu(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    below = a.clamp(min=-FAR)
+    q = 1 + torch.exp(-below)  # a quotient by it rounds once less than a product with σ(a)
+    return v * b * silu._slope(bounded(a), 1 / q), v * (below / q)  # (1), (2)
+
+
 def _of_both_of_relu(v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return _times_step(v * b, a), v * a.clamp(min=0)  # (1), (2)
 
@@ -118,7 +124,7 @@ _GATES = {
         silu._by_one_sigmoid,
         _nn.silu,
         kernel("silu_backward"),
-        partial(_of_both, silu._in_a_loop),
+        _of_both_of_silu,
         lambda a, out: _silu_into(a, out=out),
         lambda v, a, out: _silu_backward_into(v, a, grad_input=out),
     ),

@@ -111,7 +111,8 @@ def _in_a_loop(ctx: Context) -> Callable[[Tensor, Tensor], Tensor]:
     left = s * ctx.alpha * beta
 
     def formula(v: Tensor, x: Tensor) -> Tensor:
-        return v * torch.where(x > 0, s, left * torch.exp(beta * x))  # (1); NaN as torch's vectors
+        # (1); NaN as torch's vectors; in torch's order: v (left exp(βx)) has 1.4 % more in the tail, for SELU
+        return torch.where(x > 0, v * s, v * left * torch.exp(beta * x))
 
     return formula
 

@@ -81,15 +81,13 @@ def _value(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
-def _in_a_loop(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return σ(x) and dy/dx."""
-    s = torch.sigmoid(x)
-    # 1 - s cancels where x · σ(-x) is lost beside 1; near the root at -1.28 it is nearer than σ(-x)
-    return s, s * (1 + x * (1 - s))  # (1)
-
-
 def _by_one_sigmoid(v: Tensor, x: Tensor) -> Tensor:
-    return v * _in_a_loop(x)[1]
+    return v * _slope(x, torch.sigmoid(x))
+
+
+def _slope(x: Tensor, s: Tensor) -> Tensor:
+    # 1 - s cancels where x · σ(-x) is lost beside 1; near the root at -1.28 it is nearer than σ(-x)
+    return s * (1 + x * (1 - s))  # (1)
 
 
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
