@@ -126,7 +126,7 @@ class Symbol:
         return _step(function.__name__, *args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Callable[..., "Symbol"]:
-        if name not in _RULES:
+        if name not in self._lines.rules:
             raise AttributeError(name)
         return partial(_step, name, self)
 
@@ -242,6 +242,7 @@ _RULES: dict[str, Callable[..., str]] = {
 }
 # log1p_exp and erfcx are of kernels/soft.h
 _LOOP_RULES: dict[str, Callable[..., str]] = {
+    "bfloat16": lambda x: f"rounded_to_bfloat16({x})",
     "log_sigmoid": lambda x: f"({x} < T(0) ? {x} : T(0)) - log1p_exp(-fabs({x}))",
     "softplus": _softplus_in_loop,
     "special_erfcx": lambda x: f"erfcx({x})",  # of x >= 0

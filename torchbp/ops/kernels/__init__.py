@@ -14,6 +14,7 @@ from torchbp.ops.kernels._loop import MANY as MANY
 from torchbp.ops.kernels._loop import ROWS as ROWS
 from torchbp.ops.kernels._loop import SUM as SUM
 from torchbp.ops.kernels._loop import half_in_one_loop as half_in_one_loop
+from torchbp.ops.kernels._loop import in_memory as in_memory
 from torchbp.ops.kernels._loop import in_one_loop as in_one_loop
 from torchbp.ops.kernels._loop import looped as looped
 from torchbp.ops.kernels._rows import over_batch as over_batch
@@ -32,6 +33,7 @@ __all__ = [
     "at_hand",
     "disabled",
     "half_in_one_loop",
+    "in_memory",
     "in_one_loop",
     "looped",
     "over_batch",

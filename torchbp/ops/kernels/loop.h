@@ -46,6 +46,14 @@ struct float16 {
     uint16_t bits;
 };
 
+// To the nearest, ties to even: the 16 bits that a bfloat16 has of a float.
+inline uint32_t bits_of_bfloat16(float x) {
+    const uint32_t bits = as_bits(x);
+    return x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+inline float rounded_to_bfloat16(float x) { return as_float(bits_of_bfloat16(x) << 16); }
+
 inline float as_float(float16 x) {
     const uint32_t sign = (x.bits & 0x8000u) << 16, size = x.bits & 0x7fffu;
     // the exponent's bias grows from 15 to 127 by a product, which makes subnormal numbers right; ∞ and NaN are put right
@@ -102,11 +110,7 @@ inline void narrow(const float* from, Integer* to) {
 
 inline void narrow(const float* from, bfloat16* to) {
 #pragma omp simd
-    for (int64_t i = 0; i < BLOCK; ++i) {
-        const uint32_t bits = as_bits(from[i]);
-        const uint32_t near = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        to[i].bits = static_cast<uint16_t>(from[i] != from[i] ? 0x7fc0u : near);
-    }
+    for (int64_t i = 0; i < BLOCK; ++i) to[i].bits = static_cast<uint16_t>(bits_of_bfloat16(from[i]));
 }
 
 inline void narrow(const float* from, float16* to) {

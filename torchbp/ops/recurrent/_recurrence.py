@@ -20,27 +20,39 @@ from itertools import repeat
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchbp.ops._autocast import autocasts
-from torchbp.ops._function import fused, is_half, kernel
+from torchbp.ops._function import fused, is_half, kernel, visible_in_backward
+from torchbp.ops.kernels import MANY, at_hand
+from torchbp.ops.recurrent._half_products import Parts, finite, ones_times, product, suit
 
 __all__ = [
     "Sizes",
     "add",
     "advance",
+    "affine",
     "affine_gradients",
     "affine_tangents",
+    "arrived",
     "before",
     "cast",
     "conjugate",
     "dtypes",
     "factors",
     "first",
+    "in_halves",
     "join",
+    "looped",
+    "rounded",
+    "sound",
+    "start",
+    "starting",
     "through_sigmoid",
     "through_tanh",
     "walk",
+    "whole",
     "wide",
     "without_autocast",
     "writable",
@@ -68,7 +80,9 @@ def walk(rows: Tensor | None, sizes: Sizes, reverse: bool) -> Iterable[Any]:
 
 
 def join(steps: list[Tensor], reverse: bool) -> Tensor:
-    """Return one matrix of the rows of each step, given in the order of the walk."""
+    """Return one matrix of the rows of each step, given in the order of the walk; of one step, its own."""
+    if len(steps) == 1:
+        return steps[0]
     return torch.cat(steps[::-1] if reverse else steps)
 
 
@@ -77,10 +91,31 @@ def first(carried: Tensor, n: int) -> Tensor:
     return carried if n == carried.shape[0] else carried[:n]
 
 
-def advance(carried: Tensor, new: Tensor) -> Tensor:
-    """Return what is carried on after a step that made ``new`` of the first rows."""
+def advance(carried: Tensor | None, new: Tensor) -> Tensor:
+    """Return what is carried on after a step that made ``new`` of the first rows; ``None`` is nothing so far."""
     n = new.shape[0]
-    return new if n == carried.shape[0] else torch.cat((new, carried[n:]))
+    return new if carried is None or n == carried.shape[0] else torch.cat((new, carried[n:]))
+
+
+def start(
+    carried: Tensor | None, others: Tensor | None, like: Tensor, sizes: Sizes
+) -> Tensor | None:
+    """Return the gradient that a walk back starts from, and zeros for nothing, but where every step has all rows.
+
+    Args:
+        carried: That of the final state.
+        others: Those that come in on the way: without them zeros, too.
+        like: Of the width of the state.
+        sizes: Of the steps.
+    """
+    if carried is not None or (others is not None and sizes[-1] == sizes[0]):
+        return carried
+    return like.new_zeros(sizes[0], like.shape[1])
+
+
+def arrived(carried: Tensor | None, grad: Tensor | None, n: int) -> Any:
+    """Return the gradient of a step's state: what is carried back to it and what comes in."""
+    return add(None if carried is None else first(carried, n), grad)
 
 
 def before(start: Tensor, states: Tensor | None, sizes: Sizes, reverse: bool) -> Tensor:
@@ -134,6 +169,11 @@ def through_tanh(v: Tensor, t: Tensor, out: Tensor | None = None) -> Tensor:
     return _tanh_backward(v, t) if writable(v, t) else v * (1 - t * t)
 
 
+def looped(width: int, sizes: Sizes, *tensors: Tensor | None) -> bool:
+    """Whether a step's formula may be one compiled loop, that writes into tensors just made, at every step."""
+    return width * sizes[-1] >= MANY and at_hand() and writable(*tensors)
+
+
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """Return the sum of what is there."""
     if a is None or b is None:
@@ -147,20 +187,87 @@ def total(terms: Iterable[Tensor | None], otherwise: Tensor) -> Tensor:
     return sum(found[1:], found[0]) if found else torch.zeros_like(otherwise)
 
 
-def affine_gradients(
-    needed: Sequence[bool], d_x: Tensor, d_h: Tensor, x: Tensor, h: Tensor | None, w_ih: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, W_ih, W_hh, b_ih, b_hh where they are needed: one product each over all steps."""
-    need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh = needed
+def affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """Return x Wᵀ + b, of half precision in float32."""  # (1)
+    if not suit(x.shape[0], w, x):
+        return F.linear(*wide(x, w, b))
+    if b is None:
+        return product((x,), w.mT)
+    return product((x,), w.mT, b.float().expand(x.shape[0], w.shape[0]).contiguous())
+
+
+def starting(h0: Tensor, w_hh: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Return h_0 and W_hhᵀ as the walk takes them: half precision in float32, but for :func:`product` in one step."""
+    if len(sizes) == 1 and suit(h0.shape[0], w_hh, h0):
+        return h0, w_hh.mT
+    return wide(h0, w_hh.mT)
+
+
+def whole(d: Tensor) -> Parts:
+    """Return a matrix as its only part."""
+    return (d,)
+
+
+def in_halves(given: Sequence[Tensor], *gradients: Tensor | None) -> bool:
+    """Whether backward's products of x, h_0 and the weights with the gradients may be of bfloat16's halves."""
+    x, h0, w_ih, w_hh = given
     return (
-        d_x @ w_ih if need_x else None,  # (2)
-        d_x.mT @ x if need_w_ih else None,
-        d_h.mT @ h if need_w_hh and h is not None else None,  # (3)
-        d_x.sum(0) if need_b_ih else None,
-        d_h.sum(0)
-        if need_b_hh
-        else None,  # where it is d_x's, still a tensor of its own: each may be scaled in place
+        suit(x.shape[0], w_ih, w_hh, x, h0)
+        and visible_in_backward(x)
+        and fused(*(g for g in gradients if g is not None), half=True)
     )
+
+
+def sound(found: Sequence[Tensor | None]) -> bool:
+    """Whether all is finite that gradients by halves are made of, but for the weights, which are bounded.
+
+    Of an infinity they would make NaN. It is seen in the gradients of the weights, where every element comes in;
+    without these, in what there is.
+    """
+    grad_x, grad_h0, *others = found
+    return finite(*(others if any(t is not None for t in others) else (grad_x, grad_h0)))
+
+
+def affine_gradients(
+    needed: Sequence[bool], d_x: Parts, d_h: Parts, x: Tensor, h: Tensor | None, w_ih: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, W_ih, W_hh, b_ih, b_hh where they are needed: one product each over all steps.
+
+    ``w_ih`` is bounded already (:func:`factors`); x and h, the large ones, are where it makes a difference.
+    """
+    need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh = needed
+    of_x = _column_sums(d_x) if need_b_ih else None
+    same = of_x is not None and all(a is b for a, b in zip(d_x, d_h, strict=True))
+    of_h = None
+    if need_b_hh:  # also where it is d_x's a tensor of its own: each may be scaled in place
+        of_h = of_x.clone() if same and of_x is not None else _column_sums(d_h)
+    return (
+        product(d_x, w_ih) if need_x else None,  # (2)
+        _weight_gradient(d_x, x) if need_w_ih else None,
+        _weight_gradient(d_h, h) if need_w_hh and h is not None else None,  # (3)
+        of_x,
+        of_h,
+    )
+
+
+def _column_sums(d: Parts) -> Tensor:
+    if len(d) == 1:
+        return d[0].sum(0)
+    high, low = map(ones_times, d)
+    return high.add_(low)
+
+
+def _weight_gradient(d: Parts, x: Tensor) -> Tensor:
+    """Return dᵀ x, of an x at its infinities as :func:`factors` takes it: where that is seen in the product."""
+    columns = tuple(part.mT for part in d)
+    if len(d) > 1:
+        return product(columns, x)
+    (whole,) = columns
+    if writable(whole, x) and visible_in_backward(x):
+        found = whole @ x
+        if finite(found):
+            return found
+    return whole @ factors(x)[0]
 
 
 def affine_tangents(
@@ -209,6 +316,13 @@ def factors(*tensors: Tensor | None) -> tuple[Any, ...]:
 def dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
     """Return the dtype of each tensor."""
     return tuple(None if t is None else t.dtype for t in tensors)
+
+
+def rounded(dtype: torch.dtype, y: Tensor, h_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the states and the last of them in ``dtype``: of one step they are the same."""
+    one = h_n is y
+    y = y.to(dtype)
+    return y, y.detach() if one else h_n.to(dtype)
 
 
 def cast(tensors: Iterable[Tensor | None], to: Iterable[torch.dtype | None]) -> tuple[Any, ...]:

@@ -36,10 +36,10 @@ Sources:
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.utils.rnn import PackedSequence
@@ -48,19 +48,28 @@ from torchbp.ops._autocast import autocasts
 from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import in_one_loop
+from torchbp.ops.recurrent._half_products import Parts, halved, parts, product, suit
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
     advance,
+    affine,
     affine_gradients,
     affine_tangents,
+    arrived,
     before,
     cast,
     conjugate,
     dtypes,
     factors,
     first,
+    in_halves,
     join,
+    looped,
+    rounded,
+    sound,
+    start,
     through_sigmoid,
     through_tanh,
     walk,
@@ -99,10 +108,10 @@ class GRUFunction(Function):
         sizes: Sizes,
         reverse: bool,
     ) -> tuple[Tensor, ...]:  # y (R, H), h_n (N, H), (r, z, n) (R, 3H), q (R, H)
-        tensors = wide(x, h0, w_ih, w_hh, b_ih, b_hh)
+        tensors = (x, h0, w_ih, w_hh, b_ih, b_hh)
         y, h_n, gates, q = _states(*tensors, sizes=sizes, reverse=reverse)
         dtype = torch.promote_types(x.dtype, h0.dtype)  # under autocast the state keeps its own
-        return y.to(dtype), h_n.to(dtype), gates, q
+        return *rounded(dtype, y, h_n), gates, q
 
     @staticmethod
     def setup_context(
@@ -137,41 +146,14 @@ class GRUFunction(Function):
         grad_gates: Tensor | None,
         grad_q: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        sizes, reverse = ctx.sizes, ctx.reverse
-        need_x, need_h0, *need_weights = ctx.needs_input_grad[:6]
+        grads = (grad_y, grad_h_n, grad_gates, grad_q)
         with without_autocast(ctx.device):
-            *given, y, gates, q = _saved(ctx)
-            (x, h0, w_ih, w_hh), (y, gates, q) = factors(*given), conjugate(y, gates, q)
-            grad_y, carried = wide(grad_y, grad_h_n)
-            if carried is None:
-                carried = torch.zeros_like(h0)
-            h = before(h0, y, sizes, reverse)
-            k, k_n = _slopes(h, gates, q)
-            e, e_n = _second_order(grad_gates, grad_q, gates, q)
-            z = gates.chunk(3, 1)[1]
-            back = not reverse
-            write = writable(k, carried, grad_y, e)
-            steps, states = [], []
-            for k_t, z_t, grad, e_t in zip(
-                *(walk(rows, sizes, back) for rows in (k, z, grad_y, e)), strict=True
-            ):
-                g = first(carried, k_t.shape[0])
-                g = g if grad is None else g + grad
-                d = k_t.mul_(g.unsqueeze(1)) if write else k_t * g.unsqueeze(1)
-                d = d.reshape(d.shape[0], 3 * d.shape[2])
-                if e_t is not None:
-                    d = d + e_t
-                steps.append(d)
-                states.append(g)
-                if w_hh is not None:
-                    carried = advance(carried, torch.addcmul(d @ w_hh, g, z_t))  # (2)
-            wrote_all = write and e is None
-            d_h = k.reshape(k.shape[0], 3 * k.shape[2]) if wrote_all else join(steps, back)
-            d_n = join(states, back) * k_n
-            d_n = d_n if e_n is None else d_n + e_n
-            d_x = torch.cat((d_h[:, : -d_n.shape[1]], d_n), 1)
-            grad_x, *grads = affine_gradients((need_x, *need_weights), d_x, d_h, x, h, w_ih)  # (3)
-            return *cast((grad_x, carried if need_h0 else None, *grads), ctx.dtypes), None, None
+            found = None
+            if ctx.half and in_halves(ctx.saved_tensors[:4], *grads):
+                found = _gradients(ctx, *grads, halves=True)
+            if found is None:
+                found = _gradients(ctx, *grads, halves=False)
+            return *cast(found, ctx.dtypes), None, None
 
     @staticmethod
     def jvp(
@@ -200,6 +182,109 @@ class GRUFunction(Function):
         return cast(found, (ctx.state_dtype, ctx.state_dtype, gates.dtype, q.dtype))
 
 
+def _gradients(
+    ctx: Context, grad_y: Tensor | None, *gradients: Tensor | None, halves: bool
+) -> tuple[Tensor | None, ...] | None:
+    """Return the gradients of what came in, by products of ``halves`` where that is said and all is finite."""
+    sizes, reverse, back = ctx.sizes, ctx.reverse, not ctx.reverse
+    need_x, need_h0, *need_weights = ctx.needs_input_grad[:6]
+    x, h0, w_ih, w_hh, y, gates, q = _saved(ctx, halves)
+    w_ih, w_hh = factors(w_ih, w_hh)
+    y, gates, q = conjugate(y, gates, q)
+    grad_y, carried, grad_gates, grad_q = wide(grad_y, *gradients)
+    one = halves and len(sizes) == 1  # its states are in halves, too
+    carried = start(carried, grad_y, q, sizes)
+    h = before(h0, y, sizes, reverse)
+    states = (*conjugate(*wide(h)), gates, q)
+    e = _second_order(grad_gates, grad_q, gates, q)  # (4)
+    w, found = w_hh if one else wide(w_hh)[0], None
+    if e is None and looped(q.shape[1], sizes, gates, grad_y, carried):
+        found = _walk_in_loops(grad_y, carried, states, w, sizes, back, one)
+    d_h, d_x, carried = found or _walk(grad_y, carried, states, e, w, sizes, back, one)
+    if halves and not one:
+        d_x = parts(*d_x)
+    grad_x, *grads = affine_gradients((need_x, *need_weights), d_x, d_h, x, h, w_ih)  # (3)
+    found = (grad_x, carried if need_h0 else None, *grads)
+    return found if not halves or sound(found) else None
+
+
+def _walk(
+    grad_y: Tensor | None,
+    carried: Tensor | None,
+    states: Sequence[Tensor],
+    e: tuple[Tensor, Tensor] | None,
+    w_hh: Tensor | None,
+    sizes: Sizes,
+    back: bool,
+    halves: bool,
+) -> tuple[Parts, Parts, Any]:
+    """Walk back: return the d of all steps, the same with what comes by x, and what arrives at h_0."""
+    h, gates, q = states
+    k, k_n = _slopes(h, gates, q)
+    e_h, e_n = e or (None, None)
+    write = writable(k, carried, grad_y, e_h)
+    steps, of_states = [], []
+    for k_t, z_t, grad, e_t in zip(
+        *(walk(rows, sizes, back) for rows in (k, gates.chunk(3, 1)[1], grad_y, e_h)), strict=True
+    ):
+        g = arrived(carried, grad, k_t.shape[0])
+        d = k_t.mul_(g.unsqueeze(1)) if write else k_t * g.unsqueeze(1)
+        d = d.reshape(d.shape[0], 3 * d.shape[2])
+        d = d if e_t is None else d + e_t
+        steps.append(d)
+        of_states.append(g)
+        if w_hh is not None:
+            of_h = product(parts(d) if halves else (d,), w_hh)
+            carried = advance(carried, torch.addcmul(of_h, g, z_t))  # (2)
+    d_h = k.reshape(k.shape[0], 3 * k.shape[2]) if write and e is None else join(steps, back)
+    d_n = join(of_states, back) * k_n
+    d_n = d_n if e_n is None else d_n + e_n
+    d_x = torch.cat((d_h[:, : -d_n.shape[1]], d_n), 1)
+    return (parts(d_h), parts(d_x), carried) if halves else ((d_h,), (d_x,), carried)
+
+
+def _walk_in_loops(
+    grad_y: Tensor | None,
+    carried: Tensor | None,
+    states: Sequence[Tensor],
+    w_hh: Tensor | None,
+    sizes: Sizes,
+    back: bool,
+    halves: bool,
+) -> tuple[Parts, Parts, Any] | None:
+    """Walk back with all of a step but its product in one loop; ``None`` where that has not been compiled."""
+    h, gates, q = states
+    formula = partial(halved, _step_back) if halves else _step_back
+    kept_as = (torch.bfloat16,) * 2 if halves else (gates.dtype,)
+    d_x, d_h = (tuple(torch.empty_like(gates, dtype=t) for t in kept_as) for _ in range(2))
+    for h_t, gates_t, q_t, grad, *d_t in zip(
+        *(walk(of_all, sizes, back) for of_all in (h, gates, q, grad_y, *d_x, *d_h)), strict=True
+    ):
+        of_x, of_h = d_t[: len(d_x)], tuple(d_t[len(d_x) :])
+        into = [
+            part
+            for whole_x, whole_h in zip(of_x, of_h, strict=True)
+            for part in (*whole_x.chunk(3, 1), *whole_h.chunk(3, 1))
+        ]
+        g = arrived(carried, grad, q_t.shape[0])
+        gates_of = gates_t.chunk(3, 1)
+        made = in_one_loop(formula, g, h_t, *gates_of, q_t, outputs=(*into, None))
+        if made is None:
+            return None
+        if w_hh is not None:
+            carried = advance(carried, product(of_h, w_hh, made[-1]))  # (2)
+    return d_h, d_x, carried
+
+
+def _step_back(
+    v: Tensor, h: Tensor, r: Tensor, z: Tensor, n: Tensor, q: Tensor
+) -> tuple[Tensor, ...]:
+    """Return of a step (d^r, d^z, d^n) and (d^r, d^z, d^q), and what of g goes on to the step before."""
+    d_n = v * ((1 - z) * (1 - n * n))  # (1)
+    d_r, d_z, d_q = d_n * q * (r * (1 - r)), v * ((h - n) * (z * (1 - z))), d_n * r
+    return d_r, d_z, d_n, d_r, d_z, d_q, v * z  # (2)
+
+
 def _states(
     x: Tensor,
     h0: Tensor,
@@ -212,22 +297,53 @@ def _states(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, h_n, the gates (r, z, n) side by side, and q, of every step."""
-    a_x = F.linear(x, w_ih, b_ih)
-    hidden, write = h0.shape[1], writable(a_x, h0)
-    h, states, gates, linear = h0, [], [], []
-    for a in walk(a_x, sizes, reverse):
+    a_x = affine(x, w_ih, b_ih)
+    hidden, write, (b_hh,) = h0.shape[1], writable(a_x), wide(b_hh)
+    of_one = len(sizes) == 1 and suit(h0.shape[0], w_hh, h0)
+    h, w = (h0, w_hh) if of_one else wide(h0, w_hh)
+    kept = torch.empty_like(a_x) if looped(hidden, sizes, a_x) else a_x
+    states, gates, linear = [], [], []
+    for a, kept_t in zip(*(walk(rows, sizes, reverse) for rows in (a_x, kept)), strict=True):
         held = first(h, a.shape[0])
-        a_rz, a_n = a.split((2 * hidden, hidden), 1)
-        h_rz, q = F.linear(held, w_hh, b_hh).split((2 * hidden, hidden), 1)
-        rz = a_rz.add_(h_rz).sigmoid_() if write else torch.sigmoid(a_rz + h_rz)
-        r, z = rz.chunk(2, 1)
-        n = a_n.addcmul_(r, q).tanh_() if write else torch.tanh(a_n + r * q)
-        states.append(torch.addcmul(n, z, held - n))
-        gates.append(a if write else torch.cat((rz, n), 1))
+        a_h = affine(held, w, b_hh)
+        state, gates_t, q = _step(a, a_h, held, kept_t if write else None)
+        states.append(state)
+        gates.append(gates_t)
         linear.append(q)
-        h = advance(h, states[-1])
-    kept = a_x if write else join(gates, reverse)
-    return join(states, reverse), h, kept, join(linear, reverse)
+        h = advance(h, state)
+    return join(states, reverse), h, kept if write else join(gates, reverse), join(linear, reverse)
+
+
+def _step(a: Tensor, a_h: Tensor, h: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the state, the gates, which are written to ``kept`` where that is given, and q."""
+    if kept is not None and kept is not a:
+        into = kept.chunk(3, 1)
+        made = in_one_loop(
+            _formula, *a.chunk(3, 1), *a_h.chunk(3, 1), h, outputs=(*into, None, None)
+        )
+        if made is not None:
+            return made[4], kept, made[3]
+    hidden = h.shape[1]
+    (h,) = wide(h)
+    a_rz, a_n = a.split((2 * hidden, hidden), 1)
+    h_rz, q = a_h.split((2 * hidden, hidden), 1)
+    rz = torch.sigmoid(a_rz + h_rz) if kept is None else a_rz.add_(h_rz).sigmoid_()
+    r, z = rz.chunk(2, 1)
+    if kept is None:
+        n = torch.tanh(a_n + r * q)
+        gates = torch.cat((rz, n), 1)
+    else:
+        n = a_n.addcmul_(r, q).tanh_()
+        gates = a if kept is a else kept.copy_(a)
+    return torch.addcmul(n, z, h - n), gates, q.contiguous()  # a part would keep the whole
+
+
+def _formula(
+    x_r: Tensor, x_z: Tensor, x_n: Tensor, h_r: Tensor, h_z: Tensor, q: Tensor, h: Tensor
+) -> tuple[Tensor, ...]:
+    r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+    n = torch.tanh(x_n + r * q)
+    return r, z, n, q, n + z * (h - n)
 
 
 def _slopes(h: Tensor, gates: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,10 +357,10 @@ def _slopes(h: Tensor, gates: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _second_order(
     grad_gates: Tensor | None, grad_q: Tensor | None, gates: Tensor, q: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor] | None:
     """Return (e^r, e^z, e^q), (R, 3H), and e^n, (R, H): nothing, but under double backward."""
     if grad_gates is None and grad_q is None:
-        return None, None
+        return None
     r, z, n = gates.chunk(3, 1)
     grad_q = torch.zeros_like(q) if grad_q is None else grad_q
     grad_gates = torch.zeros_like(gates) if grad_gates is None else grad_gates
@@ -254,11 +370,14 @@ def _second_order(
     return torch.cat((e_r, through_sigmoid(grad_z, z), grad_q + e_n * r), 1), e_n  # (4)
 
 
-def _saved(ctx: Context) -> tuple[Any, ...]:
-    """Return x, h_0, the weights, y, the gates and q: what half precision did not keep, made again."""
+def _saved(ctx: Context, halves: bool = False) -> tuple[Any, ...]:
+    """Return x, h_0, the weights, y, the gates and q: what half precision did not keep, made again.
+
+    The others are then in float32, but where products are of ``halves``.
+    """
     *tensors, y, gates, q = ctx.saved_tensors
     if ctx.half:
-        tensors = wide(*tensors)
+        tensors = tensors if halves else wide(*tensors)
         y, _, gates, q = _states(*tensors, sizes=ctx.sizes, reverse=ctx.reverse)
     return *tensors[:4], y, gates, q
 

@@ -40,7 +40,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.utils.rnn import PackedSequence
@@ -50,20 +49,30 @@ from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import in_one_loop
+from torchbp.ops.recurrent._half_products import Parts, halved, parts, product
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
     add,
     advance,
+    affine,
     affine_gradients,
     affine_tangents,
+    arrived,
     before,
     cast,
     conjugate,
     dtypes,
     factors,
     first,
+    in_halves,
     join,
+    looped,
+    rounded,
+    sound,
+    start,
+    starting,
     through_sigmoid,
     through_tanh,
     walk,
@@ -104,11 +113,12 @@ class LSTMFunction(Function):
         sizes: Sizes,
         reverse: bool,
     ) -> tuple[Tensor, ...]:  # y (R, H or P), h_n (N, H or P), c_n (N, H), c (R, H), gates (R, 4H)
-        tensors = wide(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+        tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
         y, h_n, c_n, c, gates = _states(*tensors, sizes=sizes, reverse=reverse)
         dtype = torch.promote_types(x.dtype, c0.dtype)  # under autocast the state c keeps its own
         y_dtype = dtype if w_hr is None else x.dtype
-        return y.to(y_dtype), h_n.to(y_dtype), c_n.to(dtype), c, gates
+        c_n = c_n.detach() if c_n is c and c.dtype == dtype else c_n.to(dtype)
+        return *rounded(y_dtype, y, h_n), c_n, c, gates
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -143,54 +153,16 @@ class LSTMFunction(Function):
         grad_c: Tensor | None,
         grad_gates: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        sizes, reverse = ctx.sizes, ctx.reverse
-        need_x, need_h0, need_c0, *need_weights, need_w_hr = ctx.needs_input_grad[:8]
+        grads = (grad_y, grad_h_n, grad_c_n, grad_c, grad_gates)
         with without_autocast(ctx.device):
-            x, h0, c0, w_ih, w_hh, w_hr, *made = _saved(ctx)
-            x, h0, w_ih, w_hh, w_hr = factors(x, h0, w_ih, w_hh, w_hr)
-            c0, y, c, gates = conjugate(c0, *made)
-            grad_y, g_h, g_c = wide(grad_y, grad_h_n, grad_c_n)
-            n, size = c0.shape
-            g_c = c0.new_zeros(n, size) if g_c is None else g_c
-            if g_h is None:
-                g_h = c0.new_zeros(n, size if w_hr is None else w_hr.shape[0])
-            tanh_c = torch.tanh(c)
-            c_before = before(c0, c, sizes, reverse)
-            k_c, k, k_ifg, k_o = _slopes(c_before, tanh_c, gates)
-            e = None if grad_gates is None else _through_gates(grad_gates, gates)  # (5)
-            _, f, _, o = gates.chunk(4, 1)
-            back = not reverse
-            write = writable(k, g_h, g_c, grad_y, grad_c, e)
-            parts = (k, k_ifg, k_o, k_c, f, grad_y, grad_c, e)
-            steps, hidden = [], []
-            for k_t, ifg_t, o_t, c_t, f_t, grad, grad_c_t, e_t in zip(
-                *(walk(rows, sizes, back) for rows in parts), strict=True
-            ):
-                n = k_t.shape[0]
-                of_h = first(g_h, n)
-                of_h = of_h if grad is None else of_h + grad
-                of_m = of_h if w_hr is None else of_h @ w_hr
-                of_c = torch.addcmul(first(g_c, n), of_m, c_t)
-                of_c = of_c if grad_c_t is None else of_c + grad_c_t
-                if write:  # into k, of which these are views
-                    ifg_t.mul_(of_c.unsqueeze(1))
-                    o_t.mul_(of_m)
-                    d = k_t
-                else:
-                    of_ifg = (ifg_t * of_c.unsqueeze(1)).reshape(n, 3 * size)
-                    d = torch.cat((of_ifg, o_t * of_m), 1)
-                d = d if e_t is None else d + e_t
-                steps.append(d)
-                hidden.append(of_h)
-                g_c = advance(g_c, of_c * f_t)
-                if w_hh is not None:
-                    g_h = advance(g_h, d @ w_hh)  # (2)
-            d = k if write and e is None else join(steps, back)
-            h = before(h0, y, sizes, reverse) if need_weights[1] else None
-            grad_x, *grads = affine_gradients((need_x, *need_weights), d, d, x, h, w_ih)  # (3)
-            grad_w_hr = join(hidden, back).mT @ (o * tanh_c) if need_w_hr else None  # (4)
-            states = (g_h if need_h0 else None, g_c if need_c0 else None)
-            return *cast((grad_x, *states, *grads, grad_w_hr), ctx.dtypes), None, None
+            found = None
+            if ctx.half:
+                x, h0, _, w_ih, w_hh, *_, w_hr, _, _, _ = ctx.saved_tensors
+                if w_hr is None and in_halves((x, h0, w_ih, w_hh), *grads):
+                    found = _gradients(ctx, *grads, halves=True)
+            if found is None:
+                found = _gradients(ctx, *grads, halves=False)
+            return *cast(found, ctx.dtypes), None, None
 
     @staticmethod
     def jvp(
@@ -235,6 +207,137 @@ class LSTMFunction(Function):
         return cast(found, ctx.output_dtypes)
 
 
+def _gradients(
+    ctx: Context, grad_y: Tensor | None, *gradients: Tensor | None, halves: bool
+) -> tuple[Tensor | None, ...] | None:
+    """Return the gradients of what came in, by products of ``halves`` where that is said and all is finite."""
+    sizes, reverse, back = ctx.sizes, ctx.reverse, not ctx.reverse
+    need_x, need_h0, need_c0, *need_weights, need_w_hr = ctx.needs_input_grad[:8]
+    x, h0, c0, w_ih, w_hh, w_hr, *made = _saved(ctx, halves)
+    w_ih, w_hh, w_hr = factors(w_ih, w_hh, w_hr)
+    c0, y, c, gates = conjugate(*wide(c0), *made)
+    grad_y, g_h, g_c, grad_c, grad_gates = wide(grad_y, *gradients)
+    one = halves and len(sizes) == 1  # its states are in halves, too
+    g_h = start(g_h, grad_y, c0 if w_hr is None else w_hr.mT, sizes)
+    g_c = start(g_c, c, c0, sizes)  # each step's m brings some
+    states = (before(c0, c, sizes, reverse), c, gates)
+    e = None if grad_gates is None else _through_gates(grad_gates, gates)  # (5)
+    given = (grad_y, g_h, g_c, grad_c, e)
+    weights, found = (w_hh if one else wide(w_hh)[0], w_hr), None
+    if e is None and looped(c0.shape[1], sizes, gates, *given):
+        found = _walk_in_loops(given, states, weights, sizes, back, one)
+    d_h, hidden, g_h, g_c = found or _walk(given, states, weights, sizes, back, one)
+    d_x = parts(d_h[0]) if halves and not one else d_h
+    h = before(h0, y, sizes, reverse) if need_weights[1] else None
+    grad_x, *grads = affine_gradients((need_x, *need_weights), d_x, d_h, x, h, w_ih)  # (3)
+    grad_w_hr = None
+    if need_w_hr:
+        grad_w_hr = join(hidden, back).mT @ (gates.chunk(4, 1)[3] * torch.tanh(c))  # (4)
+    found = (grad_x, g_h if need_h0 else None, *grads, grad_w_hr)
+    if halves and not sound(found):
+        return None
+    return *found[:2], g_c if need_c0 else None, *found[2:]
+
+
+def _walk(
+    given: Sequence[Tensor | None],
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    sizes: Sizes,
+    back: bool,
+    halves: bool,
+) -> tuple[Parts, list[Tensor], Any, Any]:
+    """Walk back: return the d of all steps, the g^h of each, and what arrives at h_0 and c_0."""
+    (grad_y, g_h, g_c, grad_c, e), (w_hh, w_hr) = given, weights
+    c_before, c, gates = states
+    k_c, k, k_ifg, k_o = _slopes(c_before, torch.tanh(c), gates)
+    write, size = writable(k, *given), c.shape[1]
+    steps, hidden = [], []
+    rows = (k, k_ifg, k_o, k_c, gates.chunk(4, 1)[1], grad_y, grad_c, e)
+    for k_t, ifg_t, o_t, c_t, f_t, grad, grad_c_t, e_t in zip(
+        *(walk(of_all, sizes, back) for of_all in rows), strict=True
+    ):
+        n = k_t.shape[0]
+        of_h = arrived(g_h, grad, n)
+        of_m = of_h if w_hr is None else of_h @ w_hr
+        of_c = add(arrived(g_c, None, n), grad_c_t)
+        of_c = of_m * c_t if of_c is None else torch.addcmul(of_c, of_m, c_t)
+        if write:  # into k, of which these are views
+            ifg_t.mul_(of_c.unsqueeze(1))
+            o_t.mul_(of_m)
+            d = k_t
+        else:
+            of_ifg = (ifg_t * of_c.unsqueeze(1)).reshape(n, 3 * size)
+            d = torch.cat((of_ifg, o_t * of_m), 1)
+        d = d if e_t is None else d + e_t
+        d = parts(d) if halves else (d,)
+        steps.append(d)
+        hidden.append(of_h)
+        g_c = advance(g_c, of_c * f_t)
+        if w_hh is not None:
+            g_h = advance(g_h, product(d, w_hh))  # (2)
+    if write and e is None and not halves:
+        return (k,), hidden, g_h, g_c
+    return tuple(join([*some], back) for some in zip(*steps, strict=True)), hidden, g_h, g_c
+
+
+def _walk_in_loops(
+    given: Sequence[Tensor | None],
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    sizes: Sizes,
+    back: bool,
+    halves: bool,
+) -> tuple[Parts, list[Tensor], Any, Any] | None:
+    """Walk back with all of a step but its products in one loop; ``None`` where that has not been compiled."""
+    (grad_y, g_h, g_c, grad_c, _), (w_hh, w_hr) = given, weights
+    c_before, c, gates = states
+    formula = partial(halved, _step_back) if halves else _step_back
+    kept_as = (torch.bfloat16,) * 2 if halves else (gates.dtype,)
+    d = tuple(torch.empty_like(gates, dtype=dtype) for dtype in kept_as)
+    hidden, nothing = [], c.new_zeros(())
+    for gates_t, before_t, c_t, grad, grad_c_t, *d_t in zip(
+        *(walk(of_all, sizes, back) for of_all in (gates, c_before, c, grad_y, grad_c, *d)),
+        strict=True,
+    ):
+        n = c_t.shape[0]
+        of_h = arrived(g_h, grad, n)
+        of_m = of_h if w_hr is None else of_h @ w_hr
+        of_c = add(arrived(g_c, None, n), grad_c_t)
+        made = in_one_loop(
+            formula,
+            of_m,
+            nothing if of_c is None else of_c,
+            *gates_t.chunk(4, 1),
+            *(before_t, c_t),
+            outputs=(*(part for whole in d_t for part in whole.chunk(4, 1)), None),
+        )
+        if made is None:
+            return None
+        hidden.append(of_h)
+        g_c = advance(g_c, made[-1])
+        if w_hh is not None:
+            g_h = advance(g_h, product(tuple(d_t), w_hh))  # (2)
+    return d, hidden, g_h, g_c
+
+
+def _step_back(
+    v: Tensor,
+    v_c: Tensor,
+    i: Tensor,
+    f: Tensor,
+    g: Tensor,
+    o: Tensor,
+    c_before: Tensor,
+    c: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the four parts of d_t, and what of g^c goes on to the step before, from g^m and what came of c."""
+    t = torch.tanh(c)
+    of_c = v_c + v * (o * (1 - t * t))
+    k_i, k_f, k_g = g * (i * (1 - i)), c_before * (f * (1 - f)), i * (1 - g * g)  # (1)
+    return of_c * k_i, of_c * k_f, of_c * k_g, v * (t * (o * (1 - o))), of_c * f  # (2)
+
+
 def _states(
     x: Tensor,
     h0: Tensor,
@@ -249,29 +352,48 @@ def _states(
     reverse: bool,
 ) -> tuple[Tensor, ...]:
     """Return y, h_n, c_n, the states c and the gates (i, f, g, o) side by side, of every step."""
-    a = F.linear(x, w_ih, add(b_ih, b_hh))
-    size, write = c0.shape[1], writable(a, h0, c0)
-    widths = (2 * size, size, size)
-    a_parts = a.split(widths, 1)
-    h, c, w, outputs, states, gates = h0, c0, w_hh.mT, [], [], []
-    for a_t, if_t, g_t, o_t in zip(
-        *(walk(rows, sizes, reverse) for rows in (a, *a_parts)), strict=True
-    ):
+    a = affine(x, w_ih, add(*wide(b_ih, b_hh)))
+    c, w_hr = wide(c0, w_hr)
+    (h, w), write = starting(h0, w_hh, sizes), writable(a, c)
+    kept = torch.empty_like(a) if looped(c.shape[1], sizes, a, c) else a
+    outputs, states, gates = [], [], []
+    for a_t, kept_t in zip(*(walk(rows, sizes, reverse) for rows in (a, kept)), strict=True):
         n = a_t.shape[0]
-        if write:  # into a, whose parts are i and f, g, o
-            a_t.addmm_(first(h, n), w)
-            i_f, g, o = if_t.sigmoid_(), g_t.tanh_(), o_t.sigmoid_()
-        else:
-            a_if, a_g, a_o = (a_t + first(h, n) @ w).split(widths, 1)
-            i_f, g, o = torch.sigmoid(a_if), torch.tanh(a_g), torch.sigmoid(a_o)
-            gates.append(torch.cat((i_f, g, o), 1))
-        i, f = i_f.chunk(2, 1)
-        states.append(torch.addcmul(f * first(c, n), i, g))
-        m = o * torch.tanh(states[-1])
+        held = first(h, n)
+        total = product((held,), w, a_t) if write else a_t + held @ w
+        gates_t, state, m = _step(total, first(c, n), kept_t if write else None)
+        gates.append(gates_t)
+        states.append(state)
         outputs.append(m if w_hr is None else m @ w_hr.mT)
-        h, c = advance(h, outputs[-1]), advance(c, states[-1])
-    kept = a if write else join(gates, reverse)
+        h, c = advance(h, outputs[-1]), advance(c, state)
+    kept = kept if write else join(gates, reverse)
     return join(outputs, reverse), h, c, join(states, reverse), kept
+
+
+def _step(a: Tensor, c: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gates, which are written to ``kept`` where that is given, the state, and m."""
+    if kept is not None and kept is not a:
+        to = kept.chunk(4, 1)
+        made = in_one_loop(_formula, *a.chunk(4, 1), c, outputs=(*to, None, None))
+        if made is not None:
+            return kept, *made[4:]
+    size = c.shape[1]
+    a_if, a_g, a_o = a.split((2 * size, size, size), 1)
+    if kept is None:
+        i_f, g, o = torch.sigmoid(a_if), torch.tanh(a_g), torch.sigmoid(a_o)
+        gates = torch.cat((i_f, g, o), 1)
+    else:  # into a, whose parts are i and f, g, o
+        i_f, g, o = a_if.sigmoid_(), a_g.tanh_(), a_o.sigmoid_()
+        gates = a if kept is a else kept.copy_(a)
+    i, f = i_f.chunk(2, 1)
+    state = torch.addcmul(f * c, i, g)
+    return gates, state, o * torch.tanh(state)
+
+
+def _formula(i: Tensor, f: Tensor, g: Tensor, o: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+    state = f * c + i * g
+    return i, f, g, o, state, o * torch.tanh(state)
 
 
 def _slopes(
@@ -308,11 +430,14 @@ def _through_gates(v: Tensor, gates: Tensor) -> Tensor:
     return torch.cat(found, 1)
 
 
-def _saved(ctx: Context) -> tuple[Any, ...]:
-    """Return x, h_0, c_0, the weights, y, c and the gates: what half precision did not keep, made again."""
+def _saved(ctx: Context, halves: bool = False) -> tuple[Any, ...]:
+    """Return x, h_0, c_0, the weights, y, c and the gates: what half precision did not keep, made again.
+
+    The others are then in float32, but where products are of ``halves``.
+    """
     *tensors, y, c, gates = ctx.saved_tensors
     if ctx.half:
-        tensors = wide(*tensors)
+        tensors = tensors if halves else wide(*tensors)
         y, _, _, c, gates = _states(*tensors, sizes=ctx.sizes, reverse=ctx.reverse)
     x, h0, c0, w_ih, w_hh, _, _, w_hr = tensors
     return x, h0, c0, w_ih, w_hh, w_hr, y, c, gates

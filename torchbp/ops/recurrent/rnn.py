@@ -31,7 +31,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.utils.rnn import PackedSequence
@@ -40,22 +39,31 @@ from torchbp.ops._autocast import autocasts
 from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.recurrent._half_products import parts, product
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
     add,
     advance,
+    affine,
     affine_gradients,
     affine_tangents,
+    arrived,
     before,
     cast,
     conjugate,
     dtypes,
     factors,
     first,
+    in_halves,
     join,
+    rounded,
+    sound,
+    start,
+    starting,
     through_tanh,
     walk,
+    whole,
     wide,
     without_autocast,
     writable,
@@ -94,9 +102,8 @@ class RNNFunction(Function):
         sizes: Sizes,
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:  # y (R, H), h_n (N, H)
-        tensors = wide(x, h0, w_ih, w_hh, b_ih, b_hh)
-        y, h_n = _states(*tensors, relu=relu, sizes=sizes, reverse=reverse)
-        return (y.to(x.dtype), h_n.to(x.dtype)) if is_half(x) else (y, h_n)
+        y, h_n = _states(x, h0, w_ih, w_hh, b_ih, b_hh, relu=relu, sizes=sizes, reverse=reverse)
+        return rounded(x.dtype, y, h_n)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -122,31 +129,13 @@ class RNNFunction(Function):
     def backward(
         ctx: Context, grad_y: Tensor | None, grad_h_n: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        sizes, reverse = ctx.sizes, ctx.reverse
-        need_x, need_h0, *need_weights = ctx.needs_input_grad[:6]
         with without_autocast(ctx.device):
-            *given, y = _saved(ctx)
-            (x, h0, w_ih, w_hh), (y,) = factors(*given), conjugate(y)
-            grad_y, grad_h_n = wide(grad_y, grad_h_n)
-            slope = _through(torch.ones_like(y), y, ctx.relu)  # (1)
-            carried = y.new_zeros(sizes[0], y.shape[1]) if grad_h_n is None else grad_h_n
-            write, back, steps = writable(slope, carried, grad_y), not reverse, []
-            for s, grad in zip(walk(slope, sizes, back), walk(grad_y, sizes, back), strict=True):
-                g = first(carried, s.shape[0])
-                g = g if grad is None else g + grad
-                d = s.mul_(g) if write else s * g
-                steps.append(d)
-                if w_hh is not None:
-                    carried = advance(carried, d @ w_hh)  # (2)
-            d = slope if write else join(steps, back)
-            h = before(h0, y, sizes, reverse) if need_weights[1] else None
-            grad_x, *grads = affine_gradients((need_x, *need_weights), d, d, x, h, w_ih)  # (3)
-            return (
-                *cast((grad_x, carried if need_h0 else None, *grads), ctx.dtypes),
-                None,
-                None,
-                None,
-            )
+            found = None
+            if ctx.half and in_halves(ctx.saved_tensors[:4], grad_y, grad_h_n):
+                found = _gradients(ctx, grad_y, grad_h_n, halves=True)
+            if found is None:
+                found = _gradients(ctx, grad_y, grad_h_n, halves=False)
+            return *cast(found, ctx.dtypes), None, None, None
 
     @staticmethod
     def jvp(
@@ -166,6 +155,31 @@ class RNNFunction(Function):
         return cast((join(steps, reverse), carried), ctx.dtypes[:1] * 2)
 
 
+def _gradients(
+    ctx: Context, grad_y: Tensor | None, grad_h_n: Tensor | None, *, halves: bool
+) -> tuple[Tensor | None, ...] | None:
+    """Return the gradients of what came in, by products of ``halves`` where that is said and all is finite."""
+    sizes, relu, back = ctx.sizes, ctx.relu, not ctx.reverse
+    need_x, need_h0, *need_weights = ctx.needs_input_grad[:6]
+    x, h0, w_ih, w_hh, y = _saved(ctx, halves)
+    (w_ih, w_hh), (y,) = factors(w_ih, w_hh), conjugate(y)
+    one = halves and len(sizes) == 1  # its states are in halves, too
+    grad_y, grad_h_n = wide(grad_y, grad_h_n)
+    carried, steps = start(grad_h_n, grad_y, y, sizes), []
+    w, split = w_hh if one else wide(w_hh)[0], parts if one else whole
+    for h, grad in zip(walk(y, sizes, back), walk(grad_y, sizes, back), strict=True):
+        d = split(_through(arrived(carried, grad, h.shape[0]), h, relu))  # (1)
+        steps.append(d)
+        if w is not None:
+            carried = advance(carried, product(d, w))  # (2)
+    d_h = tuple(join([*some], back) for some in zip(*steps, strict=True))
+    d_x = parts(d_h[0]) if halves and not one else d_h
+    h = before(h0, y, sizes, ctx.reverse) if need_weights[1] else None
+    grad_x, *grads = affine_gradients((need_x, *need_weights), d_x, d_h, x, h, w_ih)  # (3)
+    found = (grad_x, carried if need_h0 else None, *grads)
+    return found if not halves or sound(found) else None
+
+
 def _states(
     x: Tensor,
     h0: Tensor,
@@ -179,12 +193,14 @@ def _states(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the states after every step, and those that each sequence ends with."""
-    a = F.linear(x, w_ih, add(b_ih, b_hh))
-    write, act = writable(a, h0), torch.relu if relu else torch.tanh
-    h, w, steps = h0, w_hh.mT, []
+    a = affine(x, w_ih, add(*wide(b_ih, b_hh)))
+    write, act = writable(a), torch.relu if relu else torch.tanh
+    if write and len(sizes) == 1:  # else h_n, an output, would be a part of a
+        act = torch.relu_ if relu else torch.tanh_
+    (h, w), steps = starting(h0, w_hh, sizes), []
     for a_t in walk(a, sizes, reverse):
         held = first(h, a_t.shape[0])
-        steps.append(act(a_t.addmm_(held, w) if write else a_t + held @ w))
+        steps.append(act(product((held,), w, a_t) if write else a_t + held @ w))
         h = advance(h, steps[-1])
     return join(steps, reverse), h
 
@@ -198,11 +214,11 @@ def _through(v: Tensor, h: Tensor, relu: bool) -> Tensor:
     return v.masked_fill(h <= 0, 0)
 
 
-def _saved(ctx: Context) -> tuple[Tensor, ...]:
-    """Return x, h_0, the weights and y: where half precision kept no y, made again."""
+def _saved(ctx: Context, halves: bool = False) -> tuple[Tensor, ...]:
+    """Return x, h_0, the weights and y: where half precision kept no y, made again; the others then in float32."""
     *tensors, y = ctx.saved_tensors
     if ctx.half:
-        tensors = wide(*tensors)
+        tensors = tensors if halves else wide(*tensors)
         y, _ = _states(*tensors, relu=ctx.relu, sizes=ctx.sizes, reverse=ctx.reverse)
     return *tensors[:4], y
 
