@@ -17,7 +17,17 @@ from torchbp.ops._function import fused
 from torchbp.ops._pieces import pieces
 from torchbp.ops.kernels import in_memory, in_one_loop
 
-__all__ = ["Parts", "finite", "halved", "high_and_low", "ones_times", "parts", "product", "suit"]
+__all__ = [
+    "Parts",
+    "empty_parts",
+    "finite",
+    "halved",
+    "high_and_low",
+    "ones_times",
+    "parts",
+    "product",
+    "suit",
+]
 
 Parts = tuple[Tensor, ...]  # what sums up to a matrix: itself, or its high and its low half
 _MANY = 1 << 22  # products of two numbers, from which the calls and the halves gain
@@ -72,6 +82,12 @@ def high_and_low(d: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``d`` rounded to bfloat16, and the rest."""
     high = d.bfloat16()
     return high, d - high
+
+
+def empty_parts(like: Tensor, halves: bool) -> Parts:
+    """Return what a loop writes a float32 matrix into, or its halves."""
+    dtypes = (torch.bfloat16,) * 2 if halves else (like.dtype,)
+    return tuple(torch.empty_like(like, dtype=dtype) for dtype in dtypes)
 
 
 def halved(formula: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._function import fused, is_half, kernel, visible_in_backward
@@ -42,9 +43,11 @@ __all__ = [
     "dtypes",
     "factors",
     "first",
+    "half_of_one_step",
     "in_halves",
     "join",
     "looped",
+    "of_one_step",
     "rounded",
     "sound",
     "start",
@@ -171,7 +174,18 @@ def through_tanh(v: Tensor, t: Tensor, out: Tensor | None = None) -> Tensor:
 
 def looped(width: int, sizes: Sizes, *tensors: Tensor | None) -> bool:
     """Whether a step's formula may be one compiled loop, that writes into tensors just made, at every step."""
-    return width * sizes[-1] >= MANY and at_hand() and writable(*tensors)
+    given = [t for t in tensors if t is not None]
+    return width * sizes[-1] >= MANY and at_hand() and fused(*given, half=True)
+
+
+def half_of_one_step(x: Tensor, h0: Tensor, sizes: Sizes) -> bool:
+    """Whether a formula of half precision may be one loop from the products on, with nothing made on the way."""
+    return (
+        len(sizes) == 1
+        and is_half(x)
+        and looped(h0.shape[1], sizes, x, h0)
+        and forward_ad._current_level < 0
+    )
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -216,6 +230,30 @@ def in_halves(given: Sequence[Tensor], *gradients: Tensor | None) -> bool:
         and visible_in_backward(x)
         and fused(*(g for g in gradients if g is not None), half=True)
     )
+
+
+def of_one_step(
+    needed: Sequence[bool],
+    d_x: Parts,
+    d_h: Parts,
+    given: Sequence[Tensor],
+    onto: Tensor | None = None,
+) -> tuple[Tensor | None, ...] | None:
+    """Return the gradients of x, h_0, W_ih, W_hh, b_ih, b_hh from the halves of d; ``None`` where not all is finite.
+
+    Args:
+        needed: Which.
+        d_x: Of a_x.
+        d_h: Of a_h.
+        given: x, h_0, W_ih, W_hh.
+        onto: What else arrives at h_0, which is written to.
+    """
+    (need_x, need_h0, *need_weights), (x, h0, w_ih, w_hh) = needed, given
+    w_ih, w_hh = factors(w_ih, w_hh)
+    grad_h0 = product(d_h, w_hh, onto) if need_h0 else None
+    grad_x, *grads = affine_gradients((need_x, *need_weights), d_x, d_h, x, h0, w_ih)
+    found = (grad_x, grad_h0, *grads)
+    return found if sound(found) else None
 
 
 def sound(found: Sequence[Tensor | None]) -> bool:

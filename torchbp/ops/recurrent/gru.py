@@ -49,10 +49,11 @@ from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, pu
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.kernels import in_one_loop
-from torchbp.ops.recurrent._half_products import Parts, halved, parts, product, suit
+from torchbp.ops.recurrent._half_products import Parts, empty_parts, halved, parts, product, suit
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
+    add,
     advance,
     affine,
     affine_gradients,
@@ -64,9 +65,11 @@ from torchbp.ops.recurrent._recurrence import (
     dtypes,
     factors,
     first,
+    half_of_one_step,
     in_halves,
     join,
     looped,
+    of_one_step,
     rounded,
     sound,
     start,
@@ -107,16 +110,19 @@ class GRUFunction(Function):
         b_hh: Tensor | None,
         sizes: Sizes,
         reverse: bool,
-    ) -> tuple[Tensor, ...]:  # y (R, H), h_n (N, H), (r, z, n) (R, 3H), q (R, H)
+    ) -> tuple[Tensor | None, ...]:
+        # y (R, H), h_n (N, H), and, where anything may read them, (r, z, n) (R, 3H) and q (R, H)
         tensors = (x, h0, w_ih, w_hh, b_ih, b_hh)
-        y, h_n, gates, q = _states(*tensors, sizes=sizes, reverse=reverse)
         dtype = torch.promote_types(x.dtype, h0.dtype)  # under autocast the state keeps its own
+        if half_of_one_step(x, h0, sizes):
+            y = in_one_loop(_output, *_arguments(*tensors), h0, outputs=(dtype,))
+            if y is not None:
+                return y, y.detach(), None, None
+        y, h_n, gates, q = _states(*tensors, sizes=sizes, reverse=reverse)
         return *rounded(dtype, y, h_n), gates, q
 
     @staticmethod
-    def setup_context(
-        ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
-    ) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *tensors, ctx.sizes, ctx.reverse = inputs
         x, h0, w_ih, w_hh, *_ = tensors
         y, h_n, gates, q = output
@@ -150,7 +156,9 @@ class GRUFunction(Function):
         with without_autocast(ctx.device):
             found = None
             if ctx.half and in_halves(ctx.saved_tensors[:4], *grads):
-                found = _gradients(ctx, *grads, halves=True)
+                if grad_gates is None is grad_q:
+                    found = _at_once(ctx, add(grad_y, grad_h_n))
+                found = found or _gradients(ctx, *grads, halves=True)
             if found is None:
                 found = _gradients(ctx, *grads, halves=False)
             return *cast(found, ctx.dtypes), None, None
@@ -198,8 +206,8 @@ def _gradients(
     states = (*conjugate(*wide(h)), gates, q)
     e = _second_order(grad_gates, grad_q, gates, q)  # (4)
     w, found = w_hh if one else wide(w_hh)[0], None
-    if e is None and looped(q.shape[1], sizes, gates, grad_y, carried):
-        found = _walk_in_loops(grad_y, carried, states, w, sizes, back, one)
+    if e is None and not one and looped(q.shape[1], sizes, gates, grad_y, carried):
+        found = _walk_in_loops(grad_y, carried, states, w, sizes, back)
     d_h, d_x, carried = found or _walk(grad_y, carried, states, e, w, sizes, back, one)
     if halves and not one:
         d_x = parts(*d_x)
@@ -250,30 +258,51 @@ def _walk_in_loops(
     w_hh: Tensor | None,
     sizes: Sizes,
     back: bool,
-    halves: bool,
 ) -> tuple[Parts, Parts, Any] | None:
     """Walk back with all of a step but its product in one loop; ``None`` where that has not been compiled."""
     h, gates, q = states
-    formula = partial(halved, _step_back) if halves else _step_back
-    kept_as = (torch.bfloat16,) * 2 if halves else (gates.dtype,)
-    d_x, d_h = (tuple(torch.empty_like(gates, dtype=t) for t in kept_as) for _ in range(2))
-    for h_t, gates_t, q_t, grad, *d_t in zip(
-        *(walk(of_all, sizes, back) for of_all in (h, gates, q, grad_y, *d_x, *d_h)), strict=True
+    d_h, d_x = torch.empty_like(gates), torch.empty_like(gates)
+    for h_t, gates_t, q_t, grad, d_x_t, d_h_t in zip(
+        *(walk(rows, sizes, back) for rows in (h, gates, q, grad_y, d_x, d_h)), strict=True
     ):
-        of_x, of_h = d_t[: len(d_x)], tuple(d_t[len(d_x) :])
-        into = [
-            part
-            for whole_x, whole_h in zip(of_x, of_h, strict=True)
-            for part in (*whole_x.chunk(3, 1), *whole_h.chunk(3, 1))
-        ]
         g = arrived(carried, grad, q_t.shape[0])
-        gates_of = gates_t.chunk(3, 1)
-        made = in_one_loop(formula, g, h_t, *gates_of, q_t, outputs=(*into, None))
+        into = (*d_x_t.chunk(3, 1), *d_h_t.chunk(3, 1), None)
+        made = in_one_loop(_step_back, g, h_t, *gates_t.chunk(3, 1), q_t, outputs=into)
         if made is None:
             return None
         if w_hh is not None:
-            carried = advance(carried, product(of_h, w_hh, made[-1]))  # (2)
-    return d_h, d_x, carried
+            carried = advance(carried, made[-1].addmm_(d_h_t, w_hh))  # (2)
+    return (d_h,), (d_x,), carried
+
+
+def _at_once(ctx: Context, v: Tensor | None) -> tuple[Tensor | None, ...] | None:
+    """Return the gradients of the only step from one loop, no state made on the way; ``None`` where it can't be."""
+    x, h0, w_ih, w_hh, b_ih, b_hh, *_ = ctx.saved_tensors
+    if v is None or not half_of_one_step(x, h0, ctx.sizes):
+        return None
+    a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
+    like = a[0].new_empty(x.shape[0], w_hh.shape[0])
+    d_x, d_h = empty_parts(like, True), empty_parts(like, True)
+    into = [p for pair in zip(d_x, d_h, strict=True) for whole in pair for p in whole.chunk(3, 1)]
+    made = in_one_loop(partial(halved, _step_again), v, *a, h0, outputs=(*into, torch.float32))
+    if made is None:
+        return None
+    return of_one_step(ctx.needs_input_grad[:6], d_x, d_h, (x, h0, w_ih, w_hh), made[-1])
+
+
+def _step_again(
+    v: Tensor, x_r: Tensor, x_z: Tensor, x_n: Tensor, h_r: Tensor, h_z: Tensor, q: Tensor, h: Tensor
+) -> tuple[Tensor, ...]:
+    """Return :func:`_step_back` from the gates' arguments."""
+    r, z, n, _, _ = _formula(x_r, x_z, x_n, h_r, h_z, q, h)
+    return _step_back(v, h, r, z, n, q)
+
+
+def _arguments(
+    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Return what the gates of the only step are made of, by x and by h, in three parts each."""
+    return *affine(x, w_ih, b_ih).chunk(3, 1), *affine(h0, w_hh, b_hh).chunk(3, 1)
 
 
 def _step_back(
@@ -336,6 +365,10 @@ def _step(a: Tensor, a_h: Tensor, h: Tensor, kept: Tensor | None) -> tuple[Tenso
         n = a_n.addcmul_(r, q).tanh_()
         gates = a if kept is a else kept.copy_(a)
     return torch.addcmul(n, z, h - n), gates, q.contiguous()  # a part would keep the whole
+
+
+def _output(*given: Tensor) -> Tensor:
+    return _formula(*given)[-1]
 
 
 def _formula(

@@ -50,7 +50,7 @@ from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, pu
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.kernels import in_one_loop
-from torchbp.ops.recurrent._half_products import Parts, halved, parts, product
+from torchbp.ops.recurrent._half_products import Parts, empty_parts, halved, parts, product
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
@@ -66,9 +66,11 @@ from torchbp.ops.recurrent._recurrence import (
     dtypes,
     factors,
     first,
+    half_of_one_step,
     in_halves,
     join,
     looped,
+    of_one_step,
     rounded,
     sound,
     start,
@@ -112,10 +114,16 @@ class LSTMFunction(Function):
         w_hr: Tensor | None,  # (P, H)
         sizes: Sizes,
         reverse: bool,
-    ) -> tuple[Tensor, ...]:  # y (R, H or P), h_n (N, H or P), c_n (N, H), c (R, H), gates (R, 4H)
+    ) -> tuple[Tensor | None, ...]:
+        # y (R, H or P), h_n (N, H or P), c_n (N, H), and, where anything may read them, c (R, H), gates (R, 4H)
         tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-        y, h_n, c_n, c, gates = _states(*tensors, sizes=sizes, reverse=reverse)
         dtype = torch.promote_types(x.dtype, c0.dtype)  # under autocast the state c keeps its own
+        if w_hr is None and half_of_one_step(x, h0, sizes):
+            a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh).chunk(4, 1)
+            made = in_one_loop(_output, *a, c0, outputs=(dtype, dtype))
+            if made is not None:
+                return made[0], made[0].detach(), made[1], None, None
+        y, h_n, c_n, c, gates = _states(*tensors, sizes=sizes, reverse=reverse)
         y_dtype = dtype if w_hr is None else x.dtype
         c_n = c_n.detach() if c_n is c and c.dtype == dtype else c_n.to(dtype)
         return *rounded(y_dtype, y, h_n), c_n, c, gates
@@ -159,7 +167,9 @@ class LSTMFunction(Function):
             if ctx.half:
                 x, h0, _, w_ih, w_hh, *_, w_hr, _, _, _ = ctx.saved_tensors
                 if w_hr is None and in_halves((x, h0, w_ih, w_hh), *grads):
-                    found = _gradients(ctx, *grads, halves=True)
+                    if grad_c is None is grad_gates:
+                        found = _at_once(ctx, *grads[:3])
+                    found = found or _gradients(ctx, *grads, halves=True)
             if found is None:
                 found = _gradients(ctx, *grads, halves=False)
             return *cast(found, ctx.dtypes), None, None
@@ -224,8 +234,8 @@ def _gradients(
     e = None if grad_gates is None else _through_gates(grad_gates, gates)  # (5)
     given = (grad_y, g_h, g_c, grad_c, e)
     weights, found = (w_hh if one else wide(w_hh)[0], w_hr), None
-    if e is None and looped(c0.shape[1], sizes, gates, *given):
-        found = _walk_in_loops(given, states, weights, sizes, back, one)
+    if e is None and not one and looped(c0.shape[1], sizes, gates, *given):
+        found = _walk_in_loops(given, states, weights, sizes, back)
     d_h, hidden, g_h, g_c = found or _walk(given, states, weights, sizes, back, one)
     d_x = parts(d_h[0]) if halves and not one else d_h
     h = before(h0, y, sizes, reverse) if need_weights[1] else None
@@ -287,17 +297,13 @@ def _walk_in_loops(
     weights: Sequence[Tensor | None],
     sizes: Sizes,
     back: bool,
-    halves: bool,
 ) -> tuple[Parts, list[Tensor], Any, Any] | None:
     """Walk back with all of a step but its products in one loop; ``None`` where that has not been compiled."""
     (grad_y, g_h, g_c, grad_c, _), (w_hh, w_hr) = given, weights
     c_before, c, gates = states
-    formula = partial(halved, _step_back) if halves else _step_back
-    kept_as = (torch.bfloat16,) * 2 if halves else (gates.dtype,)
-    d = tuple(torch.empty_like(gates, dtype=dtype) for dtype in kept_as)
-    hidden, nothing = [], c.new_zeros(())
-    for gates_t, before_t, c_t, grad, grad_c_t, *d_t in zip(
-        *(walk(of_all, sizes, back) for of_all in (gates, c_before, c, grad_y, grad_c, *d)),
+    d, hidden, nothing = torch.empty_like(gates), [], c.new_zeros(())
+    for gates_t, before_t, c_t, grad, grad_c_t, d_t in zip(
+        *(walk(of_all, sizes, back) for of_all in (gates, c_before, c, grad_y, grad_c, d)),
         strict=True,
     ):
         n = c_t.shape[0]
@@ -305,20 +311,20 @@ def _walk_in_loops(
         of_m = of_h if w_hr is None else of_h @ w_hr
         of_c = add(arrived(g_c, None, n), grad_c_t)
         made = in_one_loop(
-            formula,
+            _step_back,
             of_m,
             nothing if of_c is None else of_c,
             *gates_t.chunk(4, 1),
             *(before_t, c_t),
-            outputs=(*(part for whole in d_t for part in whole.chunk(4, 1)), None),
+            outputs=(*d_t.chunk(4, 1), None),
         )
         if made is None:
             return None
         hidden.append(of_h)
         g_c = advance(g_c, made[-1])
         if w_hh is not None:
-            g_h = advance(g_h, product(tuple(d_t), w_hh))  # (2)
-    return d, hidden, g_h, g_c
+            g_h = advance(g_h, d_t @ w_hh)  # (2)
+    return (d,), hidden, g_h, g_c
 
 
 def _step_back(
@@ -336,6 +342,44 @@ def _step_back(
     of_c = v_c + v * (o * (1 - t * t))
     k_i, k_f, k_g = g * (i * (1 - i)), c_before * (f * (1 - f)), i * (1 - g * g)  # (1)
     return of_c * k_i, of_c * k_f, of_c * k_g, v * (t * (o * (1 - o))), of_c * f  # (2)
+
+
+def _step_again(
+    v: Tensor, v_c: Tensor, i: Tensor, f: Tensor, g: Tensor, o: Tensor, c_before: Tensor
+) -> tuple[Tensor, ...]:
+    """Return :func:`_step_back` from the gates' arguments."""
+    *gates, c, _ = _formula(i, f, g, o, c_before)
+    return _step_back(v, v_c, *gates, c_before, c)
+
+
+def _at_once(
+    ctx: Context, grad_y: Tensor | None, g_h: Tensor | None, g_c: Tensor | None
+) -> tuple[Tensor | None, ...] | None:
+    """Return the gradients of the only step from one loop, no state made on the way; ``None`` where it can't be."""
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, *_ = ctx.saved_tensors
+    v = add(grad_y, g_h)
+    if v is None or not half_of_one_step(x, h0, ctx.sizes):
+        return None
+    a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
+    d = empty_parts(a, True)
+    made = in_one_loop(
+        partial(halved, _step_again),
+        *(v, a.new_zeros(()) if g_c is None else g_c, *a.chunk(4, 1), c0),
+        outputs=(*(part for whole in d for part in whole.chunk(4, 1)), torch.float32),
+    )
+    if made is None:
+        return None
+    need_x, need_h0, need_c0, *need_weights = ctx.needs_input_grad[:7]
+    found = of_one_step((need_x, need_h0, *need_weights), d, d, (x, h0, w_ih, w_hh))
+    return found and (*found[:2], made[-1] if need_c0 else None, *found[2:], None)
+
+
+def _arguments(
+    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> Tensor:
+    """Return what the gates of the only step are made of, where nothing differentiates or traces."""
+    h, w = starting(h0, w_hh, (h0.shape[0],))
+    return product((h,), w, affine(x, w_ih, add(*wide(b_ih, b_hh))))
 
 
 def _states(
@@ -388,6 +432,11 @@ def _step(a: Tensor, c: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Te
     i, f = i_f.chunk(2, 1)
     state = torch.addcmul(f * c, i, g)
     return gates, state, o * torch.tanh(state)
+
+
+def _output(i: Tensor, f: Tensor, g: Tensor, o: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    *_, state, m = _formula(i, f, g, o, c)
+    return m, state
 
 
 def _formula(i: Tensor, f: Tensor, g: Tensor, o: Tensor, c: Tensor) -> tuple[Tensor, ...]:

@@ -39,7 +39,8 @@ from torchbp.ops._autocast import autocasts
 from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, kernel, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.recurrent._half_products import parts, product
+from torchbp.ops.kernels import in_one_loop
+from torchbp.ops.recurrent._half_products import high_and_low, parts, product
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
@@ -55,8 +56,10 @@ from torchbp.ops.recurrent._recurrence import (
     dtypes,
     factors,
     first,
+    half_of_one_step,
     in_halves,
     join,
+    of_one_step,
     rounded,
     sound,
     start,
@@ -102,6 +105,11 @@ class RNNFunction(Function):
         sizes: Sizes,
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:  # y (R, H), h_n (N, H)
+        if half_of_one_step(x, h0, sizes):
+            a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
+            y = in_one_loop(torch.relu if relu else torch.tanh, a, outputs=(x.dtype,))
+            if y is not None:
+                return y, y.detach()
         y, h_n = _states(x, h0, w_ih, w_hh, b_ih, b_hh, relu=relu, sizes=sizes, reverse=reverse)
         return rounded(x.dtype, y, h_n)
 
@@ -132,7 +140,8 @@ class RNNFunction(Function):
         with without_autocast(ctx.device):
             found = None
             if ctx.half and in_halves(ctx.saved_tensors[:4], grad_y, grad_h_n):
-                found = _gradients(ctx, grad_y, grad_h_n, halves=True)
+                found = _at_once(ctx, add(grad_y, grad_h_n))
+                found = found or _gradients(ctx, grad_y, grad_h_n, halves=True)
             if found is None:
                 found = _gradients(ctx, grad_y, grad_h_n, halves=False)
             return *cast(found, ctx.dtypes), None, None, None
@@ -178,6 +187,34 @@ def _gradients(
     grad_x, *grads = affine_gradients((need_x, *need_weights), d_x, d_h, x, h, w_ih)  # (3)
     found = (grad_x, carried if need_h0 else None, *grads)
     return found if not halves or sound(found) else None
+
+
+def _at_once(ctx: Context, v: Tensor | None) -> tuple[Tensor | None, ...] | None:
+    """Return the gradients of the only step from one loop, no state made on the way; ``None`` where it can't be."""
+    x, h0, w_ih, w_hh, b_ih, b_hh, _ = ctx.saved_tensors
+    if v is None or not half_of_one_step(x, h0, ctx.sizes):
+        return None
+    a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
+    formula = _halves_of_relu if ctx.relu else _halves_of_tanh
+    d = in_one_loop(formula, v, a, outputs=(torch.bfloat16,) * 2)
+    return d and of_one_step(ctx.needs_input_grad[:6], d, d, (x, h0, w_ih, w_hh))
+
+
+def _halves_of_tanh(v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.tanh(a)
+    return high_and_low(v * (1 - h * h))
+
+
+def _halves_of_relu(v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    return high_and_low(v.masked_fill(a <= 0, 0))
+
+
+def _arguments(
+    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> Tensor:
+    """Return what the only state is made of, where nothing differentiates or traces."""
+    h, w = starting(h0, w_hh, (h0.shape[0],))
+    return product((h,), w, affine(x, w_ih, add(*wide(b_ih, b_hh))))
 
 
 def _states(
