@@ -45,6 +45,7 @@ __all__ = [
     "first",
     "half_of_one_step",
     "in_halves",
+    "incoming",
     "join",
     "looped",
     "of_one_step",
@@ -193,6 +194,13 @@ def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
+
+
+def incoming(grad_y: Tensor | None, grad_h_n: Tensor | None) -> Tensor | None:
+    """Return the gradient of the state of the only step, which is both outputs: of both in float32."""
+    if grad_y is None or grad_h_n is None:
+        return grad_h_n if grad_y is None else grad_y
+    return grad_y.float() + grad_h_n.float()
 
 
 def total(terms: Iterable[Tensor | None], otherwise: Tensor) -> Tensor:

@@ -53,7 +53,6 @@ from torchbp.ops.recurrent._half_products import Parts, empty_parts, halved, par
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
-    add,
     advance,
     affine,
     affine_gradients,
@@ -67,6 +66,7 @@ from torchbp.ops.recurrent._recurrence import (
     first,
     half_of_one_step,
     in_halves,
+    incoming,
     join,
     looped,
     of_one_step,
@@ -157,7 +157,7 @@ class GRUFunction(Function):
             found = None
             if ctx.half and in_halves(ctx.saved_tensors[:4], *grads):
                 if grad_gates is None is grad_q:
-                    found = _at_once(ctx, add(grad_y, grad_h_n))
+                    found = _at_once(ctx, grad_y, grad_h_n)
                 found = found or _gradients(ctx, *grads, halves=True)
             if found is None:
                 found = _gradients(ctx, *grads, halves=False)
@@ -275,10 +275,15 @@ def _walk_in_loops(
     return (d_h,), (d_x,), carried
 
 
-def _at_once(ctx: Context, v: Tensor | None) -> tuple[Tensor | None, ...] | None:
+def _at_once(
+    ctx: Context, grad_y: Tensor | None, grad_h_n: Tensor | None
+) -> tuple[Tensor | None, ...] | None:
     """Return the gradients of the only step from one loop, no state made on the way; ``None`` where it can't be."""
     x, h0, w_ih, w_hh, b_ih, b_hh, *_ = ctx.saved_tensors
-    if v is None or not half_of_one_step(x, h0, ctx.sizes):
+    if not half_of_one_step(x, h0, ctx.sizes):
+        return None
+    v = incoming(grad_y, grad_h_n)
+    if v is None:
         return None
     a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
     like = a[0].new_empty(x.shape[0], w_hh.shape[0])

@@ -68,6 +68,7 @@ from torchbp.ops.recurrent._recurrence import (
     first,
     half_of_one_step,
     in_halves,
+    incoming,
     join,
     looped,
     of_one_step,
@@ -357,8 +358,10 @@ def _at_once(
 ) -> tuple[Tensor | None, ...] | None:
     """Return the gradients of the only step from one loop, no state made on the way; ``None`` where it can't be."""
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, *_ = ctx.saved_tensors
-    v = add(grad_y, g_h)
-    if v is None or not half_of_one_step(x, h0, ctx.sizes):
+    if not half_of_one_step(x, h0, ctx.sizes):
+        return None
+    v = incoming(grad_y, g_h)
+    if v is None:
         return None
     a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
     d = empty_parts(a, True)

@@ -58,6 +58,7 @@ from torchbp.ops.recurrent._recurrence import (
     first,
     half_of_one_step,
     in_halves,
+    incoming,
     join,
     of_one_step,
     rounded,
@@ -140,7 +141,7 @@ class RNNFunction(Function):
         with without_autocast(ctx.device):
             found = None
             if ctx.half and in_halves(ctx.saved_tensors[:4], grad_y, grad_h_n):
-                found = _at_once(ctx, add(grad_y, grad_h_n))
+                found = _at_once(ctx, grad_y, grad_h_n)
                 found = found or _gradients(ctx, grad_y, grad_h_n, halves=True)
             if found is None:
                 found = _gradients(ctx, grad_y, grad_h_n, halves=False)
@@ -189,10 +190,15 @@ def _gradients(
     return found if not halves or sound(found) else None
 
 
-def _at_once(ctx: Context, v: Tensor | None) -> tuple[Tensor | None, ...] | None:
+def _at_once(
+    ctx: Context, grad_y: Tensor | None, grad_h_n: Tensor | None
+) -> tuple[Tensor | None, ...] | None:
     """Return the gradients of the only step from one loop, no state made on the way; ``None`` where it can't be."""
     x, h0, w_ih, w_hh, b_ih, b_hh, _ = ctx.saved_tensors
-    if v is None or not half_of_one_step(x, h0, ctx.sizes):
+    if not half_of_one_step(x, h0, ctx.sizes):
+        return None
+    v = incoming(grad_y, grad_h_n)
+    if v is None:
         return None
     a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
     formula = _halves_of_relu if ctx.relu else _halves_of_tanh
