@@ -66,9 +66,10 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
     return _of_sum(values.sum(), reduction, values)
 
 
-def _of_sum(total: Tensor, reduction: str, like: Tensor) -> Tensor:
-    """Return the mean or the sum of values of the shape and dtype of ``like``, whose sum is ``total``."""
-    value = total / number(like.numel(), total) if reduction == "mean" else total
+def _of_sum(total: Tensor, reduction: str, like: Tensor, negative: bool = False) -> Tensor:
+    """Return the mean or the sum of values of the shape and dtype of ``like``, whose sum is ±``total``."""
+    count = -like.numel() if negative else like.numel()
+    value = total / number(count, total) if reduction == "mean" else -total if negative else total
     return as_dtype(value, like.dtype)
 
 
@@ -78,6 +79,7 @@ def reduced(
     *tensors: Tensor,
     into: Callable[..., object] | None = None,
     spare: int = 0,
+    negative: bool = False,
 ) -> Tensor:
     """Return the reduced values of an elementwise formula, of half precision in float32.
 
@@ -89,23 +91,28 @@ def reduced(
         tensors: Of one shape.
         into: The formula as :func:`in_pieces` takes it.
         spare: How many spares it takes.
+        negative: Whether the values count with the other sign: a mean is then the quotient by -N, one kernel less.
     """
     first = tensors[0]
-    if reduction != "none":
+    if reduction != "none" and (first.is_cuda or first.numel() >= MANY):
         loss = reduced_in_one_kernel(formula, reduction, *tensors)
         if loss is not None:
-            return loss
+            return -loss if negative else loss
     if reduction != "none" and into is not None and writable(*tensors):
         if is_few(first):
-            return _of_sum(at_once(into, spare, *tensors).sum(), reduction, first)
+            total = at_once(into, spare, *tensors).sum()
+            return _of_sum(total, reduction, first, negative)
         sums = [piece.sum() for piece in written(into, spare, *tensors)]
-        return _of_sum(sums[0] if len(sums) == 1 else torch.stack(sums).sum(), reduction, first)
+        total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+        return _of_sum(total, reduction, first, negative)
     if reduction == "none" or not separable(*tensors):
-        return reduce(in_pieces(formula, *tensors, into=into, spare=spare), reduction)
+        loss = reduce(in_pieces(formula, *tensors, into=into, spare=spare), reduction)
+        return -loss if negative else loss
     parts = pieces(*tensors)
     if is_half(first):
         parts = (tuple(t.float() for t in part) for part in parts)
-    return _of_sum(torch.stack([formula(*part).sum() for part in parts]).sum(), reduction, first)
+    total = torch.stack([formula(*part).sum() for part in parts]).sum()
+    return _of_sum(total, reduction, first, negative)
 
 
 def reduced_in_one_kernel(
@@ -153,14 +160,15 @@ def scaled_signs(sign: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     return as_dtype(scale_fresh(sign.to(s.dtype), s), dtype)
 
 
-def spread(grad: Tensor, reduction: str, count: int | Tensor) -> Tensor:
+def spread(grad: Tensor, reduction: str, count: int | Tensor, *, negative: bool = False) -> Tensor:
     """Return the gradient of each value, or one for all, from that of the reduced loss over ``count`` values.
 
-    In float32 for half precision: the quotient for a million values is subnormal in float16.
+    In float32 for half precision: the quotient for a million values is subnormal in float16. Or its ``negative``.
     """
     grad = grad.float() if is_half(grad) else grad
     if reduction != "mean":
-        return grad
+        return -grad if negative else grad
+    count = -count if negative else count
     return grad / (count if isinstance(count, Tensor) else number(count, grad))
 
 

@@ -5,6 +5,7 @@ more passes over memory. So the plain one is computed, and where a look at it fi
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -31,7 +32,12 @@ def with_limits(plain: Callable[[], Tensor], limits: Callable[[], Tensor], x: Te
 
 
 def reduced_with_limits(
-    plain: Callable[..., Tensor], limits: Callable[..., Tensor], reduction: str, *tensors: Tensor
+    plain: Callable[..., Tensor],
+    limits: Callable[..., Tensor],
+    reduction: str,
+    *tensors: Tensor,
+    into: Callable[..., object] | None = None,
+    spare: int = 0,
 ) -> Tensor:
     """Return the reduced loss of an elementwise formula: in one kernel by ``limits`` at once, which cost nothing there.
 
@@ -40,13 +46,15 @@ def reduced_with_limits(
         limits: The same, with the limits.
         reduction: As :func:`reduced` takes it.
         tensors: Of one shape.
+        into: The plain one as :func:`reduced` takes it.
+        spare: How many spares it takes.
     """
     loss = reduced_in_one_kernel(limits, reduction, *tensors)
     if loss is not None:
         return loss
     return with_limits(
-        lambda: reduced(plain, reduction, *tensors),  # (*), (*) -> () or (*)
-        lambda: reduced(limits, reduction, *tensors),
+        partial(reduced, plain, reduction, *tensors, into=into, spare=spare),
+        partial(reduced, limits, reduction, *tensors),  # (*), (*) -> () or (*)
         tensors[0],
     )
 

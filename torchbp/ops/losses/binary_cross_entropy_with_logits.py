@@ -29,6 +29,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
@@ -36,13 +37,12 @@ from torchbp.ops._function import (
     Context,
     as_dtype,
     entry,
-    fused,
     in_autocast_float32,
     is_half,
     kernel,
     public,
     scale_fresh,
-    visible,
+    visible_in_backward,
 )
 from torchbp.ops._numbers import constant
 from torchbp.ops._op import Op
@@ -203,7 +203,10 @@ def _gradient_x_into(grad_x: Tensor, p: Tensor, x: Tensor, target: Tensor, s: Te
 def _few_alike(x: Tensor, target: Tensor, s: Tensor) -> bool:
     """Whether there are few elements, of one dtype, and ``s`` may be looked at."""
     return (
-        x.numel() <= _FEW and s.dtype is x.dtype is target.dtype in WIDE and visible(x) and fused(s)
+        x.numel() <= _FEW
+        and s.dtype is x.dtype is target.dtype in WIDE
+        and visible_in_backward(x)
+        and not is_legacy_batchedtensor(s)
     )
 
 

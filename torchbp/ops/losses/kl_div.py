@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, directional, entry, in_place, public
+from torchbp.ops._function import Context, directional, entry, public
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import (
@@ -51,9 +51,13 @@ class KLDivLossFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, target: Tensor, log_target: bool, reduction: str) -> Tensor:
-        plain = _of_logarithms if log_target else _of_probabilities
-        limits = _of_logarithms_with_limits if log_target else _of_probabilities_with_limits
-        return reduced_with_limits(plain, limits, reduction, x, target)
+        if log_target:
+            plain, limits, into = _of_logarithms, _of_logarithms_with_limits, _of_logarithms_into
+        else:
+            plain, limits = _of_probabilities, _of_probabilities_with_limits
+            into = _of_probabilities_into
+        spare = 1 if log_target else 0
+        return reduced_with_limits(plain, limits, reduction, x, target, into=into, spare=spare)
 
     @staticmethod
     def setup_context(
@@ -67,12 +71,15 @@ class KLDivLossFunction(Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, target = ctx.saved_tensors
         need_x, need_target, *_ = ctx.needs_input_grad
-        s = spread(grad, ctx.reduction, target.numel())
-        minus_s, log_target = -s, ctx.log_target
-        grad_x = in_pieces(lambda t, s: _slope(t, log_target) * s, target, minus_s)  # (1)
-        gradient = _gradient_log_target if log_target else _gradient_target
-        grad_target = in_pieces(gradient, target, x, s) if need_target else None
-        return grad_x if need_x else None, grad_target, None, None
+        count, log_target = target.numel(), ctx.log_target
+        grad_x = grad_target = None
+        if need_x:
+            minus_s = spread(grad, ctx.reduction, count, negative=True)
+            grad_x = in_pieces(_times_exp if log_target else torch.mul, target, minus_s)  # (1)
+        if need_target:
+            gradient = _gradient_log_target if log_target else _gradient_target
+            grad_target = in_pieces(gradient, target, x, spread(grad, ctx.reduction, count))
+        return grad_x, grad_target, None, None
 
     @staticmethod
     def jvp(
@@ -87,12 +94,19 @@ class KLDivLossFunction(Function):
 
 def _of_probabilities(x: Tensor, t: Tensor) -> Tensor:
     # log 0 = -∞ becomes the lowest finite number, and t times it 0, in under half of xlogy's time.
-    log_t = t.log().clamp(min=torch.finfo(t.dtype).min)
-    return log_t.sub_(x).mul_(t) if in_place(x, t) else t * (log_t - x)
+    return t * (t.log().clamp(min=torch.finfo(t.dtype).min) - x)
+
+
+def _of_probabilities_into(value: Tensor, x: Tensor, t: Tensor) -> None:
+    torch.log(t, out=value).clamp_min_(torch.finfo(value.dtype).min).sub_(x).mul_(t)
 
 
 def _of_logarithms(x: Tensor, u: Tensor) -> Tensor:
-    return (u - x).mul_(u.exp()) if in_place(x, u) else u.exp() * (u - x)
+    return u.exp() * (u - x)
+
+
+def _of_logarithms_into(value: Tensor, difference: Tensor, x: Tensor, u: Tensor) -> None:
+    torch.exp(u, out=value).mul_(torch.sub(u, x, out=difference))
 
 
 def _of_probabilities_with_limits(x: Tensor, t: Tensor) -> Tensor:
@@ -105,6 +119,10 @@ def _of_logarithms_with_limits(x: Tensor, u: Tensor) -> Tensor:
 
 def _slope(target: Tensor, log_target: bool) -> Tensor:
     return target.exp() if log_target else target
+
+
+def _times_exp(u: Tensor, s: Tensor) -> Tensor:
+    return u.exp() * s
 
 
 def _gradient_target(t: Tensor, x: Tensor, s: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class SoftMarginLossFunction(Function):
     def forward(x: Tensor, target: Tensor, reduction: str) -> Tensor:  # (*), (*) -> () or (*)
         if reduction != "none" and not is_half(x) and x.numel() > FEW and alike(x, target):
             return reduced_softplus(_parts, reduction, x, target)
-        return -reduced(_log_sigmoid, reduction, x, target, into=_log_sigmoid_into)
+        return reduced(_log_sigmoid, reduction, x, target, into=_log_sigmoid_into, negative=True)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
@@ -79,12 +79,12 @@ class SoftMarginLossFunction(Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, target = ctx.saved_tensors
         need_x, need_target, _ = ctx.needs_input_grad
-        s = spread(grad, ctx.reduction, x.numel())
+        minus_s = spread(grad, ctx.reduction, x.numel(), negative=True)
         # (2) is (1) with the roles of x and t exchanged
-        grad_x = in_pieces(_gradient, x, target, s, into=_gradient_into) if need_x else None
+        grad_x = in_pieces(_gradient, x, target, minus_s, into=_gradient_into) if need_x else None
         grad_target = None
         if need_target:
-            grad_target = in_pieces(_gradient, target, x, s, into=_gradient_into)
+            grad_target = in_pieces(_gradient, target, x, minus_s, into=_gradient_into)
         return grad_x, grad_target, None
 
     @staticmethod
@@ -92,9 +92,9 @@ class SoftMarginLossFunction(Function):
         ctx: Context, tangent_x: Tensor | None, tangent_target: Tensor | None, _: None
     ) -> Tensor:
         x, target = ctx.saved_tensors
-        one = x.new_ones(())
-        along_target = (tangent_target, _gradient(target, x, one))
-        along_x = (tangent_x, _gradient(x, target, one))
+        minus_one = x.new_full((), -1)
+        along_target = (tangent_target, _gradient(target, x, minus_one))
+        along_x = (tangent_x, _gradient(x, target, minus_one))
         return reduce(directional(along_x, along_target), ctx.reduction)  # (3)
 
 
@@ -112,13 +112,14 @@ def _parts(linear: Tensor, z: Tensor, x: Tensor, t: Tensor) -> None:
     z.abs_()
 
 
-def _gradient(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    return -s * t * torch.sigmoid(-t * x)  # (1)
+def _gradient(x: Tensor, t: Tensor, minus_s: Tensor) -> Tensor:
+    return minus_s * t * torch.sigmoid(-t * x)  # (1)
 
 
-def _gradient_into(grad_x: Tensor, x: Tensor, t: Tensor, s: Tensor) -> None:
+def _gradient_into(grad_x: Tensor, x: Tensor, t: Tensor, minus_s: Tensor) -> None:
     tx = torch.mul(x, t, out=grad_x)
-    _softplus_backward_into(t, tx, -1, 40, grad_input=grad_x).mul_(-s)  # t · σ(-t x) in one pass
+    # t · σ(-t x) in one pass
+    _softplus_backward_into(t, tx, -1, 40, grad_input=grad_x).mul_(minus_s)
 
 
 def _with_gradient(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
