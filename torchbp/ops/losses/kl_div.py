@@ -57,7 +57,8 @@ class KLDivLossFunction(Function):
             plain, limits = _of_probabilities, _of_probabilities_with_limits
             into = _of_probabilities_into
         spare = 1 if log_target else 0
-        return reduced_with_limits(plain, limits, reduction, x, target, into=into, spare=spare)
+        # the target first, whose layout the values have in torch
+        return reduced_with_limits(plain, limits, reduction, target, x, into=into, spare=spare)
 
     @staticmethod
     def setup_context(
@@ -92,28 +93,28 @@ class KLDivLossFunction(Function):
         return reduce(directional(along_x, along_target), ctx.reduction)  # (4)
 
 
-def _of_probabilities(x: Tensor, t: Tensor) -> Tensor:
+def _of_probabilities(t: Tensor, x: Tensor) -> Tensor:
     # log 0 = -∞ becomes the lowest finite number, and t times it 0, in under half of xlogy's time.
     return t * (t.log().clamp(min=torch.finfo(t.dtype).min) - x)
 
 
-def _of_probabilities_into(value: Tensor, x: Tensor, t: Tensor) -> None:
+def _of_probabilities_into(value: Tensor, t: Tensor, x: Tensor) -> None:
     torch.log(t, out=value).clamp_min_(torch.finfo(value.dtype).min).sub_(x).mul_(t)
 
 
-def _of_logarithms(x: Tensor, u: Tensor) -> Tensor:
+def _of_logarithms(u: Tensor, x: Tensor) -> Tensor:
     return u.exp() * (u - x)
 
 
-def _of_logarithms_into(value: Tensor, difference: Tensor, x: Tensor, u: Tensor) -> None:
+def _of_logarithms_into(value: Tensor, difference: Tensor, u: Tensor, x: Tensor) -> None:
     torch.exp(u, out=value).mul_(torch.sub(u, x, out=difference))
 
 
-def _of_probabilities_with_limits(x: Tensor, t: Tensor) -> Tensor:
+def _of_probabilities_with_limits(t: Tensor, x: Tensor) -> Tensor:
     return product(t, t.log().clamp(min=torch.finfo(t.dtype).min) - x)
 
 
-def _of_logarithms_with_limits(x: Tensor, u: Tensor) -> Tensor:
+def _of_logarithms_with_limits(u: Tensor, x: Tensor) -> Tensor:
     return product(u.exp(), u.clamp(min=torch.finfo(u.dtype).min) - x)
 
 

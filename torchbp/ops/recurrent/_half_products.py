@@ -19,7 +19,7 @@ from torchbp.ops.kernels import in_memory, in_one_loop
 
 __all__ = [
     "Parts",
-    "empty_parts",
+    "empty_halves",
     "finite",
     "halved",
     "high_and_low",
@@ -84,10 +84,9 @@ def high_and_low(d: Tensor) -> tuple[Tensor, Tensor]:
     return high, d - high
 
 
-def empty_parts(like: Tensor, halves: bool) -> Parts:
-    """Return what a loop writes a float32 matrix into, or its halves."""
-    dtypes = (torch.bfloat16,) * 2 if halves else (like.dtype,)
-    return tuple(torch.empty_like(like, dtype=dtype) for dtype in dtypes)
+def empty_halves(rows: int, columns: int) -> Parts:
+    """Return what a loop writes the halves of a matrix into."""
+    return tuple(torch.empty(rows, columns, dtype=torch.bfloat16, device="cpu") for _ in range(2))
 
 
 def halved(formula: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -39,6 +39,7 @@ __all__ = [
     "arrived",
     "before",
     "cast",
+    "column_sums",
     "conjugate",
     "dtypes",
     "factors",
@@ -48,7 +49,6 @@ __all__ = [
     "incoming",
     "join",
     "looped",
-    "of_one_step",
     "rounded",
     "sound",
     "start",
@@ -240,30 +240,6 @@ def in_halves(given: Sequence[Tensor], *gradients: Tensor | None) -> bool:
     )
 
 
-def of_one_step(
-    needed: Sequence[bool],
-    d_x: Parts,
-    d_h: Parts,
-    given: Sequence[Tensor],
-    onto: Tensor | None = None,
-) -> tuple[Tensor | None, ...] | None:
-    """Return the gradients of x, h_0, W_ih, W_hh, b_ih, b_hh from the halves of d; ``None`` where not all is finite.
-
-    Args:
-        needed: Which.
-        d_x: Of a_x.
-        d_h: Of a_h.
-        given: x, h_0, W_ih, W_hh.
-        onto: What else arrives at h_0, which is written to.
-    """
-    (need_x, need_h0, *need_weights), (x, h0, w_ih, w_hh) = needed, given
-    w_ih, w_hh = factors(w_ih, w_hh)
-    grad_h0 = product(d_h, w_hh, onto) if need_h0 else None
-    grad_x, *grads = affine_gradients((need_x, *need_weights), d_x, d_h, x, h0, w_ih)
-    found = (grad_x, grad_h0, *grads)
-    return found if sound(found) else None
-
-
 def sound(found: Sequence[Tensor | None]) -> bool:
     """Whether all is finite that gradients by halves are made of, but for the weights, which are bounded.
 
@@ -282,11 +258,11 @@ def affine_gradients(
     ``w_ih`` is bounded already (:func:`factors`); x and h, the large ones, are where it makes a difference.
     """
     need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh = needed
-    of_x = _column_sums(d_x) if need_b_ih else None
+    of_x = column_sums(d_x) if need_b_ih else None
     same = of_x is not None and all(a is b for a, b in zip(d_x, d_h, strict=True))
     of_h = None
     if need_b_hh:  # also where it is d_x's a tensor of its own: each may be scaled in place
-        of_h = of_x.clone() if same and of_x is not None else _column_sums(d_h)
+        of_h = of_x.clone() if same and of_x is not None else column_sums(d_h)
     return (
         product(d_x, w_ih) if need_x else None,  # (2)
         _weight_gradient(d_x, x) if need_w_ih else None,
@@ -296,7 +272,8 @@ def affine_gradients(
     )
 
 
-def _column_sums(d: Parts) -> Tensor:
+def column_sums(d: Parts) -> Tensor:
+    """Return the sums of a matrix of these parts over its rows: a bias's gradient."""
     if len(d) == 1:
         return d[0].sum(0)
     high, low = map(ones_times, d)

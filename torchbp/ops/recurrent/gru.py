@@ -49,7 +49,7 @@ from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, pu
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.kernels import in_one_loop
-from torchbp.ops.recurrent._half_products import Parts, empty_parts, halved, parts, product, suit
+from torchbp.ops.recurrent._half_products import Parts, empty_halves, halved, parts, product, suit
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
@@ -60,6 +60,7 @@ from torchbp.ops.recurrent._recurrence import (
     arrived,
     before,
     cast,
+    column_sums,
     conjugate,
     dtypes,
     factors,
@@ -69,7 +70,6 @@ from torchbp.ops.recurrent._recurrence import (
     incoming,
     join,
     looped,
-    of_one_step,
     rounded,
     sound,
     start,
@@ -205,50 +205,72 @@ def _gradients(
     h = before(h0, y, sizes, reverse)
     states = (*conjugate(*wide(h)), gates, q)
     e = _second_order(grad_gates, grad_q, gates, q)  # (4)
-    w, found = w_hh if one else wide(w_hh)[0], None
+    w, found = _q_first(w_hh if one else wide(w_hh)[0]), None
     if e is None and not one and looped(q.shape[1], sizes, gates, grad_y, carried):
         found = _walk_in_loops(grad_y, carried, states, w, sizes, back)
-    d_h, d_x, carried = found or _walk(grad_y, carried, states, e, w, sizes, back, one)
-    if halves and not one:
-        d_x = parts(*d_x)
-    grad_x, *grads = affine_gradients((need_x, *need_weights), d_x, d_h, x, h, w_ih)  # (3)
-    found = (grad_x, carried if need_h0 else None, *grads)
+    d, carried = found or _walk(grad_y, carried, states, e, w, sizes, back, one)
+    of_x = parts(d[0]) if halves and not one else d
+    grads = _of_all_steps((need_x, *need_weights), of_x, d, x, h, w_ih)  # (3)
+    found = (grads[0], carried if need_h0 else None, *grads[1:])
     return found if not halves or sound(found) else None
+
+
+def _of_all_steps(
+    needed: Sequence[bool], of_x: Parts, of_h: Parts, x: Tensor, h: Tensor, w_ih: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, W_ih, W_hh, b_ih, b_hh from rows of d^q, d^r, d^z, d^n: three of them come by each."""
+    hidden = of_x[0].shape[1] // 4
+    d_x, d_h = [part[:, hidden:] for part in of_x], [part[:, : 3 * hidden] for part in of_h]
+    *need_products, need_b_ih, need_b_hh = needed
+    grad_x, grad_w_ih, grad_w_hh, _, _ = affine_gradients(
+        (*need_products, False, False), tuple(d_x), tuple(d_h), x, h, w_ih
+    )
+    sums = column_sums(of_x) if need_b_ih or need_b_hh else None
+    grad_b_ih = sums[hidden:].clone() if sums is not None and need_b_ih else None
+    grad_b_hh = _q_last(sums[: 3 * hidden]) if sums is not None and need_b_hh else None
+    return grad_x, grad_w_ih, _q_last(grad_w_hh), grad_b_ih, grad_b_hh
+
+
+def _q_first(w: Tensor | None) -> Any:
+    """Return the rows for (r, z, q) of a weight in the order (q, r, z)."""
+    return w if w is None else torch.cat((w[2 * (w.shape[0] // 3) :], w[: 2 * (w.shape[0] // 3)]))
+
+
+def _q_last(w: Tensor | None) -> Any:
+    """Return the inverse of :func:`_q_first`."""
+    return w if w is None else torch.cat((w[w.shape[0] // 3 :], w[: w.shape[0] // 3]))
 
 
 def _walk(
     grad_y: Tensor | None,
     carried: Tensor | None,
     states: Sequence[Tensor],
-    e: tuple[Tensor, Tensor] | None,
+    e: Tensor | None,
     w_hh: Tensor | None,
     sizes: Sizes,
     back: bool,
     halves: bool,
-) -> tuple[Parts, Parts, Any]:
-    """Walk back: return the d of all steps, the same with what comes by x, and what arrives at h_0."""
+) -> tuple[Parts, Any]:
+    """Walk back: return d^q, d^r, d^z, d^n of all steps, side by side, and what arrives at h_0."""
     h, gates, q = states
-    k, k_n = _slopes(h, gates, q)
-    e_h, e_n = e or (None, None)
-    write = writable(k, carried, grad_y, e_h)
-    steps, of_states = [], []
+    k, hidden = _slopes(h, gates, q), q.shape[1]
+    write = writable(k, carried, grad_y, e)
+    steps = []
     for k_t, z_t, grad, e_t in zip(
-        *(walk(rows, sizes, back) for rows in (k, gates.chunk(3, 1)[1], grad_y, e_h)), strict=True
+        *(walk(rows, sizes, back) for rows in (k, gates.chunk(3, 1)[1], grad_y, e)), strict=True
     ):
         g = arrived(carried, grad, k_t.shape[0])
         d = k_t.mul_(g.unsqueeze(1)) if write else k_t * g.unsqueeze(1)
-        d = d.reshape(d.shape[0], 3 * d.shape[2])
+        d = d.reshape(d.shape[0], 4 * hidden)
         d = d if e_t is None else d + e_t
+        d = parts(d) if halves else (d,)
         steps.append(d)
-        of_states.append(g)
         if w_hh is not None:
-            of_h = product(parts(d) if halves else (d,), w_hh)
+            of_h = product(tuple(part[:, : 3 * hidden] for part in d), w_hh)
             carried = advance(carried, torch.addcmul(of_h, g, z_t))  # (2)
-    d_h = k.reshape(k.shape[0], 3 * k.shape[2]) if write and e is None else join(steps, back)
-    d_n = join(of_states, back) * k_n
-    d_n = d_n if e_n is None else d_n + e_n
-    d_x = torch.cat((d_h[:, : -d_n.shape[1]], d_n), 1)
-    return (parts(d_h), parts(d_x), carried) if halves else ((d_h,), (d_x,), carried)
+    if write and e is None and not halves:
+        return (k.reshape(k.shape[0], 4 * hidden),), carried
+    return tuple(join([*some], back) for some in zip(*steps, strict=True)), carried
 
 
 def _walk_in_loops(
@@ -258,21 +280,30 @@ def _walk_in_loops(
     w_hh: Tensor | None,
     sizes: Sizes,
     back: bool,
-) -> tuple[Parts, Parts, Any] | None:
+) -> tuple[Parts, Any] | None:
     """Walk back with all of a step but its product in one loop; ``None`` where that has not been compiled."""
     h, gates, q = states
-    d_h, d_x = torch.empty_like(gates), torch.empty_like(gates)
-    for h_t, gates_t, q_t, grad, d_x_t, d_h_t in zip(
-        *(walk(rows, sizes, back) for rows in (h, gates, q, grad_y, d_x, d_h)), strict=True
+    hidden = q.shape[1]
+    d = q.new_empty(q.shape[0], 4 * hidden)
+    for h_t, gates_t, q_t, grad, d_t in zip(
+        *(walk(rows, sizes, back) for rows in (h, gates, q, grad_y, d)), strict=True
     ):
-        g = arrived(carried, grad, q_t.shape[0])
-        into = (*d_x_t.chunk(3, 1), *d_h_t.chunk(3, 1), None)
-        made = in_one_loop(_step_back, g, h_t, *gates_t.chunk(3, 1), q_t, outputs=into)
+        g, into = arrived(carried, grad, q_t.shape[0]), d_t.chunk(4, 1)
+        made = in_one_loop(_step_back, g, h_t, *gates_t.chunk(3, 1), q_t, outputs=(*into, None))
         if made is None:
             return None
         if w_hh is not None:
-            carried = advance(carried, made[-1].addmm_(d_h_t, w_hh))  # (2)
-    return (d_h,), (d_x,), carried
+            carried = advance(carried, made[-1].addmm_(d_t[:, : 3 * hidden], w_hh))  # (2)
+    return (d,), carried
+
+
+def _step_back(
+    v: Tensor, h: Tensor, r: Tensor, z: Tensor, n: Tensor, q: Tensor
+) -> tuple[Tensor, ...]:
+    """Return of a step d^q, d^r, d^z, d^n, and what of g goes on to the step before."""
+    d_n = v * ((1 - z) * (1 - n * n))  # (1)
+    d_r, d_z = d_n * q * (r * (1 - r)), v * ((h - n) * (z * (1 - z)))
+    return d_n * r, d_r, d_z, d_n, v * z  # (2)
 
 
 def _at_once(
@@ -285,14 +316,18 @@ def _at_once(
     v = incoming(grad_y, grad_h_n)
     if v is None:
         return None
-    a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
-    like = a[0].new_empty(x.shape[0], w_hh.shape[0])
-    d_x, d_h = empty_parts(like, True), empty_parts(like, True)
-    into = [p for pair in zip(d_x, d_h, strict=True) for whole in pair for p in whole.chunk(3, 1)]
-    made = in_one_loop(partial(halved, _step_again), v, *a, h0, outputs=(*into, torch.float32))
+    a, hidden = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh), h0.shape[1]
+    d = empty_halves(x.shape[0], 4 * hidden)
+    into = (*(part for whole in d for part in whole.chunk(4, 1)), torch.float32)
+    made = in_one_loop(partial(halved, _step_again), v, *a, h0, outputs=into)
     if made is None:
         return None
-    return of_one_step(ctx.needs_input_grad[:6], d_x, d_h, (x, h0, w_ih, w_hh), made[-1])
+    need_x, need_h0, *need_weights = ctx.needs_input_grad[:6]
+    w_ih, w_hh = factors(w_ih, w_hh)
+    d_h = tuple(part[:, : 3 * hidden] for part in d)
+    grad_h0 = product(d_h, _q_first(w_hh), made[-1]) if need_h0 else None
+    grad_x, *grads = _of_all_steps((need_x, *need_weights), d, d, x, h0, w_ih)
+    return (grad_x, grad_h0, *grads) if sound((grad_x, grad_h0, *grads)) else None
 
 
 def _step_again(
@@ -369,7 +404,7 @@ def _step(a: Tensor, a_h: Tensor, h: Tensor, kept: Tensor | None) -> tuple[Tenso
     else:
         n = a_n.addcmul_(r, q).tanh_()
         gates = a if kept is a else kept.copy_(a)
-    return torch.addcmul(n, z, h - n), gates, q.contiguous()  # a part would keep the whole
+    return torch.addcmul(n, z, h - n), gates, q.clone()  # a part would keep the whole
 
 
 def _output(*given: Tensor) -> Tensor:
@@ -384,19 +419,19 @@ def _formula(
     return r, z, n, q, n + z * (h - n)
 
 
-def _slopes(h: Tensor, gates: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (k^r, k^z, k^q), (R, 3, H), and k^n, (R, H), of all steps at once."""
+def _slopes(h: Tensor, gates: Tensor, q: Tensor) -> Tensor:
+    """Return k^q, k^r, k^z, k^n, (R, 4, H), of all steps at once."""
     r, z, n = gates.chunk(3, 1)
     k_n = through_tanh(1 - z, n)
     k_r = through_sigmoid(k_n * q, r)
     k_z = through_sigmoid(h - n, z)
-    return torch.stack((k_r, k_z, k_n * r), 1), k_n  # (1)
+    return torch.stack((k_n * r, k_r, k_z, k_n), 1)  # (1)
 
 
 def _second_order(
     grad_gates: Tensor | None, grad_q: Tensor | None, gates: Tensor, q: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """Return (e^r, e^z, e^q), (R, 3H), and e^n, (R, H): nothing, but under double backward."""
+) -> Tensor | None:
+    """Return e^q, e^r, e^z, e^n, (R, 4H): nothing, but under double backward."""
     if grad_gates is None and grad_q is None:
         return None
     r, z, n = gates.chunk(3, 1)
@@ -405,7 +440,7 @@ def _second_order(
     grad_r, grad_z, grad_n = grad_gates.chunk(3, 1)
     e_n = through_tanh(grad_n, n)
     e_r = through_sigmoid(grad_r + e_n * q, r)
-    return torch.cat((e_r, through_sigmoid(grad_z, z), grad_q + e_n * r), 1), e_n  # (4)
+    return torch.cat((grad_q + e_n * r, e_r, through_sigmoid(grad_z, z), e_n), 1)  # (4)
 
 
 def _saved(ctx: Context, halves: bool = False) -> tuple[Any, ...]:

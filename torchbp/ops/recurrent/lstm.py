@@ -50,7 +50,7 @@ from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, pu
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.kernels import in_one_loop
-from torchbp.ops.recurrent._half_products import Parts, empty_parts, halved, parts, product
+from torchbp.ops.recurrent._half_products import Parts, empty_halves, halved, parts, product
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
@@ -71,7 +71,6 @@ from torchbp.ops.recurrent._recurrence import (
     incoming,
     join,
     looped,
-    of_one_step,
     rounded,
     sound,
     start,
@@ -364,7 +363,7 @@ def _at_once(
     if v is None:
         return None
     a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
-    d = empty_parts(a, True)
+    d = empty_halves(*a.shape)
     made = in_one_loop(
         partial(halved, _step_again),
         *(v, a.new_zeros(()) if g_c is None else g_c, *a.chunk(4, 1), c0),
@@ -373,8 +372,12 @@ def _at_once(
     if made is None:
         return None
     need_x, need_h0, need_c0, *need_weights = ctx.needs_input_grad[:7]
-    found = of_one_step((need_x, need_h0, *need_weights), d, d, (x, h0, w_ih, w_hh))
-    return found and (*found[:2], made[-1] if need_c0 else None, *found[2:], None)
+    w_ih, w_hh = factors(w_ih, w_hh)
+    grad_h0 = product(d, w_hh) if need_h0 else None
+    grad_x, *grads = affine_gradients((need_x, *need_weights), d, d, x, h0, w_ih)
+    if not sound((grad_x, grad_h0, *grads)):
+        return None
+    return grad_x, grad_h0, made[-1] if need_c0 else None, *grads, None
 
 
 def _arguments(

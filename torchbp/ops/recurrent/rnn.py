@@ -60,7 +60,6 @@ from torchbp.ops.recurrent._recurrence import (
     in_halves,
     incoming,
     join,
-    of_one_step,
     rounded,
     sound,
     start,
@@ -203,7 +202,13 @@ def _at_once(
     a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
     formula = _halves_of_relu if ctx.relu else _halves_of_tanh
     d = in_one_loop(formula, v, a, outputs=(torch.bfloat16,) * 2)
-    return d and of_one_step(ctx.needs_input_grad[:6], d, d, (x, h0, w_ih, w_hh))
+    if d is None:
+        return None
+    need_x, need_h0, *need_weights = ctx.needs_input_grad[:6]
+    w_ih, w_hh = factors(w_ih, w_hh)
+    grad_h0 = product(d, w_hh) if need_h0 else None
+    grad_x, *grads = affine_gradients((need_x, *need_weights), d, d, x, h0, w_ih)
+    return (grad_x, grad_h0, *grads) if sound((grad_x, grad_h0, *grads)) else None
 
 
 def _halves_of_tanh(v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +243,7 @@ def _states(
     """Return the states after every step, and those that each sequence ends with."""
     a = affine(x, w_ih, add(*wide(b_ih, b_hh)))
     write, act = writable(a), torch.relu if relu else torch.tanh
-    if write and len(sizes) == 1:  # else h_n, an output, would be a part of a
+    if write and len(sizes) == 1 and a.is_floating_point():  # else h_n would be a part of a
         act = torch.relu_ if relu else torch.tanh_
     (h, w), steps = starting(h0, w_hh, sizes), []
     for a_t in walk(a, sizes, reverse):
