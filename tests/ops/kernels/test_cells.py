@@ -81,7 +81,9 @@ def test_a_layer_over_time(compiled, name, options, dtype, packed):
     unit = torch.finfo(dtype).eps
     for a, b in zip(found, without, strict=True):
         size = b.detach().abs().max().item()
-        torch.testing.assert_close(a, b, rtol=unit, atol=16 * 2**-23 * size + 2**-4 * unit * size)
+        # of half precision a rounding: where the directions' gradients of x, each rounded, cancel, it is one of theirs
+        atol = 16 * 2**-23 * size if dtype == torch.float32 else 0.5 * unit * size
+        torch.testing.assert_close(a, b, rtol=unit, atol=atol)
 
 
 def test_a_second_derivative_takes_the_formula(compiled):

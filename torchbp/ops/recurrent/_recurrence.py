@@ -176,7 +176,8 @@ def through_tanh(v: Tensor, t: Tensor, out: Tensor | None = None) -> Tensor:
 def looped(width: int, sizes: Sizes, *tensors: Tensor | None) -> bool:
     """Whether a step's formula may be one compiled loop, that writes into tensors just made, at every step."""
     given = [t for t in tensors if t is not None]
-    return width * sizes[-1] >= MANY and at_hand() and fused(*given, half=True)
+    # a trace of torch.jit may not compute with sizes that come from outside the Function
+    return at_hand() and fused(*given, half=True) and width * sizes[-1] >= MANY
 
 
 def half_of_one_step(x: Tensor, h0: Tensor, sizes: Sizes) -> bool:

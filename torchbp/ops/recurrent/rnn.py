@@ -111,7 +111,7 @@ class RNNFunction(Function):
             if y is not None:
                 return y, y.detach()
         y, h_n = _states(x, h0, w_ih, w_hh, b_ih, b_hh, relu=relu, sizes=sizes, reverse=reverse)
-        return rounded(x.dtype, y, h_n)
+        return rounded(x.dtype if is_half(x) else y.dtype, y, h_n)  # of integers floats, as torch
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
