@@ -161,6 +161,7 @@ class GRUFunction(Function):
                 found = found or _gradients(ctx, *grads, halves=True)
             if found is None:
                 found = _gradients(ctx, *grads, halves=False)
+            assert found is not None
             return *cast(found, ctx.dtypes), None, None
 
     @staticmethod
@@ -343,15 +344,6 @@ def _arguments(
 ) -> tuple[Tensor, ...]:
     """Return what the gates of the only step are made of, by x and by h, in three parts each."""
     return *affine(x, w_ih, b_ih).chunk(3, 1), *affine(h0, w_hh, b_hh).chunk(3, 1)
-
-
-def _step_back(
-    v: Tensor, h: Tensor, r: Tensor, z: Tensor, n: Tensor, q: Tensor
-) -> tuple[Tensor, ...]:
-    """Return of a step (d^r, d^z, d^n) and (d^r, d^z, d^q), and what of g goes on to the step before."""
-    d_n = v * ((1 - z) * (1 - n * n))  # (1)
-    d_r, d_z, d_q = d_n * q * (r * (1 - r)), v * ((h - n) * (z * (1 - z))), d_n * r
-    return d_r, d_z, d_n, d_r, d_z, d_q, v * z  # (2)
 
 
 def _states(

@@ -172,6 +172,7 @@ class LSTMFunction(Function):
                     found = found or _gradients(ctx, *grads, halves=True)
             if found is None:
                 found = _gradients(ctx, *grads, halves=False)
+            assert found is not None
             return *cast(found, ctx.dtypes), None, None
 
     @staticmethod
@@ -348,8 +349,8 @@ def _step_again(
     v: Tensor, v_c: Tensor, i: Tensor, f: Tensor, g: Tensor, o: Tensor, c_before: Tensor
 ) -> tuple[Tensor, ...]:
     """Return :func:`_step_back` from the gates' arguments."""
-    *gates, c, _ = _formula(i, f, g, o, c_before)
-    return _step_back(v, v_c, *gates, c_before, c)
+    i, f, g, o, c, _ = _formula(i, f, g, o, c_before)
+    return _step_back(v, v_c, i, f, g, o, c_before, c)
 
 
 def _at_once(

@@ -144,6 +144,7 @@ class RNNFunction(Function):
                 found = found or _gradients(ctx, grad_y, grad_h_n, halves=True)
             if found is None:
                 found = _gradients(ctx, grad_y, grad_h_n, halves=False)
+            assert found is not None
             return *cast(found, ctx.dtypes), None, None, None
 
     @staticmethod
