@@ -7,7 +7,14 @@ from torch.testing import assert_close
 
 import torchbp.functional as B
 from tests.ops.kernels.conftest import opened
-from torchbp.ops.kernels import _library, _softmax, disabled, over_log_softmax
+from torchbp.ops.kernels import (
+    _library,
+    _softmax,
+    disabled,
+    over_log_softmax,
+    over_softmax,
+    over_softmax_backward,
+)
 from torchbp.ops.kernels import over_log_softmax_backward as over_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,6 +34,14 @@ def log_softmax(f, x):
     return f.log_softmax(x, -1)
 
 
+def softmax(f, x):
+    return f.softmax(x, -1)
+
+
+OF_LOOPS = [(log_softmax, d) for d in DTYPES] + [(softmax, d) for d in HALF]
+of_loops = pytest.mark.parametrize(("run", "dtype"), OF_LOOPS)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _library_of_rows():
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), _library.recording() as sources:
@@ -35,7 +50,9 @@ def _library_of_rows():
             x = random(64, 512, dtype=dtype)
             over_log_softmax(x, 1)
             over_backward(x, x, 1)
-    assert len(sources) == 2 * len(DTYPES) - 1
+            over_softmax(x, 1)
+            over_softmax_backward(x, x, 1)
+    assert len(sources) == 1 + 4 * len(HALF)
     with opened(sources):
         yield
 
@@ -82,6 +99,21 @@ def test_log_softmax_is_the_true_one(calls, shape, dtype):
     assert_near(made[1:], exact[1:], 32 if dtype == torch.float32 else 0.51)
 
 
+@shapes
+@pytest.mark.parametrize("dtype", HALF, ids=names)
+def test_softmax_is_the_true_one(calls, shape, dtype):
+    x, v = random(*shape, dtype=dtype) * 3, random(*shape, dtype=dtype, seed=1)
+    made = step(softmax, B, x, v)
+    assert len(calls) == 2
+    y = made[0].double()
+    exact = torch.softmax(x.double(), -1), y * (v.double() - (y * v.double()).sum(-1, True))
+    rtol, least = 0.51 * torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    assert_close(made[0].double(), exact[0], rtol=rtol, atol=least * torch.finfo(dtype).eps)
+    assert_close(
+        made[1].double(), exact[1], rtol=rtol, atol=2e-6
+    )  # v - Σ cancels digits of float32
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=names)
 def test_small_probabilities_keep_their_digits(dtype):
     x = torch.zeros(256, 88, dtype=dtype)
@@ -105,13 +137,13 @@ def test_large_logits_cost_no_digits(dtype):
 
 
 @shapes
-@dtypes
-def test_threads_change_no_bit(shape, dtype):
+@of_loops
+def test_threads_change_no_bit(shape, dtype, run):
     given = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
-    alone = step(log_softmax, B, *given)
+    alone = step(run, B, *given)
     torch.set_num_threads(2)
     try:
-        together = step(log_softmax, B, *given)
+        together = step(run, B, *given)
     finally:
         torch.set_num_threads(1)
     for a, b in zip(alone, together, strict=True):
@@ -119,13 +151,11 @@ def test_threads_change_no_bit(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [(300, 77), (7000, 3), (1200, 16)], ids=str)
-@dtypes
-def test_a_row_is_the_same_anywhere(shape, dtype):
+@of_loops
+def test_a_row_is_the_same_anywhere(shape, dtype, run):
     x, v = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
     moved = torch.randperm(len(x), generator=torch.Generator().manual_seed(2))
-    for a, b in zip(
-        step(log_softmax, B, x[moved], v[moved]), step(log_softmax, B, x, v), strict=True
-    ):
+    for a, b in zip(step(run, B, x[moved], v[moved]), step(run, B, x, v), strict=True):
         assert torch.equal(a, b[moved])
 
 
@@ -144,12 +174,13 @@ def odd_rows(dtype, width):
 
 @pytest.mark.parametrize("width", [3, 77, 5000])
 @dtypes
-def test_infinities_as_without(dtype, width):
+@pytest.mark.parametrize("run", [log_softmax, softmax])
+def test_infinities_as_without(dtype, width, run):
     x = odd_rows(dtype, width)
     v = random(*x.shape, dtype=dtype, seed=1)
-    made = step(log_softmax, B, x, v)
+    made = step(run, B, x, v)
     with disabled():
-        plain = step(log_softmax, B, x, v)
+        plain = step(run, B, x, v)
     eps = torch.finfo(dtype).eps
     for a, b in zip(made, plain, strict=True):
         assert_close(a, b, rtol=4 * eps, atol=4 * eps, equal_nan=True)
@@ -166,6 +197,8 @@ def test_leaves_to_torch_what_is_not_taken(calls):
         assert over_log_softmax(x.t(), 1) is None
         assert over_log_softmax(x[:2], 1) is None, "few elements"
         assert over_log_softmax(x.double(), 1) is None
+        assert over_softmax(x, 1) is None, "torch's own kernel"
+        assert over_softmax_backward(x, x, 1) is None
         assert over_log_softmax(x.to("meta"), 1) is None
         assert over_backward(x, x, 1) is None, "torch's own kernel"
         h = x.bfloat16()

@@ -34,6 +34,7 @@ from torchbp.ops._function import Context, entry, fused, kernel, public, scale_f
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations.softmax import project
+from torchbp.ops.kernels import over_softmax, over_softmax_backward
 
 __all__ = ["GumbelSoftmaxFunction", "gumbel_softmax"]
 
@@ -47,7 +48,9 @@ class GumbelSoftmaxFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, noise: Tensor, tau: float, dim: int) -> Tensor:  # (*), (*) -> (*)
-        return torch.softmax((x + noise) / tau, dim)
+        z = (x + noise) / tau
+        y = over_softmax(z, dim)
+        return torch.softmax(z, dim) if y is None else y
 
     @staticmethod
     def setup_context(
@@ -59,10 +62,11 @@ class GumbelSoftmaxFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (y,) = ctx.saved_tensors
-        if fused(grad_y, y):
+        grad_z = over_softmax_backward(grad_y, y, ctx.dim)  # (1)
+        if grad_z is None and fused(grad_y, y):
             grad_z = _softmax_backward_data(grad_y, y, ctx.dim, y.dtype)
-        else:
-            grad_z = project(grad_y, y, ctx.dim)  # (1)
+        elif grad_z is None:
+            grad_z = project(grad_y, y, ctx.dim)
         if ctx.tau != 1:
             grad_z = scale_fresh(grad_z, grad_z.new_full((), 1 / ctx.tau))  # (2)
         return grad_z, None, None, None

@@ -37,6 +37,7 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import over_softmax, over_softmax_backward
 
 __all__ = ["Softmax", "Softmax2d", "SoftmaxFunction", "softmax"]
 
@@ -50,7 +51,8 @@ class SoftmaxFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int) -> Tensor:  # x, y: (*)
-        return torch.softmax(x, dim)
+        made = over_softmax(x, dim)
+        return torch.softmax(x, dim) if made is None else made
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -60,6 +62,9 @@ class SoftmaxFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
+        grad_x = over_softmax_backward(grad_y, y, ctx.dim)
+        if grad_x is not None:
+            return grad_x, None
         if undifferentiated():
             return _softmax_backward_data(grad_y, y, ctx.dim, y.dtype), None
         return project(grad_y, y, ctx.dim), None

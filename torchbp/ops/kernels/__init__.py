@@ -25,6 +25,8 @@ from torchbp.ops.kernels._rows import over_rows as over_rows
 from torchbp.ops.kernels._rows import over_rows_backward as over_rows_backward
 from torchbp.ops.kernels._softmax import over_log_softmax as over_log_softmax
 from torchbp.ops.kernels._softmax import over_log_softmax_backward as over_log_softmax_backward
+from torchbp.ops.kernels._softmax import over_softmax as over_softmax
+from torchbp.ops.kernels._softmax import over_softmax_backward as over_softmax_backward
 
 __all__ = [
     "MANY",
@@ -46,6 +48,8 @@ __all__ = [
     "over_log_softmax_backward",
     "over_rows",
     "over_rows_backward",
+    "over_softmax",
+    "over_softmax_backward",
     "over_softmax_gradient",
     "takes_logits",
 ]

@@ -25,6 +25,7 @@ __all__ = [
     "disabled",
     "find",
     "flags",
+    "listed",
     "open_library",
     "path",
     "recording",
@@ -86,6 +87,11 @@ def open_library(file: Path | None) -> None:
 def at_hand() -> bool:
     """Whether there are compiled formulas, or they are being listed for the compiler."""
     return _State.opened is not None or _State.wanted is not None
+
+
+def listed() -> bool:
+    """Whether formulas are being listed for the compiler, those too that gain nothing at the size at hand."""
+    return _State.wanted is not None
 
 
 # What has been asked for already; another library may have other kernels.

@@ -1,4 +1,4 @@
-"""Softmax along contiguous rows as compiled loops (``softmax.h``), and what log-softmax makes of it."""
+"""Softmax and log-softmax along contiguous rows as compiled loops (``softmax.h``)."""
 
 from ctypes import c_int, c_int64, c_void_p
 
@@ -9,7 +9,14 @@ from torchbp.ops.kernels import _library
 from torchbp.ops.kernels._by_hand import Loop, Run, taken
 from torchbp.ops.kernels._loop import MANY
 
-__all__ = ["call", "over_log_softmax", "over_log_softmax_backward", "row_loop"]
+__all__ = [
+    "call",
+    "over_log_softmax",
+    "over_log_softmax_backward",
+    "over_softmax",
+    "over_softmax_backward",
+    "row_loop",
+]
 
 _WIDE = 64  # elements of a row, from which the loop gains in float32
 _MANY_WIDE = 1 << 18  # elements of all rows, as well
@@ -31,18 +38,15 @@ _LOG_SOFTMAX = row_loop("softmax.h", "log_softmax", "const T* x", "T* y")
 _LOG_SOFTMAX_BACKWARD = row_loop(
     "softmax.h", "log_softmax_backward", "const T* g", "const T* x", "T* grad_x"
 )
+_SOFTMAX = row_loop("softmax.h", "softmax", "const T* x", "T* y")
+_SOFTMAX_BACKWARD = row_loop(
+    "softmax.h", "softmax_backward", "const T* g", "const T* y", "T* grad_x"
+)
 
 
 def over_log_softmax(x: Tensor, dim: int) -> Tensor | None:
     """Return log softmax(x) along ``dim``; ``None`` where this was not compiled, or isn't taken."""
-    if x.numel() < MANY or not _library.at_hand() or not _in_rows(x, dim):
-        return None
-    run = taken(_LOG_SOFTMAX, x)
-    if run is None or not _gain_values(x):
-        return None
-    y = torch.empty_like(x)
-    call(run, x, x, y)
-    return y
+    return _made(_LOG_SOFTMAX, x, dim) if _gain_values(x) or _library.listed() else None
 
 
 def over_log_softmax_backward(grad_y: Tensor, x: Tensor, dim: int) -> Tensor | None:
@@ -50,24 +54,37 @@ def over_log_softmax_backward(grad_y: Tensor, x: Tensor, dim: int) -> Tensor | N
 
     In float32 torch's own kernel, from y, is at what memory takes.
     """
-    if x.numel() < MANY or x.dtype == torch.float32 or not _library.at_hand():
+    return None if x.dtype == torch.float32 else _made(_LOG_SOFTMAX_BACKWARD, x, dim, grad_y)
+
+
+def over_softmax(x: Tensor, dim: int) -> Tensor | None:
+    """Return softmax(x) along ``dim`` in half precision; ``None`` as :func:`over_log_softmax` does."""
+    return None if x.dtype == torch.float32 else _made(_SOFTMAX, x, dim)
+
+
+def over_softmax_backward(grad_y: Tensor, y: Tensor, dim: int) -> Tensor | None:
+    """Return the gradient of x from that of y, in half precision; ``None`` as :func:`over_log_softmax` does."""
+    return None if y.dtype == torch.float32 else _made(_SOFTMAX_BACKWARD, y, dim, grad_y)
+
+
+def _made(loop: Loop, x: Tensor, dim: int, grad: Tensor | None = None) -> Tensor | None:
+    """Return what ``loop`` makes of the rows of ``grad`` and ``x``."""
+    if x.numel() < MANY or not _library.at_hand():
         return None
-    if grad_y.dtype != x.dtype or not _in_rows(x, dim):
+    if dim not in (-1, x.dim() - 1) or not x.is_contiguous():
         return None
-    run = taken(_LOG_SOFTMAX_BACKWARD, x, grad_y)
+    if grad is not None and grad.dtype != x.dtype:
+        return None
+    run = taken(loop, x, grad)
     if run is None:
         return None
-    grad_x = torch.empty_like(x)
-    call(run, x, grad_y.contiguous(), x, grad_x)
-    return grad_x
+    made = torch.empty_like(x)
+    call(run, x, *(() if grad is None else (grad.contiguous(),)), x, made)
+    return made
 
 
 def _gain_values(x: Tensor) -> bool:
-    return x.dtype != torch.float32 or (x.shape[-1] >= _WIDE and x.numel() >= _MANY_WIDE)
-
-
-def _in_rows(x: Tensor, dim: int) -> bool:
-    return dim in (-1, x.dim() - 1) and x.is_contiguous()
+    return x.dtype != torch.float32 or (x.numel() >= _MANY_WIDE and x.shape[-1] >= _WIDE)
 
 
 def call(run: Run, x: Tensor, *arguments: object) -> None:

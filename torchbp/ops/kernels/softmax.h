@@ -1,4 +1,4 @@
-// Softmax along rows: p = exp(x - m) / S with m = max x and S = Σ exp(x - m), and what log-softmax makes of it.
+// Softmax along rows: p = exp(x - m) / S with m = max x and S = Σ exp(x - m), and log-softmax, with their gradients.
 //
 // Some rows at a time, 4096 elements: they stay in the first cache, the logarithms of 16 are taken at once, and no row waits for
 // the one before. Everything is float32, S a sum as in lanes.h. A row is one thread's, and depends on no other.
@@ -134,6 +134,35 @@ inline void log_softmax_backward(int64_t n, int64_t c, int threads, const T* g, 
             const float* e = of.e + r * c;
             const Lanes scale = all(static_cast<float>(sum(g + start, c) / of.s[r]));
             each(c, [=](int64_t i, auto at) { at(grad_x + start + i, at(g + start + i) - at(e + i) * scale); });
+        }
+    });
+}
+
+// y = p.
+template <class T>
+inline void softmax(int64_t n, int64_t c, int threads, const T* x, T* y) {
+    over_partitions<true>(n, c, threads, x, x, every_row, [=](int64_t first, int64_t count, const Partitions& of) {
+        for (int64_t r = 0; r < count; ++r) {
+            const float* e = of.e + r * c;
+            T* to = y + (first + r) * c;
+            const Lanes share = all(1.0f / of.s[r]);
+            each(c, [=](int64_t i, auto at) { at(to + i, at(e + i) * share); });
+        }
+    });
+}
+
+// The gradient of x for g, that of y: y (g - Σ g y).
+template <class T>
+inline void softmax_backward(int64_t n, int64_t c, int threads, const T* g, const T* y, T* grad_x) {
+    const int64_t chunk = std::max<int64_t>(1, CHUNK / c);
+    in_parallel((n + chunk - 1) / chunk, threads, [=](int64_t k) {
+        for (int64_t row = k * chunk; row < std::min(n, (k + 1) * chunk); ++row) {
+            const T *of_y = g + row * c, *from = y + row * c;
+            T* to = grad_x + row * c;
+            Sums<1> sum;
+            sum.add(c, [&](int64_t i, auto at, Lanes* of) { of[0] = at(of_y + i) * at(from + i); });
+            const Lanes along = all(static_cast<float>(sum.take(0)));
+            each(c, [=](int64_t i, auto at) { at(to + i, at(from + i) * (at(of_y + i) - along)); });
         }
     });
 }
