@@ -73,6 +73,40 @@ def test_work_of_backward_is_bounded():
     assert 33 <= max(rows) < 257
 
 
+class Shifted(Function):
+    """Sums of rows in a loop, and a backward that runs that once for each step: a parameter shift."""
+
+    steps = 0
+
+    @staticmethod
+    def run(x):
+        y = 0
+        for column in x.unbind(1):
+            Shifted.steps += 1
+            y = (y + column.sin()).cos().sin().cos()
+        return y
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return Shifted.run(x)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        shifts = 2.0**-17 * torch.eye(x.shape[1], dtype=x.dtype)
+        slopes = [(Shifted.run(x + s) - Shifted.run(x - s)) * 2.0**16 for s in shifts]
+        return grad_y[:, None] * torch.stack(slopes, 1)
+
+
+def test_work_of_a_backward_of_many_loops_is_bounded():
+    """A gate at 257 places alone would take 2 · 257² steps of five operations, some twenty times."""
+    Shifted.steps = 0
+    report = torchbp.gradcheck(Shifted.apply, leaf(2, 3), checks="sizes")
+    assert report.capabilities["sizes"].status == "ok"
+    assert 1000 < Shifted.steps < 2**15
+
+
 def test_ordinary_functions_are_tried_at_all_sizes():
     rows.clear()
 

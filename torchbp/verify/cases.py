@@ -17,7 +17,7 @@ from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.sample import Sample
 from torchbp.verify.tensors import signed_like, tensors_in
 from torchbp.verify.wild import refuse_wild
-from torchbp.verify.work import LOOP, Bounded, TooMuch
+from torchbp.verify.work import Bounded, TooMuch
 
 __all__ = ["Case"]
 
@@ -215,13 +215,11 @@ class Case(Sample):
         """End what does too much, if that is asked."""
         self.stopped = False
         try:
-            with Bounded() if self.bounded else nullcontext() as bounds:
+            with Bounded() if self.bounded else nullcontext():
                 yield
         except (ForwardRaised, BackwardRaised) as error:
             self.stopped = isinstance(error.__cause__, TooMuch)
             raise
-        if bounds and bounds.operations > LOOP:
-            self.bounded = False  # backward does no more, and counting that takes longer
 
     @property
     def kept(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:

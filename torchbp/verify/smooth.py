@@ -8,15 +8,17 @@ from torchbp.verify.differences import central
 from torchbp.verify.elsewhere import check_lines, wrote
 from torchbp.verify.finite import not_finite
 from torchbp.verify.lines import Lines
-from torchbp.verify.raised import BackwardRaised
+from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
+from torchbp.verify.tensors import uniform
 from torchbp.verify.tolerance import largest
 
 __all__ = ["COINCIDENT", "check_smooth", "right_at_once"]
 
 COINCIDENT = "two inputs whose gradients are finite where their rows are equal"
 
+MOVED = 1e-3  # of a gradient, by inputs rounded otherwise
 STEEP = 1e6  # times as large gradients: rounding decides
 
 
@@ -48,7 +50,7 @@ def check_smooth(
         return None  # about singular
     lines = Lines(case, elsewhere=True)
     direction = lines.direction(0)
-    if lines.rises_at_once(direction) or not _is_linear(lines, direction):
+    if lines.rises_at_once(direction) or not _is_linear(lines, direction) or _is_rounding(case):
         return None
     return check_lines(case, check, when, beside=False, elsewhere=False)
 
@@ -62,6 +64,28 @@ def right_at_once(case: Case) -> bool:
         return False
     lines = Lines(case, elsewhere=True) if finite else None
     return bool(lines and lines.rises_at_once(lines.direction(0)))
+
+
+def _is_rounding(case: Case) -> bool:
+    """Whether the gradient is another where inputs are rounded otherwise, and wrong there too: of a singular matrix.
+
+    One that is right there takes a branch of its own in the sample.
+    """
+    eps = torch.finfo(torch.float64).eps
+    generator = case.generator("rounded otherwise")
+
+    def rounded(t: Tensor) -> Tensor:
+        return t * (1 + 4 * eps * (uniform(t.shape, generator).to(t) - 0.5))
+
+    other = case.variant(lambda t: rounded(t) if t.dtype == torch.float64 else t, parameters=True)
+    try:
+        moved = zip(other.plain.grads, case.plain.grads, strict=True)
+        if all(float((g - e).norm()) <= MOVED * float(e.norm()) for g, e in moved):
+            return False
+        lines = Lines(other, elsewhere=True)
+        return not lines.rises_at_once(lines.direction(0))
+    except (ForwardRaised, BackwardRaised):
+        return False
 
 
 def _is_linear(lines: Lines, direction: dict[int, Tensor]) -> bool:

@@ -6,7 +6,6 @@ taken: the same sizes are tried on every machine.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,12 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchbp.verify.tensors import tensors_in
 
-__all__ = ["LOOP", "Bounded", "TooMuch", "may_be_too_much"]
+__all__ = ["Bounded", "TooMuch"]
 
 MOST = 2**26  # elements made: a quarter of a second, which a check takes twenty times
-OPERATION = 2**10  # elements take as long as an operation, however small
+OPERATION = 2**13  # elements take as long as an operation, however small, that is counted
 SMALL = 2**12  # elements that are not counted
-LOOP = 2**12  # operations of one call
 PRODUCT = 1 / 16  # elements take as long as a multiplication in a product of matrices
 DECOMPOSED = ("linalg_", "_linalg_", "cholesky", "triangular_solve", "lu_")  # n times as much
 
@@ -43,7 +41,6 @@ class Bounded(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.done = 0.0
-        self.operations = 0
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -51,7 +48,6 @@ class Bounded(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
         self._count(func, OPERATION)
         if func.is_view or _at_most(args) <= SMALL:
             return func(*args, **(kwargs or {}))
@@ -66,11 +62,6 @@ class Bounded(TorchDispatchMode):
         self.done += work
         if self.done > MOST:
             raise TooMuch(f"{func}: more than {MOST} elements in one call")
-
-
-def may_be_too_much(sizes: Iterable[torch.Size]) -> bool:
-    """Whether a call for tensors of these sizes may be: one that makes matrices of all pairs of elements."""
-    return max((size.numel() for size in sizes), default=0) ** 2 > MOST / 16
 
 
 def _at_most(args: Any) -> int:

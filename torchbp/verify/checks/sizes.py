@@ -46,6 +46,7 @@ BLOCK = 33  # which every size reaches at least, where that can be
 FEW = 2
 LARGEST = 2**16  # elements
 FEWER = 257  # rows, where 2053 or 1025 are too many for what forward makes of them
+STOPPED = "elements of the inputs with which a call did too much"
 EXPLODES = 1e14  # times, and the root of that where the size alone is another
 
 
@@ -206,11 +207,11 @@ def _largest_that_runs(case: Case, sizes: dict[Size, int], factor: float = 1.0) 
         if tries < TRIES and fits(case, part, LARGEST):
             tries += 1
             run = _at(case, part, factor)
-            if _runs_through(run.case):
+            if _runs_through(case, run):
                 return run
             if run.case.stopped:  # by a matrix of all pairs of rows, perhaps
                 run = _at(case, {s: min(n, s.near(FEWER)) for s, n in part.items()}, factor)
-                if _runs_through(run.case):
+                if _runs_through(case, run):
                     return run
     return None
 
@@ -225,15 +226,23 @@ def _at(case: Case, sizes: dict[Size, int], factor: float) -> Run:
     return Run(scaled(plain, factor), plain, times)
 
 
-def _runs_through(case: Case) -> bool:
-    """Whether forward gives something there, and neither it nor backward does too much."""
-    if not accepts(case) or not any(y.numel() for y in case.all_outputs):
+def _runs_through(case: Case, run: Run) -> bool:
+    """Whether forward gives something there, and neither it nor backward does too much, as what was smaller did."""
+    there = run.case
+    elements = sum(t.numel() for _, t in there.arguments)
+    if elements >= case.memo.get(STOPPED, inf):
+        there.stopped = True
         return False
     try:
-        _ = case.plain
+        if accepts(there) and any(y.numel() for y in there.all_outputs):
+            _ = there.plain
+            return True
     except BackwardRaised:
-        return not case.stopped
-    return True
+        if not there.stopped:
+            return True
+    if there.stopped:
+        case.memo[STOPPED] = elements
+    return False
 
 
 CHECK = Check(
