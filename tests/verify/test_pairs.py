@@ -9,10 +9,6 @@ from tests.verify.functions import FUNCTIONS
 from tests.verify.unseen import every
 
 PAIRS = known.every()
-SLOW = {"scan_time_step"}  # a Python loop over 1025 steps, halved 15 times
-SLOW |= {"soft_dtw_9", "soft_dtw_10"}  # a Python loop over a table of up to 2053 by 4
-SLOW |= {"isotonic_block_13", "linear_attention_offset_13", "scan_block_carry_13"}  # further loops
-SLOW |= {"circuit_repeated_17"}  # as many runs of a loop as it has steps, in backward
 NEED_COMPILE = {"compile_path_wrong", "graph_break"}
 
 
@@ -28,9 +24,7 @@ def test_there_are_enough():
     assert len(PAIRS) >= 60
 
 
-ALL = [
-    pytest.param(p, id=n, marks=[pytest.mark.slow] if n in SLOW else []) for n, p in PAIRS.items()
-]
+ALL = [pytest.param(p, id=n) for n, p in PAIRS.items()]
 
 
 @pytest.mark.parametrize("pair", ALL)
@@ -72,7 +66,7 @@ ALWAYS |= {
 
 def some(parameters, one_in):
     """Return the parameters, all but one in ``one_in`` slow: `make mutation` runs all of them too."""
-    quick = {n for k, n in enumerate(parameters) if k % one_in == 0} - SLOW | ALWAYS
+    quick = {n for k, n in enumerate(parameters) if k % one_in == 0} | ALWAYS
     return [
         pytest.param(p, id=n, marks=[] if n in quick else [pytest.mark.slow])
         for n, p in parameters.items()

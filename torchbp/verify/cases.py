@@ -37,7 +37,8 @@ class Case(Sample):
         wrong_here: Whether the gradient is known to be wrong at the sample; its variants' need not be looked at then.
         wrong_twice: The same of the second derivative.
         wrote: How many elements of its grad_output the backward of ``plain`` wrote to.
-        bounded: Whether its first call and backward are ended where they do too much: at sizes that nobody gave.
+        bounded: Whether its first call and backward are ended where they do too much, at sizes that nobody gave; 4 where
+            they may do four times as much.
         stopped: Whether one was.
     """
 
@@ -59,7 +60,7 @@ class Case(Sample):
         self.copies_leaves = False
         self.wrong_here = self.wrong_twice = False
         self.wrote = 0
-        self.bounded = self.stopped = False
+        self.bounded, self.stopped = 0, False
         self.given = self
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Case":
@@ -215,7 +216,7 @@ class Case(Sample):
         """End what does too much, if that is asked."""
         self.stopped = False
         try:
-            with Bounded() if self.bounded else nullcontext():
+            with Bounded(self.bounded) if self.bounded else nullcontext():
                 yield
         except (ForwardRaised, BackwardRaised) as error:
             self.stopped = isinstance(error.__cause__, TooMuch)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from torchbp.verify.cases import Case
+from torchbp.verify.depends import elementwise, of_outputs
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.resize import Places, Size, accepts, apart, resized
 from torchbp.verify.tolerance import largest
 
-__all__ = ["LARGER", "elementwise", "fits", "free_sizes", "one_more", "refuses_alone", "tie"]
+__all__ = ["LARGER", "fits", "free_sizes", "one_more", "refuses_alone", "tie"]
 
 MOST = 3  # sizes of the sample that are looked at
 LATER = 2  # sizes that may change alone, beside them
@@ -208,18 +209,21 @@ class _Search:
     def _apart(self, size: Size) -> bool:
         """Find a part of ``size`` that may change alone, and make two sizes of it."""
         whole = size.places
+        several, split = len(whole) > 2, False
+        parts = [(p,) for p in (whole[0], whole[-1], *(whole[1:2] if len(whole) == 3 else ()))]
         if self.elementwise:
             parts = [tuple(p for p in whole if p[1] == whole[0][1])]  # one dimension, of all inputs
-        else:
-            parts = [(p,) for p in (whole[0], whole[-1], *(whole[1:2] if len(whole) == 3 else ()))]
-        several = len(whole) > 2
+        elif several and (part := of_outputs(self.case, size)):
+            split = part != whole
+            # Of what all share with outputs the first may be a multiple: heads of queries for each of the keys.
+            parts = [part] if split else parts[:1]
         for part in parts if several else parts[:1]:
             rest = tuple(p for p in whole if p not in part)
             if not rest:
                 continue
             first = several and part == parts[0]
             one, other = Size(size.now, part, size.unit), Size(size.now, rest, size.unit)
-            if found := self._alone(one, twice=first):
+            if found := self._alone(one, twice=first and not split):
                 one, grown = found
                 other = replace(other, unit=one.unit)
             # Keys, perhaps, that may be more than queries, and not less.
@@ -277,38 +281,6 @@ class _Search:
     @property
     def elementwise(self) -> bool:
         return len(elementwise(self.case)) == len(self.case.leaves)
-
-
-def elementwise(case: Case) -> list[int]:
-    """Return the leaves whose element k alone output element k depends on: their gradient is a slope times grad_output.
-
-    For two random grad_outputs v and w that is so exactly where the gradients g and h fulfil g w = h v.
-    """
-    if "elementwise" not in case.memo:
-        case.memo["elementwise"] = _elementwise(case)
-    return case.memo["elementwise"]
-
-
-def _elementwise(case: Case) -> list[int]:
-    if len(case.plain.outputs) != 1:
-        return []
-    y, v = case.plain.outputs[0], case.plain.cotangents[0]
-    alike = [
-        i
-        for i, leaf in enumerate(case.leaves)
-        if leaf.shape == y.shape and leaf.numel() > 1 and not leaf.is_complex()
-    ]
-    if not alike:
-        return []
-    (w,) = case.cotangents((y,), "elementwise")
-    (other,) = case.vjps([[w]])
-    slack = 1e-9 if case.epsilon < 1e-12 else 1e-4
-    return [i for i in alike if _proportional(case.plain.grads[i], v, other[i], w, slack)]
-
-
-def _proportional(g: Tensor, v: Tensor, h: Tensor, w: Tensor, slack: float) -> bool:
-    one, other = g * w, h * v
-    return bool(torch.allclose(one, other, rtol=slack, atol=slack * largest(one), equal_nan=True))
 
 
 def _counts(t: Tensor) -> bool:

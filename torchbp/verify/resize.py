@@ -104,7 +104,7 @@ def _grown(case: Case, wanted: Mapping[tuple[int, int], int]) -> Case:
         return t
 
     other = case.edited(change)
-    other.bounded = True
+    other.bounded = 1
     return other
 
 

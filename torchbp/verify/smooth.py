@@ -93,28 +93,21 @@ def _is_linear(lines: Lines, direction: dict[int, Tensor]) -> bool:
 
     Those of a median of equal elements do not. ``lines`` has just gone up.
     """
-
-    def slope(d: dict[int, Tensor]) -> tuple[float, float]:
-        return central(lambda t: lines.value(d, t), lines.near)
-
-    up = lines.rise
-    whole, bend = central(lambda t: up if t > 0 else lines.value(direction, t), lines.near)
+    up, step = lines.rise, lines.near
+    whole, bend = central(lambda t: up if t > 0 else lines.value(direction, t), step)
     off = abs(whole - lines.along(direction))
-    slack = 0.02 * off - 2 * lines.noise / lines.near
+    slack = 0.02 * off - 2 * lines.noise / step
     if not bend < slack:
         return False
     for period in (2, 3):
-        total = 0.0
-        for k in (0, 1):
-            part, bend = slope(
-                {
-                    i: d * ((torch.arange(len(d), device="cpu") % period == 0) == k)
-                    for i, d in direction.items()
-                }
-            )
-            total += part
-            if not bend < slack:
-                return False
-        if not abs(whole - total) < slack:
+        even = torch.arange(max(map(len, direction.values())), device="cpu") % period == 0
+        parts = [
+            {i: d * (even[: len(d)] == k) for i, d in direction.items()} for k in (True, False)
+        ]
+        rises = [lines.value(part, step) for part in parts]
+        if not abs(whole - sum(rises) / step) < slack:
+            return False
+        bends = (abs(rise + lines.value(d, -step)) for d, rise in zip(parts, rises, strict=True))
+        if not all(bend / step < slack for bend in bends):
             return False
     return True

@@ -36,11 +36,12 @@ class TooMuch(Exception):  # noqa: N818  # an outcome, not an error
 
 
 class Bounded(TorchDispatchMode):
-    """Ends a call, or a backward, before it makes more than ``MOST`` elements, or takes as long as these."""
+    """Ends a call, or a backward, before it makes ``times`` ``MOST`` elements, or takes as long as these."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: int = 1) -> None:
         super().__init__()
         self.done = 0.0
+        self.most = times * MOST
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -60,8 +61,8 @@ class Bounded(TorchDispatchMode):
 
     def _count(self, func: Any, work: float) -> None:
         self.done += work
-        if self.done > MOST:
-            raise TooMuch(f"{func}: more than {MOST} elements in one call")
+        if self.done > self.most:
+            raise TooMuch(f"{func}: more than {self.most} elements in one call")
 
 
 def _at_most(args: Any) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
+from torchbp.verify.depends import elementwise
 from torchbp.verify.elsewhere import check_lines
-from torchbp.verify.growth import elementwise
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts

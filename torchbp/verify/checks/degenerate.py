@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.growth import elementwise
+from torchbp.verify.depends import elementwise
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 from torchbp.verify.smooth import COINCIDENT, check_smooth, right_at_once

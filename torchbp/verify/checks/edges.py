@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.growth import elementwise
+from torchbp.verify.depends import elementwise
 from torchbp.verify.report import Finding
 from torchbp.verify.slopes import evaluate, inside, slopes
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
+from torchbp.verify.depends import elementwise
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.finite import not_finite, not_finite_at
-from torchbp.verify.growth import elementwise
 from torchbp.verify.lines import STEP, Lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import LARGE, accepts, scaled, with_ones, with_zeros, within_limits

@@ -10,8 +10,8 @@ from functools import reduce
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.checks.indices import REORDERED
+from torchbp.verify.depends import elementwise
 from torchbp.verify.elsewhere import check_lines
-from torchbp.verify.growth import elementwise
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 

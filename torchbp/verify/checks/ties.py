@@ -5,8 +5,7 @@ at 0, where |x| has gradients of both signs. A little more of the one or of the 
 gradients to either side. At the tie the gradient of an output element must lie on the segment between them.
 `grad_output * (x == x.max())` gives their sum instead.
 
-Where many gradients are 0, as a selection's are, all elements are made equal, too: as they move together no tie is
-broken, and their gradients must add up to the slope.
+Where many gradients are 0, as a selection's are, all elements are made equal, too: `alike`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,14 +15,11 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.alike import CAUSE, selects, where_all_equal
 from torchbp.verify.calls import Plain
 from torchbp.verify.cases import Case
-from torchbp.verify.differences import central
-from torchbp.verify.growth import elementwise
-from torchbp.verify.lines import Lines
 from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts
 from torchbp.verify.smooth import COINCIDENT
 from torchbp.verify.tolerance import largest
 
@@ -56,75 +52,10 @@ def _run(case: Case) -> Iterator[Finding]:
         yield from _where_apart(case, ties, side, tied)
         break
     yield from _coincident(case, inputs)
-    selected = [i for i in inputs if _selects(case, i)]
-    tested |= bool(selected)
-    if len(selected) < 2 or not _right_all_equal(case, selected):  # all at once leave no question
-        for i in selected:
-            yield from _all_equal(case, i)
-    if not tested:
+    selected = [i for i in inputs if selects(case, i)]
+    yield from where_all_equal(case, selected, NAME)
+    if not tested and not selected:
         raise NotApplicable("no two elements that can be made equal")
-
-
-def _selects(case: Case, which: int) -> bool:
-    """Whether the gradient at the sample looks like a selection's: 0 for a part of the elements."""
-    g = case.plain.grads[which]
-    zeros = int((g == 0).sum())
-    return g.numel() / 4 <= zeros < g.numel() and which not in elementwise(case)
-
-
-def _of_equal(case: Case, chosen: Sequence[int]) -> tuple[Lines, dict[int, Tensor]] | None:
-    """Return lines through the case in which all elements of each chosen leaf are equal, and what moves them alike."""
-    values = {i: float(case.leaves[i].detach().flatten()[0]) for i in chosen}
-    new = {case.where[i]: torch.full_like(case.leaves[i], x) for i, x in values.items()}
-    other = case.edited(new.get)
-    if not all(values.values()) or not accepts(other):
-        return None
-    along = {
-        i: torch.full((case.leaves[i].numel(),), abs(x), dtype=torch.float64, device="cpu")
-        for i, x in values.items()
-    }
-    return Lines(other, elsewhere=True), along
-
-
-def _right_all_equal(case: Case, chosen: Sequence[int]) -> bool:
-    """Whether the gradients of all of them add up to the slope as they move, each at another pace."""
-    made = _of_equal(case, chosen)
-    if not made:
-        return False
-    lines, along = made
-    along = {i: d * (1 + k / 2) for k, (i, d) in enumerate(along.items())}
-    slopes = [float((lines.grads[i].double().reshape(-1) * d).sum()) for i, d in along.items()]
-    slack = SLACK * max(
-        float((lines.grads[i].abs().reshape(-1) * d).sum()) for i, d in along.items()
-    )
-    return abs(lines.value(along, lines.near) / lines.near - sum(slopes)) <= slack
-
-
-def _all_equal(case: Case, which: int) -> Iterator[Finding]:
-    made = _of_equal(case, [which])
-    if not made:
-        return
-    lines, along = made
-    value = float(case.leaves[which].detach().flatten()[0])
-    got = float(lines.grads[which].double().sum())
-    slack = SLACK * float(lines.grads[which].abs().sum())
-    if abs(lines.value(along, lines.near) / lines.near / abs(value) - got) <= slack:
-        return
-    rise, bend = central(lambda t: lines.value(along, t), lines.near)
-    expected = rise / abs(value)
-    off = abs(expected - got)
-    if not (off > slack and bend / abs(value) < 0.02 * off):
-        return
-    yield Finding(
-        check=NAME,
-        severity="wrong",
-        input=case.names[which],
-        got=got,
-        expected=expected,
-        message=f"grads of {case.names[which]}, where all its elements are {value:.4g}, add up to {got:.4g}; "
-        f"expected {expected:.4g}, the slope as all move together",
-        cause="each of several equal elements gets the whole gradient: share it, or give it to one",
-    )
 
 
 def _where_apart(case: Case, ties: list[Tie], side: Plain, tied: Plain) -> Iterator[Finding]:
@@ -276,7 +207,7 @@ def _at_tie(case: Case, tie: Tie, cases: list[Case]) -> Finding | None:
             message=f"grad at {places[0]} and {places[1]}, which are equal, is {here[2][0]:.4g} and {here[2][1]:.4g}: "
             f"not between the gradients to either side of the tie, {here[0][0]:.4g} and {here[0][1]:.4g} or "
             f"{here[1][0]:.4g} and {here[1][1]:.4g}",
-            cause="each of several equal elements gets the whole gradient: share it, or give it to one",
+            cause=CAUSE,
         )
     return None
 
