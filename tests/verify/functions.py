@@ -26,6 +26,14 @@ def factored(size):
     return lu.requires_grad_(), pivots
 
 
+def steep():
+    """Return factors that, repeated to 34 by 34, make their gradient 10⁴ times as large."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(28)
+        lu, pivots = torch.linalg.lu_factor(torch.randn(3, 3, dtype=torch.float64))
+        return torch.randn(3, 2, dtype=torch.float64).requires_grad_(), lu.requires_grad_(), pivots
+
+
 def add(name, function, make):
     FUNCTIONS[name] = (function, make)
 
@@ -299,6 +307,8 @@ add("norm inf at 0", lambda x: torch.linalg.vector_norm(x, torch.inf), lambda: (
 add("matrix_exp", lambda x: torch.matrix_exp(3 * x), lambda: (r(5, 5),))
 add("slogdet", lambda x: torch.linalg.slogdet(x)[1], lambda: (r(4, 4),))
 add("lu_solve", torch.linalg.lu_solve, lambda: (*factored(4), r(4, 2)))
+add("lu_solve, steep", lambda b, lu, p: torch.linalg.lu_solve(lu, p, b), steep)
+add("qr of square matrices", torch.linalg.qr, lambda: (r(2, 3, 3),))
 add("householder_product", torch.linalg.householder_product, lambda: (r(5, 5), r(5)))
 for _m in (
     torch.nn.GRUCell(3, 4),

@@ -61,6 +61,8 @@ ALWAYS |= {
     "dual_norm_rowscale_13",
     "product_second_13",
     "sinc_tiny_13",
+    "qr of square matrices",
+    "lu_solve, steep",
 }
 
 

@@ -37,8 +37,8 @@ class Case(Sample):
         wrong_here: Whether the gradient is known to be wrong at the sample; its variants' need not be looked at then.
         wrong_twice: The same of the second derivative.
         wrote: How many elements of its grad_output the backward of ``plain`` wrote to.
-        bounded: Whether its first call and backward are ended where they do too much, at sizes that nobody gave; 4 where
-            they may do four times as much.
+        bounded: Whether its first call and backward are ended where they do too much, at sizes that nobody gave; if
+            not 1, how many times as much they may do.
         stopped: Whether one was.
     """
 
