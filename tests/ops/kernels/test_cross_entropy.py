@@ -16,6 +16,7 @@ from torchbp.ops.kernels import (
     disabled,
     over_log_partition,
     over_log_probabilities,
+    over_probabilities,
     over_softmax_gradient,
 )
 
@@ -105,6 +106,36 @@ def test_z_loss(calls, reduction, dtype):
         exact = step(B.cross_entropy, x.double(), target, options)
     # of two gradients, each rounded, digits cancel
     assert_near(made, exact, 6 if dtype == torch.float32 else 3)
+
+
+@shapes
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@dtypes
+def test_focal_loss(calls, shape, weighted, gamma, dtype):
+    x, target, _ = given(shape, dtype, {})
+    x[:, 0] += 12  # of class 0, 1 - p is small
+    options = {"gamma": gamma}
+    if weighted:
+        options |= {"ignore_index": 1, "alpha": random(shape[1], seed=5).abs().add(0.2).to(dtype)}
+    for reduction in ("mean", "none"):
+        calls.clear()
+        made = step(B.focal_loss, x, target, options | {"reduction": reduction})
+        assert len(calls) == 3
+        exact = step(
+            B.focal_loss, x.double(), target, in_float64(options | {"reduction": reduction})
+        )
+        assert_near(made, exact, 12 if dtype == torch.float32 else 0.51)
+
+
+@pytest.mark.parametrize("more", [2, 12, 40])
+def test_what_is_left_of_1_keeps_its_digits(more):
+    x, target, _ = given((300, 77), torch.float32, {})
+    x.scatter_add_(1, target[:, None], torch.full((300, 1), float(more)))
+    with torch.no_grad():
+        _, u = over_probabilities(x, target, -1)
+    exact = torch.softmax(x.double(), 1).scatter(1, target[:, None], 0).sum(1)
+    assert_close(u.double(), exact, rtol=3e-6, atol=0)  # x - m, up to 45, is rounded
 
 
 @options

@@ -6,6 +6,7 @@ A kernel is the formula of its op's file, written down as a loop (``_loop.py``),
 
 from torchbp.ops.kernels._cross_entropy import over_log_partition as over_log_partition
 from torchbp.ops.kernels._cross_entropy import over_log_probabilities as over_log_probabilities
+from torchbp.ops.kernels._cross_entropy import over_probabilities as over_probabilities
 from torchbp.ops.kernels._cross_entropy import over_softmax_gradient as over_softmax_gradient
 from torchbp.ops.kernels._cross_entropy import takes_logits as takes_logits
 from torchbp.ops.kernels._library import at_hand as at_hand
@@ -46,6 +47,7 @@ __all__ = [
     "over_log_probabilities",
     "over_log_softmax",
     "over_log_softmax_backward",
+    "over_probabilities",
     "over_rows",
     "over_rows_backward",
     "over_softmax",

@@ -11,14 +11,20 @@ from torchbp.ops.kernels._by_hand import NAMES, Loop, Run, taken
 from torchbp.ops.kernels._loop import MANY
 from torchbp.ops.kernels._softmax import call, row_loop
 
-__all__ = ["over_log_partition", "over_log_probabilities", "over_softmax_gradient", "takes_logits"]
+__all__ = [
+    "over_log_partition",
+    "over_log_probabilities",
+    "over_probabilities",
+    "over_softmax_gradient",
+    "takes_logits",
+]
 
 _LOGITS = ("const T* x", "const int64_t* target", "int64_t ignored", "const float* w")
 _VALUES = row_loop(
     "cross_entropy.h",
     "log_probabilities",
     *_LOGITS,
-    *(f"float* {name}" for name in ("log_p", "even", "log_z")),
+    *(f"float* {name}" for name in ("log_p", "rest", "even", "log_z")),
     "int64_t* counted",
 )
 _GRADIENT = row_loop(
@@ -65,8 +71,18 @@ def over_log_probabilities(
     log_p = _of_rows(x)
     even = _of_rows(x) if weighted else None
     counted = c_int64()
-    call(run, x, x, target, ignored, _wide(w), log_p, even, None, byref(counted))
+    call(run, x, x, target, ignored, _wide(w), log_p, None, even, None, byref(counted))
     return None if counted.value < 0 else (log_p, even, counted.value)
+
+
+def over_probabilities(x: Tensor, target: Tensor, ignored: int) -> tuple[Tensor, Tensor] | None:
+    """Return log p_t and 1 - p_t, of all its digits, of each row, as :func:`over_log_probabilities` does."""
+    run = _run(_VALUES, x, target)
+    if run is None:
+        return None
+    log_p, rest, counted = _of_rows(x), _of_rows(x), c_int64()
+    call(run, x, x, target, ignored, None, log_p, rest, None, None, byref(counted))
+    return None if counted.value < 0 else (log_p, rest)
 
 
 def over_log_partition(x: Tensor) -> Tensor | None:
@@ -75,7 +91,7 @@ def over_log_partition(x: Tensor) -> Tensor | None:
     if run is None:
         return None
     log_z = _of_rows(x)
-    call(run, x, x, None, 0, None, None, None, log_z, byref(c_int64()))
+    call(run, x, x, None, 0, None, None, None, None, log_z, byref(c_int64()))
     return log_z
 
 

@@ -49,10 +49,17 @@ inline float log_partition(const T* x, int64_t c, float m, float log_s) {
     return m;
 }
 
-// Of each row, what is not nullptr: log p_t, Σ_c w_c log p_c, log Σ exp x; and how many rows count, -1 where a t is no class.
+// 1 - p_t from what the others are: the difference would round to 0.
+template <class T>
+inline float others(const T* x, int64_t c, int64_t t, float m, float s) {
+    const auto nothing = [](int64_t, auto, Lanes) {};
+    return (exp_sum(x, t, m, nothing) + exp_sum(x + t + 1, c - t - 1, m, nothing)) / s;
+}
+
+// Of each row, what is not nullptr: log p_t, 1 - p_t, Σ_c w_c log p_c, log Σ exp x; and how many rows count, -1 where a t is no class.
 template <class T>
 inline void log_probabilities(int64_t n, int64_t c, int threads, const T* x, const int64_t* target, int64_t ignored,
-                              const float* w, float* log_p, float* even, float* log_z, int64_t* counted) {
+                              const float* w, float* log_p, float* rest, float* even, float* log_z, int64_t* counted) {
     const Classes classes{target, ignored};
     *counted = classes.counted(n, c);
     if (*counted < 0) return;
@@ -66,6 +73,7 @@ inline void log_probabilities(int64_t n, int64_t c, int threads, const T* x, con
             const float m = of.m[r], log_s = logs[r];
             const bool here = counts(row);
             if (log_p != nullptr) log_p[row] = here ? one(from + target[row]) - m - log_s : 0.0f;
+            if (rest != nullptr) rest[row] = here ? others(from, c, target[row], m, of.s[r]) : 0.0f;
             if (even != nullptr) even[row] = here ? static_cast<float>(weighted(from, w, c, m) - mass * log_s) : 0.0f;
             if (log_z != nullptr) log_z[row] = here ? log_partition(from, c, m, log_s) : 0.0f;
         }

@@ -34,12 +34,18 @@ from torchbp.ops._function import (
     fused,
     in_autocast_float32,
     public,
-    scale_fresh,
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.losses._classes import all_count, class_dim, counted
+from torchbp.ops.losses._focal_gradient import (
+    gradient,
+    gradient_in_a_loop,
+    gradient_in_place,
+    loss_in_a_loop,
+    of_values,
+)
 
 __all__ = ["FocalLoss", "FocalLossFunction", "focal_loss"]
 
@@ -62,6 +68,9 @@ class FocalLossFunction(Function):
         simple: bool,
         reduction: str,
     ) -> Tensor:  # (N, C, *), (N, *) int64, (C,) -> () or (N, *)
+        loss = loss_in_a_loop(x, target, alpha, gamma, ignored, reduction)
+        if loss is not None:
+            return loss
         dim = class_dim(x)
         if simple and fused(x):
             log_p = torch.log_softmax(x, dim).gather(dim, target.unsqueeze(dim)).squeeze(dim)
@@ -86,53 +95,22 @@ class FocalLossFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, target, alpha = ctx.saved_tensors
+        grad_x = gradient_in_a_loop(x, grad, target, alpha, ctx)
+        if grad_x is not None:
+            return grad_x, *_NO_OTHERS
         if ctx.simple and fused(grad, x) and ctx.gamma >= 1:
             s = spread(grad, ctx.reduction, max(1, target.numel()))
-            return _gradient_in_place(x, s, target, ctx.gamma), *_NO_OTHERS
-        index, w, total = counted(x, target, alpha, ctx.ignored)
-        s = spread(grad.to(w.dtype), ctx.reduction, total)
-        if ctx.reduction == "mean":
-            s = s.masked_fill(total == 0, 0)  # nothing counted: 0, not 0/0
-        return _gradient(x, s * w, index, ctx.gamma).to(x.dtype), *_NO_OTHERS
+            return gradient_in_place(x, s, target, ctx.gamma), *_NO_OTHERS
+        s, index = of_values(x, grad, target, alpha, ctx)
+        return gradient(x, s, index, ctx.gamma).to(x.dtype), *_NO_OTHERS
 
     @staticmethod
     def jvp(ctx: Context, tangent_x: Tensor, *_: None) -> Tensor:
         x, target, alpha = ctx.saved_tensors
         index, w, total = counted(x, target, alpha, ctx.ignored)
-        values = (_gradient(x, w, index, ctx.gamma) * tangent_x).sum(class_dim(x))  # (3)
+        values = (gradient(x, w, index, ctx.gamma) * tangent_x).sum(class_dim(x))  # (3)
         values = values if ctx.reduction == "none" else spread(values.sum(), ctx.reduction, total)
         return values.to(x.dtype)
-
-
-def _gradient(x: Tensor, s: Tensor, index: Tensor, gamma: float) -> Tensor:
-    dim = class_dim(x)
-    at = index.unsqueeze(dim)
-    p = torch.softmax(x, dim, dtype=s.dtype)
-    p_t = p.gather(dim, at)
-    p = p.scatter_(dim, at, 0) if fused(p) else p.scatter(dim, at, 0)
-    u = p.sum(dim, keepdim=True)  # 1 - p_t would round to 0
-    log_p = torch.where(u < 0.5, torch.log1p(-u.clamp(max=0.5)), p_t.log())
-    certain = u == 0
-    ratio = (log_p / u.masked_fill(certain, 1)).masked_fill(certain, -1)
-    k = u.pow(gamma) * (1 - gamma * p_t * ratio.clamp(min=torch.finfo(u.dtype).min))  # (1)
-    sk = s.unsqueeze(dim) * k
-    gradient = scale_fresh(p, sk)
-    put = gradient.scatter_ if fused(gradient, sk) else gradient.scatter
-    return put(dim, at, -sk * u)  # (2), p_t - 1 = -u
-
-
-def _gradient_in_place(x: Tensor, s: Tensor, index: Tensor, gamma: float) -> Tensor:
-    """Return (2) as :func:`_gradient` does, for γ ≥ 1 and one s or one a position, in half as many calls."""
-    dim = class_dim(x)
-    at = index.unsqueeze(dim)
-    p = torch.softmax(x, dim)
-    p_t = p.gather(dim, at)
-    u = p.scatter_(dim, at, 0).sum(dim, keepdim=True)
-    # p_t L, which is 0 for p_t = 0
-    p_log_p = torch.where(u < 0.5, torch.special.xlog1py(p_t, -u), torch.xlogy(p_t, p_t))
-    k = u.pow(gamma).sub_(u.pow(gamma - 1).mul_(p_log_p), alpha=gamma)  # (1)
-    sk = k.mul_(s.unsqueeze(dim) if s.dim() else s)
-    return p.mul_(sk).scatter_(dim, at, u.mul_(sk).neg_())  # (2), p_t - 1 = -u
 
 
 _focal_loss = entry(FocalLossFunction)
