@@ -79,7 +79,10 @@ def is_few(first: Tensor) -> bool:
 def at_once(into: Callable[..., object], spare: int, *tensors: Tensor) -> Tensor:
     """Return what ``into`` writes, as :func:`written` takes it, of tensors taken whole, in their own dtype."""
     value = torch.empty_like(tensors[0])
-    into(value, *[torch.empty_like(value) for _ in range(spare)], *tensors)
+    if spare:
+        into(value, *[torch.empty_like(value) for _ in range(spare)], *tensors)
+    else:
+        into(value, *tensors)
     return value
 
 
@@ -121,17 +124,15 @@ def alike(*tensors: Tensor) -> bool:
     return writable(*tensors) and _dense(*tensors)
 
 
-def writable(*tensors: Tensor) -> bool:
+def writable(first: Tensor, *others: Tensor) -> bool:
     """Whether an elementwise formula of ``tensors`` may write into tensors of its own.
 
     Nobody differentiates or traces it, and they have one shape and dtype, but for single numbers.
     """
-    if not fused(*tensors, half=True):
+    if not fused(first, *others, half=True):
         return False
-    first = tensors[0]
-    shape, dtype = first.shape, first.dtype
-    for t in tensors:
-        if t.dim() and not (t.shape == shape and t.dtype == dtype):
+    for t in others:
+        if t.dim() and not (t.dtype is first.dtype and t.size() == first.size()):
             return False
     return first.numel() > 0 and first.is_floating_point()
 

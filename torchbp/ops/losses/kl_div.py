@@ -7,7 +7,7 @@ Derivation, with s the gradient of each ℓ (grad for "none" and "sum", grad / N
     grad_t = s · (log t + 1 - x)                                                              (2)
     grad_u = s · exp(u) · (u - x + 1)                                                         (3)
     tangent_ℓ = Σ gradient · tangent over both inputs, with s = 1                             (4)
-    "batchmean" is the sum divided by the first dimension; that quotient is autograd's own.
+    "batchmean" is the sum divided by the first dimension: s is grad / its size.
 
 Saves:
     The target. x only where the target's gradient is asked for: with log_target torch keeps both.
@@ -29,6 +29,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, directional, entry, public
+from torchbp.ops._numbers import number
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import (
@@ -50,7 +51,9 @@ class KLDivLossFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, target: Tensor, log_target: bool, reduction: str) -> Tensor:
+    def forward(
+        x: Tensor, target: Tensor, log_target: bool, reduction: str, by_rows: bool
+    ) -> Tensor:  # by_rows: whether the sum is divided by their number, which is "batchmean"
         if log_target:
             plain, limits, into = _of_logarithms, _of_logarithms_with_limits, _of_logarithms_into
         else:
@@ -58,29 +61,34 @@ class KLDivLossFunction(Function):
             into = _of_probabilities_into
         spare = 1 if log_target else 0
         # the target first, whose layout the values have in torch
-        return reduced_with_limits(plain, limits, reduction, target, x, into=into, spare=spare)
+        loss = reduced_with_limits(plain, limits, reduction, target, x, into=into, spare=spare)
+        return loss / number(x.shape[0], loss) if by_rows else loss
 
     @staticmethod
     def setup_context(
-        ctx: Context, inputs: tuple[Tensor, Tensor, bool, str], output: Tensor
+        ctx: Context, inputs: tuple[Tensor, Tensor, bool, str, bool], output: Tensor
     ) -> None:
-        x, target, ctx.log_target, ctx.reduction = inputs
+        x, target, ctx.log_target, ctx.reduction, ctx.by_rows = inputs
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, target)
         ctx.save_for_forward(x, target)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Context, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, target = ctx.saved_tensors
         need_x, need_target, *_ = ctx.needs_input_grad
-        count, log_target = target.numel(), ctx.log_target
+        how, count, log_target = ctx.reduction, target.numel(), ctx.log_target
+        if ctx.by_rows:
+            how, count = "mean", target.shape[0]
         grad_x = grad_target = None
         if need_x:
-            minus_s = spread(grad, ctx.reduction, count, negative=True)
+            minus_s = spread(grad, how, count, negative=True)
             grad_x = in_pieces(_times_exp if log_target else torch.mul, target, minus_s)  # (1)
         if need_target:
             gradient = _gradient_log_target if log_target else _gradient_target
-            grad_target = in_pieces(gradient, target, x, spread(grad, ctx.reduction, count))
-        return grad_x, grad_target, None, None
+            grad_target = in_pieces(gradient, target, x, spread(grad, how, count))
+        return grad_x, grad_target, None, None, None
 
     @staticmethod
     def jvp(
@@ -90,7 +98,8 @@ class KLDivLossFunction(Function):
         gradient = _gradient_log_target if ctx.log_target else _gradient_target
         along_target = (tangent_target, gradient(target, x, target.new_ones(())))
         along_x = (tangent_x, -_slope(target, ctx.log_target))
-        return reduce(directional(along_x, along_target), ctx.reduction)  # (4)
+        tangent = reduce(directional(along_x, along_target), ctx.reduction)  # (4)
+        return tangent / x.shape[0] if ctx.by_rows else tangent
 
 
 def _of_probabilities(t: Tensor, x: Tensor) -> Tensor:
@@ -181,11 +190,13 @@ def kl_div(
         if not values.is_floating_point():
             rule = f"floating-point {name}"
             raise RuntimeError(wrong("kl_div", rule, values.dtype, "cast it"))
-    rows = input.shape[0] if batchmean and input.dim() else 1
+    given = input.size()
     input, target = in_common_dtype(input, target)
     input, target = broadcast(input, target)
-    loss = _kl_div(input, target, log_target, reduction)
-    return loss / rows if batchmean and input.dim() else loss
+    by_rows = batchmean and len(given) > 0
+    if by_rows and input.size() != given:  # torch divides by the rows of what it was given
+        return _kl_div(input, target, log_target, reduction, False) / given[0]
+    return _kl_div(input, target, log_target, reduction, by_rows)
 
 
 class KLDivLoss(nn.KLDivLoss):
