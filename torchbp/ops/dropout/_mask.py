@@ -1,5 +1,7 @@
 """The mask that every form of dropout draws, and its product with values, gradients and tangents."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from torchbp.ops._errors import wrong
 from torchbp.ops._function import fused, kernel, modes_active, undifferentiated, visible
 from torchbp.ops._numbers import constant
 from torchbp.ops._random import int32_of, plain
+from torchbp.ops.kernels import half_in_one_loop
 
 __all__ = ["draw", "draw_factor", "draw_few", "is_few", "is_identity", "masked", "one_kernel"]
 
@@ -94,9 +97,16 @@ def masked(v: Tensor, mask: Tensor, scale: float, *, alike: bool = False) -> Ten
             return torch.addcmul(nothing, v, mask, value=scale)  # 0.7 of the time of two products
     if v.is_cuda and mask.shape == v.shape and v.is_floating_point() and fused(v, half=True):
         return _dropout_backward(v, mask.view(torch.bool), scale)  # one pass, rounded once
-    if v.dtype not in _NOTHING or mask.numel() == v.numel():
+    if v.dtype not in _NOTHING:
+        made = half_in_one_loop(partial(_scaled, scale=scale), v, mask)
+        return v * mask * scale if made is None else made
+    if mask.numel() == v.numel():
         return v * mask * scale
     # one pass over v; in half precision it would round twice
     if v.dtype is torch.float32 is torch.get_default_dtype():  # that of the product with a number
         return v * (mask * scale)
     return v * (mask.to(v.dtype) * scale)
+
+
+def _scaled(v: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+    return v * mask * scale

@@ -38,6 +38,7 @@ from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.dropout._mask import draw, draw_few, is_few, is_identity, masked, one_kernel
+from torchbp.ops.kernels import in_one_loop
 
 __all__ = [
     "AlphaDropout",
@@ -63,8 +64,10 @@ class AlphaDropoutFunction(Function):
         y = None
         if x.is_cuda:
             y = in_one_kernel(partial(_choice, a=a, b=b), x, mask.to(x.dtype))
-        elif x.numel() <= _FEW and one_kernel(x) is not None:
-            y = _chosen_of_few(x, mask, a, b)
+        elif x.numel() <= _FEW:
+            y = _chosen_of_few(x, mask, a, b) if one_kernel(x) is not None else None
+        else:
+            y = in_one_loop(partial(_sum, a=a, b=b), x, mask)
         if y is None:
             y = in_float32(lambda x: _chosen(x, mask, a, b), x)
         return x.copy_(y) if inplace else y
@@ -94,6 +97,11 @@ def _chosen(x: Tensor, mask: Tensor, a: float, b: float) -> Tensor:
     scale = mask.to(x.dtype) * a
     y = x * scale
     return y.add_(scale.mul_(-_SATURATION).add_(a * _SATURATION + b))  # (2)
+
+
+def _sum(x: Tensor, mask: Tensor, *, a: float, b: float) -> Tensor:
+    scale = mask * a
+    return x * scale + ((a * _SATURATION + b) - scale * _SATURATION)  # (2)
 
 
 def _choice(x: Tensor, mask: Tensor, *, a: float, b: float) -> Tensor:

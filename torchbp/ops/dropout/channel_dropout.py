@@ -4,8 +4,8 @@ Derivation:
     As of dropout, m expanded over the channel's positions: grad_x = grad_y · m / (1 - p).
 
 Saves:
-    m / (1 - p), a number of x's dtype for each channel of a sample, as torch; m, a byte, in half precision and of
-    complex x.
+    m / (1 - p), a number of x's dtype for each channel of a sample, as torch; m, a byte, of complex x, and in half
+    precision but where 1 / (1 - p) is 2, 4 or so, and not rounded.
 
 Edge values:
     p = 0, or not training: y is x itself.   p = 1: y is x · 0.   ±inf or NaN: NaN where dropped, as in torch.
@@ -54,12 +54,20 @@ def _drop(op: str, x: Tensor, p: float, training: bool, inplace: bool, leading: 
     factor = draw_factor(x, p, leading)
     if factor is not None:
         return times_factor(x, factor, inplace)
-    scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
-    mask = draw(x, p, leading)
-    if x.dtype not in WIDE:  # half precision would round the factor
+    mask, scale = draw(x, p, leading), _scale(p)
+    if not _has(x.dtype, scale):
         return _dropout(x, mask, scale, inplace)
     mask = mask if x.dtype is torch.get_default_dtype() else mask.to(x.dtype)
     return times_factor(x, mask * scale, inplace)
+
+
+def _scale(p: float) -> float:
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def _has(dtype: torch.dtype, scale: float) -> bool:
+    """Whether ``scale`` is rounded by ``dtype`` no more than the product is."""
+    return dtype in WIDE or (not dtype.is_complex and scale.is_integer() and scale <= 256)
 
 
 @public
@@ -224,7 +232,7 @@ def _op(function: Callable[..., Tensor], module: type[nn.Module], spatial: int) 
 
     def saved_bytes(x: Tensor, p: float = 0.5, training: bool = True) -> int:
         channels = math.prod(x.shape[: x.dim() - spatial])
-        each = x.element_size() if x.dtype in WIDE else 1
+        each = x.element_size() if _has(x.dtype, _scale(p)) else 1
         return channels * each if p and training else 0
 
     def benchmark(make: Make, n: int) -> Sample:
