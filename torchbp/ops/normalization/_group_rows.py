@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import kernel
+from torchbp.ops._function import kernel, visible
+from torchbp.ops.normalization._half_norms import batch_norm_backward
 from torchbp.ops.normalization._standardize import affine
 
 __all__ = ["channels_backward", "grouped", "rows_backward", "rows_forward"]
@@ -62,34 +63,32 @@ def _of_rows(s: Tensor, centred: Tensor, r: Tensor) -> Tensor:
 
 def channels_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, w and b where each channel is a group (instance normalization).
 
-    The kernel takes μ out at the end, where it cancels what it has added: for a mean of 10 and deviation 1 that costs
-    three times the error, also torch's own. And μ in float32 is off by some 2e-8 of itself, which is seen in Σ s · x̂:
-    so the mean of what it leaves is taken out, too. What there is one of per row is computed in float64, which costs
-    nothing.
+    By the kernel of batch normalization, for one sample of N C channels. It takes μ out at the end, where that cancels
+    what it has added: for a mean of 10 and deviation 1 this costs three times the error, also torch's own. So it is
+    given x - μ, what μ, rounded to float32, has left there for a mean, and r of these.
     """
     n, channels = x.shape[:2]
     if x.numel() <= _FEW:
         return _few_channels_backward(grad_y, x, weight, eps)
-    rows, g = (t.reshape(n * channels, -1) for t in (x, grad_y))
-    width = rows.shape[1]
-    r = rstd.reshape(-1, 1).double()
-    centred = rows - mean.reshape(-1, 1)
-    p = g * centred
-    along, total, left = (t.sum(1, keepdim=True).double() for t in (p, g, centred))
-    left /= width
-    along -= left * total
-    # s = grad_y · w, and w is one number a row: it waits for the end
-    share = along * r**2 / width
-    torch.sub(g, (total / width - left * share).to(x.dtype), out=p)
-    p.addcmul_(centred, share.to(x.dtype), value=-1)
-    w = 1.0 if weight is None else weight.repeat(n).unsqueeze(1)
-    grad_x = p.mul_((r * w).to(x.dtype)).reshape(x.shape)  # (1)
-    of_rows = ((t.view(n, channels).sum(0)).to(x.dtype) for t in (along * r, total))
-    grad_weight, grad_bias = of_rows  # (2), (3)
-    return grad_x, None if weight is None else grad_weight, grad_bias
+    rows, g = (t.reshape(1, n * channels, -1) for t in (x, grad_y))
+    centred = rows - mean.reshape(1, -1, 1)
+    width = rows.shape[2]
+    # |μ| < σ: what is left is no more than the rounding of σ
+    near = visible(x) and bool((mean * rstd).abs().amax() < 1)
+    left = (torch.zeros_like(mean) if near else centred.mean(2)).reshape(-1)
+    # in float64 from short pieces: along a whole row torch's kernel loses digits
+    pieces = centred.view(rows.shape[1], math.gcd(width, 32), -1)
+    square = torch.linalg.vector_norm(pieces, dim=2).double().square_().sum(1) / width
+    r = torch.rsqrt(square - left.double().square() + eps).to(x.dtype)
+    statistics = (None, None, left, r)
+    scale = None if weight is None else weight.repeat(n)
+    needs = [True, weight is not None, True]
+    made = batch_norm_backward(g.contiguous(), centred, scale, statistics, True, eps, needs)
+    of_channels = (t if t is None else t.view(n, channels).sum(0) for t in made[1:])
+    return made[0].reshape(x.shape), *of_channels  # (1), (2), (3)
 
 
 def _few_channels_backward(
