@@ -206,7 +206,7 @@ def _by_rows(
     width = x.shape[-1]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat = (grad_y.reshape(-1, width), x.reshape(-1, width), grad_x.view(-1, width))
-    w = None if weight is None else weight.reshape(-1)
+    w = 4 if weight is None else 4 * weight.reshape(-1)
     sums: tuple[list[Tensor], ...] = ([], [], [])
     for g, rows, part in row_pieces(*flat):
         v = rows * alpha
@@ -223,8 +223,7 @@ def _by_rows(
         if need_bias:
             sums[2].append(g.sum(0))  # (4)
         if need_x or need_alpha:
-            s = g if w is None else torch.mul(g, w, out=part)
-            s = _sigmoid_backward_into(s, q, grad_input=part).mul_(4)
+            s = _sigmoid_backward_into(torch.mul(g, w, out=part), q, grad_input=part)
             if need_alpha:
                 sums[0].append(torch.mul(s, rows, out=v).sum())  # (2)
             s.mul_(alpha)  # (1)
