@@ -26,18 +26,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, as_dtype, entry, fused, kernel, public
+from torchbp.ops._function import Context, as_dtype, entry, public
 from torchbp.ops._op import Op
-from torchbp.ops._pieces import row_pieces
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.activations._tanh import tanh
-from torchbp.ops.kernels import SUM, in_one_loop
+from torchbp.ops.kernels import in_one_loop
+from torchbp.ops.normalization._dyt_rows import gradients_along_rows
 from torchbp.ops.normalization._standardize import affine, widened
 
 __all__ = ["DyT", "DyTFunction", "dyt"]
-
-_FEW = 1 << 12  # elements
-_sigmoid_backward_into = kernel("sigmoid_backward", "grad_input")
 
 
 class DyTFunction(Function):
@@ -70,13 +67,11 @@ class DyTFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, weight = ctx.saved_tensors
         need_x, need_alpha, need_weight, need_bias = ctx.needs_input_grad
-        if ctx.along_rows and weight is not None and x.dim() > 1:
-            made = in_one_loop(_gradients, grad_y, x, alpha, weight, outputs=_OUTPUTS)
+        if ctx.along_rows:
+            needs = ctx.needs_input_grad
+            made = gradients_along_rows(grad_y, x, alpha, weight, needs, ctx.bias)
             if made is not None:
-                return _of_loop(made, grad_y, alpha, weight, ctx.needs_input_grad, ctx.bias)
-        if ctx.along_rows and fused(grad_y):  # of the dtype of x
-            made = _of_few if x.numel() <= _FEW else _by_rows
-            return made(grad_y, x, alpha, weight, ctx.needs_input_grad, ctx.bias)
+                return made
         grad_x = grad_alpha = grad_weight = grad_bias = None
         g, wide = widened(grad_y), widened(x)
         z = torch.tanh(wide * alpha)
@@ -120,121 +115,9 @@ def _affine_tanh(x: Tensor, alpha: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return torch.tanh(x * alpha) * w + b
 
 
-def _gradients(g: Tensor, x: Tensor, alpha: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    u = x * alpha
-    q = torch.sigmoid(-2 * u.abs())
-    s = g * w * (1 - q) * q * 4  # 1 - z² without cancellation
-    return s * alpha, s * x, g * torch.tanh(u)  # (1), and of (2) and (3) what is summed
-
-
-_OUTPUTS = (None, SUM, torch.float32)
-
-
-def _of_loop(
-    made: tuple[Tensor, Tensor, Tensor],
-    grad_y: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    needs: tuple[bool, ...],
-    bias: tuple[torch.Size, torch.dtype] | None,
-) -> tuple[Tensor | None, ...]:
-    """Return (1) to (4) from what the loop made: sums over rows are torch's, in float32."""
-    need_x, need_alpha, need_weight, need_bias = needs
-    grad_x, along, products = made
-    rows = tuple(range(products.dim() - 1))
-    grad_alpha = along.to(alpha.dtype).reshape(alpha.shape) if need_alpha else None
-    grad_weight = as_dtype(products.sum(rows), weight.dtype) if need_weight else None  # (3)
-    grad_bias = None
-    if need_bias and bias is not None:
-        grad_bias = as_dtype(grad_y.sum(rows, dtype=torch.float32), bias[1])  # (4)
-    return grad_x if need_x else None, grad_alpha, grad_weight, grad_bias
-
-
 def _is_vector(t: Tensor | None, x: Tensor) -> bool:
     """Whether ``t`` has one element for each of a row of ``x``."""
     return t is None or (t.dim() == 1 and x.dim() > 0 and t.size(0) == x.size(-1))
-
-
-def _of_few(
-    grad_y: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor | None,
-    needs: tuple[bool, ...],
-    bias: tuple[torch.Size, torch.dtype] | None,
-) -> tuple[Tensor | None, ...]:
-    """Return (1) to (4) as :func:`_by_rows`, in as few calls as there can be."""
-    need_x, need_alpha, need_weight, need_bias = needs
-    grad_x = grad_alpha = grad_weight = grad_bias = None
-    v = x * alpha
-    rows = (0,) if x.dim() == 2 else tuple(range(x.dim() - 1))
-    if need_weight:
-        product = grad_y * torch.tanh(v)
-        grad_weight = product.sum(rows) if rows else product  # (3)
-    if need_bias and bias is not None:
-        grad_bias = as_dtype(grad_y.sum(rows) if rows else grad_y, bias[1])  # (4)
-    if need_x or need_alpha:
-        c = v.cosh_()  # 1 - z² = 1 / cosh², without cancellation
-        s = grad_y / c if weight is None else (grad_y * weight).div_(c)
-        s.div_(c)
-        if need_alpha:
-            product = s * x
-            if alpha.dim() == 1:  # a sum as above, and one more: 2 µs less than a view of it
-                product = product.sum(rows) if rows else product
-                grad_alpha = product.sum(0, keepdim=True)  # (2)
-            else:
-                grad_alpha = product.sum().reshape(alpha.shape)
-        if need_x:
-            grad_x = s * alpha  # (1)
-    return grad_x, grad_alpha, grad_weight, grad_bias
-
-
-def _by_rows(
-    grad_y: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor | None,
-    needs: tuple[bool, ...],
-    bias: tuple[torch.Size, torch.dtype] | None,
-) -> tuple[Tensor | None, ...]:
-    """Return (1) to (4), some rows at a time.
-
-    By q = σ(-2|α x|), which takes a sixth of tanh's time here: 1 - z² = 4 q (1 - q), without the cancellation of the
-    former for large x, and |z| = 1 - 2 q, as good where there are large |α x| among those that (3) sums.
-    """
-    need_x, need_alpha, need_weight, need_bias = needs
-    width = x.shape[-1]
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    flat = (grad_y.reshape(-1, width), x.reshape(-1, width), grad_x.view(-1, width))
-    w = 4 if weight is None else 4 * weight.reshape(-1)
-    sums: tuple[list[Tensor], ...] = ([], [], [])
-    for g, rows, part in row_pieces(*flat):
-        v = rows * alpha
-        q = v.abs()
-        small = not x.is_cpu or q.amax() < 1  # a look would wait for a GPU
-        q.mul_(-2).sigmoid_()
-        if need_weight:
-            if small:
-                z = v.tanh_()
-            else:
-                sign = torch.sign(v, out=v)
-                z = torch.addcmul(sign, sign, q, value=-2, out=v)
-            sums[1].append(torch.mul(g, z, out=part).sum(0))  # (3)
-        if need_bias:
-            sums[2].append(g.sum(0))  # (4)
-        if need_x or need_alpha:
-            s = _sigmoid_backward_into(torch.mul(g, w, out=part), q, grad_input=part)
-            if need_alpha:
-                sums[0].append(torch.mul(s, rows, out=v).sum())  # (2)
-            s.mul_(alpha)  # (1)
-    grad_alpha, grad_weight, grad_bias = (torch.stack(of).sum(0) if of else None for of in sums)
-    if grad_alpha is not None:
-        grad_alpha = grad_alpha.reshape(alpha.shape)
-    if grad_weight is not None and weight is not None:
-        grad_weight = grad_weight.reshape(weight.shape)
-    if grad_bias is not None and bias is not None:
-        grad_bias = grad_bias.sum_to_size(bias[0]).to(bias[1])
-    return grad_x if need_x else None, grad_alpha, grad_weight, grad_bias
 
 
 _dyt = entry(DyTFunction, again=DyTFunction.forward)
