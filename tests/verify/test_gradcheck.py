@@ -478,3 +478,31 @@ def test_a_float32_selection_is_not():
         return in_float32(x) * 1.0
 
     assert torchbp.gradcheck(rounded, sample(3, 4), skip=["compile"])
+
+
+class Cancelled(torch.autograd.Function):
+    """x², with a gradient of differences of ever larger numbers, the larger x is."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @classmethod
+    def backward(cls, ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        far = 1e3 * x.abs().max() ** 3
+        return grad_y * ((x + far) ** 2 - x**2 - far**2) / far
+
+
+class CancelledWrong(Cancelled):
+    @classmethod
+    def backward(cls, ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        return super().backward(ctx, grad_y) * (1 + 1e-4 * (x.abs().max() > 100))
+
+
+@pytest.mark.parametrize(("function", "right"), [(Cancelled, True), (CancelledWrong, False)])
+def test_what_rounding_explains_at_another_sample_is_let_pass(function, right):
+    report = torchbp.gradcheck(function.apply, sample(3, 4), checks="scales", raise_exception=False)
+    assert report.capabilities["scales"].status == ("ok" if right else "wrong")
