@@ -11,6 +11,7 @@ from torchbp.ops.kernels._cross_entropy import over_softmax_gradient as over_sof
 from torchbp.ops.kernels._cross_entropy import takes_logits as takes_logits
 from torchbp.ops.kernels._library import at_hand as at_hand
 from torchbp.ops.kernels._library import disabled as disabled
+from torchbp.ops.kernels._library import listed as listed
 from torchbp.ops.kernels._loop import MANY as MANY
 from torchbp.ops.kernels._loop import ROWS as ROWS
 from torchbp.ops.kernels._loop import SUM as SUM
@@ -38,6 +39,7 @@ __all__ = [
     "half_in_one_loop",
     "in_memory",
     "in_one_loop",
+    "listed",
     "looped",
     "over_batch",
     "over_batch_backward",

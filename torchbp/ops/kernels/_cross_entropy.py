@@ -76,9 +76,12 @@ def over_log_probabilities(
 
 
 def over_probabilities(x: Tensor, target: Tensor, ignored: int) -> tuple[Tensor, Tensor] | None:
-    """Return log p_t and 1 - p_t, of all its digits, of each row, as :func:`over_log_probabilities` does."""
-    run = _run(_VALUES, x, target)
-    if run is None:
+    """Return log p_t and 1 - p_t, of all its digits, of each row, as :func:`over_log_probabilities` does.
+
+    They are for a gradient by :func:`over_softmax_gradient`: ``None`` where that has no loop, too.
+    """
+    run, of_gradient = _run(_VALUES, x, target), _run(_GRADIENT, x, target)
+    if run is None or of_gradient is None:
         return None
     log_p, rest, counted = _of_rows(x), _of_rows(x), c_int64()
     call(run, x, x, target, ignored, None, log_p, rest, None, None, byref(counted))

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import Context, as_dtype, fused, scale_fresh
+from torchbp.ops._function import Context, as_dtype, fused, is_half, scale_fresh
 from torchbp.ops._reduction import spread
 from torchbp.ops.kernels import (
+    listed,
     over_log_probabilities,
     over_probabilities,
     over_softmax_gradient,
@@ -21,12 +22,20 @@ __all__ = [
     "of_values",
 ]
 
+_MANY = 1 << 20  # elements
+_MANY_HALF = 1 << 17
+
+
+def _gains(x: Tensor) -> bool:
+    """Whether loops over the rows of ``x`` gain: what is made of each row's numbers takes thirty calls."""
+    return takes_logits(x) and (x.numel() >= (_MANY_HALF if is_half(x) else _MANY) or listed())
+
 
 def loss_in_a_loop(
     x: Tensor, target: Tensor, alpha: Tensor | None, gamma: float, ignored: int, reduction: str
 ) -> Tensor | None:
     """Return the loss from log p_t of a compiled loop over rows; ``None`` where there is none."""
-    made = over_log_probabilities(x, target, ignored) if takes_logits(x) else None
+    made = over_log_probabilities(x, target, ignored) if _gains(x) else None
     if made is None:
         return None
     log_p, _, total = made
@@ -42,11 +51,14 @@ def gradient_in_a_loop(
     x: Tensor, grad: Tensor, target: Tensor, alpha: Tensor | None, ctx: Context
 ) -> Tensor | None:
     """Return (2) from compiled loops over rows; ``None`` where there are none."""
-    made = over_probabilities(x, target, ctx.ignored) if takes_logits(x) else None
+    made = over_probabilities(x, target, ctx.ignored) if _gains(x) else None
     if made is None:
         return None
     log_p, u = made
-    s, index = of_values(x, grad, target, alpha, ctx)
+    if ctx.simple:
+        s, index = spread(grad, ctx.reduction, target.numel()), target
+    else:
+        s, index = of_values(x, grad, target, alpha, ctx)
     sk = s * _slope(log_p.exp(), u, ctx.gamma)
     grad_x = over_softmax_gradient(x, sk, target, ctx.ignored)
     if grad_x is None:
