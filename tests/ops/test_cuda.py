@@ -41,6 +41,7 @@ def test_waits_for_the_device_only_where_torch_does(case, dtype):
     if not y.requires_grad:
         pytest.skip("nothing to differentiate")
     v = torch.ones_like(y)
+    forward_and_backward(f, tensors, v)  # what is compiled at first, with a wait
     said = waits(f, tensors, v)
     if said:
         theirs, _ = case.of_tensors(sample, torchs(case.op))

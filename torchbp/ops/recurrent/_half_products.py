@@ -57,13 +57,10 @@ _MKL = _mkl()
 def suit(rows: int, *matrices: Tensor | None) -> bool:
     """Whether the products of so many rows with each of these go to MKL's kernel; ``None`` is none."""
     given = [m for m in matrices if m is not None]
-    return (
-        _MKL is not None
-        and bool(given)
-        and all(m.dtype == torch.bfloat16 and in_memory(m) for m in given)
-        and rows * prod(max(m.shape for m in given)) >= _MANY
-        and fused(*given, half=True)
-    )
+    if _MKL is None or len(given) == 0 or not fused(*given, half=True):
+        return False
+    large = rows * prod(max(m.shape for m in given)) >= _MANY
+    return large and all(m.dtype == torch.bfloat16 and in_memory(m) for m in given)
 
 
 def parts(d: Tensor) -> Parts:
