@@ -22,7 +22,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _is_tracing as is_script_tracing
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from torchbp.ops._errors import shape, wrong
@@ -104,7 +103,7 @@ def instance_norm(
         return _in_evaluation(*arguments)[0]
     if running_mean is not None and running_var is not None and input.numel():
         _update(input, running_mean, running_var, momentum)
-    groups = int(channels) if is_script_tracing() else channels  # to torch.jit a size is a tensor
+    groups = int(channels) if torch.jit.is_tracing() else channels  # to torch.jit a size is a tensor
     return _group_norm(input, groups, weight, bias, eps)[0]
 
 
