@@ -216,6 +216,37 @@ def test_module_copies_and_pickles(constructed):
         torch.testing.assert_close(tensors_of(other(*copy.deepcopy(args))), want)
 
 
+# Identities, whose output is the input: no copy is made of it.
+VIEWS = ("direct_feedback_alignment", "gradient_reversal", "gradient_scale", "straight_through")
+
+
+def test_output_may_be_written_to(case):
+    """As by ``ReLU(inplace=True)`` or ``+=`` behind it: the gradient is right, or it raises where the output is kept."""
+    if case.op.name in VIEWS or (case.op.name == "linear_cross_entropy" and "places" in case.name):
+        pytest.skip("gives a view")
+
+    def gradients(function, double):
+        torch.manual_seed(1)
+        f, tensors = case.of_tensors(case.sample(), function)
+        y = f(*tensors)
+        if not y.requires_grad:
+            pytest.skip("nothing to differentiate")
+        y = double(y)
+        return torch.autograd.grad(y.sum(), tensors, allow_unused=True)
+
+    try:
+        gradients(torchs(case.op), lambda y: y.mul_(2))
+    except (RuntimeError, TypeError):
+        pytest.skip("torch's own can't")
+    try:
+        written = gradients(case.op.function, lambda y: y.mul_(2))
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        return
+    torch.testing.assert_close(written, gradients(case.op.function, lambda y: y * 2))
+
+
 def test_inplace_as_in_torch(op):
     """``inplace=True`` writes the result where torch writes it, with torch's gradient; a leaf raises as in torch."""
     if "inplace" not in inspect.signature(op.function).parameters:

@@ -261,6 +261,22 @@ def test_writes_to_nothing_it_was_given(name):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "nor what it kept"
 
 
+@pytest.mark.parametrize(("cell", "which"), [("GRUCell", 0), ("LSTMCell", 0), ("LSTMCell", 1)])
+def test_a_state_may_be_written_to(cell, which):
+    """As where an episode ends and its state starts at 0 again: nothing that backward needs is lost."""
+
+    def gradient(cls):
+        torch.manual_seed(0)
+        layer, x = cls(3, 4).to(DEVICE), random(2, 3).float()
+        states = layer(x)
+        states = states if isinstance(states, tuple) else (states,)
+        states[which][0] = 0
+        return torch.autograd.grad(sum(s.square().sum() for s in states), x)[0]
+
+    ours, theirs = (gradient(getattr(of, cell)) for of in (torchbp.nn, nn))
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_each_parameter_has_a_gradient_of_its_own(name):
     """b_ih and b_hh have equal gradients in RNN and LSTM, but not one tensor: clipping scales in place."""

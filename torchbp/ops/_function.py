@@ -47,6 +47,7 @@ __all__ = [
     "scale_fresh",
     "transforms_active",
     "undifferentiated",
+    "unviewed",
     "visible",
     "visible_in_backward",
 ]
@@ -478,6 +479,11 @@ def kernel(name: str, overload: str = "default") -> Callable[..., Any]:
         return getattr(found, "_op", found)
     named = ("aten::" + name, "" if overload == "default" else overload)
     return partial(call, torch._C._dispatch_find_schema_or_throw(*named))
+
+
+def unviewed(y: Tensor) -> Tensor:
+    """Return ``y``, which was just made, as no view of anything: one that a Function returns nobody may write to."""
+    return torch.ops.aten._unsafe_view.default(y, y.shape)
 
 
 def in_place(*tensors: Tensor) -> bool:

@@ -29,7 +29,7 @@ from torch.autograd.function import Function
 from torchbp.ops import _samples
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, in_autocast_dtype, public
+from torchbp.ops._function import Context, entry, in_autocast_dtype, public, unviewed
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, stored
 
@@ -51,7 +51,8 @@ class FeedbackAlignmentLinearFunction(Function):
     def forward(
         x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
     ) -> Tensor:  # (*, I), (O, I), (O, I), (O,) -> (*, O)
-        return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        return y if x.dim() == 2 else unviewed(y)
 
     @staticmethod
     def setup_context(

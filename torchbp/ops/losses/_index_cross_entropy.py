@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
-from torchbp.ops._function import Context, as_dtype, entry, fused
+from torchbp.ops._function import Context, as_dtype, entry, fused, unviewed
 from torchbp.ops._reduction import REDUCTIONS
 from torchbp.ops.kernels import over_log_probabilities, takes_logits
 from torchbp.ops.losses._classes import class_dim, counted
@@ -36,7 +36,8 @@ class IndexCrossEntropyFunction(Function):
             return loss
         if _by_rows(x):
             return _values_by_rows(x, target, w, reduction, ignored, smoothing)
-        return _nn.cross_entropy_loss(x, target, w, REDUCTIONS[reduction], ignored, smoothing)
+        loss = _nn.cross_entropy_loss(x, target, w, REDUCTIONS[reduction], ignored, smoothing)
+        return unviewed(loss) if reduction == "none" else loss
 
     @staticmethod
     def setup_context(

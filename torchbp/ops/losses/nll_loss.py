@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, public, unviewed
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import REDUCTIONS, named, spread
 from torchbp.ops._samples import Make, Sample, square, stored
@@ -52,7 +52,8 @@ class NLLLossFunction(Function):
             return _nll_loss_forward(x, target, w, REDUCTIONS[reduction], ignored)
         if target.dtype == torch.uint8:  # torch has no batching rule for it
             target = target.long()
-        return F.nll_loss(x, target, w, ignore_index=ignored, reduction=reduction), None
+        loss = F.nll_loss(x, target, w, ignore_index=ignored, reduction=reduction)
+        return loss if x.dim() < 3 else unviewed(loss), None
 
     @staticmethod
     def setup_context(

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import kernel, visible
+from torchbp.ops._function import kernel, unviewed, visible
 from torchbp.ops.normalization._half_norms import batch_norm_backward
 from torchbp.ops.normalization._standardize import affine
 
@@ -29,7 +29,7 @@ def rows_forward(
     """Return y, μ and r."""
     rows = grouped(x, groups)
     y, mean, rstd = torch.native_layer_norm(rows, rows.shape[2:], None, None, eps)
-    y = y.reshape(x.shape)
+    y = unviewed(y.reshape(x.shape))
     return affine(y, weight, bias), mean.squeeze(2), rstd.squeeze(2)
 
 

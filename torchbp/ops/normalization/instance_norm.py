@@ -103,7 +103,9 @@ def instance_norm(
         return _in_evaluation(*arguments)[0]
     if running_mean is not None and running_var is not None and input.numel():
         _update(input, running_mean, running_var, momentum)
-    groups = int(channels) if torch.jit.is_tracing() else channels  # to torch.jit a size is a tensor
+    groups = (
+        int(channels) if torch.jit.is_tracing() else channels
+    )  # to torch.jit a size is a tensor
     return _group_norm(input, groups, weight, bias, eps)[0]
 
 

@@ -125,7 +125,7 @@ class LSTMFunction(Function):
                 return made[0], made[0].detach(), made[1], None, None
         y, h_n, c_n, c, gates = _states(*tensors, sizes=sizes, reverse=reverse)
         y_dtype = dtype if w_hr is None else x.dtype
-        c_n = c_n.detach() if c_n is c and c.dtype == dtype else c_n.to(dtype)
+        c_n = c_n.to(dtype, copy=c_n is c)  # c is kept, and c_n may be written to, as torch's
         return *rounded(y_dtype, y, h_n), c_n, c, gates
 
     @staticmethod
