@@ -221,7 +221,7 @@ VIEWS = ("direct_feedback_alignment", "gradient_reversal", "gradient_scale", "st
 
 
 def test_output_may_be_written_to(case):
-    """As by ``ReLU(inplace=True)`` or ``+=`` behind it: the gradient is right, or it raises where the output is kept."""
+    """As by ``ReLU(inplace=True)`` or ``+=`` behind it: right, or it raises where the output is kept."""
     if case.op.name in VIEWS or (case.op.name == "linear_cross_entropy" and "places" in case.name):
         pytest.skip("gives a view")
 
