@@ -29,9 +29,10 @@ from torch.autograd.function import Function
 from torchbp.ops import _samples
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, in_autocast_dtype, public, unviewed
+from torchbp.ops._function import Context, entry, in_autocast_dtype, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, stored
+from torchbp.ops.linear.linear import LinearFunction
 
 __all__ = [
     "FeedbackAlignmentLinear",
@@ -51,8 +52,7 @@ class FeedbackAlignmentLinearFunction(Function):
     def forward(
         x: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
     ) -> Tensor:  # (*, I), (O, I), (O, I), (O,) -> (*, O)
-        y = F.linear(x, weight, bias)
-        return y if x.dim() == 2 else unviewed(y)
+        return LinearFunction.forward(x, weight, bias)
 
     @staticmethod
     def setup_context(

@@ -13,7 +13,7 @@ from torchbp.ops._function import fused
 from torchbp.ops.kernels import _library
 from torchbp.ops.kernels._loop import in_memory
 
-__all__ = ["NAMES", "Loop", "Run", "taken"]
+__all__ = ["NAMES", "Loop", "Run", "taken", "wide"]
 
 NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 Run = Callable[..., None]
@@ -56,6 +56,15 @@ def taken(loop: Loop, x: Tensor, *others: Tensor | None) -> Run | None:
     if run == ():
         run = _library.remembered[key] = _compiled(loop, NAMES[x.dtype])
     return run
+
+
+def wide(t: Tensor | None, times: int = 1) -> Tensor | None:
+    """Return ``t`` in float32, dense, each number of it ``times`` side by side."""
+    if t is None:
+        return None
+    if t.dtype != torch.float32 or not t.is_contiguous():
+        t = t.to(torch.float32).contiguous()
+    return t if times == 1 else t.repeat_interleave(times)
 
 
 def _compiled(loop: Loop, dtype: str) -> Run | None:

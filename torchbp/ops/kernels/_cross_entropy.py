@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchbp.ops._function import as_dtype, visible
 from torchbp.ops.kernels import _library
-from torchbp.ops.kernels._by_hand import NAMES, Loop, Run, taken
+from torchbp.ops.kernels._by_hand import NAMES, Loop, Run, taken, wide
 from torchbp.ops.kernels._loop import MANY
 from torchbp.ops.kernels._softmax import call, row_loop
 
@@ -71,7 +71,7 @@ def over_log_probabilities(
     log_p = _of_rows(x)
     even = _of_rows(x) if weighted else None
     counted = c_int64()
-    call(run, x, x, target, ignored, _wide(w), log_p, None, even, None, byref(counted))
+    call(run, x, x, target, ignored, wide(w), log_p, None, even, None, byref(counted))
     return None if counted.value < 0 else (log_p, even, counted.value)
 
 
@@ -133,7 +133,7 @@ def over_softmax_gradient(
     if step:
         factors = [None if t is None else t.expand(x.shape[0]).contiguous() for t in factors]
     grad_x = torch.empty_like(x)
-    call(run, x, x, target, ignored, _wide(w), *factors, step, int(mean), grad_x)
+    call(run, x, x, target, ignored, wide(w), *factors, step, int(mean), grad_x)
     return grad_x
 
 
@@ -157,7 +157,3 @@ def _run(
 
 def _of_rows(x: Tensor) -> Tensor:
     return torch.empty(x.shape[0], dtype=torch.float32)
-
-
-def _wide(w: Tensor | None) -> Tensor | None:
-    return None if w is None else as_dtype(w, torch.float32).contiguous()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from torchbp.ops.kernels import _library
-from torchbp.ops.kernels._by_hand import Loop, Run, taken
+from torchbp.ops.kernels._by_hand import Loop, Run, taken, wide
 from torchbp.ops.kernels._loop import MANY
 
 __all__ = [
@@ -73,7 +73,7 @@ def over_rows(
     if not _gain_rows(x, width, centred):
         return None
     each = (*x.shape[:-dims], *(1 for _ in range(dims)))
-    return _rows(run, x, 1, width, each, _weight(weight, width), _wide(bias), eps)
+    return _rows(run, x, 1, width, each, _weight(weight, width), wide(bias), eps)
 
 
 def over_rows_backward(
@@ -131,13 +131,13 @@ def over_groups(
     if run is None or not _gain_groups(x, groups, length):
         return None
     if short:
-        w, b = _weight(weight, channels, length), _wide(bias, length)
+        w, b = _weight(weight, channels, length), wide(bias, length)
         return _rows(run, x, groups, channels // groups * length, (n, groups), w, b, eps)
     y, mean, rstd = torch.empty_like(x), *_statistics((n, groups), 2)
     _call(
         run,
         (n, channels, length, groups),
-        (None, x, _wide(weight), _wide(bias)),
+        (None, x, wide(weight), wide(bias)),
         (y, mean, rstd, None),
         eps,
     )
@@ -184,7 +184,7 @@ def over_batch(
     _call(
         run,
         (*x.shape[:2], length, 0),
-        (None, x, _wide(weight), _wide(bias)),
+        (None, x, wide(weight), wide(bias)),
         (y, mean, rstd, variance),
         eps,
     )
@@ -275,7 +275,7 @@ def _channels_backward(
     n, channels = x.shape[:2]
     made = _gradients(x, channels, needs)
     sizes = (n, channels, prod(x.shape[2:]), groups)
-    _call(run, sizes, (grad_y.contiguous(), x, _wide(weight), mean), (*made, None), eps)
+    _call(run, sizes, (grad_y.contiguous(), x, wide(weight), mean), (*made, None), eps)
     return made
 
 
@@ -290,18 +290,9 @@ def _statistics(shape: tuple[int, ...], count: int) -> list[Tensor]:
     return [torch.empty(shape, dtype=torch.float32) for _ in range(count)]
 
 
-def _wide(t: Tensor | None, times: int = 1) -> Tensor | None:
-    """Return ``t`` in float32, dense, each number of it ``times`` side by side."""
-    if t is None:
-        return None
-    if t.dtype != torch.float32 or not t.is_contiguous():
-        t = t.to(torch.float32).contiguous()
-    return t if times == 1 else t.repeat_interleave(times)
-
-
 def _weight(t: Tensor | None, size: int, times: int = 1) -> Tensor:
-    wide = _wide(t, times)
-    return torch.ones(size * times, dtype=torch.float32) if wide is None else wide
+    given = wide(t, times)
+    return torch.ones(size * times, dtype=torch.float32) if given is None else given
 
 
 def _call(

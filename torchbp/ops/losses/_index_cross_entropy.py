@@ -10,7 +10,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops._function import Context, as_dtype, entry, fused, unviewed
 from torchbp.ops._reduction import REDUCTIONS
-from torchbp.ops.kernels import over_log_probabilities, takes_logits
+from torchbp.ops.kernels import over_log_probabilities
 from torchbp.ops.losses._classes import class_dim, counted
 from torchbp.ops.losses._logits_gradient import gradient_in_a_loop, gradient_of_indices
 from torchbp.ops.losses._softmax_cross_entropy import TOO_MANY
@@ -69,8 +69,6 @@ def _in_loops(
     x: Tensor, target: Tensor, w: Tensor | None, reduction: str, ignored: int, smoothing: float
 ) -> Tensor | None:
     """Return the loss where the rows go through a compiled loop, in which nothing but log p_t is written."""
-    if not takes_logits(x):
-        return None
     made = over_log_probabilities(x, target, ignored, w, weighted=smoothing > 0)
     if made is None:
         return None

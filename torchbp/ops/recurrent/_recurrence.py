@@ -49,6 +49,7 @@ __all__ = [
     "incoming",
     "join",
     "looped",
+    "only_step",
     "rounded",
     "sound",
     "start",
@@ -224,6 +225,14 @@ def starting(h0: Tensor, w_hh: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     if len(sizes) == 1 and suit(h0.shape[0], w_hh, h0):
         return h0, w_hh.mT
     return wide(h0, w_hh.mT)
+
+
+def only_step(
+    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> Tensor:
+    """Return what the only step is made of, (1), where nothing differentiates or traces."""
+    h, w = starting(h0, w_hh, (h0.shape[0],))
+    return product((h,), w, affine(x, w_ih, add(*wide(b_ih, b_hh))))
 
 
 def whole(d: Tensor) -> Parts:

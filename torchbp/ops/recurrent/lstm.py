@@ -71,6 +71,7 @@ from torchbp.ops.recurrent._recurrence import (
     incoming,
     join,
     looped,
+    only_step,
     rounded,
     sound,
     start,
@@ -119,7 +120,7 @@ class LSTMFunction(Function):
         tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
         dtype = torch.promote_types(x.dtype, c0.dtype)  # under autocast the state c keeps its own
         if w_hr is None and half_of_one_step(x, h0, sizes):
-            a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh).chunk(4, 1)
+            a = only_step(x, h0, w_ih, w_hh, b_ih, b_hh).chunk(4, 1)
             made = in_one_loop(_output, *a, c0, outputs=(dtype, dtype))
             if made is not None:
                 return made[0], made[0].detach(), made[1], None, None
@@ -363,7 +364,7 @@ def _at_once(
     v = incoming(grad_y, g_h)
     if v is None:
         return None
-    a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
+    a = only_step(x, h0, w_ih, w_hh, b_ih, b_hh)
     d = empty_halves(*a.shape)
     made = in_one_loop(
         partial(halved, _step_again),
@@ -379,14 +380,6 @@ def _at_once(
     if not sound((grad_x, grad_h0, *grads)):
         return None
     return grad_x, grad_h0, made[-1] if need_c0 else None, *grads, None
-
-
-def _arguments(
-    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> Tensor:
-    """Return what the gates of the only step are made of, where nothing differentiates or traces."""
-    h, w = starting(h0, w_hh, (h0.shape[0],))
-    return product((h,), w, affine(x, w_ih, add(*wide(b_ih, b_hh))))
 
 
 def _states(

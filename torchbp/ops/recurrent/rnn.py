@@ -60,6 +60,7 @@ from torchbp.ops.recurrent._recurrence import (
     in_halves,
     incoming,
     join,
+    only_step,
     rounded,
     sound,
     start,
@@ -106,7 +107,7 @@ class RNNFunction(Function):
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:  # y (R, H), h_n (N, H)
         if half_of_one_step(x, h0, sizes):
-            a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
+            a = only_step(x, h0, w_ih, w_hh, b_ih, b_hh)
             y = in_one_loop(torch.relu if relu else torch.tanh, a, outputs=(x.dtype,))
             if y is not None:
                 return y, y.detach()
@@ -200,7 +201,7 @@ def _at_once(
     v = incoming(grad_y, grad_h_n)
     if v is None:
         return None
-    a = _arguments(x, h0, w_ih, w_hh, b_ih, b_hh)
+    a = only_step(x, h0, w_ih, w_hh, b_ih, b_hh)
     formula = _halves_of_relu if ctx.relu else _halves_of_tanh
     d = in_one_loop(formula, v, a, outputs=(torch.bfloat16,) * 2)
     if d is None:
@@ -219,14 +220,6 @@ def _halves_of_tanh(v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 
 def _halves_of_relu(v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return high_and_low(v.masked_fill(a <= 0, 0))
-
-
-def _arguments(
-    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> Tensor:
-    """Return what the only state is made of, where nothing differentiates or traces."""
-    h, w = starting(h0, w_hh, (h0.shape[0],))
-    return product((h,), w, affine(x, w_ih, add(*wide(b_ih, b_hh))))
 
 
 def _states(
