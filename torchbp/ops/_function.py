@@ -1,6 +1,5 @@
 """What every ``autograd.Function`` of this package shares: how it is typed, called, and computed in half precision."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -60,10 +59,6 @@ _HALF = (torch.bfloat16, torch.float16)
 # What a class has that does not answer for torch's ops itself, as fake and distributed tensors do.
 _PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 _formula_only = False
-
-# A trace of torch.jit keeps the choice of a way by its first inputs' sizes: to the same values, so to say it is noise,
-# which torch silences of its own layers, too.
-warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torchbp\.")
 
 
 class Context(Protocol):
