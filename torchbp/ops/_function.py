@@ -49,6 +49,7 @@ __all__ = [
     "unviewed",
     "visible",
     "visible_in_backward",
+    "widened",
 ]
 
 P = ParamSpec("P")
@@ -323,6 +324,11 @@ def overwrite(function: Callable[..., Tensor], x: Tensor, *args: object) -> Tens
 def is_half(tensor: Tensor) -> bool:
     """Whether ``tensor`` has one of the 16-bit floating-point dtypes."""
     return tensor.dtype in _HALF
+
+
+def widened(t: Tensor) -> Tensor:
+    """Return ``t`` in float32 where it is half precision, else itself: sums are taken so."""
+    return t.float() if is_half(t) else t
 
 
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:

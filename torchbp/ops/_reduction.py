@@ -10,7 +10,7 @@ from torch.nn import _reduction as torch_reduction
 
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import as_dtype, in_autocast_float32, is_half, scale_fresh
+from torchbp.ops._function import as_dtype, in_autocast_float32, is_half, scale_fresh, widened
 from torchbp.ops._numbers import number
 from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._pieces import (
@@ -165,7 +165,7 @@ def spread(grad: Tensor, reduction: str, count: int | Tensor, *, negative: bool 
 
     In float32 for half precision: the quotient for a million values is subnormal in float16. Or its ``negative``.
     """
-    grad = grad.float() if is_half(grad) else grad
+    grad = widened(grad)
     if reduction != "mean":
         return -grad if negative else grad
     count = -count if negative else count

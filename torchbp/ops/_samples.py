@@ -12,8 +12,13 @@ __all__ = [
     "EDGES",
     "Make",
     "Sample",
+    "against_bits",
+    "against_classes",
+    "against_signs",
+    "against_values",
     "along_dims",
     "along_dims_errors",
+    "along_rows",
     "elementwise",
     "elementwise_errors",
     "halved",
@@ -21,8 +26,10 @@ __all__ = [
     "one_tensor",
     "over_tensors",
     "pairs",
+    "pairs_errors",
     "square",
     "stored",
+    "with_dtype",
 ]
 
 # Zeros of both signs, kinks and saturation of the usual activations, overflow, and what is not a number.
@@ -143,6 +150,35 @@ def square(make: Make, n: int) -> Sample:
     return Sample((make.normal(max(1, n // width), width),))
 
 
+def against_values(make: Make, n: int) -> Sample:
+    """Return :func:`square` and a target of real numbers."""
+    (x,) = square(make, n).args
+    return Sample((x, make.normal(*x.shape, requires_grad=False)))
+
+
+def against_signs(make: Make, n: int) -> Sample:
+    """Return :func:`square` and a target of 1 and -1."""
+    (x,) = square(make, n).args
+    return Sample((x, make.normal(*x.shape, requires_grad=False).sign()))
+
+
+def against_classes(make: Make, n: int) -> Sample:
+    """Return :func:`square` and a class for each row."""
+    (x,) = square(make, n).args
+    return Sample((x, make.labels(x.shape[0], classes=x.shape[1])))
+
+
+def against_bits(make: Make, n: int) -> Sample:
+    """Return :func:`square` and a target of 0 and 1."""
+    (x,) = square(make, n).args
+    return Sample((x, make.uniform(*x.shape).round()))
+
+
+def along_rows(make: Make, n: int) -> Sample:
+    """Return :func:`square` and its last dimension's number."""
+    return Sample((*square(make, n).args, -1))
+
+
 def along_dims(make: Make) -> Iterator[Sample]:
     """Yield tensors of several shapes, with a dimension, for a function along that dimension."""
     shapes = {(3, 4): 1, (): 0, (1,): 0, (5,): -1, (0,): 0, (2, 0, 3): 2, (2, 3, 2): -2}
@@ -157,6 +193,12 @@ def along_dims_errors(make: Make) -> Iterator[Sample]:
     yield Sample((make.normal(2, 3), 2), name="no-such-dim")
     yield Sample((make.labels(2, 3, classes=5), 0), name="integers")
     yield Sample((make.normal(2), "first"), name="text")
+
+
+def with_dtype(make: Make) -> Iterator[Sample]:
+    """Yield :func:`along_dims`, and one with ``dtype=``."""
+    yield from along_dims(make)
+    yield Sample((make.normal(3, 4), 1), {"dtype": torch.float64}, name="dtype")
 
 
 def halved(make: Make) -> Iterator[Sample]:
@@ -192,6 +234,13 @@ def pairs(
     yield Sample((inputs(), targets()), {"reduction": "sum", **kwargs}, "scalar")
     yield Sample((inputs(0, 3), targets(0, 3)), {"reduction": "sum", **kwargs}, "empty-sum")
     yield Sample((inputs(3, 4), targets(3, 4).detach()), dict(kwargs), "data-target")
+
+
+def pairs_errors(make: Make) -> Iterator[Sample]:
+    """Yield what no loss of two tensors takes."""
+    x = make.normal(3, 4)
+    yield Sample((x, x), {"reduction": "average"}, name="reduction")
+    yield Sample((x, make.normal(5)), name="shape")
 
 
 def stored(*values: object) -> int:

@@ -33,6 +33,7 @@ from torchbp.ops._function import (
     overwrite,
     public,
     undifferentiated,
+    widened,
 )
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
@@ -80,7 +81,7 @@ class HardtanhFunction(Function):
 
 
 def _where_between(v: Tensor, kept: Tensor, lo: float, hi: float) -> Tensor:
-    wide = kept.float() if is_half(kept) else kept  # else the bounds would be rounded before
+    wide = widened(kept)  # else the bounds would be rounded before
     return v.masked_fill((wide <= lo) | (wide >= hi), 0)  # (1); so written, NaN passes
 
 

@@ -152,27 +152,18 @@ class LogSoftmax(nn.LogSoftmax):
         return log_softmax(input, self.dim, _stacklevel=5)
 
 
-def _all_samples(make: Make) -> Iterator[Sample]:
-    yield from _samples.along_dims(make)
-    yield Sample((make.normal(3, 4), 1), {"dtype": torch.float64}, name="dtype")
-
-
 def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sample]]:
     yield LogSoftmax, Sample((1,)), Sample((make.normal(3, 4),))
-
-
-def _benchmark(make: Make, n: int) -> Sample:
-    return Sample((*_samples.square(make, n).args, -1))
 
 
 OP = Op(
     function=log_softmax,
     modules=(LogSoftmax,),
     reference=F.log_softmax,
-    samples=_all_samples,
+    samples=_samples.with_dtype,
     module_samples=_module_samples,
     errors=_samples.along_dims_errors,
     saved_bytes=lambda x, *_, dtype=None, **__: x.numel() * (dtype or x.dtype).itemsize,
-    benchmark=_benchmark,
+    benchmark=_samples.along_rows,
     fused="aten::_log_softmax_backward_data",
 )

@@ -27,7 +27,7 @@ from torch.autograd.function import Function
 from torchbp.ops import _samples
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._clamp import clipped
-from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, public, widened
 from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
@@ -93,7 +93,7 @@ class PReLUFunction(Function):
                     )
                     return grad_x, total.reshape(weight.shape).to(weight.dtype)  # (2)
             negative = clipped(x, -math.inf, 0.0)
-            wide = negative.float() if is_half(x) else negative
+            wide = widened(negative)
             product = wide.mul_(grad_y) if fused(wide, grad_y) else wide * grad_y
             grad_w = product.sum_to_size(w.shape).reshape(weight.shape).to(weight.dtype)  # (2)
         return grad_x, grad_w

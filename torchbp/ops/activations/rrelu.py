@@ -29,7 +29,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, as_dtype, entry, is_half, public, visible
+from torchbp.ops._function import Context, as_dtype, entry, is_half, public, visible, widened
 from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op
 from torchbp.ops._random import int32_of
@@ -81,7 +81,7 @@ def _draw(x: Tensor, lower: float, upper: float) -> Tensor:
     """Return the slopes m of ``x``."""
     x = x.detach()
     if _is_few(x):
-        wide = x.float() if is_half(x) else x
+        wide = widened(x)
         # contiguous: drawn in the order of the indices, whatever the strides of x
         slopes = torch.empty_like(wide, memory_format=torch.contiguous_format)
         _nn.rrelu_with_noise(wide, slopes, lower, upper, True)  # two calls instead of ten
@@ -203,7 +203,7 @@ def _reference(
     if not training:
         return F.rrelu(input, lower, upper)
     if _is_few(input):
-        wide = input.float() if is_half(input) else input
+        wide = widened(input)
         return F.rrelu(wide, lower, upper, True).to(input.dtype)
     drawn = lower + (upper - lower) * _uniform(input)
     return torch.where(input > 0, input, drawn * input)

@@ -134,10 +134,6 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((make.normal(2, 3), 2), name="no-such-dim")
 
 
-def _benchmark(make: Make, n: int) -> Sample:
-    return Sample((*_samples.square(make, n).args, -1))
-
-
 OP = Op(
     function=sparsemax,
     modules=(Sparsemax,),
@@ -146,5 +142,5 @@ OP = Op(
     module_samples=_module_samples,
     errors=_errors,
     saved_bytes=lambda x, *_, **__: x.numel() * x.element_size(),
-    benchmark=_benchmark,
+    benchmark=_samples.along_rows,
 )

@@ -32,7 +32,7 @@ from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, in_autocast_dtype, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, stored
-from torchbp.ops.linear.linear import LinearFunction
+from torchbp.ops.linear.linear import LinearFunction, rows
 
 __all__ = [
     "FeedbackAlignmentLinear",
@@ -71,8 +71,8 @@ class FeedbackAlignmentLinearFunction(Function):
         x, feedback = ctx.saved_tensors
         need_x, need_weight, _, need_bias = ctx.needs_input_grad
         grad_x = grad_y @ feedback.conj() if need_x else None  # (1)
-        grad_weight = _rows(grad_y).mT @ _rows(x).conj() if need_weight else None  # (2)
-        grad_bias = _rows(grad_y).sum(0) if need_bias else None  # (3)
+        grad_weight = rows(grad_y).mT @ rows(x).conj() if need_weight else None  # (2)
+        grad_bias = rows(grad_y).sum(0) if need_bias else None  # (3)
         return grad_x, grad_weight, None, grad_bias
 
     @staticmethod
@@ -92,10 +92,6 @@ class FeedbackAlignmentLinearFunction(Function):
         if tangent_bias is not None:
             terms.append(tangent_bias.expand(*x.shape[:-1], feedback.shape[0]))
         return sum(terms[1:], terms[0])
-
-
-def _rows(t: Tensor) -> Tensor:  # (*, D) -> (N, D)
-    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 _feedback_alignment_linear = entry(FeedbackAlignmentLinearFunction)

@@ -32,7 +32,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, in_float32, is_half, public
+from torchbp.ops._function import Context, entry, in_float32, public, widened
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -70,9 +70,9 @@ class BilinearFunction(Function):
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x1, x2, weight = (_widened(t) for t in ctx.saved_tensors)
+        x1, x2, weight = (t if t is None else widened(t) for t in ctx.saved_tensors)
         need_1, need_2, need_weight, need_bias = ctx.needs_input_grad
-        g = _widened(grad_y)
+        g = widened(grad_y)
         _, rows, columns = ctx.weight_shape
         parts: list[list[Tensor]] = [[], [], []]
         for part in _parts(g.shape[0], rows * columns):
@@ -104,10 +104,6 @@ class BilinearFunction(Function):
                 changed = [tangent if i == j else t for j, t in enumerate(saved)]
                 tangent_y = tangent_y + in_float32(_value, *changed)
         return tangent_y if tangents[3] is None else tangent_y + tangents[3]
-
-
-def _widened(t: Any) -> Any:  # a tensor or None
-    return t.float() if t is not None and is_half(t) else t
 
 
 def _parts(count: int, width: int) -> list[slice]:

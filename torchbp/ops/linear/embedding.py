@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, is_half, kernel, public
+from torchbp.ops._function import Context, entry, fused, kernel, public, widened
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -63,7 +63,7 @@ class EmbeddingFunction(Function):
             return None, None, None, None, None
         (index,) = ctx.saved_tensors
         count, width = ctx.shape
-        g = grad_y.float() if is_half(grad_y) else grad_y
+        g = widened(grad_y)
         if fused(g) and not ctx.sparse and not g.is_complex():
             rule = (count, ctx.padding, ctx.by_frequency)
             grad_weight = _embedding_dense_backward(g, index, *rule)

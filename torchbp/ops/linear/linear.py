@@ -69,7 +69,7 @@ class LinearFunction(Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ weight.conj()  # (1)
         if ctx.needs_input_grad[1]:
-            grad_weight = _rows(grad_y).mT @ _rows(x).conj()  # (2)
+            grad_weight = rows(grad_y).mT @ rows(x).conj()  # (2)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y.sum_to_size(ctx.bias_shape)  # (3)
         return grad_x, grad_weight, grad_bias
@@ -92,7 +92,8 @@ class LinearFunction(Function):
         return sum(terms[1:], terms[0])
 
 
-def _rows(t: Tensor) -> Tensor:  # (*, D) -> (N, D)
+def rows(t: Tensor) -> Tensor:
+    """Return ``t``, (*, D), as (N, D)."""
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 

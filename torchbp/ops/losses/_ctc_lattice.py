@@ -6,15 +6,9 @@ T times, N sequences, S labels at most, L = 2S + 1 with the blanks around them.
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import is_half
-
-__all__ = ["emitted", "forward_sums", "input_gradient", "losses", "skips", "widened", "with_blanks"]
+__all__ = ["emitted", "forward_sums", "input_gradient", "losses", "skips", "with_blanks"]
 
 _NEVER = -1e30  # log 0, but finite: second derivatives of log(0 + 0) would be NaN
-
-
-def widened(x: Tensor) -> Tensor:
-    return x.float() if is_half(x) else x
 
 
 def with_blanks(labels: Tensor, blank: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from torchbp.ops._function import Context, entry, is_half
+from torchbp.ops._function import Context, entry, widened
 from torchbp.ops._reduction import reduce, spread
 from torchbp.ops.kernels import over_log_partition, over_softmax_gradient, takes_logits
 from torchbp.ops.losses._classes import class_dim, positions
@@ -35,7 +35,7 @@ class LogPartitionPenaltyFunction(Function):
     @staticmethod
     def forward(x: Tensor, counts: Tensor | None, factor: float, reduction: str) -> Tensor:
         z = over_log_partition(x)  # (N, C, *) -> () or (N, *)
-        z = _wide(x).logsumexp(class_dim(x)) if z is None else z
+        z = widened(x).logsumexp(class_dim(x)) if z is None else z
         values = z.square() * factor
         values = values if counts is None else values.masked_fill(~counts, 0)
         values = values if reduction == "none" else reduce(values, "sum")
@@ -68,10 +68,6 @@ class LogPartitionPenaltyFunction(Function):
         return values.to(x.dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if is_half(x) else x
-
-
 def _count(x: Tensor, counts: Tensor | None) -> int | Tensor:
     return positions(x) if counts is None else counts.sum()
 
@@ -87,7 +83,7 @@ def gradient_of_penalty(
 ) -> Tensor:
     """Return (1) for the gradient ``grad`` of the reduced penalty, in float32 for half precision."""
     s = _of_values(x, grad, counts, reduction)
-    dim, x = class_dim(x), _wide(x)
+    dim, x = class_dim(x), widened(x)
     scale = 2 * factor * s * x.logsumexp(dim)
     return torch.softmax(x, dim) * scale.unsqueeze(dim)  # (1)
 

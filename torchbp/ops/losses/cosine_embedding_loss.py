@@ -38,6 +38,7 @@ from torchbp.ops._function import (
     in_place,
     is_half,
     public,
+    widened,
 )
 from torchbp.ops._numbers import number
 from torchbp.ops._op import Op, rounded_once
@@ -99,7 +100,7 @@ class CosineEmbeddingLossFunction(Function):
             made = _gradients_in_one_loop(a, b, target, sums, s, ctx.margin)
             if made is not None:
                 return *made, None, None, None
-        wide_a, wide_b, s = (v.float() if is_half(v) else v for v in (a, b, s))
+        wide_a, wide_b, s = (widened(v) for v in (a, b, s))
         again = sums is None or not fused(grad, a, b)
         sums = _sums(wide_a, wide_b) if again else sums.double()
         across, of_a, of_b = _coefficients(sums, s, target, ctx.margin, wide_a.dtype)

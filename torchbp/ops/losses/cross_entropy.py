@@ -40,7 +40,7 @@ from torchbp.ops._errors import wrong
 from torchbp.ops._function import in_autocast_float32, is_half, public
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import named
-from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops._samples import Make, Sample, against_classes, stored
 from torchbp.ops.activations.softcap import softcap as capped
 from torchbp.ops.losses._classes import class_dim
 from torchbp.ops.losses._index_cross_entropy import of_indices
@@ -218,11 +218,6 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((make.labels(5, 4, classes=3), target), name="integers")
 
 
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.labels(x.shape[0], classes=x.shape[1])))
-
-
 def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
     mask = target.numel() if "z_loss" in kwargs and target.shape != x.shape else 0
     uncapped = x if "softcap" in kwargs and is_half(x) else None
@@ -264,5 +259,5 @@ OP = Op(
     module_samples=_module_samples,
     errors=_errors,
     saved_bytes=_saved_bytes,
-    benchmark=_benchmark,
+    benchmark=against_classes,
 )

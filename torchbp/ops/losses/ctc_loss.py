@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, eager, entry, in_autocast_float32, public
+from torchbp.ops._function import Context, eager, entry, in_autocast_float32, public, widened
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import named, reduce, spread
 from torchbp.ops._samples import Make, Sample
@@ -46,7 +46,6 @@ from torchbp.ops.losses._ctc_lattice import (
     input_gradient,
     losses,
     skips,
-    widened,
     with_blanks,
 )
 

@@ -37,7 +37,7 @@ from torchbp.ops._function import (
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import named, reduce, spread
-from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops._samples import Make, Sample, against_classes, stored
 from torchbp.ops.losses._classes import all_count, class_dim, counted
 from torchbp.ops.losses._focal_gradient import (
     gradient,
@@ -218,11 +218,6 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((x, target + 4), name="index")
 
 
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.labels(x.shape[0], classes=x.shape[1])))
-
-
 def _reference(
     input: Tensor,
     target: Tensor,
@@ -252,5 +247,5 @@ OP = Op(
     module_samples=_module_samples,
     errors=_errors,
     saved_bytes=lambda *args, **kwargs: stored(*args, kwargs.get("alpha")),
-    benchmark=_benchmark,
+    benchmark=against_classes,
 )

@@ -47,7 +47,7 @@ from torchbp.ops._reduction import (
     scaled_signs,
     spread,
 )
-from torchbp.ops._samples import Make, Sample, pairs, square
+from torchbp.ops._samples import Make, Sample, against_signs, pairs, pairs_errors
 from torchbp.ops.kernels import MANY
 
 __all__ = ["HingeEmbeddingLoss", "HingeEmbeddingLossFunction", "hinge_embedding_loss"]
@@ -183,24 +183,13 @@ def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sampl
     yield HingeEmbeddingLoss, Sample((), kwargs), Sample(args, name="margin")
 
 
-def _errors(make: Make) -> Iterator[Sample]:
-    x = make.normal(3, 4)
-    yield Sample((x, x), {"reduction": "average"}, name="reduction")
-    yield Sample((x, make.normal(5)), name="shape")
-
-
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.normal(*x.shape, requires_grad=False).sign()))
-
-
 OP = Op(
     function=hinge_embedding_loss,
     modules=(HingeEmbeddingLoss,),
     reference=F.hinge_embedding_loss,
     samples=_samples,
     module_samples=_module_samples,
-    errors=_errors,
+    errors=pairs_errors,
     saved_bytes=lambda *args, **_: args[0].numel(),
-    benchmark=_benchmark,
+    benchmark=against_signs,
 )

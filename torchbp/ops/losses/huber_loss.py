@@ -53,7 +53,7 @@ from torchbp.ops._reduction import (
     reduced,
     spread,
 )
-from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops._samples import Make, Sample, against_values, pairs, stored
 from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["HuberLoss", "HuberLossFunction", "huber_loss"]
@@ -199,11 +199,6 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((integers, integers), name="integers")
 
 
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.normal(*x.shape, requires_grad=False)))
-
-
 def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
     weight = kwargs.get("weight")
     return stored(x, target) + (stored(weight, x) if weight is not None else 0)  # w and ℓ
@@ -217,6 +212,6 @@ OP = Op(
     module_samples=_module_samples,
     errors=_errors,
     saved_bytes=_saved_bytes,
-    benchmark=_benchmark,
+    benchmark=against_values,
     fused="aten::huber_loss_backward",
 )

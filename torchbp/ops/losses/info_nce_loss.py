@@ -35,6 +35,7 @@ from torchbp.ops._function import (
     is_half,
     public,
     scale_fresh,
+    widened,
 )
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import in_common_dtype, named, reduce, spread
@@ -120,7 +121,7 @@ class InfoNCELossFunction(Function):
 
 def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
     """Return v / ‖v‖ and ‖v‖, in float32 for half precision."""
-    v = v.float() if is_half(v) else v
+    v = widened(v)
     norm = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp(min=_EPS)
     return v / norm, norm
 

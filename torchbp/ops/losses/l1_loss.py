@@ -46,7 +46,7 @@ from torchbp.ops._reduction import (
     scaled_signs,
     spread,
 )
-from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops._samples import Make, Sample, against_values, pairs, stored
 from torchbp.ops.kernels import MANY
 
 __all__ = ["L1Loss", "L1LossFunction", "l1_loss"]
@@ -224,11 +224,6 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((integers, integers), name="integers")
 
 
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.normal(*x.shape, requires_grad=False)))
-
-
 def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
     weight = kwargs.get("weight")
     if weight is None:
@@ -245,5 +240,5 @@ OP = Op(
     module_samples=_module_samples,
     errors=_errors,
     saved_bytes=_saved_bytes,
-    benchmark=_benchmark,
+    benchmark=against_values,
 )

@@ -32,7 +32,7 @@ from torchbp.ops._function import Context, entry, fused, public, scale_fresh
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import in_common_dtype, matched, named, reduce, reduced, spread
-from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops._samples import Make, Sample, against_values, pairs, stored
 from torchbp.ops.activations._tanh import tanh
 
 __all__ = ["LogCoshLoss", "LogCoshLossFunction", "log_cosh_loss"]
@@ -135,11 +135,6 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((make.normal(3), make.normal(3)), {"reduction": "average"}, name="reduction")
 
 
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.normal(*x.shape, requires_grad=False)))
-
-
 def _reference(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     _check(input, target)
     d = input - target
@@ -156,5 +151,5 @@ OP = Op(
     module_samples=_module_samples,
     errors=_errors,
     saved_bytes=lambda *args, **_: stored(args[0]),
-    benchmark=_benchmark,
+    benchmark=against_values,
 )

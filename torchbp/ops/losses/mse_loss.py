@@ -41,7 +41,7 @@ from torchbp.ops._function import (
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import FEW, REDUCTIONS, WIDE, matched, named, reduce, reduced, spread
-from torchbp.ops._samples import Make, Sample, square
+from torchbp.ops._samples import Make, Sample, against_values
 from torchbp.ops.kernels import in_one_loop
 
 __all__ = ["MSELoss", "MSELossFunction", "mse_loss"]
@@ -216,11 +216,6 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((integers, integers), name="integers")
 
 
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.normal(*x.shape, requires_grad=False)))
-
-
 def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
     inputs = 2 * x.numel() * x.element_size()
     weight = kwargs.get("weight")
@@ -238,6 +233,6 @@ OP = Op(
     module_samples=_module_samples,
     errors=_errors,
     saved_bytes=_saved_bytes,
-    benchmark=_benchmark,
+    benchmark=against_values,
     fused="aten::mse_loss_backward",
 )

@@ -40,7 +40,7 @@ from torchbp.ops._function import (
 from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import REDUCTIONS, named, reduce, spread
-from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops._samples import Make, Sample, against_classes, stored
 
 __all__ = ["MultiMarginLoss", "MultiMarginLossFunction", "multi_margin_loss"]
 
@@ -282,11 +282,6 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((x, target), {"weight": make.uniform(4, requires_grad=True)}, name="weight-grad")
 
 
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.labels(x.shape[0], classes=x.shape[1])))
-
-
 OP = Op(
     function=multi_margin_loss,
     modules=(MultiMarginLoss,),
@@ -295,5 +290,5 @@ OP = Op(
     module_samples=_module_samples,
     errors=_errors,
     saved_bytes=lambda *args, **kwargs: stored(*args, kwargs.get("weight")),
-    benchmark=_benchmark,
+    benchmark=against_classes,
 )

@@ -27,7 +27,7 @@ from torchbp.ops._function import public
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import as_composed, broadcast, in_common_dtype, named
 from torchbp.ops._reduction import reduce as reduced
-from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops._samples import Make, Sample, against_bits, stored
 from torchbp.ops.losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
 
 __all__ = ["MultiLabelSoftMarginLoss", "multilabel_soft_margin_loss"]
@@ -118,11 +118,6 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((x, make.uniform(5)), name="shape")
 
 
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.uniform(*x.shape).round()))
-
-
 def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
     weight = kwargs.get("weight")
     trained = isinstance(weight, Tensor) and weight.requires_grad
@@ -137,5 +132,5 @@ OP = Op(
     module_samples=_module_samples,
     errors=_errors,
     saved_bytes=_saved_bytes,
-    benchmark=_benchmark,
+    benchmark=against_bits,
 )

@@ -28,7 +28,7 @@ from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, entry, fused, is_half, kernel, public, unviewed
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import REDUCTIONS, named, spread
-from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops._samples import Make, Sample, against_classes, stored
 from torchbp.ops.losses._classes import class_dim, counted
 
 __all__ = ["NLLLoss", "NLLLossFunction", "nll_loss"]
@@ -231,11 +231,6 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((x, target), {"weight": make.uniform(4, requires_grad=True)}, name="weight-grad")
 
 
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.labels(x.shape[0], classes=x.shape[1])))
-
-
 def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
     weight = kwargs.get("weight")
     summed = x.dim() == 2 and target.dtype == torch.int64 and not is_half(x)
@@ -251,6 +246,6 @@ OP = Op(
     module_samples=_module_samples,
     errors=_errors,
     saved_bytes=_saved_bytes,
-    benchmark=_benchmark,
+    benchmark=against_classes,
     fused="aten::nll_loss_backward",
 )

@@ -51,7 +51,7 @@ from torchbp.ops._reduction import (
     reduced_in_one_loop,
     spread,
 )
-from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops._samples import Make, Sample, pairs, pairs_errors, square, stored
 from torchbp.ops.kernels import MANY
 from torchbp.ops.losses._exp import exponential
 from torchbp.ops.losses._limits import product, with_limits
@@ -317,12 +317,6 @@ def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sampl
     yield PoissonNLLLoss, Sample((), kwargs), Sample((args[1], args[1]), name="rate")
 
 
-def _errors(make: Make) -> Iterator[Sample]:
-    x = make.normal(3, 4)
-    yield Sample((x, x), {"reduction": "average"}, name="reduction")
-    yield Sample((x, make.normal(5)), name="shape")
-
-
 def _benchmark(make: Make, n: int) -> Sample:
     (x,) = square(make, n).args
     return Sample((x, make.uniform(*x.shape, high=4.0)))
@@ -339,7 +333,7 @@ OP = Op(
     reference=rounded_once(F.poisson_nll_loss),
     samples=_samples,
     module_samples=_module_samples,
-    errors=_errors,
+    errors=pairs_errors,
     saved_bytes=_saved_bytes,
     benchmark=_benchmark,
 )

@@ -45,7 +45,7 @@ from torchbp.ops._reduction import (
     reduce,
     spread,
 )
-from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops._samples import Make, Sample, against_bits, pairs, stored
 from torchbp.ops.losses._limits import product, reduced_with_limits
 
 __all__ = ["SigmoidFocalLoss", "SigmoidFocalLossFunction", "sigmoid_focal_loss"]
@@ -228,11 +228,6 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((x, x), {"gamma": -1.0}, name="gamma")
 
 
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.uniform(*x.shape).round()))
-
-
 def _reference(
     input: Tensor,
     target: Tensor,
@@ -258,5 +253,5 @@ OP = Op(
     module_samples=_module_samples,
     errors=_errors,
     saved_bytes=lambda *args, **_: stored(*args),
-    benchmark=_benchmark,
+    benchmark=against_bits,
 )

@@ -26,7 +26,7 @@ from torchbp.ops._errors import wrong
 from torchbp.ops._function import public
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import matched, named
-from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops._samples import Make, Sample, against_values, pairs, stored
 from torchbp.ops.losses.huber_loss import huber_loss
 from torchbp.ops.losses.l1_loss import l1_loss
 
@@ -110,11 +110,6 @@ def _errors(make: Make) -> Iterator[Sample]:
     yield Sample((integers, integers), name="integers")
 
 
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.normal(*x.shape, requires_grad=False)))
-
-
 def _saved_bytes(x: Tensor, target: Tensor, **kwargs: object) -> int:
     return x.numel() if kwargs.get("beta") == 0 else stored(x, target)
 
@@ -127,6 +122,6 @@ OP = Op(
     module_samples=_module_samples,
     errors=_errors,
     saved_bytes=_saved_bytes,
-    benchmark=_benchmark,
+    benchmark=against_values,
     fused="aten::huber_loss_backward",
 )

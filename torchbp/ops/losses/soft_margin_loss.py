@@ -49,7 +49,7 @@ from torchbp.ops._reduction import (
     reduced,
     spread,
 )
-from torchbp.ops._samples import Make, Sample, pairs, square, stored
+from torchbp.ops._samples import Make, Sample, against_signs, pairs, pairs_errors, stored
 from torchbp.ops.losses._kept_gradient import Formula, suits_kept_gradient, with_kept_gradient
 from torchbp.ops.losses._log_sums import FEW, log1p_exp_sum, reduced_softplus
 
@@ -215,17 +215,6 @@ def _module_samples(make: Make) -> Iterator[tuple[type[nn.Module], Sample, Sampl
     yield SoftMarginLoss, Sample((), {"reduction": "sum"}), Sample(args, name="sum")
 
 
-def _errors(make: Make) -> Iterator[Sample]:
-    x = make.normal(3, 4)
-    yield Sample((x, x), {"reduction": "average"}, name="reduction")
-    yield Sample((x, make.normal(5)), name="shape")
-
-
-def _benchmark(make: Make, n: int) -> Sample:
-    (x,) = square(make, n).args
-    return Sample((x, make.normal(*x.shape, requires_grad=False).sign()))
-
-
 def _reference(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """Torch's, composed: its own backward has no forward mode."""
     if not input.is_floating_point():
@@ -240,7 +229,7 @@ OP = Op(
     reference=rounded_once(_reference),
     samples=_samples,
     module_samples=_module_samples,
-    errors=_errors,
+    errors=pairs_errors,
     saved_bytes=lambda x, target, **_: stored(x, target),
-    benchmark=_benchmark,
+    benchmark=against_signs,
 )

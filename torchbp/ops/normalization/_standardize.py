@@ -8,14 +8,9 @@ Over the D elements that share their statistics, with μ = mean(x), v = mean((x 
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import fused, is_half
+from torchbp.ops._function import fused, widened
 
-__all__ = ["affine", "along_channels", "channel_sum", "project", "standardize", "widened"]
-
-
-def widened(t: Tensor) -> Tensor:
-    """Return ``t`` in float32 where it is half precision, else itself: sums are taken so."""
-    return t.float() if is_half(t) else t
+__all__ = ["affine", "along_channels", "channel_sum", "project", "standardize"]
 
 
 def standardize(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:

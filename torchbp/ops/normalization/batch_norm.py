@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchbp.ops._function import Context, as_dtype, entry, is_half, public
+from torchbp.ops._function import Context, as_dtype, entry, is_half, public, widened
 from torchbp.ops._op import Op
 from torchbp.ops.kernels import over_batch
 from torchbp.ops.normalization import _batch_norm_samples
@@ -44,7 +44,6 @@ from torchbp.ops.normalization._standardize import (
     channel_sum,
     project,
     standardize,
-    widened,
 )
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormFunction", "batch_norm"]

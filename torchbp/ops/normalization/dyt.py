@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, as_dtype, entry, public
+from torchbp.ops._function import Context, as_dtype, entry, public, widened
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.activations._tanh import tanh
 from torchbp.ops.kernels import in_one_loop
 from torchbp.ops.normalization._dyt_rows import gradients_along_rows
-from torchbp.ops.normalization._standardize import affine, widened
+from torchbp.ops.normalization._standardize import affine
 
 __all__ = ["DyT", "DyTFunction", "dyt"]
 

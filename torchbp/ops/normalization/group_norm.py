@@ -28,7 +28,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, as_dtype, entry, is_half, public
+from torchbp.ops._function import Context, as_dtype, entry, is_half, public, widened
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.kernels import over_groups
@@ -40,7 +40,6 @@ from torchbp.ops.normalization._standardize import (
     channel_sum,
     project,
     standardize,
-    widened,
 )
 
 __all__ = ["GroupNorm", "GroupNormFunction", "group_norm"]

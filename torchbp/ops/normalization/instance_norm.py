@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import entry, is_half, public
+from torchbp.ops._function import entry, is_half, public, widened
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.normalization._standardize import widened
 from torchbp.ops.normalization.batch_norm import BatchNormFunction
 from torchbp.ops.normalization.group_norm import GroupNormFunction
 

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _pieces
-from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._function import Context, entry, fused, is_half, public, widened
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops._samples import square as _square
 from torchbp.ops.kernels import over_rows, over_rows_backward
-from torchbp.ops.normalization._standardize import project, standardize, widened
+from torchbp.ops.normalization._standardize import project, standardize
 
 __all__ = ["LayerNorm", "LayerNormFunction", "layer_norm"]
 

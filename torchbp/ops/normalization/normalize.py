@@ -36,11 +36,11 @@ from torchbp.ops._function import (
     in_autocast_float32,
     is_half,
     public,
+    widened,
 )
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.kernels import MANY, ROWS, in_one_loop, looped
-from torchbp.ops.normalization._standardize import widened
 
 __all__ = ["NormalizeFunction", "normalize"]
 

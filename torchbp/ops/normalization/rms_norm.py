@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, eager, entry, fused, is_half, public
+from torchbp.ops._function import Context, eager, entry, fused, is_half, public, widened
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.kernels import over_rows, over_rows_backward
 from torchbp.ops.normalization._rms_rows import by_rows, of_few, rstd
-from torchbp.ops.normalization._standardize import affine, widened
+from torchbp.ops.normalization._standardize import affine
 
 __all__ = ["RMSNorm", "RMSNormFunction", "rms_norm"]
 
