@@ -14,7 +14,7 @@ from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
-__all__ = ["tanh"]
+__all__ = ["TORCHS_IS_FAST", "tanh"]
 
 _MANY = 1 << 14  # elements; for fewer the copies' calls cost more
 _TENSORS = (Tensor, nn.Parameter)
@@ -25,10 +25,11 @@ def _is_intels() -> bool:
     return cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()[:1000]
 
 
+TORCHS_IS_FAST = torch.backends.mkl.is_available() and _is_intels()
 _AT_HAND = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    and not (torch.backends.mkl.is_available() and _is_intels())
+    and not TORCHS_IS_FAST
 )
 
 

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, as_dtype, entry, public, widened
+from torchbp.ops._function import Context, as_dtype, entry, fused, public, widened
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, square
-from torchbp.ops.activations._tanh import tanh
+from torchbp.ops.activations._tanh import TORCHS_IS_FAST, tanh
 from torchbp.ops.kernels import in_one_loop
 from torchbp.ops.normalization._dyt_rows import gradients_along_rows
 from torchbp.ops.normalization._standardize import affine
@@ -51,7 +51,8 @@ class DyTFunction(Function):
             y = in_one_loop(_affine_tanh if given else _tanh, x, alpha, *given)
             if y is not None:
                 return y
-        y = tanh(widened(x) * alpha)
+        u = widened(x) * alpha
+        y = u.tanh_() if TORCHS_IS_FAST and fused(u) else tanh(u)
         return as_dtype(affine(y, weight, bias), x.dtype)
 
     @staticmethod
