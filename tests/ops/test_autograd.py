@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests.device import DEVICE
@@ -28,6 +29,22 @@ def test_passes_our_own_gradcheck(first):
         pytest.skip("not the derivative of its forward, by definition")
     f, tensors = first.of_tensors(first.sample())
     assert torchbp.gradcheck(f, tensors, skip=["compile"])  # test_transforms compiles
+
+
+def test_forward_mode_over_a_backward_without_a_graph(first):
+    """A Hessian's product with a direction, as the tangent of a gradient of dual tensors."""
+    if first.op.estimator:
+        pytest.skip("not the derivative of its forward, by definition")
+    f, tensors = first.of_tensors(first.sample())
+    tangents = []
+    with forward_ad.dual_level():
+        y = f(*(forward_ad.make_dual(t, drawn(t.shape)) for t in tensors))
+        for graph in (True, False):
+            grads = torch.autograd.grad(y.sin().sum(), tensors, create_graph=graph)
+            tangents.append([forward_ad.unpack_dual(g).tangent for g in grads])
+    zeros = [torch.zeros_like(t) for t in tensors]
+    want, got = ([z if t is None else t for t, z in zip(ts, zeros, strict=True)] for ts in tangents)
+    torch.testing.assert_close(got, want)
 
 
 LAYOUTS = {

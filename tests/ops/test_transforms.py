@@ -1,6 +1,7 @@
 """torch.func, torch.compile, torch.export, torch.fx and autocast take every op as they take torch's."""
 
 import copy
+import inspect
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -20,6 +22,7 @@ from tests.ops.conftest import (
     Case,
     changed,
     constructed_on_device,
+    make,
     tensors_of,
     torchs,
     twin,
@@ -173,6 +176,41 @@ def test_vmap_differentiated_from_outside(case, batched):
         pytest.skip("torch's own refuses")
     for ours, want in zip(tree_leaves(outcome(f)), tree_leaves(theirs), strict=True):
         torch.testing.assert_close(ours, want, rtol=1e-6, atol=1e-8)
+
+
+def test_inplace_under_transforms(op):
+    """What writes into its input is batched, and has a tangent, as what does not."""
+    if "inplace" not in inspect.signature(op.function).parameters:
+        pytest.skip("no inplace form")
+    sample = next(iter(op.samples(make())))
+    x = sample.args[0].detach()
+    batch = torch.stack([x, x / 2])
+    given = inspect.signature(op.function).bind(*sample.args).arguments
+    active = {"training": True} if op.random and "training" not in given else {}
+
+    def loss(inplace, x):
+        torch.manual_seed(1)
+        x = x * 1
+        y = op.function(x, *sample.args[1:], inplace=inplace, **active)
+        return (y.sin() * (x if inplace else y)).sum()
+
+    def each(f):
+        return vmap(f, randomness="same")
+
+    def dual(f):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.cos()))).tangent
+
+    for of in (
+        lambda f: each(f)(batch),
+        lambda f: each(grad(f))(batch),
+        lambda f: grad(lambda x: each(f)(x).sum())(batch),
+        lambda f: jvp(f, (x,), (x.cos(),)),
+        lambda f: each(lambda x: jvp(f, (x,), (x.cos(),)))(batch),
+        lambda f: jvp(grad(f), (x,), (x.cos(),)),
+        dual,
+    ):
+        torch.testing.assert_close(of(partial(loss, True)), of(partial(loss, False)))
 
 
 def test_make_fx(first):

@@ -108,9 +108,9 @@ def entry(
         traced.forward = staticmethod(_named_once(function.forward))  # pyright: ignore[reportAttributeAccessIssue]
     transformed = vmapped(function)
     places = _places_of_tensors(function.forward)
-    eager = function if places is None else _in_one_call(function)
-    _call_directly(eager)
-    bare = super(Function, eager).apply  # pyright: ignore[reportAttributeAccessIssue]
+    in_one_call = function if places is None else _in_one_call(function)
+    _call_directly(in_one_call)
+    bare = super(Function, in_one_call).apply  # pyright: ignore[reportAttributeAccessIssue]
     noted = bare
     if again is not None:
         noting = _recipe.noting(function, again, flops)
@@ -131,13 +131,30 @@ def entry(
                 break
         if _recipe.asked and is_grad_enabled():
             return noted(*args)
-        if may_write and args[-1] and not is_grad_enabled() and forward_ad._current_level < 0:
-            bare(*args)
-            given: Any = args[0]  # autograd would give another tensor, without its history
-            return given
         return bare(*args)
 
-    return elsewhere if places is None else _direct(function.forward, bare, elsewhere, may_write)
+    if places is None:
+        return elsewhere
+    others = _writing(elsewhere) if may_write else elsewhere
+    return _direct(function.forward, bare, others, may_write)
+
+
+def _writing(called: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return ``called`` for a Function whose last argument says whether it writes into its first.
+
+    One that writes has no batching rule, and would have to write its tangent, too: there a copy writes.
+    """
+
+    def call(*args: Any) -> Tensor:
+        if not args[-1]:
+            return called(*args)
+        if not eager() or forward_ad._current_level >= 0:
+            return overwrite(called, *args[:-1], False)
+        y = called(*args)
+        # autograd would give another tensor, without its history
+        return y if is_grad_enabled() else args[0]
+
+    return call
 
 
 def _direct(
@@ -317,7 +334,8 @@ def overwrite(function: Callable[..., Tensor], x: Tensor, *args: object) -> Tens
     Returns:
         ``x`` itself.
     """
-    kept = x.clone() if torch.is_grad_enabled() and x.requires_grad else x
+    # A batched tensor does not tell whether it is differentiated from outside.
+    kept = x.clone() if is_grad_enabled() and (x.requires_grad or not eager()) else x
     return x.copy_(function(kept, *args))
 
 
@@ -410,6 +428,7 @@ def visible_in_backward(x: Tensor) -> bool:
         and not (
             _formula_only
             or is_grad_enabled()
+            or forward_ad._current_level >= 0
             or is_dynamo_compiling()
             or transforms_active()
             or is_script_tracing()
@@ -440,6 +459,7 @@ def fused(first: Tensor, *others: Tensor, half: bool = False) -> bool:
     if (
         _formula_only
         or is_grad_enabled()  # in backward it is on exactly when create_graph was asked for
+        or forward_ad._current_level >= 0
         or is_dynamo_compiling()
         or transforms_active()
         or is_script_tracing()
@@ -461,7 +481,12 @@ def undifferentiated() -> bool:
     Such a kernel torch itself batches, and traces but for dynamo: so 1 µs less is asked than by :func:`fused`, nor
     the dtype.
     """
-    return not (_formula_only or is_grad_enabled() or is_dynamo_compiling())
+    return not (
+        _formula_only
+        or is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or is_dynamo_compiling()
+    )
 
 
 def kernel(name: str, overload: str = "default") -> Callable[..., Any]:
