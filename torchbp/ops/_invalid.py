@@ -1,7 +1,7 @@
 """Whether a kernel made a NaN that was not in its input: the processor takes note, as numpy, too, asks after each loop.
 
-IEEE 754 has a flag that an invalid operation raises (∞ · 0, ∞ - ∞, ∞ / ∞), and that stays until it is cleared; each
-thread has its own. To read it takes 0.1 µs, where to look at a million elements takes 60.
+IEEE 754 has a flag that an invalid operation raises (∞ · 0, ∞ - ∞, ∞ / ∞), and one that an overflow raises. They stay
+until they are cleared; each thread has its own. To read them takes 0.1 µs, to look at a million elements 60.
 """
 
 import ctypes
@@ -12,14 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, get_num_threads
 
-__all__ = ["FEW", "INVALID", "at_hand", "quiet", "raised", "sound"]
+__all__ = ["FEW", "INVALID", "OVERFLOW", "at_hand", "clear", "quiet", "raised", "sound"]
 
 FEW = 1024  # elements; up to these torch.equal is faster than a sum and its item
-INVALID = 1  # FE_INVALID in the <fenv.h> of both families of processors
+# FE_INVALID and FE_OVERFLOW in the <fenv.h> of both families of processors
+INVALID, OVERFLOW = 1, 4 if platform.machine() in ("aarch64", "arm64") else 8
 
 
-def _flag() -> tuple[Callable[[int], int], Callable[[int], int]] | None:
-    """Return what tests and what clears the flag; ``None`` where it isn't found, or the processor is another's copy."""
+def _flags() -> tuple[Callable[[int], int], Callable[[int], int]] | None:
+    """Return what tests and what clears flags; ``None`` where they aren't found, or the processor is another's copy."""
     if platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"):
         return None
     try:
@@ -27,25 +28,27 @@ def _flag() -> tuple[Callable[[int], int], Callable[[int], int]] | None:
         test, clear = library.fetestexcept, library.feclearexcept
     except (AttributeError, OSError, TypeError):  # Windows
         return None
-    clear(INVALID)
+    both = INVALID | OVERFLOW
+    clear(both)
     torch.full((256,), torch.inf, device="cpu").mul_(0.0)
-    raised = test(INVALID)
-    clear(INVALID)
-    return (test, clear) if raised and not test(INVALID) else None
+    torch.full((256,), 1e30, device="cpu").mul_(1e30)
+    raised = test(both)
+    clear(both)
+    return (test, clear) if raised == both and not test(both) else None
 
 
-def _always(_: int) -> int:
-    return INVALID
+def _unknown(flags: int) -> int:
+    return flags
 
 
-_FLAG = _flag()
-# What tells whether the flag is up, or may be: raised(INVALID). It tells of the thread that asks.
-raised = _always if _FLAG is None else _FLAG[0]
+_FLAGS = _flags()
+# What tells whether a flag is up, or may be, as raised(INVALID), and what takes it down: the asking thread's own.
+raised, clear = (_unknown, _unknown) if _FLAGS is None else _FLAGS
 
 
 def at_hand() -> bool:
-    """Whether the flag tells of all that a kernel does on the CPU: it is there, and no other thread has a part."""
-    return _FLAG is not None and get_num_threads() == 1
+    """Whether the flags tell of all that a kernel does on the CPU: they are there, and no other thread has a part."""
+    return _FLAGS is not None and get_num_threads() == 1
 
 
 def quiet() -> bool:
@@ -58,10 +61,10 @@ def sound(y: Tensor) -> bool:
 
     What ``y`` was made of may have NaN: these raise no flag, and stay.
     """
-    if _FLAG is not None and get_num_threads() == 1:
+    if at_hand():
         if not raised(INVALID):
             return True
-        _FLAG[1](INVALID)  # and it may be somebody else's
+        clear(INVALID)  # and it may be somebody else's
     if y.numel() <= FEW:
         return torch.equal(y, y)
     total = y.sum(dtype=torch.float32) if y.dtype == torch.float16 else y.sum()

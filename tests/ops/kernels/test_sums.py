@@ -144,7 +144,8 @@ def test_leaves_to_the_formula_what_is_not_taken():
 def test_ops_are_as_near_the_truth_as_without(found, run, dtype, shape):
     given = [random(*shape, dtype=dtype, seed=s) for s in range(3)]
     made = step(run, B, *given)
-    assert found() >= (1 if run is triplet_swapped else 2)  # of whose gradients none is a loop
+    once = run is triplet_swapped or value == 1e25  # whose gradients are no loop, or in float64
+    assert found() >= (1 if once else 2)
     with disabled():
         plain = step(run, B, *given)
     truth = step(run, F, *(t.double() for t in given))
@@ -166,7 +167,8 @@ def test_rows_at_the_edge_are_those_without(found, run, dtype, value):
     a[::3, :40] = value
     a[::6] = value
     made = step(run, B, a, p, n)
-    assert found() >= (1 if run is triplet_swapped else 2)  # of whose gradients none is a loop
+    once = run is triplet_swapped or value == 1e25  # whose gradients are no loop, or in float64
+    assert found() >= (1 if once else 2)
     with disabled():
         plain = step(run, B, a, p, n)
     for x, y in zip(made, plain, strict=True):

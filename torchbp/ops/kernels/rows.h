@@ -26,7 +26,7 @@ struct Pieces {
 
 struct Statistics {
     float shift, rest;  // μ in two parts
-    double mean, variance, r;  // r is 0 where v is no float32
+    double mean, variance, r;
 
     // Of Σ c and Σ c², c = x - shift.
     Statistics(float shift, double by_c, double by_square, Pieces p, double eps) : shift(shift) {
@@ -34,12 +34,10 @@ struct Statistics {
         rest = static_cast<float>(off);
         mean = shift + off;
         variance = v < 0.0 ? 0.0 : v;
-        r = std::isinf(static_cast<float>(variance + eps)) ? 0.0 : 1.0 / std::sqrt(variance + eps);
+        r = 1.0 / std::sqrt(variance + eps);
     }
-    // Σ v x̂ of Σ v and Σ v c. The latter may have overflown where r is 0.
-    double along(double by_v, double by_product) const {
-        return r == 0.0 && std::isfinite(variance) ? 0.0 : (by_product - (mean - shift) * by_v) * r;
-    }
+    // Σ v x̂ of Σ v and Σ v c.
+    double along(double by_v, double by_product) const { return (by_product - (mean - shift) * by_v) * r; }
     // Whether the squares are those of deviations. Where the shift is far from μ they are not, and their digits cancel.
     bool exact() const { return rest * rest <= 4.0 * variance && std::isfinite(variance); }
 };

@@ -43,6 +43,7 @@ from torchbp.ops._function import (
 from torchbp.ops._numbers import number
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._pieces import row_pieces
+from torchbp.ops._range import in_float64, in_range
 from torchbp.ops._reduction import FEW, broadcast, in_common_dtype, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.kernels import ROWS, in_one_loop, looped
@@ -258,7 +259,10 @@ def cosine_embedding_loss(
     a, b = broadcast(*in_common_dtype(input1, input2))
     if target.shape != a.shape[:-1]:
         target = target.expand(a.shape[:-1])
-    return _cosine_embedding_loss(a, b, target, margin, reduction)[0]
+    loss = _cosine_embedding_loss(a, b, target, margin, reduction)[0]
+    if in_range(a, b):
+        return loss
+    return in_float64(cosine_embedding_loss, a, b, target, margin, reduction=reduction)
 
 
 class CosineEmbeddingLoss(nn.CosineEmbeddingLoss):

@@ -95,7 +95,7 @@ def _sums(x: Tensor, t: Tensor, eps: float, power: int) -> tuple[Tensor, Tensor]
 def _gradient(x: Tensor, t: Tensor, s: Tensor, eps: float, power: int) -> Tensor:
     overlap, size = _sums(x, t, eps, power)
     rows = (-1, *(1 for _ in x.shape[1:]))
-    of_x, of_t = (s * overlap / size.square()).reshape(rows), (-2 * s / size).reshape(rows)
+    of_x, of_t = (s * (overlap / size) / size).reshape(rows), (-2 * s / size).reshape(rows)
     return of_t * t + (of_x if power == 1 else 2 * of_x * x)  # (1)
 
 

@@ -126,14 +126,14 @@ def _floored(var: Tensor, eps: float) -> Tensor:
 
 def _values(d: Tensor, var: Tensor, eps: float, constant: float) -> Tensor:
     v = var.clamp(min=eps)
-    return 0.5 * (v.log() + d.square() / v) + constant
+    return 0.5 * (v.log() + d * (d / v)) + constant
 
 
 def _values_into(
     value: Tensor, v: Tensor, d: Tensor, var: Tensor, eps: float, constant: float
 ) -> None:
     torch.clamp(var, min=eps, out=v)
-    torch.mul(d, d, out=value).div_(v).add_(v.log_()).mul_(0.5)
+    torch.div(d, v, out=value).mul_(d).add_(v.log_()).mul_(0.5)
     if constant:
         value.add_(constant)
 
@@ -146,8 +146,8 @@ def _gradient_d(d: Tensor, var: Tensor, s: Tensor, eps: float) -> Tensor:
 def _gradient_var(d: Tensor, var: Tensor, s: Tensor, eps: float) -> Tensor:
     v = _floored(var, eps)
     if not in_place(d, var, s):
-        return s * (1 - d.square() / v) / (2 * v)  # (2)
-    return d.square().div_(v).neg_().add_(1).div_(v).mul_(s / 2)
+        return s * (1 - d * (d / v)) / (2 * v)  # (2)
+    return d.div(v).mul_(d).neg_().add_(1).div_(v).mul_(s / 2)
 
 
 def _each_gradient(d: Tensor, var: Tensor, s: Tensor, eps: float) -> tuple[Tensor, Tensor]:

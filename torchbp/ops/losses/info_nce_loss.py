@@ -38,6 +38,7 @@ from torchbp.ops._function import (
     widened,
 )
 from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._range import in_float64, in_range
 from torchbp.ops._reduction import in_common_dtype, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 
@@ -171,7 +172,9 @@ def info_nce_loss(
     _check(input1, input2, temperature)
     input1, input2 = in_common_dtype(input1, input2)
     loss, _ = _info_nce_loss(input1, input2, temperature, reduction)
-    return loss
+    if in_range(input1, input2):
+        return loss
+    return in_float64(info_nce_loss, input1, input2, temperature, reduction)
 
 
 def _check(a: Tensor, b: Tensor, temperature: float) -> None:

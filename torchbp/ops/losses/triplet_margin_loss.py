@@ -35,6 +35,7 @@ from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, as_dtype, entry, is_half, public
 from torchbp.ops._numbers import number
 from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._range import in_float64, in_range
 from torchbp.ops._reduction import broadcast, in_common_dtype, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
 from torchbp.ops.losses._triplet_distances import euclidean_gradients, slopes, with_norms
@@ -189,7 +190,10 @@ def triplet_margin_loss(
         own = F.triplet_margin_loss
         return own(anchor, positive, negative, margin, p, eps, swap, reduction=reduction)
     tensors = broadcast(*in_common_dtype(anchor, positive, negative))
-    return _triplet_margin_loss(*tensors, margin, p, eps, swap, reduction)[0]
+    loss = _triplet_margin_loss(*tensors, margin, p, eps, swap, reduction)[0]
+    if in_range(*tensors):
+        return loss
+    return in_float64(triplet_margin_loss, *tensors, margin, p, eps, swap, reduction=reduction)
 
 
 class TripletMarginLoss(nn.TripletMarginLoss):

@@ -34,6 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchbp.ops._function import Context, as_dtype, entry, is_half, public, widened
 from torchbp.ops._op import Op
+from torchbp.ops._range import in_float64, norms_in_range
 from torchbp.ops.kernels import over_batch
 from torchbp.ops.normalization import _batch_norm_samples
 from torchbp.ops.normalization._batch_norm_arguments import check
@@ -254,7 +255,10 @@ def batch_norm(
         rule = (training, momentum, eps)
         return F.batch_norm(input, running_mean, running_var, weight, bias, *rule)
     run = _in_training if training else _in_evaluation
-    return run(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
+    y, _, r = run(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    if not training or norms_in_range(r):
+        return y
+    return in_float64(batch_norm, input, None, None, weight, bias, training, momentum, eps)
 
 
 def _forward(module: _BatchNorm, input: Tensor) -> Tensor:

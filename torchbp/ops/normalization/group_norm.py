@@ -30,6 +30,7 @@ from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, as_dtype, entry, is_half, public, widened
 from torchbp.ops._op import Op
+from torchbp.ops._range import in_float64, norms_in_range
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.kernels import over_groups
 from torchbp.ops.normalization._by_kernels import group_norm_gradients
@@ -143,6 +144,14 @@ class GroupNormFunction(Function):
 _group_norm = entry(GroupNormFunction, again=GroupNormFunction.forward)
 
 
+def normalized_groups(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Return y of (N, C, *), in float64 where float32 has no squares of x; the arguments have been checked."""
+    y, _, r = _group_norm(x, groups, weight, bias, eps)
+    return y if norms_in_range(r) else in_float64(normalized_groups, x, groups, weight, bias, eps)
+
+
 @public
 def group_norm(
     input: Tensor,
@@ -195,7 +204,7 @@ def group_norm(
     if not input.is_cpu and autocasts(input.device.type):
         weight, bias = (t if t is None else widened(t) for t in (weight, bias))
         input = widened(input)
-    return _group_norm(input, num_groups, weight, bias, eps)[0]
+    return normalized_groups(input, num_groups, weight, bias, eps)
 
 
 class GroupNorm(nn.GroupNorm):

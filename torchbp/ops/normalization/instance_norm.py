@@ -29,11 +29,10 @@ from torchbp.ops._function import entry, is_half, public, widened
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.normalization.batch_norm import BatchNormFunction
-from torchbp.ops.normalization.group_norm import GroupNormFunction
+from torchbp.ops.normalization.group_norm import normalized_groups
 
 __all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "instance_norm"]
 
-_group_norm = entry(GroupNormFunction, again=GroupNormFunction.forward)
 _in_evaluation = entry(BatchNormFunction, again=BatchNormFunction.forward)
 
 
@@ -105,7 +104,7 @@ def instance_norm(
     groups = (
         int(channels) if torch.jit.is_tracing() else channels
     )  # to torch.jit a size is a tensor
-    return _group_norm(input, groups, weight, bias, eps)[0]
+    return normalized_groups(input, groups, weight, bias, eps)
 
 
 @torch.no_grad()

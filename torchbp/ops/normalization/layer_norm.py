@@ -30,6 +30,7 @@ from torch.autograd.function import Function
 from torchbp.ops import _pieces
 from torchbp.ops._function import Context, entry, fused, is_half, public, widened
 from torchbp.ops._op import Op
+from torchbp.ops._range import in_float64, norms_in_range
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops._samples import square as _square
 from torchbp.ops.kernels import over_rows, over_rows_backward
@@ -213,7 +214,9 @@ def layer_norm(
         >>> layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), (3,))
         tensor([[-1.2247,  0.0000,  1.2247]])
     """
-    return _layer_norm(input, tuple(normalized_shape), weight, bias, eps)[0]
+    shape = tuple(normalized_shape)
+    y, _, r = _layer_norm(input, shape, weight, bias, eps)
+    return y if norms_in_range(r) else in_float64(layer_norm, input, shape, weight, bias, eps)
 
 
 class LayerNorm(nn.LayerNorm):

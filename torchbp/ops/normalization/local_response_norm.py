@@ -12,7 +12,7 @@ Saves:
     x (4 bytes per float32 element, 2 in half precision); torch keeps 16.5.
 
 Edge values:
-    x² overflows (1e30 in float32): y = 0, as in torch.   ±inf or NaN: NaN there, 0 or NaN in the window, as in torch.
+    x² overflows (1e30 in float32): in float64.   ±inf or NaN: NaN there, 0 or NaN in the window, as in torch.
 
 Sources:
     Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural Networks", 2012, NIPS 25.
@@ -29,6 +29,7 @@ from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, fused, in_float32, is_half, public
 from torchbp.ops._op import Op, rounded_once
+from torchbp.ops._range import in_float64, in_range
 from torchbp.ops._samples import Make, Sample
 
 __all__ = ["LocalResponseNorm", "LocalResponseNormFunction", "local_response_norm"]
@@ -154,7 +155,8 @@ def local_response_norm(
     pooled = input.dim() > 3 or not input.is_cpu  # by an op of torch that autocast casts for
     if pooled and is_half(input) and autocasts(input.device.type):
         input = input.float()
-    return _local_response_norm(input, size, alpha, beta, k)
+    y = _local_response_norm(input, size, alpha, beta, k)
+    return y if in_range(input) else in_float64(local_response_norm, input, size, alpha, beta, k)
 
 
 class LocalResponseNorm(nn.LocalResponseNorm):

@@ -11,7 +11,7 @@ Saves:
     x (4 bytes per float32 element, 2 in half precision); n is made again: one reading of x.
 
 Edge values:
-    x = 0: y = 0, grad_x = grad_y / ε, which is large, as in torch.   n overflows: y = 0, as in torch.
+    x = 0: y = 0, grad_x = grad_y / ε, which is large, as in torch.   x² overflows: in float64.
     n = ε: as in torch, until torch 2.13 as where n > ε, then the first term alone (_clamp.py).
 
 Sources:
@@ -39,6 +39,7 @@ from torchbp.ops._function import (
     widened,
 )
 from torchbp.ops._op import Op
+from torchbp.ops._range import in_float64, in_range
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.kernels import MANY, ROWS, in_one_loop, looped
 
@@ -78,12 +79,12 @@ class NormalizeFunction(Function):
         m = n.clamp_min(ctx.eps)
         if ctx.p == 2 and fused(grad_y, x) and not x.is_complex():
             grad_x = grad_y * x
-            along = grad_x.sum(ctx.dim, keepdim=True) / (m * m * m)
+            along = grad_x.sum(ctx.dim, keepdim=True) / (m * m) / m
             along = along.masked_fill_(~above(n, ctx.eps), 0)
             torch.div(grad_y, m, out=grad_x)
             return grad_x.addcmul_(x, along, value=-1), None, None, None  # (2)
         g, x = widened(grad_y), widened(x)
-        along = _real(g * x.conj()).sum(ctx.dim, keepdim=True) / (m * m)
+        along = _real(g * x.conj()).sum(ctx.dim, keepdim=True) / m / m
         along = torch.where(above(n, ctx.eps), along, 0)
         grad_x = g / m - _norm_derivative(x, n, ctx.p, ctx.dim) * along  # (2)
         return grad_x.to(grad_y.dtype), None, None, None
@@ -95,7 +96,7 @@ class NormalizeFunction(Function):
         m = n.clamp_min(ctx.eps)
         t, x = widened(tangent_x), widened(x)
         derivative = _norm_derivative(x, n, ctx.p, ctx.dim)
-        along = _real(derivative.conj() * t).sum(ctx.dim, keepdim=True) / (m * m)
+        along = _real(derivative.conj() * t).sum(ctx.dim, keepdim=True) / m / m
         return (t / m - x * torch.where(above(n, ctx.eps), along, 0)).to(tangent_x.dtype)  # (3)
 
 
@@ -182,7 +183,8 @@ def normalize(
         return torch.div(input, _norm(input, p, dim).clamp_min(eps), out=out)
     if not input.is_cpu:  # there the norm is one of autocast's float32 ops
         (input,) = in_autocast_float32(input)
-    return _normalize(input, p, dim, eps)
+    y = _normalize(input, p, dim, eps)
+    return y if in_range(input) else in_float64(normalize, input, p, dim, eps)
 
 
 def _samples(make: Make) -> Iterator[Sample]:

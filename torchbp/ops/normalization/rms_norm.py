@@ -12,7 +12,7 @@ Saves:
     x and w: 4 bytes per float32 element, 2 in half precision. r is made again: one reading of x.
 
 Edge values:
-    A row of zeros: y = 0, r = 1/√ε.   x² overflows: y = 0, as in torch.   ±inf or NaN: NaN in that row.
+    A row of zeros: y = 0, r = 1/√ε.   x² overflows: in float64.   ±inf or NaN: NaN in that row.
 
 Sources:
     Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
@@ -29,6 +29,7 @@ from torch.autograd.function import Function
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, eager, entry, fused, is_half, public, widened
 from torchbp.ops._op import Op
+from torchbp.ops._range import in_float64, in_range
 from torchbp.ops._samples import Make, Sample, square
 from torchbp.ops.kernels import over_rows, over_rows_backward
 from torchbp.ops.normalization._rms_rows import by_rows, of_few, rstd
@@ -193,7 +194,8 @@ def rms_norm(
         raise NotImplementedError(wrong("rms_norm", rule, input.dtype, "cast it first"))
     if eps is None:
         eps = torch.finfo(torch.float32 if is_half(input) else input.dtype).eps
-    return _rms_norm(input, tuple(range(-len(last), 0)), weight, eps)
+    y = _rms_norm(input, tuple(range(-len(last), 0)), weight, eps)
+    return y if in_range(input) else in_float64(rms_norm, input, last, weight, eps)
 
 
 class RMSNorm(nn.RMSNorm):
