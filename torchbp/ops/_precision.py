@@ -105,6 +105,8 @@ _SMALL = 2.0**-8
 def ulps(found: Tensor, exact: Tensor, dtype: torch.dtype, floor: Tensor | float = 0.0) -> Tensor:
     """Return |found - exact| in units in the last place that ``dtype`` has at ``exact``; ∞ where found is no number.
 
+    An infinity is none where the exact value, rounded, is that infinity.
+
     Args:
         found: A gradient.
         exact: The true one, float64.
@@ -115,7 +117,8 @@ def ulps(found: Tensor, exact: Tensor, dtype: torch.dtype, floor: Tensor | float
     magnitude = exact.abs().clamp(min=floor).clamp(min=limits.smallest_normal)
     unit = torch.exp2(magnitude.log2().floor()) * limits.eps
     error = (found.double() - exact).abs() / unit
-    return torch.where(found.isfinite(), error, torch.inf)
+    beyond = found.isinf() & (found == exact.to(dtype))
+    return torch.where(found.isfinite(), error, torch.where(beyond, 0.0, torch.inf))
 
 
 def _pooled(errors: list[Tensor]) -> Errors:

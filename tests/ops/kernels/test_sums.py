@@ -144,8 +144,7 @@ def test_leaves_to_the_formula_what_is_not_taken():
 def test_ops_are_as_near_the_truth_as_without(found, run, dtype, shape):
     given = [random(*shape, dtype=dtype, seed=s) for s in range(3)]
     made = step(run, B, *given)
-    once = run is triplet_swapped or value == 1e25  # whose gradients are no loop, or in float64
-    assert found() >= (1 if once else 2)
+    assert found() >= (1 if run is triplet_swapped else 2)  # of whose gradients none is a loop
     with disabled():
         plain = step(run, B, *given)
     truth = step(run, F, *(t.double() for t in given))
