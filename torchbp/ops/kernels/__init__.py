@@ -9,6 +9,8 @@ from torchbp.ops.kernels._cross_entropy import over_log_probabilities as over_lo
 from torchbp.ops.kernels._cross_entropy import over_probabilities as over_probabilities
 from torchbp.ops.kernels._cross_entropy import over_softmax_gradient as over_softmax_gradient
 from torchbp.ops.kernels._cross_entropy import takes_logits as takes_logits
+from torchbp.ops.kernels._ctc import over_sequences as over_sequences
+from torchbp.ops.kernels._ctc import over_sequences_backward as over_sequences_backward
 from torchbp.ops.kernels._library import at_hand as at_hand
 from torchbp.ops.kernels._library import disabled as disabled
 from torchbp.ops.kernels._library import listed as listed
@@ -52,6 +54,8 @@ __all__ = [
     "over_probabilities",
     "over_rows",
     "over_rows_backward",
+    "over_sequences",
+    "over_sequences_backward",
     "over_softmax",
     "over_softmax_backward",
     "over_softmax_gradient",

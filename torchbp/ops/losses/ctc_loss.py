@@ -39,6 +39,7 @@ from torchbp.ops._function import Context, eager, entry, in_autocast_float32, pu
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import named, reduce, spread
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import over_sequences, over_sequences_backward
 from torchbp.ops.losses import _ctc_samples
 from torchbp.ops.losses._ctc_lattice import (
     emitted,
@@ -67,10 +68,12 @@ class CTCLossFunction(Function):
         zero_infinity: bool,
         reduction: str,
     ) -> Tensor:  # (T, N, C), (N, S), (N,), (N,) -> () or (N,)
-        extended = with_blanks(labels, blank)
-        emissions = emitted(widened(x), extended)
-        _, alpha = forward_sums(emissions, skips(extended, blank))
-        values = losses(alpha, times, lengths)  # (2)
+        values = over_sequences(x, labels, times, lengths, blank)
+        if values is None:
+            extended = with_blanks(labels, blank)
+            emissions = emitted(widened(x), extended)
+            _, alpha = forward_sums(emissions, skips(extended, blank))
+            values = losses(alpha, times, lengths)  # (2)
         if zero_infinity:
             values = values.masked_fill(values.isinf(), 0)
         if reduction == "mean":
@@ -91,7 +94,10 @@ class CTCLossFunction(Function):
         x, labels, times, lengths = ctx.saved_tensors
         s = spread(grad, ctx.reduction, times.numel())
         s = s / lengths.clamp(min=1) if ctx.reduction == "mean" else s.expand(times.shape)
-        grad_x = input_gradient(widened(x), s, labels, times, lengths, ctx.blank, ctx.zero_infinity)
+        which = (labels, times, lengths, ctx.blank)
+        grad_x = over_sequences_backward(x, s, *which, zero_infinity=ctx.zero_infinity)
+        if grad_x is None:
+            grad_x = input_gradient(widened(x), s, *which, ctx.zero_infinity)
         return grad_x.to(x.dtype), None, None, None, None, None, None
 
     @staticmethod
