@@ -1,11 +1,14 @@
 """A formula compiled: any layout, dtype and length that a loop takes, and what it leaves to the formula itself."""
 
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import torchbp.functional as F
+from torchbp.ops.activations import _infinities
 from torchbp.ops.kernels import SUM, _library, _loop, at_hand, disabled, in_one_loop, looped
 
 N = _loop.MANY + 77  # neither whole blocks nor whole vectors
@@ -288,6 +291,24 @@ def test_leaves_to_the_formula_what_a_loop_does_not_take(compiled):
     assert seen == [None]
     with torch._subclasses.FakeTensorMode() as mode:
         assert in_one_loop(torch.exp, mode.from_tensor(x)) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_hardswish_is_torchs_to_the_bit_by_a_loop_or_without(compiled, threads):
+    """On several threads it is a loop, which needs no look at x for infinities."""
+    x = 3 * random(N)
+    compiled(lambda: F.hardswish(x))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with patch.object(_infinities, "in_one_loop", wraps=_infinities.in_one_loop) as loop:
+            found = F.hardswish(x)
+        assert loop.called == (threads > 1)
+        assert torch.equal(found, torch.nn.functional.hardswish(x))
+        x[:2] = torch.tensor([torch.inf, -torch.inf])
+        assert F.hardswish(x)[:2].tolist() == [torch.inf, 0]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_changed_header_is_another_library(monkeypatch):

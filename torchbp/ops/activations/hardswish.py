@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, get_num_threads, nn
 from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.function import Function
 
@@ -31,6 +31,7 @@ from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import bounded, known_finite, value
 from torchbp.ops.activations.hardsigmoid import rounds_a_sixth
+from torchbp.ops.kernels import MANY, listed
 
 __all__ = ["Hardswish", "HardswishFunction", "hardswish"]
 
@@ -44,6 +45,8 @@ class HardswishFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
+        if _is_looped(x):
+            return value(_value, x, finite, _by_six, loop=True)
         return value(_value, x, finite, _formula)
 
     @staticmethod
@@ -64,6 +67,13 @@ class HardswishFunction(Function):
         return in_pieces(_times_derivative, tangent_x, bounded(x))
 
 
+def _is_looped(x: Tensor) -> bool:
+    """Whether float32, too, goes through a loop: on several threads, where else a look at x would tell of ±∞."""
+    if not (isinstance(x, Tensor) and x.is_cpu and x.dtype is torch.float32):
+        return False
+    return listed() or (x.numel() >= MANY and get_num_threads() > 1)
+
+
 def _value(x: Tensor) -> Tensor:
     if rounds_a_sixth(x):
         return x * (x + 3).clamp(0, 6) / 6
@@ -71,7 +81,11 @@ def _value(x: Tensor) -> Tensor:
 
 
 def _formula(x: Tensor) -> Tensor:
-    return x * (x + 3).clamp(0, 6) * (1 / 6)  # as torch's, to the bit
+    return x * (x + 3).clamp(0, 6) * (1 / 6)  # as torch's in half precision, to the bit
+
+
+def _by_six(x: Tensor) -> Tensor:
+    return x * (x + 3).clamp(0, 6) / 6  # as torch's in float32 on the CPU, to the bit
 
 
 def _times_derivative(v: Tensor, x: Tensor) -> Tensor:
@@ -113,8 +127,8 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
         tensor([-0.0000, 0.6667, 4.0000])
     """
     if inplace:
-        return overwrite(_hardswish, input, known_finite(input))
-    return _hardswish(input, known_finite(input))
+        return overwrite(_hardswish, input, known_finite(input, loop=True))
+    return _hardswish(input, known_finite(input, loop=True))
 
 
 class Hardswish(nn.Hardswish):
