@@ -11,6 +11,7 @@ from torchbp.ops.kernels._cross_entropy import over_softmax_gradient as over_sof
 from torchbp.ops.kernels._cross_entropy import takes_logits as takes_logits
 from torchbp.ops.kernels._ctc import over_sequences as over_sequences
 from torchbp.ops.kernels._ctc import over_sequences_backward as over_sequences_backward
+from torchbp.ops.kernels._embedding import over_indices as over_indices
 from torchbp.ops.kernels._library import at_hand as at_hand
 from torchbp.ops.kernels._library import disabled as disabled
 from torchbp.ops.kernels._library import listed as listed
@@ -47,6 +48,7 @@ __all__ = [
     "over_batch_backward",
     "over_groups",
     "over_groups_backward",
+    "over_indices",
     "over_log_partition",
     "over_log_probabilities",
     "over_log_softmax",

@@ -31,6 +31,7 @@ from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, entry, fused, kernel, public, widened
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.kernels import over_indices
 
 __all__ = ["Embedding", "EmbeddingFunction", "embedding"]
 
@@ -63,6 +64,10 @@ class EmbeddingFunction(Function):
             return None, None, None, None, None
         (index,) = ctx.saved_tensors
         count, width = ctx.shape
+        if not ctx.sparse:
+            made = over_indices(grad_y, index, count, ctx.padding, mean=ctx.by_frequency)
+            if made is not None:
+                return None, made, None, None, None
         g = widened(grad_y)
         if fused(g) and not ctx.sparse and not g.is_complex():
             rule = (count, ctx.padding, ctx.by_frequency)
