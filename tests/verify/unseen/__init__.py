@@ -56,6 +56,7 @@ SIXTEENTH: dict[str, Unseen] = {}
 SEVENTEENTH: dict[str, Unseen] = {}
 EIGHTEENTH: dict[str, Unseen] = {}
 NINETEENTH: dict[str, Unseen] = {}
+TWENTIETH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -76,6 +77,7 @@ SETS = {
     "seventeenth set": SEVENTEENTH,
     "eighteenth set": EIGHTEENTH,
     "nineteenth set": NINETEENTH,
+    "twentieth set": TWENTIETH,
 }
 
 
@@ -232,6 +234,18 @@ def every():
         twelfth_numerics,
         twelfth_objectives,
         twelfth_scans,
+        twentieth_alignment,
+        twentieth_experts,
+        twentieth_graphs,
+        twentieth_losses,
+        twentieth_norms,
+        twentieth_protocol,
+        twentieth_rendering,
+        twentieth_rotary,
+        twentieth_scans,
+        twentieth_signals,
+        twentieth_solvers,
+        twentieth_transport,
     )
 
     return {name: p for pairs in SETS.values() for name, p in pairs.items()}
