@@ -44,10 +44,8 @@ def added_norm(wrong):
         def backward(ctx, grad_y, grad_s):
             x, residual, w = ctx.saved_tensors
             s = x + residual
-            if wrong:
-                grad = rms_backward(s, (grad_y + grad_s) * w)
-            else:
-                grad = rms_backward(s, grad_y * w) + grad_s
+            before, after = (grad_s, 0) if wrong else (0, grad_s)
+            grad = rms_backward(s, (grad_y + before) * w) + after
             return grad, grad, over_rows(grad_y * s * rms(s))
 
     return lambda x, residual, w: Norm.apply(x, residual, w)

@@ -131,7 +131,7 @@ add(
 
 # k cos(x - mu) - log(2 pi I0(k))
 def von_mises(wrong):
-    i0e, i1e = torch.special.i0e, torch.special.i1e
+    i0, i1, i0e, i1e = (getattr(torch.special, n) for n in ("i0", "i1", "i0e", "i1e"))
 
     class Density(Function):
         @staticmethod
@@ -144,10 +144,7 @@ def von_mises(wrong):
         @staticmethod
         def backward(ctx, grad_y):
             x, mu, k = ctx.saved_tensors
-            if wrong:
-                ratio = torch.special.i1(k) / torch.special.i0(k)
-            else:
-                ratio = i1e(k) / i0e(k)
+            ratio = i1(k) / i0(k) if wrong else i1e(k) / i0e(k)
             g = grad_y * k * torch.sin(x - mu)
             return -g, g, grad_y * (torch.cos(x - mu) - ratio)
 
