@@ -44,7 +44,7 @@ SAMPLES = {
     "five inputs of other shapes": (normed_conv, FIVE, 69, 100),
     "loss with targets": (F.cross_entropy, (leaf(4, 3), torch.tensor([0, 2, 1, 1])), 73, 103),
     "Module": (lambda: nn.Linear(4, 3), (leaf(5, 4),), 61, 102),
-    "Module with buffers": (lambda: nn.BatchNorm1d(4), (leaf(5, 4),), 75, 98),
+    "Module with buffers": (lambda: nn.BatchNorm1d(4), (leaf(5, 4),), 75, 100),
     "Module, four parameters": (lambda: nn.GRUCell(3, 4), (leaf(5, 3),), 68, 100),
     # Kinks and poles near every sample: shorter steps are tried.
     "kinks": (F.l1_loss, (leaf(3, 4), leaf(3, 4, seed=1)), 78, 110),

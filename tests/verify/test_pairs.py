@@ -61,6 +61,12 @@ ALWAYS |= {
     "dual_norm_rowscale_13",
     "product_second_13",
     "sinc_tiny_13",
+    "added_norm_alone_20",
+    "unit_rows_floor_20",
+    "soft_dtw_batch_20",
+    "norm_weight_half_20",
+    "circular_convolution_20",
+    "quaternion_log_negative_20",
     "qr of square matrices",
     "lu_solve, steep",
 }

@@ -14,12 +14,13 @@ from torchbp.verify.tensors import real, signed_like
 __all__ = ["not_finite", "not_finite_at"]
 
 STEP = 2.0**-12
+SHORT = 2.0**-24  # where what is clamped, a norm beside 0, is no kink yet
 
 
-def _is_smooth(lines: Lines, direction: dict[int, Tensor]) -> bool:
+def _is_smooth(lines: Lines, direction: dict[int, Tensor], step: float) -> bool:
     """Whether forward has one finite slope along ``direction``, one tensor a leaf."""
     (left, left_bound), (right, right_bound) = one_sided(
-        lambda t: lines.value(direction, t), STEP, lines.noise
+        lambda t: lines.value(direction, t), step, lines.noise
     )
     size = max(abs(left), abs(right))
     slack = 1e-4 * size + 1e-6 + 2 * (left_bound + right_bound)
@@ -34,7 +35,7 @@ def not_finite(case: Case, check: str, when: str) -> Finding | None:
         if not_finite_at(case, which):
             d = real(signed_like(leaf, case.generator(check))).cpu() * lines.scales[which]
             d[real(case.plain.grads[which]).cpu().isfinite()] = 0
-            if _is_smooth(lines, {which: d}):
+            if any(_is_smooth(lines, {which: d}, step) for step in (STEP, SHORT)):
                 return _finding(case, which, check, when)
     return None
 

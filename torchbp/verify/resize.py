@@ -287,7 +287,9 @@ def accepts(case: Case) -> bool:
 
 def same_outputs(case: Case, other: Case) -> bool:
     """Whether forward gives the same for both."""
-    pairs = zip(case.all_outputs, other.all_outputs, strict=False)
+    if len(case.all_outputs) != len(other.all_outputs):
+        return False
+    pairs = zip(case.all_outputs, other.all_outputs, strict=True)
     return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
 

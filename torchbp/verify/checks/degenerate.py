@@ -1,9 +1,11 @@
 """Degenerate samples: the gradient is right where rows are equal or zero, a matrix the identity.
 
 Random samples have none of these: a norm of 0, a variance of 0, a distance of 0, a singular matrix, equal eigenvalues,
-for all of which backward may have a branch of its own. Nothing is said where forward has a kink.
+for all of which backward may have a branch of its own. Nothing is said where forward has a kink. Where zeros are
+refused, as of directions, or quaternions are spoken of, all of each row but its first element is zero: no rotation.
 """
 
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,10 +17,13 @@ from torchbp.verify.depends import elementwise
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 from torchbp.verify.smooth import COINCIDENT, check_smooth, right_at_once
+from torchbp.verify.source import speaks
 from torchbp.verify.tolerance import largest
 
 NAME = "degenerate"
 ZERO = 2  # inputs that are 0, one at a time
+QUATERNION = re.compile("quat", re.IGNORECASE)
+AXIS = "rows lie along the first axis"
 
 
 def _equal_rows(t: Tensor) -> Tensor:
@@ -63,6 +68,14 @@ SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _first_axis(t: Tensor) -> Tensor:
+    """Return t with all but the first element of each row 0, where it has both signs."""
+    t = t.clone()
+    if t.dim() and t.shape[-1] > 1 and bool((t > 0).any() and (t < 0).any()):
+        t[..., 1:] = 0
+    return t
+
+
 def _samples(case: Case, inputs: list[int]) -> Iterator[tuple[str, Case]]:
     two = any(case.flat[i].dim() > 1 and case.flat[i].shape[-2] == 2 for i in inputs)
     for what, change in SAMPLES.items():
@@ -76,6 +89,14 @@ def _samples(case: Case, inputs: list[int]) -> Iterator[tuple[str, Case]]:
     if like:
         same = {i: c.to(case.flat[i].dtype) for i, c in like.items()}
         yield "an input equals its target", case.edited(same.get)
+
+
+def _along_axis(case: Case, inputs: list[int], samples: dict[str, Case]) -> dict[str, Case]:
+    """Return rows along the first axis for what speaks of quaternions, or refuses an input of zeros."""
+    zero = (other for what, other in samples.items() if what.endswith("is 0"))
+    if not speaks(case, QUATERNION) and all(map(accepts, zero)):
+        return {}
+    return {AXIS: case.edited(lambda i, t: _first_axis(t) if i in inputs else t)}
 
 
 def _pair(case: Case, inputs: list[int]) -> tuple[int, int] | None:
@@ -118,6 +139,7 @@ def _run(case: Case) -> Iterator[Finding]:
             samples[what] = _met(case, pair)
     square = any(_is_square(case.flat[i]) for i in inputs)
     seen = [case]
+    samples.update(_along_axis(case, inputs, samples))
     for what, other in samples.items():
         # An output that cancels would seem to hold few bits.
         other.__dict__["epsilon"] = case.epsilon

@@ -2,7 +2,8 @@
 
 A running sum in bfloat16 stops growing at 256 addends of its own size: 256 + 1 rounds to 256. The sample is lengthened
 to 2048 along each dimension that an input lacks, whose gradient is then a sum over it: a bias over rows. It is made
-positive so that nothing cancels.
+positive so that nothing cancels. Where outputs have both signs all the same, as those of a norm have, grad_output has
+theirs as well: what a weight is multiplied with has no other.
 """
 
 from collections.abc import Iterator
@@ -61,12 +62,16 @@ def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> F
     longer.bounded = STEPS
     errors = _errors(longer, long, dtype)
     worst = max(summed, key=errors.__getitem__) if errors else 0
+    signed = bool(errors) and errors[worst] <= OFF and _has_both_signs(in_dtype(longer, dtype)[1])
+    if signed:
+        errors = _errors(longer, long, dtype, signed=True)
+        worst = max(summed, key=errors.__getitem__) if errors else 0
     if not errors or errors[worst] <= OFF:
         return None
-    if _share_lost(longer, long, dtype, worst) < LOST:
+    if _share_lost(longer, long, dtype, worst, signed=signed) < LOST:
         return None  # off in other ways: what a product or a softmax of 2048 terms rounds
     few = size.near(SHORT)
-    short = _errors(resized(positive, {size: few}), few, dtype)
+    short = _errors(resized(positive, {size: few}), few, dtype, signed=signed)
     if not short or errors[worst] < 4 * short[worst]:
         return None  # as bad at a short length: conditioning, no stall
     name = case.names[worst]
@@ -82,12 +87,17 @@ def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> F
     )
 
 
-def _errors(long: Case, length: int, dtype: torch.dtype) -> list[float]:
+def _has_both_signs(case: Case) -> bool:
+    return any(bool((y > 0).any() and (y < 0).any()) for y in case.kept[1])
+
+
+def _errors(long: Case, length: int, dtype: torch.dtype, *, signed: bool = False) -> list[float]:
     """Return how far each gradient is off, of its norm; nothing where forward or float32 is off too."""
     low, exact = in_dtype(long, dtype)
     if not all(bool(y.isfinite().all()) for y in low.plain.outputs):
         return []
-    got, expected = _large_first(low, length), _large_first(exact, length)
+    signs = exact if signed else None
+    got, expected = (_large_first(c, length, signs) for c in (low, exact))
     pairs = zip(low.plain.outputs, exact.plain.outputs, strict=True)
     if any(rounded_norm_error(y, e) > 2 * torch.finfo(dtype).eps for y, e in pairs):
         return []  # forward loses as much: a recurrence or a sum in this dtype, by its own definition
@@ -100,24 +110,34 @@ def _errors(long: Case, length: int, dtype: torch.dtype) -> list[float]:
         return errors
     return [
         error if rounded_norm_error(s, e, floor) < OFF / 100 else 0.0
-        for error, s, e in zip(errors, _large_first(_single(low), length), expected, strict=True)
+        for error, s, e in zip(
+            errors, _large_first(_single(low), length, signs), expected, strict=True
+        )
     ]
 
 
-def _share_lost(long: Case, length: int, dtype: torch.dtype, which: int) -> float:
+def _share_lost(long: Case, length: int, dtype: torch.dtype, which: int, *, signed: bool) -> float:
     """Return how much of what the rows but the first add to a gradient is missing in low precision."""
     low, exact = in_dtype(long, dtype)
-    got, expected = (_large_first(c, length)[which].double() for c in (low, exact))
-    rest = _large_first(exact, length, first=0.0)[which].double()
+    signs = exact if signed else None
+    got, expected = (_large_first(c, length, signs)[which].double() for c in (low, exact))
+    rest = _large_first(exact, length, signs, first=0.0)[which].double()
     return float(((expected - got) * rest).sum() / rest.square().sum())
 
 
-def _large_first(case: Case, length: int, first: float = LARGE) -> tuple[Tensor, ...]:
-    """Return the gradients for a grad_output of ones, the first of the rows so large that a later one is lost on it."""
+def _large_first(
+    case: Case, length: int, signs: Case | None = None, first: float = LARGE
+) -> tuple[Tensor, ...]:
+    """Return the gradients for a grad_output of ones, the first of the rows so large that a later one is lost on it.
+
+    The ones have the signs of the outputs of ``signs``.
+    """
     v = [torch.ones_like(y) for y in case.kept[1]]
     for t in v:
         for d in [d for d, n in enumerate(t.shape) if n == length][:1]:
             t.select(d, 0).fill_(first)
+    if signs:
+        v = [t * y.detach().sign().to(t) for t, y in zip(v, signs.kept[1], strict=True)]
     return case.vjps([v])[0]
 
 

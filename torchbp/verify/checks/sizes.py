@@ -47,6 +47,9 @@ FEW = 2
 LARGEST = 2**16  # elements
 FEWER = 257  # rows, where 2053 or 1025 are too many for what forward makes of them
 STOPPED = "elements of the inputs with which a call did too much"
+SHAPE = (
+    "returned an invalid gradient"  # what the engine says of a shape: nobody meant to raise that
+)
 EXPLODES = 1e14  # times, and the root of that where the size alone is another
 
 
@@ -85,6 +88,9 @@ def _run(case: Case) -> Iterator[Finding]:
         if found and run.scale and accepts(run.plain):
             found = check_lines(run.plain, NAME, when, beyond=run.beyond) or found
         if found and found.got is None:  # backward raised: sizes that do not go together, perhaps
+            if SHAPE in found.message and _of_one_shape(case) and _of_one_shape(other):
+                yield found
+                return
             refused += [] if run.chance else [found.message]
             continue
         if found and _is_overwritten(case, other, found) and tie(case):
@@ -96,6 +102,11 @@ def _run(case: Case) -> Iterator[Finding]:
             return
     if refused:
         raise Refused(refused[0])
+
+
+def _of_one_shape(case: Case) -> bool:
+    """Whether all tensors among the arguments have one shape: there are no sizes that may not go together."""
+    return len({t.shape for _, t in case.arguments}) == 1
 
 
 def _is_overwritten(case: Case, other: Case, found: Finding) -> bool:
@@ -150,9 +161,17 @@ def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
 
 
 def _alone(case: Case, free: list[Size], refused: list[str]) -> Iterator[Run]:
-    """Yield each size alone, small and large, where backward refused several that do not go together."""
+    """Yield each size alone, small and large, where backward refused several that do not go together.
+
+    What is one in the sample becomes as many as something else is, too: what is broadcast along the wrong dimension
+    raises for any other number.
+    """
     indexed = any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
-    for size, n in product(free, (FEW, BLOCK)) if refused else ():
+    if not refused:
+        return
+    several = list(dict.fromkeys(size.now for size in free if size.now > FEW))[:TRIES]
+    as_many = [(size, n) for size in free if size.now == 1 for n in several]
+    for size, n in chain(as_many, product(free, (FEW, BLOCK))):
         if size.near(n) != size.now and not (indexed and n < size.now):
             run = _largest_that_runs(case, {size: size.near(n)})
             yield from [run] if run else []
