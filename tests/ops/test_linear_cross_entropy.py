@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.ops.conftest import cases_of, with_args
 from tests.ops.test_autograd import storage_bytes
 from tests.ops.test_values import gradients, widened
 from torchbp.ops._op import all_ops
+from torchbp.ops.recurrent import _half_products
 
 OP = all_ops()["linear_cross_entropy"]
 CASES = cases_of(OP)
@@ -409,3 +411,28 @@ def test_sharded_vocabulary(tmp_path):
             )
     assert "expected one backward, without create_graph" in two["second"]
     assert "expected class indices in [0, 11)" in two["range"]
+
+
+@pytest.mark.skipif(_half_products._MKL is None, reason="no products of bfloat16 in float32")
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0}, {"z_loss": 1e-3}], ids=str)
+def test_bfloat16_by_products_in_float32(options):
+    """The processor's products of bfloat16, the gradient in halves: as near the truth as all of it in float32."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 128, generator=generator).bfloat16()
+    weight = (torch.randn(640, 128, generator=generator) / 8).bfloat16()
+    target = torch.randint(640, (600,), generator=generator)
+
+    def step(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        value = F.linear_cross_entropy(*leaves, target, **options)
+        return [t.double() for t in torch.autograd.grad(value, leaves)]
+
+    truth = step(torch.float64)
+    with patch.object(_half_products, "_MKL", wraps=_half_products._MKL) as called:
+        found = step(torch.bfloat16)
+    assert called.call_count == 2 * (1 + 2 + 2)  # in two chunks
+    with patch.object(CHUNKS, "suit", lambda *_: False):
+        wide = step(torch.bfloat16)
+    for a, b, c in zip(found, wide, truth, strict=True):
+        assert (a - c).norm() <= 1.001 * (b - c).norm()
+        assert (a - c).norm() <= 2e-3 * c.norm()

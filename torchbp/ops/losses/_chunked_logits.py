@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from torchbp.ops._function import is_half
+from torchbp.ops.kernels import in_memory
 from torchbp.ops.losses._linear_cross_entropy_arguments import check_range
 from torchbp.ops.losses._shards import Shard
+from torchbp.ops.recurrent._half_products import parts, product, suit
 
 __all__ = ["Gradients", "Indices", "Probabilities", "Rows", "Target", "chunk_rows", "over_chunks"]
 
@@ -162,7 +164,7 @@ class Rows:
         self.weight = torch.zeros(weight.shape, **options) if gradients.weight else None
         self.bias = torch.zeros(len(weight), **options) if gradients.bias else None
         # In half precision |g| is brought to 1: float16 would make 0 of s = 1/N.
-        if weight.dtype != wide and len(x):
+        if weight.dtype != wide and len(x) and not x.is_cpu:
             self._unit = gradients.s.abs().amax().clamp_min(torch.finfo(wide).tiny)
 
     def add(self, g: Tensor, x: Tensor, weight: Tensor, chunk: slice) -> None:
@@ -172,18 +174,19 @@ class Rows:
         if self._unit is not None:
             g = (g / self._unit).to(weight.dtype)
             if self.x is not None:
-                product = wide_product(g, weight, self.x.dtype)
-                torch.mul(product, self._unit, out=self.x[chunk])  # (2)
+                wide = wide_product(g, weight, self.x.dtype)
+                torch.mul(wide, self._unit, out=self.x[chunk])  # (2)
             if self.weight is not None and g.is_cuda:
                 dtype = self.weight.dtype
                 torch.addmm(self.weight, g.T, x, out_dtype=dtype, out=self.weight)  # (3)
             elif self.weight is not None:
                 self.weight.add_(g.T @ x)
             return
+        d = parts(g) if weight.dtype == torch.bfloat16 else (g,)
         if self.x is not None:
-            torch.mm(g, weight, out=self.x[chunk])  # (2)
+            product(d, weight, room=self.x[chunk])  # (2)
         if self.weight is not None:
-            self.weight.addmm_(g.T, x)  # (3)
+            product(tuple(part.T for part in d), x, self.weight)  # (3)
 
     def finish(self) -> None:
         """Give the weight's gradient its unit again."""
@@ -193,8 +196,8 @@ class Rows:
 
 def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
     """Return a b in ``dtype``, written into ``room``; of half precision on a GPU as its kernels have summed it up."""
-    if a.dtype == dtype:
-        return torch.mm(a, b, out=room)
+    if a.is_cpu or a.dtype == dtype:
+        return product((a,), b, room=room)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
@@ -235,13 +238,17 @@ def over_chunks(
         gradients: Which gradients to make.
         predict: Whether to find the class of the largest logit.
     """
-    # Half precision: float32 throughout. On a CPU the products too, since those of half precision are slower there;
+    # Half precision: float32 throughout. On a CPU the products too, but where it multiplies matrices of bfloat16;
     # elsewhere the products take half precision and accumulate in float32.
     wide = torch.float32 if is_half(x) else x.dtype
-    low = x.dtype if is_half(x) and not x.is_cpu else wide
+    multiplied = min(rows, len(x))
+    by_halves = x.dtype == weight.dtype and in_memory(x) and suit(multiplied, weight)
+    low = x.dtype if is_half(x) and (by_halves or not x.is_cpu) else wide
     weight = weight.to(low)
     out = Rows(x, weight, gradients, predict, wide)
-    buffer = weight.new_empty(min(rows, len(x)), len(weight)) if low == wide else None
+    buffer = None
+    if x.is_cpu or low == wide:
+        buffer = weight.new_empty(multiplied, len(weight), dtype=wide)
     for start in range(0, len(x), rows):
         chunk = slice(start, min(start + rows, len(x)))
         some = x[chunk].to(low)

@@ -93,20 +93,21 @@ def halved(formula: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tupl
     return *high, *low, last
 
 
-def product(d: Parts, b: Tensor, onto: Tensor | None = None) -> Tensor:
+def product(d: Parts, b: Tensor, onto: Tensor | None = None, room: Tensor | None = None) -> Tensor:
     """Return ``d @ b`` in float32, of halves that :func:`suit`, or of float32; added to ``onto``, which may be written.
 
     Args:
         d: The parts of a matrix.
         b: A matrix of their dtype.
         onto: A float32 matrix that the caller has just made.
+        room: One that is written over; not beside ``onto``.
     """
     if len(d) == 1 and d[0].dtype != torch.bfloat16:
         (whole,) = d
-        return whole @ b if onto is None else onto.addmm_(whole, b)
+        return torch.mm(whole, b, out=room) if onto is None else onto.addmm_(whole, b)
     sums = onto
     for part in d:
-        sums = _add(part, b, sums)
+        sums = _add(part, b, sums, room)
     assert sums is not None
     return sums
 
@@ -117,11 +118,13 @@ def ones_times(part: Tensor) -> Tensor:
     return _add(ones, part, None).view(-1)
 
 
-def _add(a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
-    """Return a @ b, added to ``onto`` where that is given."""
+def _add(a: Tensor, b: Tensor, onto: Tensor | None, room: Tensor | None = None) -> Tensor:
+    """Return a @ b, added to ``onto`` where that is given, else written into ``room``."""
     (a, of_a), (b, of_b) = _in_rows(a), _in_rows(b)
     (m, k), n = a.shape, b.shape[1]
-    sums = torch.empty(m, n, dtype=torch.float32, device="cpu") if onto is None else onto
+    sums = room if onto is None else onto
+    if sums is None:
+        sums = torch.empty(m, n, dtype=torch.float32, device="cpu")
     assert _MKL is not None
     factors = (a.data_ptr(), max(a.stride()), b.data_ptr(), max(b.stride()))
     before = 0.0 if onto is None else 1.0
