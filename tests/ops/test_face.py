@@ -108,6 +108,24 @@ def test_wrong_arguments(wrong):
 
 
 @pytest.mark.cpu("the same on every device")
+def test_no_tensors(op):
+    """A list, a number or ``None`` for the first tensor: an exception of torch's type, which hides none of ours."""
+    if op.torchs is None:
+        pytest.skip("torch has none")
+    sample = next(iter(op.samples(make())))
+    for given in ([1.0, 2.0], 1.5, None):
+        raised = []
+        for function in (op.torchs, op.function):
+            with pytest.raises((TypeError, AttributeError)) as error:
+                function(given, *sample.args[1:], **sample.kwargs)
+            raised.append(error)
+        theirs, ours = raised
+        # sigmoid and tanh are torch's own methods there: 'list' object has no attribute 'tanh'
+        assert ours.type is theirs.type or op.name in {"sigmoid", "tanh"}
+        assert ours.value.__suppress_context__ or ours.value.__context__ is None
+
+
+@pytest.mark.cpu("the same on every device")
 def test_public_names(op):
     assert getattr(torchbp.functional, op.name) is op.function
     assert pickle.loads(pickle.dumps(op.function)) is op.function

@@ -260,17 +260,14 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     It answers ``__torch_function__`` (tensor subclasses, modes, ``torch.fx`` proxies) as torch's own functions do,
     and is pickled by its public name, whatever the file tree. Nested and sparse tensors go to torch's own function:
     formulas and samples are those of strided ones. What is passed on there is, as torch does it, what has no default by
-    place, and what is not the default by name.
+    place, and what is not the default by name. Where no tensor is given for one, torch's error is raised.
     """
     own = getattr(torch.nn.functional, function.__name__, None)
     strided = torch.strided
-    default = {p.name: p.default for p in signature(function).parameters.values()}
-    optional = {k for k, v in default.items() if v is not Parameter.empty}
+    passed_on = _passed_on(function)
 
     def elsewhere(*args: Any, **kwargs: Any) -> R:
-        named = dict(zip(default, args, strict=False)) | kwargs
-        needed = [v for k, v in named.items() if k not in optional]
-        chosen = {k: v for k, v in named.items() if k in optional and v is not default[k]}
+        named, needed, chosen = passed_on(args, kwargs)
         given = tuple(named.values())
         if own is not None:
             for a in given:
@@ -287,17 +284,55 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             f"""
             if {" or ".join(["has_torch_function({each})", *special])}:
                 return elsewhere({{given}})
-            return function({{given}})
+            try:
+                return function({{given}})
+            except AttributeError as error:
+                raise instead(error, {{given}}) from None
             """,
             function,
             elsewhere=elsewhere,
             function=function,
+            instead=_instead(function, passed_on),
             has_torch_function=has_torch_function_variadic,
             strided=strided,
         )
     )
     dispatch.__module__ = "torchbp.functional"
     return dispatch
+
+
+def _passed_on(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what sorts arguments: all by name, those of no default, and of the others what is not the default."""
+    default = {k: p.default for k, p in signature(function).parameters.items()}
+    optional = {k for k, v in default.items() if v is not Parameter.empty}
+
+    def passed_on(args: Any, kwargs: Any) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+        named = dict(zip(default, args, strict=False)) | kwargs
+        needed = [v for k, v in named.items() if k not in optional]
+        chosen = {k: v for k, v in named.items() if k in optional and v is not default[k]}
+        return named, needed, chosen
+
+    return passed_on
+
+
+def _instead(function: Callable[..., Any], passed_on: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what finds the error to raise for one of a missing attribute: torch's, where a tensor is none."""
+    name, parameters = function.__name__, signature(function).parameters
+    torchs = getattr(torch.nn.functional, name, getattr(torch, name, function))
+    kinds = {k: p.annotation for k, p in parameters.items()}
+    kinds = {k: kind for k, kind in kinds.items() if kind in (Tensor, Tensor | None)}
+
+    def instead(error: AttributeError, *args: Any, **kwargs: Any) -> Exception:
+        named, needed, chosen = passed_on(args, kwargs)
+        if all(isinstance(named[k], kind) for k, kind in kinds.items()):
+            return error
+        try:
+            torchs(*needed, **chosen)
+        except Exception as theirs:  # whatever it is
+            return theirs
+        return error
+
+    return instead
 
 
 def leaf(forward: Callable[P, R]) -> Callable[P, R]:
