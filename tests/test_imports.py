@@ -99,6 +99,19 @@ def test_names_not_written_by_hand_are_torchs_own():
     assert torchbp.nn.functional is torchbp.functional
 
 
+def test_private_names_are_torchs_own():
+    import torch
+
+    import torchbp
+    from torchbp.functional import _in_projection_packed
+
+    assert _in_projection_packed is torch.nn.functional._in_projection_packed
+    assert torchbp.nn._reduction is torch.nn._reduction
+    for module, name in ((torchbp.functional, "_nothing"), (torchbp.nn, "nothing")):
+        with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute"):
+            getattr(module, name)
+
+
 def test_submodules_are_torchs_own():
     import torch.nn.utils.prune
     import torchbp.nn.utils.prune

@@ -3,7 +3,15 @@
 Below the line are the functions with a backward written by hand; every other name is torch's own object.
 """
 
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as _theirs
 from torch.nn.functional import *  # pyright: ignore[reportWildcardImportFromLibrary]
+
+from torchbp.ops._torchs import private_names as _private_names
+
+if not TYPE_CHECKING:  # a misspelt name is to be found
+    __getattr__ = _private_names(__name__, _theirs)
 
 # ---------------------------------------------------------------------------------------------- by hand
 from torchbp.ops.activations.celu import celu as celu

@@ -61,6 +61,15 @@ def test_broadcast_targets_warn_as_in_torch(name):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("n", [6, 5000])
+def test_a_sum_of_bytes_does_not_overflow(n):
+    """The distance of two pictures: torch sums integers in int64."""
+    x, target = torch.full((2, n), 200, dtype=torch.uint8, device=DEVICE)
+    target = target - 150
+    loss = F.l1_loss(x, target, reduction="sum")
+    assert (loss.dtype, loss.item()) == (torch.int64, 150 * n)
+
+
 def test_kl_div_mean_warns_as_in_torch():
     x, t = torch.randn(3, 4, device=DEVICE).log_softmax(1), torch.rand(3, 4, device=DEVICE)
     with pytest.warns(UserWarning, match="batchmean"):

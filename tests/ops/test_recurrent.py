@@ -393,6 +393,7 @@ def test_wrong_arguments_of_cells(name):
         (torch.ones(3, device=DEVICE), state),
         (torch.ones(2, 3, device=DEVICE).double(),),
         (torch.ones(2, 3, device=DEVICE).bfloat16(),),
+        (torch.ones(2, 3, device=DEVICE), (h, h, h) if name == "LSTMCell" else (h, h)),
         ("text",),
     ):
         with pytest.raises(Exception) as wanted:  # noqa: PT011

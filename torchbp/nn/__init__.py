@@ -3,10 +3,17 @@
 Below the line are the modules with a backward written by hand; every other name is torch's own object.
 """
 
+from typing import TYPE_CHECKING
+
+import torch.nn as _theirs
 from torch.nn import *  # pyright: ignore[reportWildcardImportFromLibrary]
 
 from torchbp import functional as functional
 from torchbp.nn import _submodules as _submodules
+from torchbp.ops._torchs import private_names as _private_names
+
+if not TYPE_CHECKING:  # a misspelt name is to be found
+    __getattr__ = _private_names(__name__, _theirs)
 
 # ---------------------------------------------------------------------------------------------- by hand
 from torchbp.ops.activations.celu import CELU as CELU

@@ -61,8 +61,8 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
     """Return ``values`` themselves, their mean or their sum."""
     if reduction == "none":
         return values
-    if reduction == "mean" and values.dtype not in WIDE:
-        return values.mean()
+    if values.dtype not in WIDE:
+        return values.mean() if reduction == "mean" else values.sum()  # of integers in int64
     return _of_sum(values.sum(), reduction, values)
 
 

@@ -59,6 +59,9 @@ def cell(
     states: int,
 ) -> Any:
     """Run a cell's Module form: states of zeros by default, and input without a batch dimension."""
+    if hx is not None and states == 1 and not isinstance(hx, Tensor):
+        got = type(hx).__name__
+        raise AttributeError(wrong(_name(module), "hx to be a tensor", got, "it has no cell state"))
     given = [hx] if isinstance(hx, Tensor) else list(hx or ())
     for what, t in (("input", input), *(("hidden", s) for s in given)):
         if t.dim() not in (1, 2):
