@@ -268,6 +268,33 @@ def test_a_script_trace_says_nothing():
 
 
 @pytest.mark.slow
+def test_compile_dynamic_twice(first):
+    check_dynamic_twice(first)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "layer_norm"])
+def test_compile_dynamic_twice_of_one(name):
+    """As in every model: with ``dynamic=True`` dynamo's numbers were those of the first Function alone."""
+    from torchbp.ops._op import all_ops
+
+    check_dynamic_twice(Case(all_ops()[name], 0))
+
+
+def check_dynamic_twice(case):
+    f, tensors = case.of_tensors(case.sample(torch.float32), case.op.function)
+
+    def twice(*tensors):
+        return f(*tensors).sum() + f(*(t * 0.9 for t in tensors)).sum()
+
+    torch._dynamo.reset()
+    y = torch.compile(twice, backend="eager", dynamic=True, fullgraph=True)(*tensors)
+    grads = torch.autograd.grad(y, tensors)
+    if not case.op.random:
+        want = torch.autograd.grad(twice(*tensors), tensors)
+        torch.testing.assert_close(grads, want)
+
+
+@pytest.mark.slow
 def test_compile_inductor(first):
     check_compiled(first, "inductor")
 

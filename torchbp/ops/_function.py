@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from inspect import Parameter, signature
+from types import FunctionType
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -107,6 +108,7 @@ def entry(
     if torch.__version__ < "2.13":  # a TorchVersion, which knows order
         traced.forward = staticmethod(_named_once(function.forward))  # pyright: ignore[reportAttributeAccessIssue]
     transformed = vmapped(function)
+    numbers = _numbers_beside(function)
     places = _places_of_tensors(function.forward)
     in_one_call = function if places is None else _in_one_call(function)
     _call_directly(in_one_call)
@@ -121,6 +123,7 @@ def entry(
 
     def elsewhere(*args: object) -> Tensor:
         if is_dynamo_compiling():
+            numbers()
             return _compiled(traced, args, places is None)
         if transforms_active():
             return transformed.apply(*args)
@@ -186,7 +189,20 @@ def _direct(
 def _compiled(traced: type[Function], args: tuple[Any, ...], any_number: bool) -> Any:
     """Run ``traced`` under dynamo, which without a gradient miscounts the arguments of a forward of any number."""
     asked = is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    args = tuple(+a if isinstance(a, float) else a for a in args)  # as in _numbers_beside
     return traced.forward(*args) if any_number and not asked else traced.apply(*args)
+
+
+def _numbers_beside(function: type[Function]) -> Callable[[], object]:
+    """Return what reads every float of the module of ``function``, for dynamo to meet it before the Function.
+
+    Compiled with ``dynamic=True`` (torch 2.13) a float becomes a node of the graph where dynamo first meets it: inside
+    of a Function, the next one that reads it ends with "lift_tracked_freevar_to_input should not be called".
+    """
+    space: dict[str, Any] = getattr(function.forward, "__globals__", {})
+    names = [name for name, value in space.items() if type(value) is float]
+    code = compile(f"lambda: [{', '.join('+' + name for name in names)}]", "<numbers>", "eval")
+    return FunctionType(code.co_consts[0], space)
 
 
 def _places_of_tensors(forward: Callable[..., Any]) -> tuple[int, ...] | None:

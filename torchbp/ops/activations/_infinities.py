@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # From here on |x| is so large that s(x) is 0 or 1 and the derivative too, in every dtype.
-FAR = 1000.0
+FAR = 1000  # no float, which dynamo could not use in two Functions
 
 
 def known_finite(x: Tensor, *, many: bool = True, loop: bool = False) -> bool | None:
