@@ -9,7 +9,7 @@ from torch import Tensor
 from torchbp.ops._function import as_dtype, fused, kernel
 from torchbp.ops._pieces import row_pieces
 from torchbp.ops.activations._tanh import TORCHS_IS_FAST
-from torchbp.ops.kernels import SUM, in_one_loop
+from torchbp.ops.kernels import SUM, in_one_loop, looped
 
 __all__ = ["gradients_along_rows"]
 
@@ -33,8 +33,9 @@ def gradients_along_rows(
         needs: Which are needed.
         bias: Shape and dtype of b, ``None`` where there is none.
     """
-    if weight is not None and x.dim() > 1:
-        made = in_one_loop(_gradients, grad_y, x, alpha, weight, outputs=_OUTPUTS)
+    if weight is not None and x.dim() > 1 and looped(grad_y, x):
+        along = 4 * as_dtype(weight, torch.float32) * as_dtype(alpha, torch.float32)
+        made = in_one_loop(_gradients, grad_y, x, alpha, weight, along, outputs=_OUTPUTS)
         if made is not None:
             return _of_loop(made, grad_y, alpha, weight, needs, bias)
     if not fused(grad_y):  # of the dtype of x
@@ -43,11 +44,13 @@ def gradients_along_rows(
     return run(grad_y, x, alpha, weight, needs, bias)
 
 
-def _gradients(g: Tensor, x: Tensor, alpha: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(
+    g: Tensor, x: Tensor, alpha: Tensor, w: Tensor, along: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     u = x * alpha
     q = torch.sigmoid(-2 * u.abs())
-    s = g * w * (4 * (q - q * q))  # 1 - z² without cancellation; in a loop q - q² rounds once
-    return s * alpha, s * x, g * torch.tanh(u)  # (1), and of (2) and (3) what is summed
+    s = g * (q - q * q)  # 1 - z² = 4 (q - q²) without cancellation, in a loop of one rounding
+    return s * along, s * x * w, g * torch.tanh(u)  # (1), and of (2) / 4 and (3) what is summed
 
 
 _OUTPUTS = (None, SUM, torch.float32)
@@ -65,7 +68,7 @@ def _of_loop(
     need_x, need_alpha, need_weight, need_bias = needs
     grad_x, along, products = made
     rows = tuple(range(products.dim() - 1))
-    grad_alpha = along.to(alpha.dtype).reshape(alpha.shape) if need_alpha else None
+    grad_alpha = (4 * along).to(alpha.dtype).reshape(alpha.shape) if need_alpha else None
     grad_weight = as_dtype(products.sum(rows), weight.dtype) if need_weight else None  # (3)
     grad_bias = None
     if need_bias and bias is not None:
