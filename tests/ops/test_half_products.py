@@ -1,4 +1,4 @@
-"""Products of bfloat16 in float32 (recurrent/_half_products.py), and the large cells that are made of them."""
+"""Products of bfloat16 in float32 (_half_products.py), and the large cells that are made of them."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ import torch
 import torchbp.nn
 from tests.device import DEVICE
 from torchbp import functional as F
+from torchbp.ops import _half_products as halves
+from torchbp.ops._half_products import parts, product, suit
 from torchbp.ops._precision import ulps
-from torchbp.ops.recurrent import _half_products as halves
-from torchbp.ops.recurrent._half_products import parts, product, suit
 
 ROWS = 256  # of 128 features: as many products as MKL's kernel is asked for
 GATES = {"rnn_tanh_cell": 1, "rnn_relu_cell": 1, "gru_cell": 3, "lstm_cell": 4}

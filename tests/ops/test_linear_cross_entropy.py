@@ -20,8 +20,8 @@ from tests.device import DEVICE
 from tests.ops.conftest import cases_of, with_args
 from tests.ops.test_autograd import storage_bytes
 from tests.ops.test_values import gradients, widened
+from torchbp.ops import _half_products
 from torchbp.ops._op import all_ops
-from torchbp.ops.recurrent import _half_products
 
 OP = all_ops()["linear_cross_entropy"]
 CASES = cases_of(OP)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from torchbp.ops._function import is_half
+from torchbp.ops._half_products import parts, product, suit
 from torchbp.ops.kernels import in_memory
 from torchbp.ops.losses._linear_cross_entropy_arguments import check_range
 from torchbp.ops.losses._shards import Shard
-from torchbp.ops.recurrent._half_products import parts, product, suit
 
 __all__ = ["Gradients", "Indices", "Probabilities", "Rows", "Target", "chunk_rows", "over_chunks"]
 

@@ -26,8 +26,8 @@ from torch.autograd import forward_ad
 
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._function import fused, is_half, kernel, visible_in_backward
+from torchbp.ops._half_products import Parts, finite, ones_times, product, suit
 from torchbp.ops.kernels import MANY, at_hand
-from torchbp.ops.recurrent._half_products import Parts, finite, ones_times, product, suit
 
 __all__ = [
     "Sizes",

@@ -47,10 +47,10 @@ from torch.nn.utils.rnn import PackedSequence
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, entry, in_autocast_dtype, is_half, public
+from torchbp.ops._half_products import Parts, empty_halves, halved, parts, product
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.kernels import in_one_loop
-from torchbp.ops.recurrent._half_products import Parts, empty_halves, halved, parts, product
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
     Sizes,
