@@ -123,3 +123,71 @@ def test_a_call_on_used_leaves_is_looked_at_for_what_it_leaves():
     assert [f.check for f in report.wrong] == ["leaks"]
     report = torchbp.gradcheck(remembers, leaf(3, 4), checks="memory", raise_exception=False)
     assert {f.check for f in report.wrong} == {"memory"}
+
+
+class WrongWhere(Function):
+    """x times y, with a gradient that is twice as large where a condition of the inputs holds."""
+
+    @staticmethod
+    def forward(ctx, x, y, holds):
+        ctx.save_for_backward(x, y)
+        ctx.holds = holds
+        return x * y
+
+    @staticmethod
+    def backward(ctx, grad_z):
+        x, y = ctx.saved_tensors
+        factor = 2.0 if ctx.holds else 1.0
+        return factor * grad_z * y, grad_z * x, None
+
+
+def wrong_checks(function, inputs, *checks):
+    report = torchbp.gradcheck(function, inputs, checks=checks, raise_exception=False)
+    assert all(report.capabilities[c].status != "not run" for c in checks)
+    return {f.check for f in report.wrong}
+
+
+def test_integers_that_are_equal_in_a_larger_row_alone_are_named_by_their_check():
+    def taken(table, index):
+        rows = table[index]
+        return WrongWhere.apply(rows, rows.sin(), len(index.unique()) == 1).sum(-1)
+
+    inputs = (leaf(5, 3), torch.tensor([3, 0, 2, 0]))
+    assert wrong_checks(taken, inputs, "sizes", "indices") == {"indices"}
+    right = wrong_checks(lambda t, i: taken(t, torch.cat([i, i + 1])), inputs, "sizes", "indices")
+    assert not right
+
+
+def test_rows_that_meet_others_in_a_larger_row_are_named_by_their_check():
+    def met(x, y):
+        return WrongWhere.apply(x.sin(), y.cos(), bool(x[0, 0].abs() < y[1, 0].abs())).sum(-1)
+
+    inputs = (leaf(4, 3), leaf(4, 3, seed=1))
+    assert inputs[0][0, 0].abs() > inputs[1][1, 0].abs()
+    assert wrong_checks(met, inputs, "sizes", "pairing") == {"pairing"}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_of_degenerate_samples_in_one_batch_the_wrong_one_is_found(place):
+    def product(x, y):
+        given = (x, y)[place]
+        flat = given.detach().abs().amax((-1, -2))  # of each sample of a batch
+        factor = 1.0 + (flat == 0).to(x.dtype)
+        z = x.sin() * y.cos() + x
+        return Scaled.apply(z, factor[..., None, None]).cumsum(-1)
+
+    inputs = (leaf(3, 4), leaf(3, 4, seed=1))
+    assert wrong_checks(product, inputs, "batch_dimension", "degenerate") == {"degenerate"}
+
+
+class Scaled(Function):
+    """x, with a gradient that is multiplied."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return grad_y * ctx.factor, None

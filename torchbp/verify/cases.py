@@ -40,9 +40,11 @@ class Case(Sample):
         bounded: Whether its first call and backward are ended where they do too much, at sizes that nobody gave; if
             not 1, how many times as much they may do.
         stopped: Whether one was.
+        refusal: What forward said where it raised: it is not asked again.
     """
 
-    measured = ("first", "plain", "second", "again", "nearby", "epsilon", "_positions")
+    measured = ("first", "plain", "second", "again", "nearby", "epsilon", "refusal", "_positions")
+    refusal = ""
     _positions: tuple[int, ...] | None = None  # which outputs require grad
 
     def __init__(
@@ -195,12 +197,15 @@ class Case(Sample):
     @cached_property
     def first(self) -> tuple[list[Tensor], list[Tensor]]:
         """The first call: its leaves and all its output tensors, with their graph."""
+        if self.refusal:
+            raise ForwardRaised(self.refusal)
         leaves = self.fresh()
         try:
-            with self._within():
+            with self.within():
                 outputs = tensors_in(self.call(leaves))
         except ForwardRaised as error:
             if "leaf Variable" not in str(error.__cause__):
+                self.refusal = str(error)
                 raise
             self.copies_leaves = True
             leaves = self.fresh()  # it may have written in those before it raised
@@ -212,7 +217,7 @@ class Case(Sample):
         return leaves, outputs
 
     @contextmanager
-    def _within(self) -> Iterator[None]:
+    def within(self) -> Iterator[None]:
         """End what does too much, if that is asked."""
         self.stopped = False
         try:
@@ -250,7 +255,7 @@ class Case(Sample):
             own = [
                 v.clone() for v in cotangents
             ]  # a backward that writes in them is another check's
-            with self._within():
+            with self.within():
                 grads = self.backward(outputs, leaves, own, retain_graph=True)
             self.wrote = sum(int((a != b).sum()) for a, b in zip(own, cotangents, strict=True))
         else:

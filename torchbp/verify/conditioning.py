@@ -7,7 +7,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.tensors import uniform
 
-__all__ = ["in_dtype", "rounded_norm_error", "spread", "terms"]
+__all__ = ["in_dtype", "in_single", "rounded_norm_error", "spread", "terms"]
 
 MANY = 16  # elements: one random movement of so many is typical
 SAMPLES = 2  # of fewer
@@ -27,6 +27,16 @@ def in_dtype(case: Case, dtype: torch.dtype) -> tuple[Case, Case]:
             exact = source
         case.memo[dtype] = low, exact
     return case.memo[dtype]
+
+
+def in_single(case: Case) -> tuple[Case, Case]:
+    """Return the case in float32, and in float64, at bfloat16's sample, if forward takes that: it serves both."""
+    exact = in_dtype(case, torch.bfloat16)[1]
+    try:
+        _ = exact.first
+    except ForwardRaised:  # rows that no longer sum to 1
+        exact = case
+    return in_dtype(exact, torch.float32)
 
 
 def _cast(case: Case, dtype: torch.dtype) -> Case:

@@ -1,7 +1,7 @@
 """The gradient at another sample than the user's: held against the slope along random lines, as at the user's own."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ def check_lines(
     elsewhere: bool = True,
     beside: bool = True,
     beyond: bool = True,
+    rather: Callable[[], Finding | None] | None = None,
 ) -> Finding | None:
     """Compare the gradient at the sample of ``case`` with differences along random lines.
 
@@ -44,6 +45,7 @@ def check_lines(
         number: How many lines; one forward and one backward each where all is well.
         beside: Whether to look beside the sample too where the gradient there seems to be wrong and is right in it.
         beyond: Whether to look at forward mode and second derivatives too, where they are written by hand.
+        rather: What to say instead, if there is something, before the culprit is looked for: at a plainer sample.
         elsewhere: Whether the sample is so far from the user's that rounding is less well known.
     """
     if case.wrong_here:
@@ -59,19 +61,30 @@ def check_lines(
         if rises and not lines.hidden:
             found = further(case, lines, direction, check, when) if beyond else None
         else:
-            found = _in_question(case, lines, n, check, when, rises=rises, beside=beside)
+            found = _in_question(case, lines, n, check, when, rather, rises=rises, beside=beside)
         if found:
             return found
     return None
 
 
 def _in_question(
-    case: Case, lines: Lines, number: int, check: str, when: str, *, rises: bool, beside: bool
+    case: Case,
+    lines: Lines,
+    number: int,
+    check: str,
+    when: str,
+    rather: Callable[[], Finding | None] | None,
+    *,
+    rises: bool,
+    beside: bool,
 ) -> Finding | None:
     """Return what is wrong where one step did not say that all is well."""
     direction = lines.direction(number)
     agrees = rises or lines.agrees(direction)
     if agrees is False:
+        instead = rather() if rather else None
+        if instead:
+            return instead
         found = culprit(lines, number, check, when)
         return None if found and _is_rounding(case, found) else found
     found = None if rises else differs_otherwise(case, check, when)

@@ -6,6 +6,7 @@ more is made a multiple (channels in groups), or takes along those that are mult
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -24,9 +25,10 @@ MOST = 3  # sizes of the sample that are looked at
 LATER = 2  # sizes that may change alone, beside them
 LARGER = "which case of other sizes was seen with larger inputs"
 TIED = "sizes of integers of several dimensions stay"
-REFUSED = "places that forward refuses to be twice as large alone"
+REFUSED = "places that forward refuses to be larger alone"
 SAME = 2**12  # elements of an input whose sizes are all the same
 ATTEMPTS = 10  # calls to find out
+NUMBERS = re.compile(r"\d+")  # in what a refusal says
 
 
 def free_sizes(case: Case) -> list[Size]:
@@ -54,7 +56,7 @@ def tie(case: Case) -> bool:
 
 
 def refuses_alone(case: Case, position: int, dim: int) -> bool:
-    """Whether forward is known to refuse this one dimension, of this input alone, to be twice as large."""
+    """Whether forward is known to refuse this one dimension, of this input alone, to be larger."""
     return ((position, dim, 1),) in case.memo.get(REFUSED, ())
 
 
@@ -90,12 +92,17 @@ class _Search:
         self.case = case
         self.attempts = 0
         self.growth: dict[Size, float] = {}
+        self.said = ""  # by what refused last
+        # What a Module's parameters have too stays in them: features, channels; a kernel's size stays by chance.
+        self.fixed = {n for t in case.flat[case.size :] for n in t.shape}
         places = self._places()
         # A size of 1 may be a batch, a step or a channel of which the sample has one only.
         sizes = [*[n for n in places if n > 1][:MOST], *([1] if 1 in places else ())]
-        if len(sizes) < 2 or not self._at_once([Size(n, places[n]) for n in sizes]):
-            for n in sizes:
-                self._together(n, places)
+        free = [n for n in sizes if n not in self.fixed]
+        if free and self._at_once([Size(n, places[n]) for n in free]):
+            sizes = [n for n in sizes if n in self.fixed]
+        for n in sizes:
+            self._together(n, places)
         alone = 0
         for size in list(self.growth):
             if alone < LATER and size.places == places[size.now]:
@@ -181,9 +188,9 @@ class _Search:
             for i, d, _ in places[m]
         )
         tries = [Size(n, whole)]
-        if n > 1:
+        if n > 1 and n not in self.fixed:
             tries.append(Size(n, whole, n))
-        if multiples:
+        if multiples and n not in self.fixed:
             tries.append(Size(n, whole + multiples))
         if len(whole) > 1:
             tries += [Size(n, whole[:1]), Size(n, whole[-1:])]
@@ -217,20 +224,26 @@ class _Search:
             split = part != whole
             # Of what all share with outputs the first may be a multiple: heads of queries for each of the keys.
             parts = [part] if split else parts[:1]
+        said: list[str] = []
         for part in parts if several else parts[:1]:
             rest = tuple(p for p in whole if p not in part)
             if not rest:
                 continue
+            if len(said) > 1 and len(set(said)) == 1:
+                break  # what is refused to one and to the rest, for one reason, is refused to all
             first = several and part == parts[0]
             one, other = Size(size.now, part, size.unit), Size(size.now, rest, size.unit)
             if found := self._alone(one, twice=first and not split):
                 one, grown = found
                 other = replace(other, unit=one.unit)
-            # Keys, perhaps, that may be more than queries, and not less.
-            elif first and (found := self._alone(other, twice=False)):
-                grown = self.growth[size] - found[1]
             else:
-                continue
+                said.append(self.said)
+                # Keys, perhaps, that may be more than queries, and not less.
+                found = self._alone(other, twice=False) if first else None
+                if not found:
+                    said += [self.said] if first else []
+                    continue
+                grown = self.growth[size] - found[1]
             self.growth = {
                 (other if s == size else s): g - grown * (s == size) for s, g in self.growth.items()
             }
@@ -265,8 +278,10 @@ class _Search:
             return None
         self.attempts += 1
         case, other = self.case, resized(self.case, {size: size.more})
+        self.said = ""
         if not accepts(other):
-            if size.unit == size.now:  # twice as large; groups refuse what is one more, too
+            self.said = NUMBERS.sub("", other.refusal)
+            if size.unit == size.now or backward:  # groups refuse what is one more, too
                 case.memo.setdefault(REFUSED, set()).add(size.places)
             return None
         if backward:

@@ -19,13 +19,10 @@ def culprit(lines: Lines, number: int, check: str, when: str = "") -> Finding | 
     directions = lines.direction(number)
     while sum(int((d != 0).sum()) for d in directions.values()) > 1:
         first = half(directions)
-        rest = {i: d - first[i] if i in first else d for i, d in directions.items()}
-        if lines.agrees(first) is False:
+        if lines.agrees(first, quick=True) is False:
             directions = first
-        elif lines.agrees(rest) is False:
-            directions = rest
-        else:
-            return None
+        else:  # then it is the rest, which the end will tell
+            directions = {i: d - first[i] if i in first else d for i, d in directions.items()}
     which, d = next((i, d) for i, d in directions.items() if d.any())
     index = int(d.nonzero()[0])
     value, settled = lines.along_element(which, index)

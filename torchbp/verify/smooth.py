@@ -14,7 +14,7 @@ from torchbp.verify.resize import accepts
 from torchbp.verify.tensors import uniform
 from torchbp.verify.tolerance import largest
 
-__all__ = ["COINCIDENT", "check_smooth", "right_at_once"]
+__all__ = ["COINCIDENT", "check_smooth", "leaves_a_question", "right_at_once", "right_soon"]
 
 COINCIDENT = "two inputs whose gradients are finite where their rows are equal"
 
@@ -46,24 +46,41 @@ def check_smooth(
             if singular
             else not_finite(case, check, f"{when}, where forward is finite and smooth")
         )
-    if max(map(largest, grads)) > STEEP * (1 + most):
-        return None  # about singular
     lines = Lines(case, elsewhere=True)
-    direction = lines.direction(0)
-    if lines.rises_at_once(direction) or not _is_linear(lines, direction) or _is_rounding(case):
+    if not leaves_a_question(case, lines, most) or _is_rounding(case):
         return None
     return check_lines(case, check, when, beside=False, elsewhere=False)
 
 
+def leaves_a_question(case: Case, lines: Lines, most: float) -> bool:
+    """Whether the gradient seems not to be the slope along a random line, and forward smooth along it."""
+    grads = case.plain.grads
+    if not all(bool(g.isfinite().all()) for g in grads):
+        return True
+    if max(map(largest, grads)) > STEEP * (1 + most):
+        return False  # about singular
+    direction = lines.direction(0)
+    return not lines.rises_at_once(direction) and _is_linear(lines, direction)
+
+
 def right_at_once(case: Case) -> bool:
     """Whether forward takes the sample, and its gradient is that of a short step; ``False`` leaves a question."""
+    lines = Lines(case, elsewhere=True) if _is_ready(case) else None
+    return bool(lines and lines.rises_at_once(lines.direction(0)))
+
+
+def right_soon(case: Case) -> bool:
+    """The same, of a few shorter steps too, and of a gradient that is asked for in other ways at their ends."""
+    lines = Lines(case, elsewhere=True, otherwise=True) if _is_ready(case) else None
+    return bool(lines and lines.rises(lines.direction(0)) and not lines.hidden)
+
+
+def _is_ready(case: Case) -> bool:
     try:
         finite = accepts(case) and all(bool(g.isfinite().all()) for g in case.plain.grads)
-        finite = finite and not case.wrote
     except BackwardRaised:
         return False
-    lines = Lines(case, elsewhere=True) if finite else None
-    return bool(lines and lines.rises_at_once(lines.direction(0)))
+    return finite and not case.wrote
 
 
 def _is_rounding(case: Case) -> bool:

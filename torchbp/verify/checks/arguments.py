@@ -9,7 +9,7 @@ tried where the name of the argument says that there is none.
 
 import math
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -40,18 +40,18 @@ def _run(case: Case) -> Iterator[Finding]:
     asking = _asking(case)
     tested = False
     right: list[Values] = []
-    idle: Values = {}  # what says nothing in the sample
+    nothing: list[Values] = []  # what says nothing in the sample
     for some in _tries(case, values):
         accepted = 0
         for change in some:
-            if any(_is_part(change, whole) for whole in right):
+            if _is_part(change, right):
                 accepted += 1
                 continue
-            if accepted >= EACH:
+            if accepted >= EACH or _is_part(change, nothing):
                 continue
             other = _with(case, asking, change)
             if not _is_another(case, other):
-                idle = {**change, **idle} if accepts(other) else idle
+                nothing += [change] if accepts(other) else []
                 continue
             accepted += 1
             tested = True
@@ -63,6 +63,7 @@ def _run(case: Case) -> Iterator[Finding]:
                 right.append(change)
             if len(change) > 1:
                 break
+    idle = {i: x for change in reversed(nothing) for i, x in change.items()}
     tested |= yield from _beyond(case, values, idle)
     if not tested:
         raise NotApplicable("no number, flag or word among the arguments that may be another")
@@ -116,9 +117,12 @@ def _is_another(case: Case, other: Case) -> bool:
     return any(y.numel() for y in other.all_outputs)
 
 
-def _is_part(change: Values, whole: Values) -> bool:
-    """Whether these flags and words were right together with others; what a number does a word may hide."""
-    return all(isinstance(x, (bool, str)) and whole.get(i) == x for i, x in change.items())
+def _is_part(change: Values, tried: Sequence[Values]) -> bool:
+    """Whether these flags and words were tried together with others; what a number does a word may hide."""
+    return any(
+        all(isinstance(x, (bool, str)) and whole.get(i) == x for i, x in change.items())
+        for whole in tried
+    )
 
 
 def _counts(case: Case, found: Finding, change: Values) -> bool:

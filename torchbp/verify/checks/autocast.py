@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
-from torchbp.verify.conditioning import in_dtype, rounded_norm_error, spread, terms
+from torchbp.verify.conditioning import in_single, rounded_norm_error, spread, terms
 from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.report import Finding
 
@@ -20,7 +20,7 @@ LOW = torch.bfloat16
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    single, _ = in_dtype(case, torch.float32)
+    single, _ = in_single(case)
     try:
         exact = single.plain
     except ForwardRaised as error:

@@ -6,7 +6,7 @@ tried as well: that is how an exchange of the first two dimensions, instead of t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +18,23 @@ from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
+from torchbp.verify.together import ADDED, STACKED
 from torchbp.verify.tolerance import compare_all
 
 NAME = "batch_dimension"
 MANY = 8  # samples
 
 Join = Literal["stack", "sum", "mean"]
-Gradients = list[Tensor]  # one a leaf
+Gradients = Sequence[Tensor]  # one a leaf
+
+
+class Known(NamedTuple):
+    """A sample of which all outputs are known, and what makes gradients of a grad_output for each."""
+
+    outputs: list[Tensor]
+    pull: Callable[[Sequence[Tensor]], Gradients]
+
+
 # What each of two samples gets of the grad_output of their batch.
 _SHARES: dict[Join, Callable[[Tensor, int], Tensor]] = {
     "stack": lambda v, number: v[number],
@@ -45,7 +55,10 @@ def _run(case: Case) -> Iterator[Finding]:
             yield found
             return
     every = tuple(i for i, _ in case.arguments)
-    for chosen in dict.fromkeys((rows, every, every[:1])):
+    # Without its labels, one a row, a batch of rows is none.
+    labelled = any(_counts(case.flat[i]) and case.flat[i].dim() == 1 for i in rows[1:])
+    alone = every if labelled else every[:1]
+    for chosen in dict.fromkeys((rows, every, alone)):
         batches = _drawn(case, chosen) if case.draws else _batches(case, chosen)
         for batch in batches or ():
             found = check_lines(batch, NAME, _when(batch), elsewhere=False)
@@ -108,10 +121,18 @@ def _batches(case: Case, chosen: tuple[int, ...]) -> list[Case] | None:
     rolled = case.edited(lambda i, t: _rolled(t) if i in chosen else t)
     if all(torch.equal(rolled.flat[i], case.flat[i]) for i in chosen):
         rolled = case  # of one row each
-    joins = _joins(other, case, rolled) if accepts(other) and accepts(rolled) else None
-    if joins is None:
+    if not accepts(other):
         return None
-    known = _has_gradients(other, lambda v: _of_both((case, rolled), joins, v, chosen))
+    here = Known(case.all_outputs, lambda v: case.vjps([v])[0])
+    for there in _of_rolled(case, rolled, chosen):
+        joins = _joins(other, here, there)
+        if joins is not None:
+            break
+    else:
+        return None
+    known = _has_gradients(other, lambda v: _of_both(case, (here, there), joins, v, chosen))
+    if known:  # for `degenerate`
+        case.memo[STACKED if set(joins) == {"stack"} else ADDED] = chosen
     return [*([] if known else [other]), *_beyond(case, other, chosen)]
 
 
@@ -140,17 +161,43 @@ def _of_first(case: Case, several: Sequence[Tensor], rows: Sequence[int]) -> Gra
     return [g[0] if i in rows else g for i, g in zip(case.where, grads, strict=True)]
 
 
+def _of_rolled(case: Case, rolled: Case, chosen: Sequence[int]) -> Iterator[Known]:
+    """Yield what is known of the sample with its rows moved on by one, dearest last.
+
+    A function of rows gives the same rows moved on, a sum over them the same sum: no call is needed where that fits.
+    """
+    if rolled is not case:
+        yield _rolled_with(case, chosen, moved=True)
+        yield _rolled_with(case, chosen, moved=False)
+    if accepts(rolled):
+        yield Known(rolled.all_outputs, lambda v: rolled.vjps([v])[0])
+
+
+def _rolled_with(case: Case, chosen: Sequence[int], *, moved: bool) -> Known:
+    """Return what rolled inputs give where outputs are ``moved`` with them, or stay."""
+
+    def pull(v: Sequence[Tensor]) -> Gradients:
+        (grads,) = case.vjps([[t.roll(-1, 0) if moved and t.dim() else t for t in v]])
+        return [_rolled(g) if i in chosen else g for i, g in zip(case.where, grads, strict=True)]
+
+    return Known([_rolled(y) if moved else y for y in case.all_outputs], pull)
+
+
 def _of_both(
-    pair: tuple[Case, Case], joins: list[Join], several: Sequence[Tensor], stacked: Sequence[int]
+    case: Case,
+    pair: tuple[Known, Known],
+    joins: list[Join],
+    several: Sequence[Tensor],
+    stacked: Sequence[int],
 ) -> Gradients:
     """Return the gradients of a batch of two samples: those of both, or their sum where they share an input."""
     parts = []
     for number, sample in enumerate(pair):
-        outputs = zip(sample.differentiable, several, strict=True)
-        parts.append(sample.vjps([[_SHARES[joins[k]](v, number) for k, v in outputs]])[0])
+        outputs = zip(case.differentiable, several, strict=True)
+        parts.append(sample.pull([_SHARES[joins[k]](v, number) for k, v in outputs]))
     return [
         torch.stack(two) if i in stacked else two[0] + two[1]
-        for i, two in zip(pair[0].where, zip(*parts, strict=True), strict=True)
+        for i, two in zip(case.where, zip(*parts, strict=True), strict=True)
     ]
 
 
@@ -166,6 +213,10 @@ def _beyond(case: Case, other: Case, chosen: tuple[int, ...]) -> list[Case]:
     return [single] if accepts(single) else []
 
 
+def _counts(x: Any) -> bool:
+    return isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex())
+
+
 def _stack(t: Tensor) -> Tensor:
     return torch.stack([t, _rolled(t)])
 
@@ -174,10 +225,10 @@ def _rolled(t: Tensor) -> Tensor:
     return t.roll(1, 0) if t.dim() else t
 
 
-def _joins(both: Case, one: Case, other: Case) -> list[Join] | None:
+def _joins(both: Case, one: Known, other: Known) -> list[Join] | None:
     """Return what forward makes of a batch, an output: what it makes of its samples, stacked, added or averaged."""
     found: list[Join] = []
-    for y, a, b in zip(both.all_outputs, one.all_outputs, other.all_outputs, strict=True):
+    for y, a, b in zip(both.all_outputs, one.outputs, other.outputs, strict=True):
         ways: dict[Join, Tensor] = {"stack": torch.stack([a, b]), "sum": a + b, "mean": (a + b) / 2}
         kinds: list[Join] = [
             kind

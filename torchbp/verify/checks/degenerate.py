@@ -18,6 +18,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 from torchbp.verify.smooth import COINCIDENT, check_smooth, right_at_once
 from torchbp.verify.source import speaks
+from torchbp.verify.together import all_right, no_question
 from torchbp.verify.tolerance import largest
 
 NAME = "degenerate"
@@ -61,6 +62,7 @@ def _identity(t: Tensor) -> Tensor:
 
 
 ROWS = "rows are equal, or zero"
+BOTH = "rows are equal, or zero, and the same in two inputs"
 SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     ROWS: _equal_rows,
     "a row is zero": _zero_row,
@@ -104,6 +106,10 @@ def _pair(case: Case, inputs: list[int]) -> tuple[int, int] | None:
     return next(((i, j) for i in inputs for j in inputs if i < j and _rows_alike(case, i, j)), None)
 
 
+def _equal(case: Case, pair: tuple[int, int]) -> str:
+    return f"{case.name_at[pair[0]]} and {case.name_at[pair[1]]} are equal"
+
+
 def _met(case: Case, pair: tuple[int, int]) -> Case:
     a, b = (case.flat[k] for k in pair)
     n = min(len(a), len(b))
@@ -116,6 +122,34 @@ def _rows_alike(case: Case, i: int, j: int) -> bool:
     return alike and a.numel() > 1 and b.numel() > 0
 
 
+def _left(case: Case, inputs: list[int], most: float) -> tuple[dict[str, Case], bool]:
+    """Return the samples to look at one by one, and whether others were right already, several at once."""
+    samples = dict(_samples(case, inputs))
+    pair = _pair(case, inputs)
+    if pair:
+        samples[_equal(case, pair)] = _met(case, pair)
+        both = _met(samples[ROWS], pair)
+        samples[BOTH] = both
+    for other in samples.values():  # an output that cancels would seem to hold few bits
+        other.__dict__["epsilon"] = case.epsilon
+    at_once = no_question(case, list(samples.values()), most)
+    tested = any(at_once)
+    samples = {w: c for (w, c), right in zip(samples.items(), at_once, strict=True) if not right}
+    zero = {w: c for w, c in samples.items() if w.endswith(" is 0")}
+    if all_right(case, list(zero.values())):
+        tested = True
+        samples = {w: c for w, c in samples.items() if w not in zero}
+    if pair:
+        if BOTH in samples and right_at_once(both):
+            tested = True
+            samples.pop(ROWS, None)  # alone it leaves no question
+            samples.pop(_equal(case, pair), None)
+        samples.pop(BOTH, None)
+        if "plain" in both.__dict__ and all(bool(g.isfinite().all()) for g in both.plain.grads):
+            case.memo[COINCIDENT] = pair  # for `ties`
+    return samples, tested
+
+
 def _run(case: Case) -> Iterator[Finding]:
     inputs = [case.where[i] for i in range(len(case.leaves)) if case.where[i] < case.size]
     if len(elementwise(case)) == len(case.leaves):
@@ -123,25 +157,12 @@ def _run(case: Case) -> Iterator[Finding]:
     if not any(y.numel() for y in case.plain.outputs):
         raise NotApplicable("the output is empty")
     most = max(map(largest, case.plain.grads))
-    tested = False
-    samples = dict(_samples(case, inputs))
-    pair = _pair(case, inputs)
-    if pair:
-        both = _met(samples[ROWS], pair)
-        both.__dict__["epsilon"] = case.epsilon
-        tested = right_at_once(both)
-        if "plain" in both.__dict__ and all(bool(g.isfinite().all()) for g in both.plain.grads):
-            case.memo[COINCIDENT] = pair  # for `ties`
-        if tested:
-            del samples[ROWS]  # alone it leaves no question
-        else:
-            what = f"{case.name_at[pair[0]]} and {case.name_at[pair[1]]} are equal"
-            samples[what] = _met(case, pair)
+    samples, tested = _left(case, inputs, most)
     square = any(_is_square(case.flat[i]) for i in inputs)
     seen = [case]
     samples.update(_along_axis(case, inputs, samples))
-    for what, other in samples.items():
-        # An output that cancels would seem to hold few bits.
+    for what, made in samples.items():
+        other = made.edited(lambda _, t: t)  # as it is: of a batch, perhaps, there is a gradient
         other.__dict__["epsilon"] = case.epsilon
         known = any(all(torch.equal(c.flat[i], other.flat[i]) for i in inputs) for c in seen)
         if known or not accepts(other):

@@ -23,10 +23,12 @@ def _run(case: Case) -> Iterator[Finding]:
     labels = [i for i, t in case.arguments if t.dtype == torch.int64 and t.numel() > 1]
     if not labels:
         raise NotApplicable("no integer input")
-    tested = False
+    tested, taken = False, set()
     for i, ignored in product(labels, IGNORED):
         if ignored == -1 and bool((case.flat[i] == -1).any()):
             ignored = 0  # noqa: PLW2901  # of labels 1 and -1
+        elif i in taken:
+            continue  # what ignores -100 ignores all that is negative, or that number alone
         for what, change in (("a target is", _first), ("all targets are", torch.full_like)):
             other = case.edited(
                 lambda j, t, i=i, to=ignored, change=change: change(t, to) if j == i else t
@@ -34,6 +36,7 @@ def _run(case: Case) -> Iterator[Finding]:
             if not accepts(other):
                 break
             tested = True
+            taken.add(i)
             found = check_lines(other, NAME, f" where {what} {ignored}")
             if found and found.got is None:  # backward raised: loud enough
                 raise Refused(f"forward takes a target of {ignored}: {found.message}")

@@ -4,7 +4,7 @@ Indices that are all different hide a backward that overwrites where it should a
 labels in order hide a sort.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import inf
 
@@ -18,6 +18,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 
 NAME = "indices"
+KNOWN = "what integers were right with at another size"
 REORDERED = "integers that are right in another order"
 KINDS = (torch.int64, torch.int32)
 
@@ -27,20 +28,21 @@ def _run(case: Case) -> Iterator[Finding]:
     if not integers:
         raise NotApplicable("no integer input")
     sizes = {n for _, t in case.arguments for n in t.shape}
-    tested = mixed = False
+    tested, mixed = False, extreme in case.memo.get(KNOWN, ())
     for when, change in (
-        ("some integers are the smallest, others the largest", _extreme),
+        ("some integers are the smallest, others the largest", extreme),
         ("the integers are in another order", _reversed),
-        ("all integers are equal", _equal),
+        ("all integers are equal", equal),
         ("a number is one more", _one_more),
         ("a number in order lies between", _between),
         ("one of the numbers in order is left out", _left_out),
         ("the first of the numbers occurs once", _once),
         ("the first share is the second's too", partial(_given_away, sizes=sizes)),
     ):
-        if change is _reversed and mixed:
-            continue  # that was another order, too
-        other = case.edited(lambda i, t, change=change: change(t) if i in integers else t)
+        if (change is _reversed and mixed) or change in case.memo.get(KNOWN, ()):
+            tested = True
+            continue  # that was another order, too; or it was right at another size
+        other = with_integers(case, change)
         if all(torch.equal(case.flat[i], other.flat[i]) for i in integers) or not accepts(other):
             continue
         tested = True
@@ -51,13 +53,23 @@ def _run(case: Case) -> Iterator[Finding]:
         if found and (shares or not (found.expected == 0 and 0 < abs(found.got or 0) < inf)):
             yield found
             return
-        mixed |= change is _extreme and not found
-        if change in (_extreme, _reversed) and not found:
-            case.memo.setdefault(REORDERED, set()).update(
-                i for i in integers if not torch.equal(case.flat[i], other.flat[i])
-            )
+        mixed |= change is extreme and not found
+        if change in (extreme, _reversed) and not found:
+            note_order(case, case, other)
     if not tested:
         raise NotApplicable("forward takes no other integers")
+
+
+def note_order(case: Case, one: Case, other: Case) -> None:
+    """Keep in mind which integers are right in another order: those of ``other`` that are not as in ``one``."""
+    case.memo.setdefault(REORDERED, set()).update(
+        i for i, t in one.arguments if t.dtype in KINDS and not torch.equal(t, other.flat[i])
+    )
+
+
+def with_integers(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
+    """Return the case with its integers changed."""
+    return case.edited(lambda _, t: change(t) if t.dtype in KINDS and t.numel() else t)
 
 
 def _reversed(t: Tensor) -> Tensor:
@@ -66,7 +78,8 @@ def _reversed(t: Tensor) -> Tensor:
     return t if bool((flat[1:] >= flat[:-1]).all()) else flat.flip(0).view(t.shape)
 
 
-def _equal(t: Tensor) -> Tensor:
+def equal(t: Tensor) -> Tensor:
+    """Return the first of the integers for all."""
     return t.reshape(-1)[:1].expand(t.numel()).clone().view(t.shape)
 
 
@@ -105,7 +118,7 @@ def _left_out(t: Tensor) -> Tensor:
     return flat.view(t.shape)
 
 
-def _extreme(t: Tensor) -> Tensor:
+def extreme(t: Tensor) -> Tensor:
     """Return the integers in reverse, unless in order, every third the smallest and every third the largest."""
     flat = t.reshape(-1).flip(0)
     if bool((flat[1:] <= flat[:-1]).all()):

@@ -4,19 +4,22 @@ A function may refuse a layout, loudly. A kernel that indexes its input, or what
 other numbers without a word.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
+from torchbp.verify.frozen import FROZEN, combinations_of, gradients
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
+from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import compare, compare_all, largest, rounding
 
 NAME = "input_layouts"
 CAUSE = "an input, or what was saved of it, indexed as if contiguous"
+STEEP = 2.0**-10  # of the outputs: more is what rounding makes of a gradient that is infinite
 CHANNELS_LAST = {
     4: torch.channels_last,
     5: torch.channels_last_3d,
@@ -77,13 +80,21 @@ def _run(case: Case) -> Iterator[Finding]:
 
 
 def _right_at_once(case: Case) -> bool:
-    """Whether all is right for inputs that are permuted and a slice, too, which saves a call."""
+    """Whether all is right for inputs that are permuted and a slice, too, which saves a call.
+
+    Of several inputs some require grad in each of a few calls, which saves those of `requires_grad`.
+    """
+    n = len(case.leaves)
     if any(t.dim() in CHANNELS_LAST for t in case.leaves):
         return False
+    other = case.variant(_both)
     try:
-        return not _compare(case, case.variant(_both), "")
+        if any(_compare(case, other, "", free=free) for free in combinations_of(n)):
+            return False
     except (ForwardRaised, BackwardRaised):
         return False
+    case.memo[FROZEN] = True
+    return True
 
 
 def _expanded(case: Case) -> list[Finding]:
@@ -113,28 +124,35 @@ def _singular(case: Case) -> bool:
     """Whether gradients are infinite, or would be but for rounding, as for a matrix of equal rows."""
     steepest = max((torch.finfo(g.dtype).eps * largest(g) for g in case.plain.grads), default=0.0)
     finite = all(bool(g.isfinite().all()) for g in case.plain.grads)
-    return not finite or steepest > max(1.0, *map(largest, case.plain.outputs))
+    return not finite or steepest > STEEP * max(1.0, *map(largest, case.plain.outputs))
 
 
-def _compare(case: Case, other: Case, when: str, shared: list[int] | None = None) -> list[Finding]:
+def _compare(
+    case: Case,
+    other: Case,
+    when: str,
+    shared: list[int] | None = None,
+    free: Collection[int] | None = None,
+) -> list[Finding]:
     """Compare values and gradients of ``other``, the same in another layout, with those of ``case``.
 
-    ``shared`` says for each leaf which leaf it is the same tensor as.
+    ``shared`` says for each leaf which leaf it is the same tensor as, ``free`` which alone require grad.
     """
-    leaves = [_same_strides(leaf).requires_grad_() for leaf in other.leaves]
-    expected = list(case.plain.grads)
+    free = range(len(case.leaves)) if free is None else free
+    leaves = [_same_strides(leaf).requires_grad_(i in free) for i, leaf in enumerate(other.leaves)]
+    expected = [g if i in free else torch.zeros_like(g) for i, g in enumerate(case.plain.grads)]
     if shared:
         leaves = [leaves[k] for k in shared]
         groups = [[j for j, m in enumerate(shared) if m == k] for k in shared]
         expected = [torch.stack([expected[j] for j in group]).sum(0) for group in groups]
-    outputs = other.forward(leaves)
+    outputs = tuple(tensors_in(other.call(leaves))[i] for i in case.differentiable)
     found = []
     for i, (y, y0) in enumerate(zip(outputs, case.plain.outputs, strict=True)):
         size = rounding(case, y0) * max(largest(y0), *map(largest, case.leaves))  # y may cancel
         difference = compare(NAME, str(i), y, y0, size, what="output", when=when, cause=CAUSE)
         found += [difference] if difference else []
     if not found:
-        got = other.backward(outputs, leaves, case.plain.cotangents)
+        got = gradients(case, outputs, leaves)
         pairs = [
             (_by_memory(g, leaf), _by_memory(e, leaf))
             for g, e, leaf in zip(got, expected, leaves, strict=True)

@@ -1,9 +1,9 @@
 """Long reductions: a gradient summed over many rows in bfloat16 or float16 does not stall.
 
 A running sum in bfloat16 stops growing at 256 addends of its own size: 256 + 1 rounds to 256. The sample is lengthened
-to 2048 along each dimension that an input lacks, whose gradient is then a sum over it: a bias over rows. It is made
-positive so that nothing cancels. Where outputs have both signs all the same, as those of a norm have, grad_output has
-theirs as well: what a weight is multiplied with has no other.
+to 2048 along each dimension that an input lacks, whose gradient is then a sum over it: a bias over rows; to 1024 where
+a call of so many is too much. It is made positive so that nothing cancels. Where outputs have both signs all the same,
+as those of a norm have, grad_output has theirs as well: what a weight is multiplied with has no other.
 """
 
 from collections.abc import Iterator
@@ -13,18 +13,20 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.conditioning import in_dtype, rounded_norm_error, terms
+from torchbp.verify.conditioning import in_dtype, rounded_norm_error
 from torchbp.verify.growth import fits, free_sizes
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import Size, resized
+from torchbp.verify.work import TooMuch
 
 NAME = "long_reductions"
-LENGTH = 2048
-LARGE = 8192.0  # of the first row's grad_output: sums of 16 rows are lost on it in bfloat16
-SHORT = 128  # where nothing stalls yet
+SLOW = "the first of the lengths is too much for one call"
+LENGTHS = (2048, 1024)  # the second for a loop, or a matrix of all pairs of rows, of the first
+LARGE = 4.0  # times the length, of the first row's grad_output: sums of a few rows are lost on it in bfloat16
+SHORT = 16  # times shorter, where nothing stalls yet
 LARGEST = 2**16
-STEPS = 4  # times as much as a call may do elsewhere: a loop of as many steps, two calls of it
+STEPS = (1, 4)  # times as much as a call may do elsewhere: a loop of as many steps, two calls of it
 OFF = 0.1  # of the norm: rounding of 2048 addends in another order stays below 0.02
 LOST = 0.25  # of what the rows but the large one add: a sum that stalls loses most of it
 DTYPES = (torch.bfloat16, torch.float16)  # the second where the first is refused
@@ -38,7 +40,7 @@ def _run(case: Case) -> Iterator[Finding]:
         if not any(case.flat[i].is_floating_point() for i, _, _ in size.places):
             continue  # one element read many times: torch itself adds such gradients up in low precision
         summed = [i for i in left if not size.of(case.where[i])]
-        if not summed or not fits(case, {size: size.near(LENGTH)}, LARGEST):
+        if not summed or not fits(case, {size: size.near(LENGTHS[0])}, LARGEST):
             continue
         for dtype in DTYPES:
             try:
@@ -57,10 +59,18 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> Finding | None:
     positive = case.variant(lambda t: t.abs() if t.is_floating_point() else t, parameters=True)
-    long = size.near(LENGTH)
-    longer = resized(positive, {size: long})
-    longer.bounded = STEPS
-    errors = _errors(longer, long, dtype)
+    errors: list[float] = []
+    for length, steps in list(zip(LENGTHS, STEPS, strict=True))[SLOW in case.memo :]:
+        long = size.near(length)
+        longer = resized(positive, {size: long})
+        longer.bounded = steps
+        try:
+            errors = _errors(longer, long, dtype)
+            break
+        except (ForwardRaised, BackwardRaised) as error:
+            if length == LENGTHS[-1] or not isinstance(error.__cause__, TooMuch):
+                raise
+            case.memo[SLOW] = True
     worst = max(summed, key=errors.__getitem__) if errors else 0
     signed = bool(errors) and errors[worst] <= OFF and _has_both_signs(in_dtype(longer, dtype)[1])
     if signed:
@@ -70,8 +80,8 @@ def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> F
         return None
     if _share_lost(longer, long, dtype, worst, signed=signed) < LOST:
         return None  # off in other ways: what a product or a softmax of 2048 terms rounds
-    few = size.near(SHORT)
-    short = _errors(resized(positive, {size: few}), few, dtype, signed=signed)
+    few = size.near(length // SHORT)
+    short = _errors(resized(positive, {size: few}), few, dtype, LARGE * long, signed=signed)
     if not short or errors[worst] < 4 * short[worst]:
         return None  # as bad at a short length: conditioning, no stall
     name = case.names[worst]
@@ -79,7 +89,7 @@ def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> F
         check=NAME,
         severity="wrong",
         input=name,
-        message=f"grad of {name} in {str(dtype)[6:]} with a dimension of {LENGTH} is off by {errors[worst]:.2g} "
+        message=f"grad of {name} in {str(dtype)[6:]} with a dimension of {length} is off by {errors[worst]:.2g} "
         "of its norm",
         got=errors[worst],
         expected=0.0,
@@ -91,17 +101,24 @@ def _has_both_signs(case: Case) -> bool:
     return any(bool((y > 0).any() and (y < 0).any()) for y in case.kept[1])
 
 
-def _errors(long: Case, length: int, dtype: torch.dtype, *, signed: bool = False) -> list[float]:
+def _errors(
+    long: Case, length: int, dtype: torch.dtype, first: float | None = None, *, signed: bool = False
+) -> list[float]:
     """Return how far each gradient is off, of its norm; nothing where forward or float32 is off too."""
+    first = LARGE * length if first is None else first
     low, exact = in_dtype(long, dtype)
-    if not all(bool(y.isfinite().all()) for y in low.plain.outputs):
+    outputs, same = low.kept[1], exact.kept[1]
+    if not all(bool(y.isfinite().all()) for y in outputs):
         return []
     signs = exact if signed else None
-    got, expected = (_large_first(c, length, signs) for c in (low, exact))
-    pairs = zip(low.plain.outputs, exact.plain.outputs, strict=True)
+    pairs = zip(outputs, same, strict=True)
     if any(rounded_norm_error(y, e) > 2 * torch.finfo(dtype).eps for y, e in pairs):
         return []  # forward loses as much: a recurrence or a sum in this dtype, by its own definition
-    floor = terms(exact) / 3
+    got, expected = (
+        _large_first(low, length, first, signs),
+        _large_first(exact, length, first, signs),
+    )
+    floor = 0.1 * max(float(y.numel()) for y in same) ** 0.5  # of the norm of ones: what cancels
     errors = [
         rounded_norm_error(g, e, floor) if bool(g.isfinite().all()) else 0.0
         for g, e in zip(got, expected, strict=True)
@@ -111,7 +128,7 @@ def _errors(long: Case, length: int, dtype: torch.dtype, *, signed: bool = False
     return [
         error if rounded_norm_error(s, e, floor) < OFF / 100 else 0.0
         for error, s, e in zip(
-            errors, _large_first(_single(low), length, signs), expected, strict=True
+            errors, _large_first(_single(low), length, first, signs), expected, strict=True
         )
     ]
 
@@ -119,14 +136,14 @@ def _errors(long: Case, length: int, dtype: torch.dtype, *, signed: bool = False
 def _share_lost(long: Case, length: int, dtype: torch.dtype, which: int, *, signed: bool) -> float:
     """Return how much of what the rows but the first add to a gradient is missing in low precision."""
     low, exact = in_dtype(long, dtype)
-    signs = exact if signed else None
-    got, expected = (_large_first(c, length, signs)[which].double() for c in (low, exact))
-    rest = _large_first(exact, length, signs, first=0.0)[which].double()
+    signs, large = exact if signed else None, LARGE * length
+    got, expected = (_large_first(c, length, large, signs)[which].double() for c in (low, exact))
+    rest = _large_first(exact, length, 0.0, signs)[which].double()
     return float(((expected - got) * rest).sum() / rest.square().sum())
 
 
 def _large_first(
-    case: Case, length: int, signs: Case | None = None, first: float = LARGE
+    case: Case, length: int, first: float, signs: Case | None = None
 ) -> tuple[Tensor, ...]:
     """Return the gradients for a grad_output of ones, the first of the rows so large that a later one is lost on it.
 
@@ -138,7 +155,14 @@ def _large_first(
             t.select(d, 0).fill_(first)
     if signs:
         v = [t * y.detach().sign().to(t) for t, y in zip(v, signs.kept[1], strict=True)]
-    return case.vjps([v])[0]
+    leaves, outputs = case.kept
+    try:
+        with case.within():
+            return case.backward(outputs, leaves, v, retain_graph=True)
+    except BackwardRaised:
+        if case.stopped:
+            raise
+        return case.vjp(v)  # of a graph that can be run once only
 
 
 def _single(case: Case) -> Case:

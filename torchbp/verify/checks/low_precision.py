@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.conditioning import in_dtype, rounded_norm_error, spread, terms
+from torchbp.verify.conditioning import in_dtype, in_single, rounded_norm_error, spread, terms
 from torchbp.verify.growth import fits, free_sizes
 from torchbp.verify.operations import Operations
 from torchbp.verify.otherwise import ways
@@ -38,7 +38,7 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("the function does not compute in float64")
     lost = [float("inf")] * len(case.leaves)  # ulps in float32
     for dtype in DTYPES:
-        low, exact = in_dtype(case, dtype)
+        low, exact = in_single(case) if dtype is torch.float32 else in_dtype(case, dtype)
         try:
             outputs, same = low.plain.outputs, exact.plain.outputs
             expected = exact.vjps([[v.double() for v in low.plain.cotangents]])[0]
@@ -94,7 +94,7 @@ def _far(case: Case) -> Iterator[Finding]:
         if _runs(in_dtype(moved, torch.float32)[1]):
             which = "inputs" if len(moving) > 1 else case.name_at[moving[0]]
             wide, where = moved, f" for {which} moved {offset:.3g} from the origin"
-    low, exact = in_dtype(wide, torch.float32)
+    low, exact = in_single(case) if wide is case else in_dtype(wide, torch.float32)
     try:
         outputs, same = low.plain.outputs, exact.plain.outputs
         finite = all(bool(y.isfinite().all()) for y in (*outputs, *same))

@@ -29,6 +29,7 @@ TRIED = 6  # values of each
 NEVER = {"device", "dtype", "generator", "layout", "memory_format", "name", "out", "requires_grad"}
 MASK = re.compile("mask|keep|valid")
 NUMBER = re.compile(r"\b(bool|complex|float|int)\b|Number")  # in an annotation
+ASKED = re.compile("grad|deriv|differenti")  # in a refusal to give one
 CALLED = re.compile(
     "(^|_)(callback|fn|func|function|hook)s?$"
 )  # in the name of what no value may be
@@ -67,11 +68,12 @@ def _run(case: Case) -> Iterator[Finding]:
                 other, at = case.with_argument(slot, value), case.size
             else:
                 other, at = case.replaced({slot: value}), slot
-            if not accepts(other) or same_outputs(case, other) or _written(other):
+            asked = _asked(other, at, value)
+            if not accepts(asked) or same_outputs(case, asked) or _written(asked):
                 continue
             tested = True
             shape = f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else value
-            found = check_lines(_asked(other, at, value), NAME, f" where {name} is {shape}")
+            found = check_lines(asked, NAME, f" where {name} is {shape}")
             found = found or _with_others(case, other, name)
             if found and found.got is not None:  # what backward refuses was not meant
                 yield found
@@ -198,15 +200,22 @@ def _values(case: Case, name: str) -> Iterator[Any]:
 
 
 def _asked(other: Case, at: int, value: Any) -> Case:
-    """Return the case that asks for the argument's own gradient too, where it has one."""
+    """Return the case that asks for the argument's own gradient too, if it may; one that has none stays as it is."""
     if not torch.is_tensor(value) or not value.is_floating_point():
         return other
     asking = other.asking([at])
+    which = asking.where.index(at)
     try:
-        given = bool(asking.plain.grads[asking.where.index(at)].any())
-    except (ForwardRaised, BackwardRaised):
+        given = bool(asking.plain.grads[which].any())
+    except ForwardRaised as error:
+        return other if ASKED.search(str(error)) else asking
+    except BackwardRaised:
         return other
-    return asking if given else other
+    if not given:
+        steps: list[torch.Tensor | None] = [None] * len(asking.leaves)
+        steps[which] = torch.zeros(value.numel(), dtype=torch.float64, device="cpu")
+        asking.memo["steps"] = steps
+    return asking
 
 
 def _written(case: Case) -> bool:

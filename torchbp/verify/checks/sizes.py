@@ -1,12 +1,18 @@
 """Sizes beyond the sample: block boundaries, the last partial block; equal ones made unequal; dimensions more."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, product
+from functools import cache
+from itertools import chain, combinations, product
 from math import inf
+from typing import NamedTuple
+
+import torch
 
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
+from torchbp.verify.checks.indices import KNOWN, equal, extreme, note_order, with_integers
+from torchbp.verify.checks.pairing import PAIRED, paired
 from torchbp.verify.dimensions import wider
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.growth import LARGER, fits, free_sizes, one_more, tie
@@ -24,6 +30,7 @@ from torchbp.verify.resize import (
     scaled,
     uneven,
 )
+from torchbp.verify.smooth import right_soon
 
 NAME = "sizes"
 TRIES = 2
@@ -53,6 +60,44 @@ SHAPE = (
 EXPLODES = 1e14  # times, and the root of that where the size alone is another
 
 
+Place = tuple[int, int]  # position in flat, dimension
+Pair = tuple[Place, Place]
+
+
+class Varied(NamedTuple):
+    """What is another in a row too, which saves calls of the check that asks for it.
+
+    Attributes:
+        change: Makes the sample of the one at the row's sizes; told the user's case first.
+        right: Notes for that check that it was right.
+    """
+
+    change: Callable[[Case, Case], Case]
+    right: Callable[[Case, "Run"], None]
+
+
+def _paired_too(case: Case, plain: Case) -> Case:
+    return with_integers(paired(case, plain), equal)
+
+
+def _note_paired(case: Case, run: "Run") -> None:
+    if paired(case, run.plain) is not run.plain:
+        case.memo[PAIRED] = True
+    case.memo.setdefault(KNOWN, set()).add(equal)
+
+
+def _note_order(case: Case, run: "Run") -> None:
+    case.memo.setdefault(KNOWN, set()).add(extreme)
+    note_order(case, run.plain, run.case)
+
+
+# Not at other scales, where much is saturated.
+VARIED = {
+    RUNS[0]: Varied(_paired_too, _note_paired),
+    RUNS[1]: Varied(lambda _, plain: with_integers(plain, extreme), _note_order),
+}
+
+
 @dataclass(frozen=True)
 class Run:
     """A case at other sizes, and perhaps scales; ``plain`` is at the sizes alone, to tell which of them it is."""
@@ -63,6 +108,7 @@ class Run:
     near: bool = False
     beyond: bool = False  # whether to look at forward mode and second derivatives there
     chance: bool = False  # whether forward may take it by chance all the same
+    varied: Varied | None = None  # what it tells another check, if it is right
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -79,14 +125,12 @@ def _run(case: Case) -> Iterator[Finding]:
         seen = [k for k, run in enumerate(nearby) if run.plain is case.memo.get(LARGER)]
         k = seen[0] if seen else -1
         nearby[k] = _apart(case, nearby[k])
-    for run in chain(nearby, _runs(case, free), _alone(case, free, refused)):
-        other = run.case
-        when = f" at shapes {', '.join(str(tuple(t.shape)) for _, t in other.arguments)}"
-        found = check_lines(
-            other, NAME, when + run.scale, elsewhere=not run.near, beyond=run.beyond
-        )
-        if found and run.scale and accepts(run.plain):
-            found = check_lines(run.plain, NAME, when, beyond=run.beyond) or found
+    parted: list[set[Pair]] = []  # by larger runs
+    later = [run for run in nearby[1:] if run.case is run.plain and _parted(case, run.case)]
+    nearby = [run for run in nearby if run not in later]
+    runs = _runs(case, free, parted)
+    for run in chain(nearby, runs, _alone(case, free, refused), _not_yet(case, later, parted)):
+        other, found = run.case, _wrong_at(case, run)
         if found and found.got is None:  # backward raised: sizes that do not go together, perhaps
             if SHAPE in found.message and _of_one_shape(case) and _of_one_shape(other):
                 yield found
@@ -109,6 +153,49 @@ def _of_one_shape(case: Case) -> bool:
     return len({t.shape for _, t in case.arguments}) == 1
 
 
+def _wrong_at(case: Case, run: Run) -> Finding | None:
+    """Return what is wrong at a run, of its sizes alone where these will do."""
+    when = f" at shapes {', '.join(str(tuple(t.shape)) for _, t in run.case.arguments)}"
+
+    @cache
+    def plainly() -> Finding | None:
+        return check_lines(run.plain, NAME, when, beyond=run.beyond) if accepts(run.plain) else None
+
+    if run.varied:
+        if not right_soon(run.case):
+            return plainly()
+        run.varied.right(case, run)
+        return None
+    rather = plainly if run.scale else None
+    found = check_lines(
+        run.case,
+        NAME,
+        when + run.scale,
+        elsewhere=not run.near,
+        beyond=run.beyond,
+        rather=rather,
+    )
+    return (found and rather and plainly()) or found
+
+
+def _parted(case: Case, other: Case) -> set[Pair]:
+    """Return the pairs of dimensions that are of one size in the sample, and not there."""
+    places = [(i, d) for i, t in case.arguments for d in range(t.dim())]
+    return {
+        (a, b)
+        for a, b in combinations(places, 2)
+        if case.flat[a[0]].shape[a[1]] == case.flat[b[0]].shape[b[1]]
+        and other.flat[a[0]].shape[a[1]] != other.flat[b[0]].shape[b[1]]
+    }
+
+
+def _not_yet(case: Case, later: list[Run], parted: list[set[Pair]]) -> Iterator[Run]:
+    """Yield what may change alone and has not, with others, in a larger run."""
+    yield from (
+        run for run in later if not any(_parted(case, run.case) <= pairs for pairs in parted)
+    )
+
+
 def _is_overwritten(case: Case, other: Case, found: Finding) -> bool:
     """Whether no output depends on an element that has a gradient, where integers of several dimensions are more."""
     repeated = any(
@@ -129,7 +216,7 @@ def _apart(case: Case, run: Run) -> Run:
     return Run(other, run.plain, f", for every other input {APART:g} times as large", beyond=True)
 
 
-def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
+def _runs(case: Case, free: list[Size], parted: list[set[Pair]]) -> Iterator[Run]:
     integers = [t for _, t in case.arguments if not (t.is_floating_point() or t.is_complex())]
     indexed = bool(integers)
     # What an integer reaches is the end of something: of a box, of a row. A slice that ends beyond is not refused.
@@ -143,12 +230,14 @@ def _runs(case: Case, free: list[Size]) -> Iterator[Run]:
             sizes = {size: size.near(sizes[first[size.now]]) for size in sizes}
         if indexed and any(new < size.now for size, new in sizes.items()):
             continue  # an index may point at what is gone
-        run = _largest_that_runs(case, sizes, SCALED.get(row, 1.0) if ran else 1.0)
+        factor, varied = SCALED.get(row, 1.0) if ran else 1.0, VARIED.get(row)
+        run = _largest_that_runs(case, sizes, factor, varied)
         if run and run.scale:
             case.memo.setdefault("scaled", set()).add(SCALED[row])
         run = run or _largest_that_runs(case, sizes)
         if run:
             ran = True
+            parted.append(_parted(case, run.plain))
             for size in free:
                 reached[size] = max(reached[size], size.within(run.plain))
             yield run
@@ -204,10 +293,12 @@ def _left(
             yield {size: few}
 
 
-def _largest_that_runs(case: Case, sizes: dict[Size, int], factor: float = 1.0) -> Run | None:
+def _largest_that_runs(
+    case: Case, sizes: dict[Size, int], factor: float = 1.0, varied: Varied | None = None
+) -> Run | None:
     """Return the case at these sizes; where that is too large, or refused, at as many of them as will do.
 
-    Inputs are ``factor`` times as large; 0 makes their slices unequal.
+    Inputs are ``factor`` times as large; 0 makes their slices unequal. ``varied`` is what else is another there.
     """
     first = next(iter(sizes))
     # What is equal stays so where it is to be equal here too, and unequal where not.
@@ -225,18 +316,22 @@ def _largest_that_runs(case: Case, sizes: dict[Size, int], factor: float = 1.0) 
     for part in filter(None, choices if others else choices[:1]):
         if tries < TRIES and fits(case, part, LARGEST):
             tries += 1
-            run = _at(case, part, factor)
+            run = _at(case, part, factor, varied)
             if _runs_through(case, run):
                 return run
             if run.case.stopped:  # by a matrix of all pairs of rows, perhaps
-                run = _at(case, {s: min(n, s.near(FEWER)) for s, n in part.items()}, factor)
+                run = _at(case, {s: min(n, s.near(FEWER)) for s, n in part.items()}, factor, varied)
                 if _runs_through(case, run):
                     return run
     return None
 
 
-def _at(case: Case, sizes: dict[Size, int], factor: float) -> Run:
+def _at(case: Case, sizes: dict[Size, int], factor: float, varied: Varied | None) -> Run:
     plain = resized(case, sizes)
+    if varied:
+        other = varied.change(case, plain)
+        same = all(torch.equal(other.flat[i], t) for i, t in plain.arguments)
+        return Run(plain, plain) if same else Run(other, plain, varied=varied)
     if factor == 0:
         return Run(
             uneven(plain, next(iter(sizes))), plain, ", for slices of very unequal magnitude"

@@ -45,7 +45,8 @@ def _run(case: Case) -> Iterator[Finding]:
     tested = False
     for ties in filter(None, (across + within, *((across, within) if across and within else ()))):
         try:
-            side, tied = (_nudged(case, ties, sides).plain for sides in ((0,), ()))
+            side, tied = (_nudged(case, ties, sides) for sides in ((0,), ()))
+            _ = side.plain, tied.plain
         except ForwardRaised:
             continue  # perhaps of only some of them
         tested = True
@@ -58,14 +59,21 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("no two elements that can be made equal")
 
 
-def _where_apart(case: Case, ties: list[Tie], side: Plain, tied: Plain) -> Iterator[Finding]:
-    """Look at every tie alone, unless its gradient is that of one side of it: smooth, or one of the two chosen."""
-    one, here = _flat(side.grads), _flat(tied.grads)
+def _where_apart(case: Case, ties: list[Tie], side: Case, tied: Case) -> Iterator[Finding]:
+    """Look at every tie alone, unless its gradient is that of one side of it: smooth, or one of the two chosen.
+
+    Where there is one of these only, all may stay tied: that is right or leaves a question.
+    """
+    one, here = _flat(side.plain.grads), _flat(tied.plain.grads)
     apart = ~((one - here).abs() <= SLACK * largest(one))  # NaN is apart
     if not bool(apart.any()):
         return
     starts = _starts(case)
     shown = [tie for tie in ties if any(bool(apart[starts[i] + k]) for i, k in tie)]
+    if len(shown) == 1 < len(ties) and bool(here.isfinite().all()):
+        cases = [side, _nudged(case, ties, (1,)), tied, _nudged(case, ties, (0, 1))]
+        if not _at_tie(case, shown[0], cases):
+            return
     for tie in shown or ties:  # an index may move the gradient of another input
         cases = [_nudged(case, [tie], sides) for sides in ((0,), (1,), (), (0, 1))]
         undefined = _not_a_number(case, tie, cases[0].plain, cases[2].plain)

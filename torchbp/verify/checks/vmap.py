@@ -1,5 +1,6 @@
 """vmap: a batch of inputs gives what a loop gives, forward and per-sample gradients, in any batch dimension."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import compare, largest, rounding
 
 NAME = "vmap"
+# What torch says of an autograd.Function that has no rule.
+UNSUPPORTED = re.compile("does not have vmap support|must override the setup_context")
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -27,8 +30,10 @@ def _run(case: Case) -> Iterator[Finding]:
         yield from found
         if found:
             return
-        if n > 1 and not refused:
-            break
+        if not refused if n > 1 else len(refused) > 1:
+            break  # one batch of several inputs is enough; what refuses one input in one dimension does in another
+        if refused and UNSUPPORTED.search(refused[0]):
+            break  # whatever the dimensions
     if n > 1 and not refused:  # one input batched, the others shared
         last = here[0].dim()
         # What is known is neither first, last nor in the middle, of which a rule might make all.
@@ -70,7 +75,7 @@ def _batch(
     looped: Sequence[tuple[list[Tensor], list[Tensor]] | None],
     when: str,
 ) -> tuple[list[Finding], list[str]]:
-    """Compare forward, then per-sample gradients, with a loop; return the findings, and why it refuses.
+    """Compare forward, then per-sample gradients, with a loop; return the findings, and why it refuses, forward first.
 
     Of what is None in the loop nothing is known.
     """
@@ -89,10 +94,12 @@ def _batch(
         values, grads = torch.vmap(both, dims)(*batched)
     except Exception as error:  # a refusal; forward alone may do
         refused = [reason(error)]
+        if UNSUPPORTED.search(str(error)):
+            return [], refused * 2
         try:
             values = torch.vmap(forward, dims)(*batched)
         except Exception as first:
-            return [], [reason(first)]
+            return [], [reason(first), *refused]
     pairs = [
         *(("the value of", f"output {k}", y, 0, k) for k, y in enumerate(values)),
         *(("grad of", case.names[k], g, 1, k) for k, g in enumerate(grads)),
