@@ -416,3 +416,18 @@ def _names(node) -> str:
         found.append(node.name())
         node = node.next_functions[0][0] if node.next_functions else None
     return " ".join(found)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+@pytest.mark.parametrize("name", [*LAYERS, "RNNCell", "GRUCell", "LSTMCell"])
+def test_script_trace_of_any_length(name, tmp_path):
+    """Traced and saved it runs without torchbp, on sequences of another length."""
+    torch.manual_seed(0)
+    module = getattr(torchbp.nn, name)(3, 4).to(DEVICE)
+    x, other = (torch.randn(n, 2, 3, device=DEVICE) for n in (4, 7))
+    if name.endswith("Cell"):
+        x, other = x[0], other[:, 0]
+    torch.jit.save(torch.jit.trace(module, (x,)), tmp_path / "traced.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(other), module(other))

@@ -277,15 +277,20 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     and is pickled by its public name, whatever the file tree. Nested and sparse tensors go to torch's own function:
     formulas and samples are those of strided ones. What is passed on there is, as torch does it, what has no default by
     place, and what is not the default by name. Where no tensor is given for one, torch's error is raised.
+    ``torch.jit.trace`` records torch's own, too: what it saves runs where there is no Python.
     """
     own = getattr(torch.nn.functional, function.__name__, None)
     strided = torch.strided
     passed_on = _passed_on(function)
+    beyond_torch = _beyond(own, function)
 
     def elsewhere(*args: Any, **kwargs: Any) -> R:
         named, needed, chosen = passed_on(args, kwargs)
         given = tuple(named.values())
         if own is not None:
+            tracing = not is_dynamo_compiling() and is_script_tracing()
+            if tracing and not beyond_torch & chosen.keys():
+                return own(*needed, **chosen)
             for a in given:
                 if isinstance(a, Tensor) and (a.layout is not strided or a.is_nested):
                     return own(*needed, **chosen)
@@ -295,6 +300,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     other = "(isinstance({0}, Tensor) and ({0}.layout is not strided or {0}.is_nested))"
     special = [other.format(t) for t in tensors(function)] if own is not None else []
+    if own is not None:
+        special.append("(not is_dynamo_compiling() and is_script_tracing())")
     dispatch = wraps(function)(
         written_out(
             f"""
@@ -309,6 +316,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             elsewhere=elsewhere,
             function=function,
             instead=_instead(function, passed_on),
+            is_dynamo_compiling=is_dynamo_compiling,
+            is_script_tracing=is_script_tracing,
             has_torch_function=has_torch_function_variadic,
             strided=strided,
         )
@@ -329,6 +338,15 @@ def _passed_on(function: Callable[..., Any]) -> Callable[..., Any]:
         return named, needed, chosen
 
     return passed_on
+
+
+def _beyond(own: Callable[..., Any] | None, function: Callable[..., Any]) -> set[str]:
+    """Return the arguments of ``function`` that torch's own has not; where it is built in, it has all."""
+    try:
+        known = signature(own).parameters if own is not None else ()
+    except ValueError:
+        return set()
+    return set(signature(function).parameters) - set(known)
 
 
 def _instead(function: Callable[..., Any], passed_on: Callable[..., Any]) -> Callable[..., Any]:

@@ -101,10 +101,7 @@ def instance_norm(
         return _in_evaluation(*arguments)[0]
     if running_mean is not None and running_var is not None and input.numel():
         _update(input, running_mean, running_var, momentum)
-    groups = (
-        int(channels) if torch.jit.is_tracing() else channels
-    )  # to torch.jit a size is a tensor
-    return normalized_groups(input, groups, weight, bias, eps)
+    return normalized_groups(input, channels, weight, bias, eps)
 
 
 @torch.no_grad()

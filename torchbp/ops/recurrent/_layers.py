@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _is_tracing as is_script_tracing
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from torchbp.ops._autocast import autocasts
@@ -59,6 +61,8 @@ def cell(
     states: int,
 ) -> Any:
     """Run a cell's Module form: states of zeros by default, and input without a batch dimension."""
+    if not is_dynamo_compiling() and is_script_tracing():
+        return _as_torchs(module, input, hx)
     if hx is not None and states == 1 and not isinstance(hx, Tensor):
         got = type(hx).__name__
         raise AttributeError(wrong(_name(module), "hx to be a tensor", got, "it has no cell state"))
@@ -95,6 +99,8 @@ def layers(layer: Layer, module: nn.RNNBase, input: Any, hx: Any) -> tuple[Any, 
     Returns:
         What the Module returns: output, final states.
     """
+    if not is_dynamo_compiling() and is_script_tracing():
+        return _as_torchs(module, input, hx)
     if isinstance(input, PackedSequence):
         output, final = _packed(layer, module, input, hx)
     else:
@@ -139,6 +145,12 @@ def _padded(
     if dims == 2:
         return output.squeeze(batch), tuple(s.squeeze(1) for s in final)
     return output, final
+
+
+def _as_torchs(module: nn.Module, *inputs: Any) -> Any:
+    """Run torch's own forward, one op for any length: of ours ``torch.jit.trace`` would note so many steps."""
+    own = next(c for c in type(module).__mro__ if c.__module__.startswith("torch.nn."))
+    return own.forward(module, *inputs)
 
 
 def _name(module: nn.Module) -> str:
