@@ -121,7 +121,7 @@ def test_inert_while_traced():
     lean = torchbp.lean(nn.Sequential(network(), asks := Asks()))
     traced: Any = torch.jit.trace(lean, x)
     assert not asks.found[0]
-    assert torch.equal(traced(x), lean(x))
+    torch.testing.assert_close(traced(x), lean(x))  # it runs torch's own ops
     assert asks.found[-1]
 
 

@@ -63,7 +63,7 @@ def cell(
     """Run a cell's Module form: states of zeros by default, and input without a batch dimension."""
     if not is_dynamo_compiling() and is_script_tracing():
         return _as_torchs(module, input, hx)
-    if hx is not None and states == 1 and not isinstance(hx, Tensor):
+    if states == 1 and isinstance(hx, (tuple, list)):
         got = type(hx).__name__
         raise AttributeError(wrong(_name(module), "hx to be a tensor", got, "it has no cell state"))
     given = [hx] if isinstance(hx, Tensor) else list(hx or ())
