@@ -126,9 +126,9 @@ def _left(case: Case, inputs: list[int], most: float) -> tuple[dict[str, Case], 
     """Return the samples to look at one by one, and whether others were right already, several at once."""
     samples = dict(_samples(case, inputs))
     pair = _pair(case, inputs)
-    if pair:
+    both = _met(samples[ROWS], pair) if pair else None
+    if pair and both:
         samples[_equal(case, pair)] = _met(case, pair)
-        both = _met(samples[ROWS], pair)
         samples[BOTH] = both
     for other in samples.values():  # an output that cancels would seem to hold few bits
         other.__dict__["epsilon"] = case.epsilon
@@ -139,7 +139,7 @@ def _left(case: Case, inputs: list[int], most: float) -> tuple[dict[str, Case], 
     if all_right(case, list(zero.values())):
         tested = True
         samples = {w: c for w, c in samples.items() if w not in zero}
-    if pair:
+    if pair and both:
         if BOTH in samples and right_at_once(both):
             tested = True
             samples.pop(ROWS, None)  # alone it leaves no question

@@ -58,19 +58,24 @@ def _run(case: Case) -> Iterator[Finding]:
 
 
 def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> Finding | None:
-    positive = case.variant(lambda t: t.abs() if t.is_floating_point() else t, parameters=True)
-    errors: list[float] = []
-    for length, steps in list(zip(LENGTHS, STEPS, strict=True))[SLOW in case.memo :]:
-        long = size.near(length)
-        longer = resized(positive, {size: long})
-        longer.bounded = steps
+    if SLOW not in case.memo:
         try:
-            errors = _errors(longer, long, dtype)
-            break
+            return _stalled(case, size, LENGTHS[0], STEPS[0], summed, dtype)
         except (ForwardRaised, BackwardRaised) as error:
-            if length == LENGTHS[-1] or not isinstance(error.__cause__, TooMuch):
+            if not isinstance(error.__cause__, TooMuch):
                 raise
             case.memo[SLOW] = True
+    return _stalled(case, size, LENGTHS[1], STEPS[1], summed, dtype)
+
+
+def _stalled(
+    case: Case, size: Size, length: int, steps: int, summed: list[int], dtype: torch.dtype
+) -> Finding | None:
+    positive = case.variant(lambda t: t.abs() if t.is_floating_point() else t, parameters=True)
+    long = size.near(length)
+    longer = resized(positive, {size: long})
+    longer.bounded = steps
+    errors = _errors(longer, long, dtype)
     worst = max(summed, key=errors.__getitem__) if errors else 0
     signed = bool(errors) and errors[worst] <= OFF and _has_both_signs(in_dtype(longer, dtype)[1])
     if signed:
