@@ -45,6 +45,7 @@ __all__ = [
     "overwrite",
     "public",
     "scale_fresh",
+    "script_traced",
     "transforms_active",
     "undifferentiated",
     "unviewed",
@@ -288,8 +289,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
         named, needed, chosen = passed_on(args, kwargs)
         given = tuple(named.values())
         if own is not None:
-            tracing = not is_dynamo_compiling() and is_script_tracing()
-            if tracing and not beyond_torch & chosen.keys():
+            if script_traced() and not beyond_torch & chosen.keys():
                 return own(*needed, **chosen)
             for a in given:
                 if isinstance(a, Tensor) and (a.layout is not strided or a.is_nested):
@@ -301,7 +301,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     other = "(isinstance({0}, Tensor) and ({0}.layout is not strided or {0}.is_nested))"
     special = [other.format(t) for t in tensors(function)] if own is not None else []
     if own is not None:
-        special.append("(not is_dynamo_compiling() and is_script_tracing())")
+        special.append("(not is_dynamo_compiling() and is_script_tracing())")  # script_traced
     dispatch = wraps(function)(
         written_out(
             f"""
@@ -505,6 +505,11 @@ def visible_in_backward(x: Tensor) -> bool:
         )
         and (type(x) is Tensor or type(x).__torch_dispatch__ is _PLAIN)  # pyright: ignore[reportAttributeAccessIssue]
     )
+
+
+def script_traced() -> bool:
+    """Whether ``torch.jit.trace`` records; dynamo, which could not ask, is told that it does not."""
+    return not is_dynamo_compiling() and is_script_tracing()
 
 
 def _is_fake() -> bool:

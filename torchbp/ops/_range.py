@@ -42,12 +42,11 @@ def norms_in_range(r: Tensor) -> bool:
 
 def in_float64(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Return ``function`` of the arguments, the floating-point tensors in float64; in the first one's dtype."""
-    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-    wide = {
-        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in given.items()
-    }
-    y = function(*(wide[i] for i in range(len(args))), **{k: wide[k] for k in kwargs})
+
+    def wide(v: Any) -> Any:
+        return v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+
+    y = function(*map(wide, args), **{k: wide(v) for k, v in kwargs.items()})
     return y.to(args[0].dtype)
 
 

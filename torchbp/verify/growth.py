@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.depends import elementwise, of_outputs
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.resize import Places, Size, accepts, apart, resized
+from torchbp.verify.tensors import counts
 from torchbp.verify.tolerance import largest
 
 __all__ = ["LARGER", "fits", "free_sizes", "one_more", "refuses_alone", "tie"]
@@ -113,7 +113,7 @@ class _Search:
         arguments = self.case.arguments
         values = [t for _, t in arguments if t.is_floating_point() or t.is_complex()]
         # One size of integers alone is that of offsets or lengths: repeated, they would mean something else.
-        integers = [t for _, t in arguments if _counts(t)]
+        integers = [t for _, t in arguments if counts(t)]
         tied = {1 for t in integers if 1 in t.shape}
         if TIED in self.case.memo:
             tied.update(n for t in integers if t.dim() > 1 for n in t.shape)
@@ -296,10 +296,6 @@ class _Search:
     @property
     def elementwise(self) -> bool:
         return len(elementwise(self.case)) == len(self.case.leaves)
-
-
-def _counts(t: Tensor) -> bool:
-    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "counts",
     "double",
     "flatten",
     "graph",
@@ -29,6 +30,11 @@ _DOUBLE = {
     torch.complex32: torch.complex128,
     torch.complex64: torch.complex128,
 }
+
+
+def counts(t: Tensor) -> bool:
+    """Whether a tensor holds integers."""
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
 
 
 def double(t: Tensor) -> Tensor:

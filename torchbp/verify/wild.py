@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from torchbp.verify.raised import ForwardRaised, reason
-from torchbp.verify.tensors import tensors_in
+from torchbp.verify.tensors import counts, tensors_in
 
 if TYPE_CHECKING:
     from torchbp.verify.sample import Sample
@@ -57,16 +57,12 @@ def _leaves_the_probabilities(sample: "Sample", leaves: Sequence[Tensor]) -> boo
     )
 
 
-def _counts(t: Tensor) -> bool:
-    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
-
-
 def _alike(value: Any, origin: Any) -> bool:
     if not isinstance(value, Tensor):
         return value is origin or (type(value) is type(origin) and value == origin)
     if not isinstance(origin, Tensor) or value.shape != origin.shape:
         return False
-    if _counts(value):
+    if counts(value):
         return torch.equal(value, origin)
     return not _is_probability(origin) or _is_probability(value)
 
@@ -85,7 +81,7 @@ def _refusal(sample: "Sample", leaves: Sequence[Tensor]) -> str | None:
         try:
             outputs = [y for y in tensors_in(sample.invoke(flat)) if y.requires_grad]
         except Exception as error:
-            given = any(isinstance(x, Tensor) and _counts(x) for x in flat)
+            given = any(isinstance(x, Tensor) and counts(x) for x in flat)
             return asked + reason(error) if given or _is_asserted(error) else None
         try:
             leaves = [flat[i] for i in sample.where]

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _is_tracing as is_script_tracing
-from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
+from torchbp.ops._function import script_traced
 from torchbp.ops.dropout.dropout import dropout
 from torchbp.ops.recurrent._recurrence import Sizes
 
@@ -61,7 +60,7 @@ def cell(
     states: int,
 ) -> Any:
     """Run a cell's Module form: states of zeros by default, and input without a batch dimension."""
-    if not is_dynamo_compiling() and is_script_tracing():
+    if script_traced():
         return _as_torchs(module, input, hx)
     if states == 1 and isinstance(hx, (tuple, list)):
         got = type(hx).__name__
@@ -99,7 +98,7 @@ def layers(layer: Layer, module: nn.RNNBase, input: Any, hx: Any) -> tuple[Any, 
     Returns:
         What the Module returns: output, final states.
     """
-    if not is_dynamo_compiling() and is_script_tracing():
+    if script_traced():
         return _as_torchs(module, input, hx)
     if isinstance(input, PackedSequence):
         output, final = _packed(layer, module, input, hx)
