@@ -49,6 +49,8 @@ def moved(values):
 
 
 class _Dispatch(TorchDispatchMode):
+    only_watches = True  # torchbp runs under it as without
+
     def __init__(self, waits: list[str]) -> None:
         super().__init__()
         self.waits = waits

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as mode_stack
 
 from torchbp.ops import _recipe
 from torchbp.ops._autocast import autocasts
@@ -32,6 +33,7 @@ __all__ = [
     "directional",
     "eager",
     "entry",
+    "followed",
     "formula_only",
     "fused",
     "in_autocast_dtype",
@@ -517,12 +519,20 @@ def _is_fake() -> bool:
     return is_compiling() or any(_get_dispatch_mode(m) is not None for m in (_FAKE, _PROXY))
 
 
+def followed() -> bool:
+    """Whether a mode is active that may keep what it sees, as selective checkpoints do: nothing is written to then.
+
+    One that keeps nothing says so by an attribute ``only_watches``.
+    """
+    return is_compiling() or not all(getattr(m, "only_watches", False) for m in mode_stack())
+
+
 def fused(first: Tensor, *others: Tensor, half: bool = False) -> bool:
     """Whether a backward may run a fused kernel, or write into a tensor it has just made.
 
     Under double backward, ``torch.func``, ``torch.compile``, ``torch.jit.trace`` and batched gradients
     (``is_grads_batched``) only the formula is differentiable, traceable and batched; in half precision it alone
-    computes in float32.
+    computes in float32. A mode that keeps the outputs of ops sees the formula, which writes to none of them.
 
     Args:
         first: What the kernel would read: of what comes from the gradient, and else of half precision, all. Saved
@@ -537,7 +547,7 @@ def fused(first: Tensor, *others: Tensor, half: bool = False) -> bool:
         or is_dynamo_compiling()
         or transforms_active()
         or is_script_tracing()
-        or (modes_active() and _is_fake())
+        or (modes_active() and followed())
         or is_legacy_batchedtensor(first)
     ):
         return False

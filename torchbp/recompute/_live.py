@@ -46,6 +46,8 @@ class Live(TorchDispatchMode):
         flops: Floating-point operations of matrix products, convolutions and attention.
     """
 
+    only_watches = True  # torchbp runs under it as without
+
     def __init__(self, where: Callable[[], str], apart: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = self.flops = 0

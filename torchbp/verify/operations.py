@@ -13,6 +13,8 @@ __all__ = ["Operations"]
 class Operations(TorchDispatchMode):
     """Collects the namespaces of the operations called under it, and the dtypes of their results."""
 
+    only_watches = True  # torchbp runs under it as without
+
     def __init__(self) -> None:
         super().__init__()
         self.namespaces: set[str] = set()

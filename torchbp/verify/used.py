@@ -106,6 +106,8 @@ def _call(case: Case, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], lis
 class _Allocations(TorchDispatchMode):
     """Keeps a weak reference to the storage of every tensor that is made."""
 
+    only_watches = True  # torchbp runs under it as without
+
     def __init__(self) -> None:
         super().__init__()
         self.storages: dict[int, StorageWeakRef] = {}

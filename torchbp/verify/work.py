@@ -38,6 +38,8 @@ class TooMuch(Exception):  # noqa: N818  # an outcome, not an error
 class Bounded(TorchDispatchMode):
     """Ends a call, or a backward, before it makes ``times`` ``MOST`` elements, or takes as long as these."""
 
+    only_watches = True  # torchbp runs under it as without
+
     def __init__(self, times: int = 1) -> None:
         super().__init__()
         self.done = 0.0

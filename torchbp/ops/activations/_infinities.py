@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import fused, is_half, modes_active, visible
+from torchbp.ops._function import followed, fused, is_half, modes_active, visible
 from torchbp.ops._invalid import FEW, at_hand, quiet, sound
 from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops.kernels import MANY, half_in_one_loop, in_one_loop
@@ -43,6 +43,8 @@ def known_finite(x: Tensor, *, many: bool = True, loop: bool = False) -> bool | 
         loop: Whether the op has a loop of float32, too, that is right at ±∞.
     """
     if not (isinstance(x, Tensor) and visible(x)):  # what is none, the kernel refuses
+        return False
+    if modes_active() and followed():
         return False
     if x.numel() <= FEW or at_hand():
         return None

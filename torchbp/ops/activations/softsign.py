@@ -52,8 +52,10 @@ class SoftsignFunction(Function):
                 return y
         largest = torch.finfo(x.dtype).max
         x = x.clamp(-largest, largest)  # ±∞ gives ±1
+        if not fused(x, half=True):
+            return x / (x.abs() + 1)
         scale = x.abs().add_(1)
-        return torch.div(x, scale, out=scale) if fused(x, half=True) else x / scale
+        return torch.div(x, scale, out=scale)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, bool | None], output: Tensor) -> None:

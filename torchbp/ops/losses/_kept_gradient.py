@@ -18,7 +18,7 @@ from torch.autograd.function import Function
 from torch.compiler import is_dynamo_compiling
 
 from torchbp.ops import _recipe
-from torchbp.ops._function import Context, entry, visible
+from torchbp.ops._function import Context, entry, followed, modes_active, visible
 from torchbp.ops._invalid import sound
 from torchbp.ops._reduction import FEW, WIDE, reduced_in_one_loop, spread
 
@@ -111,6 +111,7 @@ def suits_kept_gradient(x: Tensor, target: Tensor, reduction: str) -> bool:
         and x.is_contiguous()
         and target.is_contiguous()
         and visible(x)
+        and not (modes_active() and followed())
         and target.is_cpu
         and forward_ad._current_level < 0
     )

@@ -13,7 +13,15 @@ from torch.autograd.function import Function
 from torch.compiler import is_dynamo_compiling
 
 from torchbp.ops import _recipe
-from torchbp.ops._function import Context, entry, fused, kernel, visible
+from torchbp.ops._function import (
+    Context,
+    entry,
+    followed,
+    fused,
+    kernel,
+    modes_active,
+    visible,
+)
 from torchbp.ops._reduction import FEW, REDUCTIONS, WIDE, reduce, spread
 from torchbp.ops.kernels import takes_logits
 from torchbp.ops.losses._classes import all_count
@@ -100,6 +108,7 @@ def suits_softmax(x: Tensor, target: Tensor, ignored: int) -> bool:
         and target.dtype is torch.int64
         and target.size() == x.size()[:1]
         and visible(x)
+        and not (modes_active() and followed())
         and not takes_logits(x)  # which keeps x, and is faster still
         and all_count(target, ignored)
     )

@@ -27,7 +27,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, fused, in_float32, is_half, public
+from torchbp.ops._function import Context, entry, followed, fused, in_float32, is_half, public
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._range import in_float64, in_range
 from torchbp.ops._samples import Make, Sample
@@ -91,7 +91,8 @@ def _tangent(t: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: floa
 
 
 def _divisor(x: Tensor, size: int, alpha: float, k: float) -> Tensor:
-    return _window_sum(x * x, size).mul_(alpha / size).add_(k)
+    total = _window_sum(x * x, size)
+    return total * (alpha / size) + k if followed() else total.mul_(alpha / size).add_(k)
 
 
 def _window_sum(t: Tensor, size: int, mirrored: bool = False) -> Tensor:
@@ -100,12 +101,16 @@ def _window_sum(t: Tensor, size: int, mirrored: bool = False) -> Tensor:
     if mirrored:
         before, after = after, before
     channels = t.shape[1]
-    total = t.clone()
+    total, write = t.clone(), not followed()
     for offset in range(max(-before, 1 - channels), min(after, channels - 1) + 1):
         if offset:
             count = channels - abs(offset)
-            part = total.narrow(1, max(0, -offset), count)
-            part.add_(t.narrow(1, max(0, offset), count))
+            low, high = max(0, -offset), max(0, offset)
+            part = t.narrow(1, high, count)
+            if write:
+                total.narrow(1, low, count).add_(part)
+            else:
+                total = total + nn.functional.pad(part, (*(0, 0) * (t.dim() - 2), low, high))
     return total
 
 

@@ -53,7 +53,7 @@ class NormalizeFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, p: float, dim: int, eps: float) -> Tensor:
-        if _has_rows(x, p, dim):
+        if _has_rows(x, p, dim) and looped(x):
             square = in_one_loop(torch.square, x, outputs=(ROWS,))
             n = _norm(x, p, dim) if square is None else square.sqrt_().unsqueeze(-1)
             y = in_one_loop(torch.div, x, n.clamp_min_(eps))

@@ -30,6 +30,7 @@ from torchbp.ops._half_products import Parts, finite, ones_times, product, suit
 from torchbp.ops.kernels import MANY, at_hand
 
 __all__ = [
+    "Saved",
     "Sizes",
     "add",
     "advance",
@@ -69,6 +70,7 @@ _tanh_backward_into = kernel("tanh_backward", "grad_input")
 _tanh_backward = kernel("tanh_backward")
 
 Sizes = tuple[int, ...]
+Saved = Sequence[Tensor | None]  # for backward
 
 
 # ------------------------------------------------------------------------------------------------------ time

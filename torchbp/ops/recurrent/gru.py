@@ -52,6 +52,7 @@ from torchbp.ops._samples import Make, Sample
 from torchbp.ops.kernels import in_one_loop
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
+    Saved,
     Sizes,
     advance,
     affine,
@@ -154,13 +155,13 @@ class GRUFunction(Function):
     ) -> tuple[Tensor | None, ...]:
         grads = (grad_y, grad_h_n, grad_gates, grad_q)
         with without_autocast(ctx.device):
-            found = None
-            if ctx.half and in_halves(ctx.saved_tensors[:4], *grads):
+            found, saved = None, ctx.saved_tensors  # once: a checkpoint gives them no more
+            if ctx.half and in_halves(saved[:4], *grads):
                 if grad_gates is None is grad_q:
-                    found = _at_once(ctx, grad_y, grad_h_n)
-                found = found or _gradients(ctx, *grads, halves=True)
+                    found = _at_once(ctx, saved, grad_y, grad_h_n)
+                found = found or _gradients(ctx, saved, *grads, halves=True)
             if found is None:
-                found = _gradients(ctx, *grads, halves=False)
+                found = _gradients(ctx, saved, *grads, halves=False)
             assert found is not None
             return *cast(found, ctx.dtypes), None, None
 
@@ -169,7 +170,7 @@ class GRUFunction(Function):
         ctx: Context, tangent_x: Tensor | None, tangent_h0: Tensor | None, *others: Tensor | None
     ) -> tuple[Tensor, ...]:
         sizes, reverse = ctx.sizes, ctx.reverse
-        x, h0, w_ih, w_hh, y, gates, q = _saved(ctx)
+        x, h0, w_ih, w_hh, y, gates, q = _saved(ctx, ctx.saved_tensors)
         tangent_x, carried, *of_weights = wide(tangent_x, tangent_h0, *others[:4])
         h = before(h0, y, sizes, reverse)
         a_x, a_h = affine_tangents(x, h, w_ih, (tangent_x, *of_weights), gates)
@@ -192,12 +193,12 @@ class GRUFunction(Function):
 
 
 def _gradients(
-    ctx: Context, grad_y: Tensor | None, *gradients: Tensor | None, halves: bool
+    ctx: Context, saved: Saved, grad_y: Tensor | None, *gradients: Tensor | None, halves: bool
 ) -> tuple[Tensor | None, ...] | None:
     """Return the gradients of what came in, by products of ``halves`` where that is said and all is finite."""
     sizes, reverse, back = ctx.sizes, ctx.reverse, not ctx.reverse
     need_x, need_h0, *need_weights = ctx.needs_input_grad[:6]
-    x, h0, w_ih, w_hh, y, gates, q = _saved(ctx, halves)
+    x, h0, w_ih, w_hh, y, gates, q = _saved(ctx, saved, halves)
     w_ih, w_hh = factors(w_ih, w_hh)
     y, gates, q = conjugate(y, gates, q)
     grad_y, carried, grad_gates, grad_q = wide(grad_y, *gradients)
@@ -308,10 +309,10 @@ def _step_back(
 
 
 def _at_once(
-    ctx: Context, grad_y: Tensor | None, grad_h_n: Tensor | None
+    ctx: Context, saved: Saved, grad_y: Tensor | None, grad_h_n: Tensor | None
 ) -> tuple[Tensor | None, ...] | None:
     """Return the gradients of the only step from one loop, no state made on the way; ``None`` where it can't be."""
-    x, h0, w_ih, w_hh, b_ih, b_hh, *_ = ctx.saved_tensors
+    x, h0, w_ih, w_hh, b_ih, b_hh, *_ = saved
     if not half_of_one_step(x, h0, ctx.sizes):
         return None
     v = incoming(grad_y, grad_h_n)
@@ -435,12 +436,12 @@ def _second_order(
     return torch.cat((grad_q + e_n * r, e_r, through_sigmoid(grad_z, z), e_n), 1)  # (4)
 
 
-def _saved(ctx: Context, halves: bool = False) -> tuple[Any, ...]:
+def _saved(ctx: Context, saved: Saved, halves: bool = False) -> tuple[Any, ...]:
     """Return x, h_0, the weights, y, the gates and q: what half precision did not keep, made again.
 
     The others are then in float32, but where products are of ``halves``.
     """
-    *tensors, y, gates, q = ctx.saved_tensors
+    *tensors, y, gates, q = saved
     if ctx.half:
         tensors = tensors if halves else wide(*tensors)
         y, _, gates, q = _states(*tensors, sizes=ctx.sizes, reverse=ctx.reverse)

@@ -53,6 +53,7 @@ from torchbp.ops._samples import Make, Sample
 from torchbp.ops.kernels import in_one_loop
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
+    Saved,
     Sizes,
     add,
     advance,
@@ -164,15 +165,15 @@ class LSTMFunction(Function):
     ) -> tuple[Tensor | None, ...]:
         grads = (grad_y, grad_h_n, grad_c_n, grad_c, grad_gates)
         with without_autocast(ctx.device):
-            found = None
+            found, saved = None, ctx.saved_tensors  # once: a checkpoint gives them no more
             if ctx.half:
-                x, h0, _, w_ih, w_hh, *_, w_hr, _, _, _ = ctx.saved_tensors
+                x, h0, _, w_ih, w_hh, *_, w_hr, _, _, _ = saved
                 if w_hr is None and in_halves((x, h0, w_ih, w_hh), *grads):
                     if grad_c is None is grad_gates:
-                        found = _at_once(ctx, *grads[:3])
-                    found = found or _gradients(ctx, *grads, halves=True)
+                        found = _at_once(ctx, saved, *grads[:3])
+                    found = found or _gradients(ctx, saved, *grads, halves=True)
             if found is None:
-                found = _gradients(ctx, *grads, halves=False)
+                found = _gradients(ctx, saved, *grads, halves=False)
             assert found is not None
             return *cast(found, ctx.dtypes), None, None
 
@@ -185,7 +186,7 @@ class LSTMFunction(Function):
         *others: Tensor | None,
     ) -> tuple[Tensor, ...]:
         sizes, reverse = ctx.sizes, ctx.reverse
-        x, h0, c0, w_ih, w_hh, w_hr, y, c, gates = _saved(ctx)
+        x, h0, c0, w_ih, w_hh, w_hr, y, c, gates = _saved(ctx, ctx.saved_tensors)
         tangent_x, t_h, t_c, *of_weights, tangent_w_hr = wide(
             tangent_x, tangent_h0, tangent_c0, *others[:5]
         )
@@ -220,12 +221,12 @@ class LSTMFunction(Function):
 
 
 def _gradients(
-    ctx: Context, grad_y: Tensor | None, *gradients: Tensor | None, halves: bool
+    ctx: Context, saved: Saved, grad_y: Tensor | None, *gradients: Tensor | None, halves: bool
 ) -> tuple[Tensor | None, ...] | None:
     """Return the gradients of what came in, by products of ``halves`` where that is said and all is finite."""
     sizes, reverse, back = ctx.sizes, ctx.reverse, not ctx.reverse
     need_x, need_h0, need_c0, *need_weights, need_w_hr = ctx.needs_input_grad[:8]
-    x, h0, c0, w_ih, w_hh, w_hr, *made = _saved(ctx, halves)
+    x, h0, c0, w_ih, w_hh, w_hr, *made = _saved(ctx, saved, halves)
     w_ih, w_hh, w_hr = factors(w_ih, w_hh, w_hr)
     c0, y, c, gates = conjugate(*wide(c0), *made)
     grad_y, g_h, g_c, grad_c, grad_gates = wide(grad_y, *gradients)
@@ -355,10 +356,10 @@ def _step_again(
 
 
 def _at_once(
-    ctx: Context, grad_y: Tensor | None, g_h: Tensor | None, g_c: Tensor | None
+    ctx: Context, saved: Saved, grad_y: Tensor | None, g_h: Tensor | None, g_c: Tensor | None
 ) -> tuple[Tensor | None, ...] | None:
     """Return the gradients of the only step from one loop, no state made on the way; ``None`` where it can't be."""
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, *_ = ctx.saved_tensors
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, *_ = saved
     if not half_of_one_step(x, h0, ctx.sizes):
         return None
     v = incoming(grad_y, g_h)
@@ -479,12 +480,12 @@ def _through_gates(v: Tensor, gates: Tensor) -> Tensor:
     return torch.cat(found, 1)
 
 
-def _saved(ctx: Context, halves: bool = False) -> tuple[Any, ...]:
+def _saved(ctx: Context, saved: Saved, halves: bool = False) -> tuple[Any, ...]:
     """Return x, h_0, c_0, the weights, y, c and the gates: what half precision did not keep, made again.
 
     The others are then in float32, but where products are of ``halves``.
     """
-    *tensors, y, c, gates = ctx.saved_tensors
+    *tensors, y, c, gates = saved
     if ctx.half:
         tensors = tensors if halves else wide(*tensors)
         y, _, _, c, gates = _states(*tensors, sizes=ctx.sizes, reverse=ctx.reverse)

@@ -43,6 +43,7 @@ from torchbp.ops._samples import Make, Sample
 from torchbp.ops.kernels import in_one_loop
 from torchbp.ops.recurrent._layers import cell, check_cell, check_dtypes, layers
 from torchbp.ops.recurrent._recurrence import (
+    Saved,
     Sizes,
     add,
     advance,
@@ -139,12 +140,12 @@ class RNNFunction(Function):
         ctx: Context, grad_y: Tensor | None, grad_h_n: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         with without_autocast(ctx.device):
-            found = None
-            if ctx.half and in_halves(ctx.saved_tensors[:4], grad_y, grad_h_n):
-                found = _at_once(ctx, grad_y, grad_h_n)
-                found = found or _gradients(ctx, grad_y, grad_h_n, halves=True)
+            found, saved = None, ctx.saved_tensors  # once: a checkpoint gives them no more
+            if ctx.half and in_halves(saved[:4], grad_y, grad_h_n):
+                found = _at_once(ctx, saved, grad_y, grad_h_n)
+                found = found or _gradients(ctx, saved, grad_y, grad_h_n, halves=True)
             if found is None:
-                found = _gradients(ctx, grad_y, grad_h_n, halves=False)
+                found = _gradients(ctx, saved, grad_y, grad_h_n, halves=False)
             assert found is not None
             return *cast(found, ctx.dtypes), None, None, None
 
@@ -153,7 +154,7 @@ class RNNFunction(Function):
         ctx: Context, tangent_x: Tensor | None, tangent_h0: Tensor | None, *others: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         sizes, reverse = ctx.sizes, ctx.reverse
-        x, h0, w_ih, w_hh, y = _saved(ctx)
+        x, h0, w_ih, w_hh, y = _saved(ctx, ctx.saved_tensors)
         tangent_x, carried, *of_weights = wide(tangent_x, tangent_h0, *others[:4])
         h = before(h0, y, sizes, reverse)
         a_x, a_h = affine_tangents(x, h, w_ih, (tangent_x, *of_weights), y)
@@ -167,12 +168,12 @@ class RNNFunction(Function):
 
 
 def _gradients(
-    ctx: Context, grad_y: Tensor | None, grad_h_n: Tensor | None, *, halves: bool
+    ctx: Context, saved: Saved, grad_y: Tensor | None, grad_h_n: Tensor | None, *, halves: bool
 ) -> tuple[Tensor | None, ...] | None:
     """Return the gradients of what came in, by products of ``halves`` where that is said and all is finite."""
     sizes, relu, back = ctx.sizes, ctx.relu, not ctx.reverse
     need_x, need_h0, *need_weights = ctx.needs_input_grad[:6]
-    x, h0, w_ih, w_hh, y = _saved(ctx, halves)
+    x, h0, w_ih, w_hh, y = _saved(ctx, saved, halves)
     (w_ih, w_hh), (y,) = factors(w_ih, w_hh), conjugate(y)
     one = halves and len(sizes) == 1  # its states are in halves, too
     grad_y, grad_h_n = wide(grad_y, grad_h_n)
@@ -192,10 +193,10 @@ def _gradients(
 
 
 def _at_once(
-    ctx: Context, grad_y: Tensor | None, grad_h_n: Tensor | None
+    ctx: Context, saved: Saved, grad_y: Tensor | None, grad_h_n: Tensor | None
 ) -> tuple[Tensor | None, ...] | None:
     """Return the gradients of the only step from one loop, no state made on the way; ``None`` where it can't be."""
-    x, h0, w_ih, w_hh, b_ih, b_hh, _ = ctx.saved_tensors
+    x, h0, w_ih, w_hh, b_ih, b_hh, _ = saved
     if not half_of_one_step(x, h0, ctx.sizes):
         return None
     v = incoming(grad_y, grad_h_n)
@@ -256,9 +257,9 @@ def _through(v: Tensor, h: Tensor, relu: bool) -> Tensor:
     return v.masked_fill(h <= 0, 0)
 
 
-def _saved(ctx: Context, halves: bool = False) -> tuple[Tensor, ...]:
+def _saved(ctx: Context, saved: Saved, halves: bool = False) -> tuple[Tensor, ...]:
     """Return x, h_0, the weights and y: where half precision kept no y, made again; the others then in float32."""
-    *tensors, y = ctx.saved_tensors
+    *tensors, y = saved
     if ctx.half:
         tensors = tensors if halves else wide(*tensors)
         y, _ = _states(*tensors, relu=ctx.relu, sizes=ctx.sizes, reverse=ctx.reverse)

@@ -100,6 +100,7 @@ def _fresh_code(case: Case) -> Callable[..., tuple[Tensor, ...]]:
 class _Reads(TorchDispatchMode):
     """Counts the floating-point values that are read into Python."""
 
+    only_watches = True  # torchbp runs under it as without
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
