@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from inspect import Parameter, signature
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -197,13 +197,36 @@ def _compiled(traced: type[Function], args: tuple[Any, ...], any_number: bool) -
 
 
 def _numbers_beside(function: type[Function]) -> Callable[[], object]:
-    """Return what reads every float of the module of ``function``, for dynamo to meet it before the Function.
+    """Return what reads every float of the modules that ``function`` calls, for dynamo to meet it before the Function.
 
     Compiled with ``dynamic=True`` (torch 2.13) a float becomes a node of the graph where dynamo first meets it: inside
     of a Function, the next one that reads it ends with "lift_tracked_freevar_to_input should not be called".
     """
-    space: dict[str, Any] = getattr(function.forward, "__globals__", {})
-    names = [name for name, value in space.items() if type(value) is float]
+    spaces: list[dict[str, Any]] = [getattr(function.forward, "__globals__", {})]
+    for space in spaces:  # which grows
+        others = (v.__dict__ if isinstance(v, ModuleType) else _globals(v) for v in space.values())
+        for other in others:
+            ours = other.get("__name__", "").startswith("torchbp.")
+            if ours and not any(other is s for s in spaces):
+                spaces.append(other)
+    reads = [_read(names, space) for space in spaces if (names := _floats(space))]
+
+    def numbers() -> None:
+        for read in reads:
+            read()
+
+    return numbers
+
+
+def _globals(value: object) -> dict[str, Any]:
+    return value.__globals__ if isinstance(value, FunctionType) else {}
+
+
+def _floats(space: dict[str, Any]) -> list[str]:
+    return [name for name, value in space.items() if type(value) is float]
+
+
+def _read(names: list[str], space: dict[str, Any]) -> Callable[[], object]:
     code = compile(f"lambda: [{', '.join('+' + name for name in names)}]", "<numbers>", "eval")
     return FunctionType(code.co_consts[0], space)
 

@@ -189,7 +189,7 @@ def _parts(linear: Tensor, z: Tensor, x: Tensor, target: Tensor) -> None:
     torch.abs(x, out=z)
 
 
-def _gradient_x(x: Tensor, target: Tensor, s: Tensor, c: Tensor | float = 1.0) -> Tensor:
+def _gradient_x(x: Tensor, target: Tensor, s: Tensor, c: Tensor | float = 1) -> Tensor:
     of_positive = c * target * torch.sigmoid(-x)
     return scale_fresh((1 - target) * torch.sigmoid(x) - of_positive, s)  # (1)
 
@@ -224,7 +224,7 @@ def _gradient_x_of_few(x: Tensor, target: Tensor, s: Tensor) -> Tensor:
     return torch.lerp(torch.sigmoid(x), minus, target).mul_(s)
 
 
-def _gradient_target(x: Tensor, s: Tensor, c: Tensor | float = 1.0) -> Tensor:
+def _gradient_target(x: Tensor, s: Tensor, c: Tensor | float = 1) -> Tensor:
     return scale_fresh(F.logsigmoid(-x) - c * F.logsigmoid(x), s)  # (2); logσ(x) = -softplus(-x)
 
 
