@@ -117,6 +117,18 @@ def test_forward_mode_in_forward_mode(first):
     torch.testing.assert_close(along(along(f))(*tensors), second)
 
 
+def test_dual_tensors(first):
+    """``torch.autograd.forward_ad`` gives the tangent of ``torch.func.jvp``."""
+    if first.op.random:
+        pytest.skip("draws anew")
+    f, tensors = first.of_tensors(first.sample())
+    tangents = tuple((t.detach() * 3).cos() for t in tensors)
+    with forward_ad.dual_level():
+        y = f(*map(forward_ad.make_dual, tensors, tangents))
+        tangent = forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(tangent, jvp(f, tensors, tangents)[1])
+
+
 def test_forward_mode_three_times_and_under_vmap():
     """Of a function of several ops; each level's vmap batches what the next one saves."""
     x = torch.randn(3, dtype=torch.float64, device=DEVICE)

@@ -36,6 +36,7 @@ __all__ = [
     "followed",
     "formula_only",
     "fused",
+    "handed_on",
     "in_autocast_dtype",
     "in_autocast_float32",
     "in_float32",
@@ -617,6 +618,14 @@ def kernel(name: str, overload: str = "default") -> Callable[..., Any]:
 def unviewed(y: Tensor) -> Tensor:
     """Return ``y``, which was just made, as no view of anything: one that a Function returns nobody may write to."""
     return torch.ops.aten._unsafe_view.default(y, y.shape)
+
+
+def handed_on(x: Tensor) -> Tensor:
+    """Return ``x`` as the output of a Function whose rule is not the identity's: a view of it.
+
+    In forward mode a copy: of a view torch asks that its tangent be a view of the input's, which a rule is not.
+    """
+    return x.view_as(x) if forward_ad._current_level < 0 else x.clone()
 
 
 def in_place(*tensors: Tensor) -> bool:

@@ -34,7 +34,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, entry, public
+from torchbp.ops._function import Context, entry, handed_on, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, stored
 from torchbp.ops.linear.linear import linear
@@ -56,7 +56,7 @@ class DirectFeedbackAlignmentFunction(Function):
 
     @staticmethod
     def forward(y: Tensor, count: int, *hs_and_bs: Tensor) -> Tensor:  # (*, E), (*, H_k), (E, H_k)
-        return y.view_as(y)
+        return handed_on(y)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -104,7 +104,7 @@ def direct_feedback_alignment(
         feedback: The matrices :math:`B_k`, each ``(E, H_k)``. They get no gradient.
 
     Returns:
-        A view of ``output``.
+        A view of ``output``; in forward mode a copy.
 
     Raises:
         ValueError: Shapes, or the numbers of ``hidden`` and ``feedback``, do not fit.

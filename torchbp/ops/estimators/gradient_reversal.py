@@ -35,7 +35,7 @@ def gradient_reversal(input: Tensor, lambd: float = 1.0) -> Tensor:
         lambd: The strength :math:`\lambda` of the reversed gradient.
 
     Returns:
-        A view of ``input``.
+        A view of ``input``; in forward mode a copy.
 
     Raises:
         AttributeError: ``input`` is not a tensor.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, public
+from torchbp.ops._function import Context, entry, handed_on, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -34,7 +34,7 @@ class GradientScaleFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, scale: float) -> Tensor:  # x, y: (*)
-        return x.view_as(x)
+        return handed_on(x)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, float], output: Tensor) -> None:
@@ -61,7 +61,7 @@ def gradient_scale(input: Tensor, scale: float) -> Tensor:
         scale: The factor :math:`c` of the gradient.
 
     Returns:
-        A view of ``input``.
+        A view of ``input``; in forward mode a copy.
 
     Raises:
         AttributeError: ``input`` is not a tensor.
