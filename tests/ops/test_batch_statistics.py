@@ -1,6 +1,7 @@
 """Batch and instance normalization beyond their values: running statistics, momentum, evaluation, what is kept."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,28 @@ from torchbp.ops._function import formula_only
 
 SHAPES = {"BatchNorm1d": (6, 3), "BatchNorm2d": (4, 3, 5, 2), "BatchNorm3d": (2, 3, 2, 3, 2)}
 SHAPES |= {"InstanceNorm1d": (4, 3, 5), "InstanceNorm2d": (4, 3, 5, 2)}
+
+
+@pytest.mark.cpu("elsewhere torch's kernels take other dtypes")
+@pytest.mark.parametrize("dtypes", [*itertools.product((torch.float32, torch.float64), repeat=3)])
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_statistics_of_two_dtypes(name, dtypes):
+    """Input, mean and variance: in evaluation torch's value, or an error of its type."""
+    of_x, of_mean, of_var = dtypes
+    x = torch.randn(4, 3, 5, dtype=of_x)
+    statistics = torch.tensor([0.1, 0.2, 0.3], dtype=of_mean), torch.ones(3, dtype=of_var)
+
+    def outcome(module):
+        try:
+            return getattr(module, name)(x, *statistics, None, None, False)
+        except RuntimeError as error:
+            return type(error)
+
+    ours, theirs = outcome(F), outcome(torch.nn.functional)
+    if theirs is RuntimeError:
+        assert ours is theirs
+    else:
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import torchbp
 from tests.device import DEVICE
-from tests.ops.conftest import changed, make, tensors_of, torchs, twin
+from tests.ops.conftest import changed, make, tensors_of, torchs, twin, with_args
 
 
 def twins(constructed):
@@ -123,6 +123,32 @@ def test_no_tensors(op):
         # sigmoid and tanh are torch's own methods there: 'list' object has no attribute 'tanh'
         assert ours.type is theirs.type or op.name in {"sigmoid", "tanh"}
         assert ours.value.__suppress_context__ or ours.value.__context__ is None
+
+
+@pytest.mark.cpu("the same on every device")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
+def test_integers(first, dtype):
+    """In the place of floating-point numbers: torch's value and dtype, in every reduction, or an error of its type."""
+    if first.op.torchs is None or first.op.random:
+        pytest.skip("torch has none, or draws")
+    sample = with_args(
+        first.sample(torch.float32),
+        lambda t: (t.detach() * 3).to(dtype) if t.is_floating_point() else t,
+    )
+    ways = ("none", "sum") if "reduction" in sample.kwargs else (None,)
+    for changes in [{} if way is None else {"reduction": way} for way in ways]:
+
+        def outcome(function, changes=changes):
+            try:
+                return function(*sample.args, **(sample.kwargs | changes))
+            except Exception as error:
+                return type(error)
+
+        ours, theirs = outcome(first.op.function), outcome(first.op.torchs)
+        if isinstance(theirs, type):
+            assert ours is theirs
+        else:
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.cpu("the same on every device")

@@ -436,3 +436,21 @@ def test_bfloat16_by_products_in_float32(options):
     for a, b, c in zip(found, wide, truth, strict=True):
         assert (a - c).norm() <= 1.001 * (b - c).norm()
         assert (a - c).norm() <= 2e-3 * c.norm()
+
+
+@pytest.mark.skipif(_half_products._MKL is None, reason="no products of bfloat16 in float32")
+@pytest.mark.parametrize("infinity", [torch.inf, -torch.inf])
+def test_an_infinite_gradient_of_bfloat16(infinity):
+    """Of one row: NaN and infinities where float32 has them, though the halves of an infinity are one and NaN."""
+    x, weight = torch.randn(700, 64).bfloat16(), torch.randn(3000, 64).bfloat16()
+    target, v = torch.randint(3000, (700,)), torch.ones(700)
+    v[1] = infinity
+
+    def gradients(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        losses = F.linear_cross_entropy(*leaves, target, reduction="none")
+        return [g.float() for g in torch.autograd.grad(losses, leaves, v.to(losses.dtype))]
+
+    for ours, want in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        for found in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(found(ours), found(want))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchbp.ops._function import is_half
-from torchbp.ops._half_products import parts, product, suit
+from torchbp.ops._half_products import finite, parts, product, suit
 from torchbp.ops.kernels import in_memory
 from torchbp.ops.losses._linear_cross_entropy_arguments import check_range
 from torchbp.ops.losses._shards import Shard
@@ -243,6 +243,8 @@ def over_chunks(
     wide = torch.float32 if is_half(x) else x.dtype
     multiplied = min(rows, len(x))
     by_halves = x.dtype == weight.dtype and in_memory(x) and suit(multiplied, weight)
+    if by_halves and gradients is not None:  # the halves of ∞ are ∞ and NaN
+        by_halves = finite(gradients.s, gradients.s_penalty)
     low = x.dtype if is_half(x) and (by_halves or not x.is_cpu) else wide
     weight = weight.to(low)
     out = Rows(x, weight, gradients, predict, wide)

@@ -72,7 +72,7 @@ class HingeEmbeddingLossFunction(Function):
         m = number(margin, x)
         near, other = target != number(-1, x), target != number(1, x)
         slope = torch.add(near.to(torch.int8), other & below(x, m), alpha=-1)  # (1)
-        if in_place(x, target) and not (is_few(x) and x.is_floating_point()):
+        if x.is_floating_point() and in_place(x, target) and not is_few(x):
             return reduce(_values_of_many(x, target, margin), reduction), slope
         zero = number(0, x)
         values = torch.where(near, x, zero) + torch.where(other, torch.relu(m - x), zero)
@@ -133,7 +133,7 @@ def hinge_embedding_loss(
     r"""Hinge embedding: :math:`\ell = x` where :math:`t = 1`, :math:`\max(0, m - x)` where :math:`t = -1`, reduced.
 
     Args:
-        input: Distances, any shape ``(*)``, floating point.
+        input: Distances, any shape ``(*)``, floating point; or integers, for which m is cut to one.
         target: 1 or -1, of a shape that can be broadcast with ``(*)``.
         margin: The distance m from which on the loss of unlike pairs is 0.
         size_average: Deprecated in torch; see ``reduction``.
@@ -155,6 +155,8 @@ def hinge_embedding_loss(
     """
     reduction = named("hinge_embedding_loss", reduction, size_average, reduce)
     input, target = broadcast(*in_autocast_float32(input, target))
+    if not (input.is_floating_point() or input.is_complex()):
+        margin = int(margin)  # as torch takes it from integers
     return _hinge_embedding_loss(input, target, margin, reduction)[0]
 
 

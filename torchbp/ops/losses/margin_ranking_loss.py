@@ -123,7 +123,7 @@ class MarginRankingLossFunction(Function):
 def _left(x1: Tensor, x2: Tensor, target: Tensor, margin: float) -> Tensor:
     d = x1 - x2
     if not (in_place(d, target) and d.is_floating_point()):
-        return margin - target * d
+        return margin - target * d if d.is_floating_point() else -target * d + margin  # bytes wrap
     if is_few(d) and d.is_cpu:
         return torch.addcmul(constant(margin, d.dtype), target, d, value=-1)
     return d.mul_(target).neg_().add_(margin)

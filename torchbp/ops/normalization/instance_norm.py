@@ -97,11 +97,19 @@ def instance_norm(
             rule = f"{name} of {channels} elements for an input of shape {shape(input)}"
             raise RuntimeError(wrong("instance_norm", rule, shape(t), "one a channel"))
     if not use_input_stats:
-        arguments = (input, weight, bias, running_mean, running_var, False, momentum, eps)
+        used = _in_dtype_of(input, running_mean, running_var)
+        arguments = (input, weight, bias, *used, False, momentum, eps)
         return _in_evaluation(*arguments)[0]
     if running_mean is not None and running_var is not None and input.numel():
         _update(input, running_mean, running_var, momentum)
     return normalized_groups(input, channels, weight, bias, eps)
+
+
+def _in_dtype_of(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return both in the dtype of ``x`` where the mean has another, as torch does, but in half precision."""
+    if mean is None or var is None or mean.dtype == x.dtype or is_half(x):
+        return mean, var
+    return mean.to(x.dtype), var.to(x.dtype)
 
 
 @torch.no_grad()
