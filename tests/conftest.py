@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import device
+from torchbp import _random
 
 os.environ["TORCHBP_KERNELS"] = "off"  # a developer's library; tests/ops/kernels/ builds its own
 torch.set_num_threads(1)
@@ -57,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    _random.seed(0)
 
 
 @pytest.fixture

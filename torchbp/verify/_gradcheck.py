@@ -184,6 +184,7 @@ def _run_all(
     capabilities: dict[str, Capability] = {}
     with forked(), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        torch.manual_seed(seed)  # of a GPU, too, that the function is the first to use
         case, case.given = _build(func, inputs, kwargs, seed=seed, options=options)
         try:
             differentiable = case.differentiable

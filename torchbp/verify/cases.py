@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchbp._random import states
+from torchbp import _random
 from torchbp.verify.calls import Calls, Plain
 from torchbp.verify.observed import Observed, observe
 from torchbp.verify.precision import precision
@@ -101,15 +101,15 @@ class Case(Sample):
         others = {i: fixed(x) for i, x in enumerate(self.flat) if isinstance(x, Tensor)}
         flat = self._filled(leaves, others)
         if seeded:
-            torch.manual_seed(self.seed if seed is None else seed)
+            _random.seed(self.seed if seed is None else seed)
         try:
             return self.invoke(flat, func)
         except Exception as error:
             raise ForwardRaised(reason(error)) from error
         finally:
             if seeded:  # what runs after a forward, its backward first of all, meets another state each time
-                self.states_after = states()
-                torch.manual_seed(self.seed + 1 + self.calls.forward)
+                self.states_after = _random.states()
+                _random.seed(self.seed + 1 + self.calls.forward)
 
     def bare(self) -> Callable[[Sequence[Tensor]], Any]:
         """Return the function of the leaves alone, with nothing of ours around it that a tracer would meet."""
@@ -211,9 +211,9 @@ class Case(Sample):
             leaves = self.fresh()  # it may have written in those before it raised
             outputs = tensors_in(self.call(leaves))
         self.first_states = self.states_after
-        torch.manual_seed(self.seed)
-        self.draws = not all(map(torch.equal, states(), self.first_states))
-        torch.manual_seed(self.seed + 1 + self.calls.forward)
+        _random.seed(self.seed)
+        self.draws = not all(map(torch.equal, _random.states(), self.first_states))
+        _random.seed(self.seed + 1 + self.calls.forward)
         return leaves, outputs
 
     @contextmanager

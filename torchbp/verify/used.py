@@ -54,7 +54,8 @@ def called_on(case: Case, leaves: list[Tensor]) -> Used:
         if not all(r.expired() for r in left):  # what is left is a cache of one, perhaps
             kept.append(_call(case, case.fresh())[1])
         cycles = [[r for r in run if not r.expired()] for run in kept]
-        gc.collect()
+        if any(cycles):  # through all that is there: a second in a large process
+            gc.collect()
         forever = [[r for r in run if not r.expired()] for run in cycles]
     # A cache that is filled once has been, by the calls before; a process's first call makes cycles of torch's own.
     return Used(leaves, grads, len(forever[0]), len(cycles[-1]))
@@ -80,17 +81,12 @@ def _with_values_of(case: Case, leaves: list[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _collected_by_hand() -> Iterator[None]:
-    """Keep the garbage collector from running; what is there already need not be looked through: 5 ms, not 300."""
+    """Keep the garbage collector from running by itself."""
     was_enabled = gc.isenabled()
     gc.disable()
-    thaw = gc.get_freeze_count() == 0
-    if thaw:
-        gc.freeze()
     try:
         yield
     finally:
-        if thaw:
-            gc.unfreeze()
         if was_enabled:
             gc.enable()
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torchbp._random import states
+from torchbp import _random
 from torchbp.verify._check import Check
 from torchbp.verify.cases import Case
 from torchbp.verify.report import Finding
@@ -17,9 +17,9 @@ def _run(case: Case) -> Iterator[Finding]:
     found = {"forward": _after_forward(case), "backward": []}
     for seed in (case.seed + 1, case.seed + 2) if case.runs_again else ():
         leaves, outputs = case.kept
-        torch.manual_seed(seed)
+        _random.seed(seed)
         case.backward(outputs, leaves, case.plain.cotangents, retain_graph=True)
-        found["backward"].append(states())
+        found["backward"].append(_random.states())
     for phase, (one, other) in ((p, s) for p, s in found.items() if s):
         if any(map(torch.equal, one, other)):
             yield Finding(
