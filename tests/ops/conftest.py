@@ -131,9 +131,14 @@ def _params(few: int) -> list:
 
 
 @cache
-def _constructed() -> list:
+def _constructed(few: int | None = None) -> list:
+    """Return every Module of each op; slow are all but the first ``few`` of each."""
     return [
-        pytest.param((op, i), id=f"{cls.__name__}-{x.name or i}")
+        pytest.param(
+            (op, i),
+            id=f"{cls.__name__}-{x.name or i}",
+            marks=[] if few is None or i < few else [pytest.mark.slow],
+        )
         for op in all_ops().values()
         for i, (cls, _, x) in enumerate(op.module_samples(Make()))
     ]
@@ -142,13 +147,13 @@ def _constructed() -> list:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "op" in metafunc.fixturenames:
         metafunc.parametrize("op", all_ops().values(), ids=repr)
+    heavy = metafunc.definition.get_closest_marker("heavy") is not None
     if "case" in metafunc.fixturenames:  # every sample
-        heavy = metafunc.definition.get_closest_marker("heavy") is not None
         metafunc.parametrize("case", _params(2 if heavy else 6))
     if "first" in metafunc.fixturenames:  # the first sample of each op: for what is slow
         metafunc.parametrize("first", [cases[0] for cases in _cases()], ids=repr)
     if "constructed" in metafunc.fixturenames:
-        metafunc.parametrize("constructed", _constructed())
+        metafunc.parametrize("constructed", _constructed(1 if heavy else None))
     if "wrong" in metafunc.fixturenames:
         wrong = [
             pytest.param((op, i), id=f"{op.name}-{s.name}")

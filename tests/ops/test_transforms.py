@@ -238,12 +238,16 @@ def test_make_fx(first):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile(case, dynamic):
+def test_compile(case):
     """One graph, forward and backward, with the values and gradients of eager."""
-    if dynamic and case.op.name in SIZED and torch.__version__ < "2.13":
+    check_compiled(case, "aot_eager", dynamic=False)
+
+
+def test_compile_dynamic(first):
+    """The same where sizes are unknown."""
+    if first.op.name in SIZED and torch.__version__ < "2.13":
         pytest.skip("dynamo asserts, where a size inside a Function turns out to be a number")
-    check_compiled(case, "aot_eager", dynamic=dynamic)
+    check_compiled(first, "aot_eager", dynamic=True)
 
 
 @pytest.mark.filterwarnings(
@@ -468,6 +472,7 @@ def test_fx_traces_through_a_forward_of_ones_own():
     torch.testing.assert_close(traced(x), model(x))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export(constructed, strict):
     module, inputs = constructed_on_device(constructed)

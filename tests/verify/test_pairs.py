@@ -81,7 +81,7 @@ def some(parameters, one_in):
     ]
 
 
-@pytest.mark.parametrize("pair", some(every(), 16))
+@pytest.mark.parametrize("pair", some(every(), 32))
 def test_once_unseen(pair):
     options = {"kwargs": pair.kwargs(), "skip": ("compile",), "raise_exception": False}
     report = torchbp.gradcheck(pair.wrong, pair.make(), **options)
