@@ -46,6 +46,7 @@ __all__ = [
     "leaf",
     "modes_active",
     "overwrite",
+    "plain",
     "public",
     "scale_fresh",
     "script_traced",
@@ -514,6 +515,11 @@ def visible(x: Tensor) -> bool:
         )
         and (type(x) is Tensor or type(x).__torch_dispatch__ is _PLAIN)  # pyright: ignore[reportAttributeAccessIssue]
     )
+
+
+def plain(t: Tensor) -> bool:
+    """Whether torch's kernels compute on ``t``, not a class of its own, as that of distributed tensors does."""
+    return type(t) is Tensor or type(t).__torch_dispatch__ is _PLAIN  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def visible_in_backward(x: Tensor) -> bool:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, eager, entry, in_autocast_float32, public, widened
+from torchbp.ops._function import Context, eager, entry, in_autocast_float32, plain, public, widened
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import named, reduce, spread
 from torchbp.ops._samples import Make, Sample
@@ -188,7 +188,7 @@ def _check(x: Tensor, targets: Tensor, times: Tensor, lengths: Tensor, blank: in
         rule, got = f"{x.shape[1]} lengths", f"{times.numel()} and {lengths.numel()}"
         raise RuntimeError(wrong("ctc_loss", rule, got, "one of each for every sequence"))
     room = targets.shape[1] if targets.dim() == 2 else targets.numel()
-    if not eager():
+    if not (eager() and plain(lengths) and plain(times)):
         return room
     known = lengths.tolist()
     for name, values, most in (("input", times.tolist(), x.shape[0]), ("target", known, room)):

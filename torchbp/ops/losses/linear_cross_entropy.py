@@ -42,7 +42,16 @@ from torch.autograd.function import Function
 
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import Context, eager, entry, fused, in_autocast_dtype, public, visible
+from torchbp.ops._function import (
+    Context,
+    eager,
+    entry,
+    fused,
+    in_autocast_dtype,
+    plain,
+    public,
+    visible,
+)
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import named
 from torchbp.ops._samples import Make, Sample
@@ -272,7 +281,7 @@ def linear_cross_entropy(
             "eager mode, a weight (C, D), and no gradient of target and weight with a process_group"
         )
         raise RuntimeError(wrong(NAME, rule, shape(linear_weight), "gather the weight first"))
-    if not (places or trained):
+    if not (places or trained or _of_other_classes(x, linear_weight, flat)):
         rows = getattr(options, "batch_chunk_size", None) or chunk_rows(*x.shape)
         early = _early(x, linear_weight, linear_bias, reduction, process_group)
         given = Settings(
@@ -315,6 +324,11 @@ def linear_cross_entropy(
     values, predictions = outputs[1:3]
     accuracy = _accuracy(predictions, flat, counts, process_group)
     return TokenLosses(loss, values.reshape(of_all), predictions.reshape(of_all), accuracy)
+
+
+def _of_other_classes(*tensors: Tensor) -> bool:
+    """Whether a class of its own computes for a tensor, as a distributed one: chunks are written to plain memory."""
+    return eager() and not all(map(plain, tensors))
 
 
 def _differentiated(t: Tensor | None) -> bool:

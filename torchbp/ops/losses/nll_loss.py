@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, is_half, kernel, public, unviewed
+from torchbp.ops._function import Context, entry, fused, is_half, kernel, plain, public, unviewed
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import REDUCTIONS, named, spread
 from torchbp.ops._samples import Make, Sample, against_classes, stored
@@ -117,7 +117,7 @@ def _by_kernel(
         total = grad if grad.dim() == 0 else grad.new_empty(())  # not read
     elif total is None:
         total = counted(grad, target, w, ctx.ignored)[2]
-    if grad.dim() or not grad.is_cpu:
+    if grad.dim() or not (grad.is_cpu and plain(grad)):
         like_x = (grad.unsqueeze(1) if grad.dim() else grad).expand(ctx.shape)
     else:
         like_x = _shaped(ctx.shape, grad.dtype)
