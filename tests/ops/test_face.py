@@ -8,7 +8,12 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
+from torch.utils import swap_tensors
 
 import torchbp
 from tests.device import DEVICE
@@ -330,3 +335,28 @@ def test_module_to_dtype(constructed):
     module = module.to(torch.bfloat16).eval()
     args = changed(inputs.args, lambda t: t.detach().bfloat16())
     assert {t.dtype for t in tensors_of(module(*args))} == {torch.bfloat16}
+
+
+def test_module_with_other_parameters(constructed):
+    """Pruned, reparametrised, called with parameters given, swapped for others: what torch's own layer then gives."""
+    ours, theirs, inputs = twins(constructed)
+    names = [name for name, p in ours.named_parameters(recurse=False) if p.dim() > 1]
+    if not names or type(ours) is type(theirs):
+        pytest.skip("no weight, or torch has none")
+
+    def outcomes(module):
+        module.eval()
+        args = changed(inputs.args, Tensor.detach)
+        given = {name: p.detach() / 2 for name, p in module.named_parameters()}
+        yield functional_call(module, given, args)
+        weight_norm(module, names[0])
+        yield module(*args)
+        remove_parametrizations(module, names[0])
+        prune.l1_unstructured(module, names[0], amount=0.4)
+        yield module(*args)
+        prune.remove(module, names[0])
+        swap_tensors(getattr(module, names[0]), nn.Parameter(given[names[0]]))
+        yield module(*args)
+
+    for y, z in zip(outcomes(ours), outcomes(theirs), strict=True):
+        torch.testing.assert_close(tensors_of(y), tensors_of(z), equal_nan=True)  # a norm of 0

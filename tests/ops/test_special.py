@@ -216,6 +216,16 @@ def test_sparse_tensors_are_torchs_own():
     assert torch.equal(w.grad, torch.ones(2, 3, device=DEVICE))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+@pytest.mark.parametrize("name", ["softsign", "poisson_nll_loss", "gaussian_nll_loss"])
+def test_masked_tensors_are_torchs_own(name):
+    x = torch.rand(3, 4, device=DEVICE)
+    rest = [torch.ones(3, 4, device=DEVICE)] * {"softsign": 0, "poisson_nll_loss": 1}.get(name, 2)
+    masked = torch.masked.masked_tensor(x, x > 0.5)
+    ours, theirs = (getattr(f, name)(masked, *rest) for f in (F, torch.nn.functional))
+    torch.testing.assert_close(ours.to_tensor(0.0), theirs.to_tensor(0.0))
+
+
 @pytest.mark.parametrize("name", ["sigmoid", "tanh", "relu", "leaky_relu"])
 def test_keeps_its_output_which_the_next_layer_keeps_anyway(name):
     from tests.ops.test_autograd import kept_storages

@@ -354,6 +354,21 @@ def test_compiled_backward_runs_the_hand_written_one(first):
     assert "autograd_function_apply" in code
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_autograd(first):
+    """The backward of an uncompiled forward, compiled."""
+    from torch._dynamo.compiled_autograd import _enable
+
+    torch._dynamo.reset()
+    f, tensors = first.of_tensors(first.sample(torch.float32))
+    with _enable(torch.compile(backend="eager")):
+        f(*tensors).sin().sum().backward()
+    grads = [t.grad for t in tensors]
+    want = torch.autograd.grad(f(*tensors).sin().sum(), tensors)
+    torch.testing.assert_close(grads, list(want))
+
+
 def test_compile_without_a_gradient(first):
     """As a model is evaluated."""
     torch._dynamo.reset()
@@ -488,6 +503,22 @@ def test_export(constructed, strict):
         tensors_of(exported.module()(*copy.deepcopy(args))),
         tensors_of(module(*copy.deepcopy(args))),
     )
+
+
+@pytest.mark.slow
+def test_export_decomposed(first):
+    """An exported program in torch's core ops, saved and loaded."""
+    f, tensors = first.of_tensors(first.sample(torch.float32), first.op.function)
+    tensors = tuple(t.detach() for t in tensors)
+    module = nn.Module()
+    module.forward = f
+    exported = torch.export.export(module, tensors, strict=False).run_decompositions()
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    buffer.seek(0)
+    again = torch.export.load(buffer).module()(*tensors)
+    if not first.op.random:
+        torch.testing.assert_close(again, f(*tensors))
 
 
 def forms(case, function, mode=None):

@@ -18,6 +18,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.masked import MaskedTensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as mode_stack
 
@@ -302,9 +303,9 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     """Make ``function`` a citizen of ``torchbp.functional``.
 
     It answers ``__torch_function__`` (tensor subclasses, modes, ``torch.fx`` proxies) as torch's own functions do,
-    and is pickled by its public name, whatever the file tree. Nested and sparse tensors go to torch's own function:
-    formulas and samples are those of strided ones. What is passed on there is, as torch does it, what has no default by
-    place, and what is not the default by name. Where no tensor is given for one, torch's error is raised.
+    and is pickled by its public name, whatever the file tree. Nested, sparse and masked tensors go to torch's own
+    function: formulas and samples are those of strided ones. What is passed on there is, as torch does it, what has no
+    default by place, and what is not the default by name. Where no tensor is given for one, torch's error is raised.
     ``torch.jit.trace`` records torch's own, too: what it saves runs where there is no Python.
     """
     own = getattr(torch.nn.functional, function.__name__, None)
@@ -320,6 +321,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
                 return own(*needed, **chosen)
             for a in given:
                 if isinstance(a, Tensor) and (a.layout is not strided or a.is_nested):
+                    return own(*needed, **chosen)
+                if isinstance(a, MaskedTensor):
                     return own(*needed, **chosen)
         if has_torch_function(given):
             return handle_torch_function(dispatch, given, *needed, **chosen)
