@@ -1,7 +1,8 @@
 """Whether a kernel made a NaN that was not in its input: the processor takes note, as numpy, too, asks after each loop.
 
 IEEE 754 has a flag that an invalid operation raises (∞ · 0, ∞ - ∞, ∞ / ∞), and one that an overflow raises. They stay
-until they are cleared; each thread has its own. To read them takes 0.1 µs, to look at a million elements 60.
+until they are cleared; each thread has its own. To read them takes 0.1 µs, to look at a million elements 60. Of
+several threads the compiled library reads them (``kernels/_flags.py``), where it is there.
 """
 
 import ctypes
@@ -12,7 +13,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, get_num_threads
 
-__all__ = ["FEW", "INVALID", "OVERFLOW", "at_hand", "clear", "quiet", "raised", "sound"]
+from torchbp.ops.kernels import MANY, of_all_threads
+from torchbp.ops.kernels import at_hand as compiled
+
+__all__ = [
+    "FEW",
+    "INVALID",
+    "OVERFLOW",
+    "at_hand",
+    "at_hand_of_all",
+    "clear",
+    "quiet",
+    "raised",
+    "sound",
+]
 
 FEW = 1024  # elements; up to these torch.equal is faster than a sum and its item
 # FE_INVALID and FE_OVERFLOW in the <fenv.h> of both families of processors
@@ -51,6 +65,11 @@ def at_hand() -> bool:
     return _FLAGS is not None and get_num_threads() == 1
 
 
+def at_hand_of_all(n: int) -> bool:
+    """Whether the flags tell of all that a kernel does with ``n`` elements, which several threads share."""
+    return n >= MANY and compiled() and _FLAGS is not None and of_all_threads(INVALID) is not None
+
+
 def quiet() -> bool:
     """Whether it is known at once that no kernel of this thread has made a NaN; not what fake tensors would make."""
     return not raised(INVALID) and get_num_threads() == 1
@@ -65,6 +84,10 @@ def sound(y: Tensor) -> bool:
         if not raised(INVALID):
             return True
         clear(INVALID)  # and it may be somebody else's
+    elif at_hand_of_all(y.numel()):
+        count = of_all_threads(INVALID)
+        if count is not None and not count():
+            return True
     if y.numel() <= FEW:
         return torch.equal(y, y)
     total = y.sum(dtype=torch.float32) if y.dtype == torch.float16 else y.sum()

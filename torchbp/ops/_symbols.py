@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, NoneType
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def steps(
     Returns:
         ``None`` where a step has no rule.
     """
-    lines = Lines(_RULES | _LOOP_RULES if loop else _RULES)
+    lines = Lines(_RULES | _LOOP_RULES if loop else _RULES, _BELOW_0 if loop else {})
     symbols = [Symbol(f"a{i}", lines) for i in range(count)]
     try:
         with _one_at_a_time, formula_only():  # backward has a thread for each device
@@ -59,10 +59,13 @@ def steps(
 
 
 class Lines(list[str]):
-    """What has been noted, by which rules, and the numbers that go with it."""
+    """What has been noted, by which rules, those for what is not above 0, and the numbers that go with it."""
 
-    def __init__(self, rules: Mapping[str, Callable[..., str]]) -> None:
-        self.rules = rules
+    def __init__(
+        self, rules: Mapping[str, Callable[..., str]], below_0: Mapping[str, Callable[[str], str]]
+    ) -> None:
+        self.rules, self.below_0 = rules, below_0
+        self.signs: dict[str | None, int] = {}  # 1: at least 0, or NaN; -1: at most
         self.numbers: list[float] = []
 
 
@@ -72,21 +75,31 @@ class Apart(float):
 
 def identity(value: Any) -> Any:
     """Return what tells one formula from others, though it is made anew at each call; ``None`` where nothing does."""
-    if isinstance(value, MethodType):
-        return None
-    if isinstance(value, partial):
-        parts = (value.func, *value.args, *value.keywords, *value.keywords.values())
-    elif hasattr(value, "__code__"):
+    kind = type(value)
+    if kind is FunctionType:
         if "<" not in value.__qualname__:  # of a module: there once, and for good
             return value
-        cells = (cell.cell_contents for cell in value.__closure__ or ())
-        parts = (value.__module__, value.__code__, *(value.__defaults__ or ()), *cells)
-    elif isinstance(value, (int, float, str, CodeType, type(None))):
-        return type(value), value
+        code = value.__code__
+        _codes[id(code)] = code
+        parts = [*(value.__defaults__ or ()), *(c.cell_contents for c in value.__closure__ or ())]
+        found: list[Any] = [id(code)]
+    elif kind is partial:
+        parts = [value.func, *value.args, *value.keywords.values()]
+        found = list(value.keywords)
+    elif isinstance(value, (int, float, str, NoneType)):
+        return kind, value
     else:
-        return value if callable(value) else None
-    found = tuple(identity(part) for part in parts)
-    return None if None in found else found
+        return value if callable(value) and kind is not MethodType else None
+    for part in parts:
+        known = part if type(part) is float else identity(part)
+        if known is None:
+            return None
+        found.append(known)
+    return tuple(found)
+
+
+# A formula's code stands for it by its address, for to hash the code takes as long as all else; kept, it keeps that.
+_codes: dict[int, CodeType] = {}
 
 
 def _with_apart(value: Any) -> Any:
@@ -146,10 +159,37 @@ def _step(name: str, *args: Any, **kwargs: Any) -> Symbol:
     if name == "pow" and isinstance(args[1], Apart):  # a product, for 2
         args = (args[0], float(args[1]))
     operands = [_operand(a, lines) for a in args]
-    value = lines.rules[name](*operands, **{k: _operand(v, lines) for k, v in kwargs.items()})
+    named = {k: _operand(v, lines) for k, v in kwargs.items()}
+    rule = lines.rules[name]
+    if name in lines.below_0 and len(operands) == 1 and not named and _sign(args[0], lines) < 0:
+        rule = lines.below_0[name]
+    value = rule(*operands, **named)
     symbol = Symbol(f"t{len(lines)}", lines)
+    lines.signs[str(symbol)] = _sign_of_step(name, args, kwargs, lines)
     lines.append(f"const {'bool' if name in _TRUTHS else 'T'} {symbol} = {value};")
     return symbol
+
+
+def _sign(value: Any, lines: Lines) -> int:
+    """Return 1 where ``value`` is known to be at least 0, -1 where at most 0, else 0; of one loop's numbers none is."""
+    if isinstance(value, Symbol):
+        return lines.signs.get(str(value), 0)
+    if isinstance(value, Apart) or not isinstance(value, (int, float)):
+        return 0
+    return 1 if value > 0 else -1 if value < 0 else 0
+
+
+def _sign_of_step(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], lines: Lines) -> int:
+    if name in _NOT_NEGATIVE or (name == "mul" and args[0] is args[1]):
+        return 1
+    if name == "neg":
+        return -_sign(args[0], lines)
+    if name == "mul":
+        return _sign(args[0], lines) * _sign(args[1], lines)
+    if name == "clamp" and kwargs.keys() == {"max"}:
+        most = kwargs["max"]
+        return -1 if not isinstance(most, (Apart, Symbol)) and most <= 0 else 0
+    return 0
 
 
 def _operand(value: Any, lines: Lines) -> str | None:
@@ -240,13 +280,21 @@ _RULES: dict[str, Callable[..., str]] = {
     "sub": _sum("-"),
     "where": lambda mask, a, b: f"{mask} ? {a} : {b}",
 }
-# log1p_exp and erfcx are of kernels/soft.h
+# what has no name of torch's is of kernels/math/soft.h
 _LOOP_RULES: dict[str, Callable[..., str]] = {
     "bfloat16": lambda x: f"rounded_to_bfloat16({x})",
     "log_sigmoid": lambda x: f"({x} < T(0) ? {x} : T(0)) - log1p_exp(-fabs({x}))",
     "softplus": _softplus_in_loop,
+    "sigmoid": lambda x: f"sigmoid({x})",
     "special_erfcx": lambda x: f"erfcx({x})",  # of x >= 0
 }
+# In loops, of what is known to be at most 0, or NaN.
+_BELOW_0: dict[str, Callable[[str], str]] = {
+    "exp": lambda x: f"exp_below_0({x})",
+    "expm1": lambda x: f"expm1_below_0({x})",
+    "softplus": lambda x: f"log1p_exp({x})",
+}
+_NOT_NEGATIVE = {"abs", "exp", "relu", "sigmoid", "sqrt", "square"}
 _OPERATORS = {
     "add": "add",
     "sub": "sub",

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import torchbp.functional as F
+from torchbp.ops._symbols import steps
 from torchbp.ops.activations import _infinities
 from torchbp.ops.kernels import SUM, _library, _loop, at_hand, disabled, in_one_loop, looped
 
@@ -321,3 +322,46 @@ def test_a_changed_header_is_another_library(monkeypatch):
         assert before() != file
     finally:
         _library.version.cache_clear()
+
+
+CHEAPER = {
+    "-|x|": ("exp_below_0", lambda x: torch.exp(-x.abs())),
+    "-2|x|": ("exp_below_0", lambda x: (-2 * x.abs()).exp()),
+    "-x²/2": ("exp_below_0", lambda x: torch.exp(-0.5 * (x * x))),
+    "-square": ("exp_below_0", lambda x: torch.exp(-x.square())),
+    "at-most-0": ("exp_below_0", lambda x: torch.exp((3 * x).clamp(max=0))),
+    "expm1": ("expm1_below_0", lambda x: torch.expm1(x.clamp(max=-1))),
+    "softplus": ("log1p_exp", lambda x: torch.nn.functional.softplus(-x.abs())),
+}
+NOT_CHEAPER = {
+    "x": torch.exp,
+    "-x": lambda x: torch.exp(-x),
+    "|x|": lambda x: torch.exp(x.abs()),
+    "neg(-|x|)": lambda x: torch.exp((-x.abs()).neg()),
+    "-2·-|x|": lambda x: torch.exp(-2 * -x.abs()),
+    "at-most-1": lambda x: torch.exp(x.clamp(max=1)),
+    "at-least--1": lambda x: torch.exp(x.clamp(min=-1)),
+    "1/-|x|": lambda x: torch.exp(1 / -x.abs()),
+    "a-number": partial(lambda x, c: torch.exp(c * x.abs()), c=-2.0),
+    "x·y": lambda x: torch.exp(-(x * (x + 1))),
+    "softplus": lambda x: torch.nn.functional.softplus(-x.abs(), 2.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CHEAPER)
+def test_what_is_known_to_be_below_0_has_the_cheaper_function(name, compiled):
+    function, formula = CHEAPER[name]
+    noted = steps(formula, 1, loop=True)
+    assert noted
+    assert f" {function}(" in " ".join(noted[0])
+    x = random(N)
+    x[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    compiled(lambda: in_one_loop(formula, x))
+    assert_close(in_one_loop(formula, x), formula(x), rtol=3e-7, atol=1e-37, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NOT_CHEAPER)
+def test_what_may_be_above_0_has_not(name):
+    noted = steps(NOT_CHEAPER[name], 1, loop=True)
+    assert noted
+    assert "below_0" not in " ".join(noted[0])

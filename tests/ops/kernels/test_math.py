@@ -1,6 +1,7 @@
 """The functions of math.h, compiled: near the truth, exact at the edges, the same bits anywhere in an array."""
 
 import ctypes
+import math
 import re
 import shutil
 import subprocess
@@ -35,11 +36,15 @@ MACHINES = {"DEFAULT": {"plain": ()}, "AVX2": {"plain": (), "avx2": AVX2}}
 MACHINES["AVX512"] = {**MACHINES["AVX2"], "avx512": AVX512}
 LEVELS = MACHINES.get(torch.backends.cpu.get_cpu_capability(), MACHINES["DEFAULT"])
 
-# function -> ((max, mean) with fma, (max, mean) without), in ulp, as the header's table says.
+SOFT = HEADER.with_suffix("") / "soft.h"
+
+# function -> ((max, mean) with fma, (max, mean) without), in ulp, as the headers' tables say.
 BOUNDS = {
     row[1]: ((float(row[2]), float(row[3])), (float(row[4]), float(row[5])))
     for row in re.finditer(
-        r"^//   (\w+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)", HEADER.read_text(), re.MULTILINE
+        r"^//   (\w+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)",
+        HEADER.read_text() + SOFT.read_text(),
+        re.MULTILINE,
     )
 }
 POW = BOUNDS.pop("pow")
@@ -108,6 +113,39 @@ EDGES = {
 }
 
 
+# What torch calls by another name, and where a function is meant for a part of all numbers, that part.
+TRUTHS = {
+    "exp_below_0": torch.exp,
+    "expm1_below_0": torch.expm1,
+    "log1p_exp": lambda x: torch.log1p(torch.exp(x)),
+    "erfcx": torch.special.erfcx,
+}
+NORMAL = -87.3  # e^x is no subnormal number
+DOMAINS = {
+    "exp_below_0": (NORMAL, 0.0),
+    "expm1_below_0": (-INF, 0.0),
+    "log1p_exp": (NORMAL, 0.0),
+    "sigmoid": (NORMAL, INF),
+    "erfcx": (0.0, 10.0),
+}
+TO_0 = [(x, 0.0) for x in (-88.0, -100.0, -104.0, -LARGEST, -INF)]
+EDGES |= {
+    "exp_below_0": [(NAN, NAN), (0.0, 1.0), (-0.0, 1.0), (-TINY, 1.0), *TO_0],
+    "expm1_below_0": [
+        (NAN, NAN),
+        (0.0, 0.0),
+        (-0.0, 0.0),
+        *((-x, -x) for x in (TINY, 3 * TINY, LEAST)),
+        *((x, -1.0) for x in (-18.0, -19.0, -104.0, -LARGEST, -INF)),
+    ],
+    "log1p_exp": [(NAN, NAN), (0.0, math.log(2)), (-0.0, math.log(2)), *TO_0],
+    "sigmoid": [(NAN, NAN), (0.0, 0.5), (-0.0, 0.5), (-TINY, 0.5)]
+    + [(x, 1.0) for x in (17.5, 30.0, 31.0, 89.0, LARGEST, INF)]
+    + [(-x, 0.0) for x in (89.0, 104.0, LARGEST, INF)],
+    "erfcx": [(NAN, NAN), (0.0, 1.0), (TINY, 1.0), (INF, 0.0)],
+}
+
+
 def compiler() -> str:
     found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
     assert found, (
@@ -120,6 +158,7 @@ def source() -> str:
     """Of each function a loop, on a line of its own, and single calls."""
     lines = [
         f'#include "{HEADER}"',
+        f'#include "{SOFT}"',
         'extern "C" int has_fma() {',
         "#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)",
     ]
@@ -175,11 +214,18 @@ def stratified(each: int = 2048) -> torch.Tensor:
     return numbers.to(torch.int32).view(torch.float32).flatten()
 
 
+def of_domain(name: str, x: torch.Tensor) -> torch.Tensor:
+    """What is outside is at the edge, but +0 for -0: what a function gives there is tested with the edges."""
+    return x.clamp(*DOMAINS[name]) + 0.0 if name in DOMAINS else x
+
+
 def check(name: str, library: ctypes.CDLL, pieces) -> None:
     most, mean = BOUNDS[name][0 if library.has_fma() else 1]
     total, count = 0.0, 0
-    for x in pieces:
-        error = errors(getattr(torch, name)(x.double()), apply(getattr(library, f"loop_{name}"), x))
+    truth = TRUTHS.get(name) or getattr(torch, name)
+    for piece in pieces:
+        x = of_domain(name, piece)
+        error = errors(truth(x.double()), apply(getattr(library, f"loop_{name}"), x))
         worst = error.argmax()
         assert error[worst] <= most, f"{name}({x[worst].item().hex()}): {error[worst]:.3f} ulp"
         usual = error[(x.abs() >= 1 / 128) & (x.abs() < 8)]
@@ -264,7 +310,7 @@ def test_edges_of_pow(library):
 def test_bits_do_not_depend_on_the_position(name, library):
     """In the vectors of a loop, in what is left at its end, alone."""
     loop, single = getattr(library, f"loop_{name}"), getattr(library, f"single_{name}")
-    x = stratified(64)
+    x = of_domain(name, stratified(64))
     bits = apply(loop, x).view(torch.int32)
     number = ~x.isnan()
     assert torch.equal(apply(single, x).view(torch.int32)[number], bits[number])

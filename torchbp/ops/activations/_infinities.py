@@ -1,9 +1,9 @@
 """x · s(x) at x = ±∞, where torch's kernels form ∞ · 0 = NaN though the limit is relu(x), with derivative 0 or 1.
 
 Mending it takes passes over memory, about half of such an op's time. So the kernels run as they are where one look says
-that they may: on one thread, and of few elements, at what forward and backward gave (`../_invalid.py`), some 0.1 to
-0.6 µs each; else at the input, once, before the kernel, which then finds it in the cache. Which it is, is asked once,
-before the Function.
+that they may: on one thread, of few elements, and with the compiled library, at what forward and backward gave
+(`../_invalid.py`), some 0.1 to 0.6 µs each, on several threads 6; else at the input, once, before the kernel, which
+then finds it in the cache. Which it is, is asked once, before the Function.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchbp.ops._function import followed, fused, is_half, modes_active, visible
-from torchbp.ops._invalid import FEW, at_hand, quiet, sound
+from torchbp.ops._invalid import FEW, at_hand, at_hand_of_all, quiet, sound
 from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops.kernels import MANY, half_in_one_loop, in_one_loop
 from torchbp.ops.kernels import at_hand as compiled
@@ -49,6 +49,8 @@ def known_finite(x: Tensor, *, many: bool = True, loop: bool = False) -> bool | 
     if x.numel() <= FEW or at_hand():
         return None
     if compiled() and x.numel() >= MANY and (is_half(x) or (loop and x.dtype == torch.float32)):
+        return None
+    if at_hand_of_all(x.numel()):
         return None
     if not many or not x.is_floating_point():
         return False

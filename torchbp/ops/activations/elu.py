@@ -101,20 +101,27 @@ def _value(alpha: float, s: float, beta: float) -> Callable[[Tensor], Tensor]:
     left = s * alpha
 
     def formula(x: Tensor) -> Tensor:
+        # no further than 0: the loop then takes the cheaper function of what is below it
+        return torch.where(x < 0, left * torch.expm1((beta * x).clamp(max=0)), s * x)
+
+    def of_negative_beta(x: Tensor) -> Tensor:
         return torch.where(x < 0, left * torch.expm1(beta * x), s * x)
 
-    return formula
+    return formula if beta > 0 else of_negative_beta
 
 
 def _in_a_loop(ctx: Context) -> Callable[[Tensor, Tensor], Tensor]:
     s, beta = ctx.s, ctx.beta
     left = s * ctx.alpha * beta
 
+    # (1); NaN as torch's vectors; in torch's order: v (left exp(βx)) has 1.4 % more in the tail, for SELU
     def formula(v: Tensor, x: Tensor) -> Tensor:
-        # (1); NaN as torch's vectors; in torch's order: v (left exp(βx)) has 1.4 % more in the tail, for SELU
+        return torch.where(x > 0, v * s, v * left * torch.exp((beta * x).clamp(max=0)))
+
+    def of_negative_beta(v: Tensor, x: Tensor) -> Tensor:
         return torch.where(x > 0, v * s, v * left * torch.exp(beta * x))
 
-    return formula
+    return formula if beta > 0 else of_negative_beta
 
 
 def _times_derivative(v: Tensor, kept: Tensor, ctx: Context) -> Tensor:

@@ -131,7 +131,7 @@ def _of_tanh(v: Tensor, x: Tensor) -> Tensor:
 
 def _erf_in_a_loop(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return Φ(x) and dy/dx, both by one exponential: erfc(z) = exp(-z²) erfcx(z)."""
-    e = torch.exp(-0.5 * x * x)
+    e = torch.exp(-0.5 * (x * x))
     tail = 0.5 * torch.special.erfcx(_SQRT_HALF * x.abs()) * e
     cdf = torch.where(x < 0, tail, 1 - tail)
     return cdf, cdf + x * e * _DENSITY_AT_0  # (1)

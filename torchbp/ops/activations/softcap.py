@@ -72,7 +72,7 @@ def _value(input: Tensor, cap: float) -> Tensor:
 
 def _times(cap: float, half: bool) -> Callable[[Tensor, Tensor], Tensor]:
     def of_x(v: Tensor, x: Tensor) -> Tensor:
-        e = torch.exp(-2 / cap * x.abs())
+        e = torch.exp(-(2 / cap * x).abs())
         d = 1 + e
         return v * (4 * e / (d * d))  # (1'), which is even in x
 

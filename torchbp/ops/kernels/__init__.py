@@ -12,6 +12,7 @@ from torchbp.ops.kernels._cross_entropy import takes_logits as takes_logits
 from torchbp.ops.kernels._ctc import over_sequences as over_sequences
 from torchbp.ops.kernels._ctc import over_sequences_backward as over_sequences_backward
 from torchbp.ops.kernels._embedding import over_indices as over_indices
+from torchbp.ops.kernels._flags import of_all_threads as of_all_threads
 from torchbp.ops.kernels._library import at_hand as at_hand
 from torchbp.ops.kernels._library import disabled as disabled
 from torchbp.ops.kernels._library import listed as listed
@@ -44,6 +45,7 @@ __all__ = [
     "in_one_loop",
     "listed",
     "looped",
+    "of_all_threads",
     "over_batch",
     "over_batch_backward",
     "over_groups",

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchbp.ops._op import Op, all_ops
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.kernels import _library
+from torchbp.ops.kernels._flags import of_all_threads
 from torchbp.ops.kernels._loop import MANY
 
 __all__ = ["DTYPES", "asked_for", "build", "compiler", "many"]
@@ -38,6 +39,7 @@ def asked_for(
     """Return the sources, by name, of the formulas that ``ops`` run on many elements, with their samples' options."""
     with _library.recording() as sources, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        of_all_threads(1)
         for op in (ops or all_ops()).values():
             for dtype in dtypes:
                 for sample in many(op, dtype):

@@ -6,7 +6,9 @@ of the loop is a digest of that source, so a formula that has changed is not fou
 
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
 from math import prod
+from struct import Struct
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +40,7 @@ _ARRAY, _NUMBER, _SPREAD, _ROWS = "Array", "Number", "Spread", "Rows"
 _A_ROW = 16  # elements; of shorter ones each would be copied by itself
 _SUMMED_ROW = 64  # elements; of shorter rows the sums take as long as torch's
 Output = torch.dtype | str | Tensor | None
+_ONE_LIKE_FIRST: tuple[Output, ...] = (None,)
 
 
 class _Taken(NamedTuple):
@@ -45,6 +48,11 @@ class _Taken(NamedTuple):
 
     dtype: torch.dtype
     kind: str  # of each element its own, one number for all, or numbers spread over dimensions, or rows with gaps
+
+
+@cache
+def _all_arrays(dtype: torch.dtype, count: int) -> tuple[_Taken, ...]:
+    return (_Taken(dtype, _ARRAY),) * count
 
 
 class _Laid(NamedTuple):
@@ -58,7 +66,7 @@ class _Laid(NamedTuple):
 
 
 def in_one_loop(
-    formula: Callable[..., Any], *tensors: Tensor, outputs: tuple[Output, ...] = (None,)
+    formula: Callable[..., Any], *tensors: Tensor, outputs: tuple[Output, ...] = _ONE_LIKE_FIRST
 ) -> Any:
     """Return the value of ``formula``, computed in float32 and rounded once; ``None`` where it has to run itself.
 
@@ -79,21 +87,37 @@ def in_one_loop(
     first = tensors[0]
     if not isinstance(first, Tensor) or first.numel() < MANY or not _library.at_hand():
         return None
+    known = identity(formula)
+    if known is None:
+        return None
+    taken = _arrays(tensors) if outputs is _ONE_LIKE_FIRST else None
+    if taken is None:
+        return _of_any_layout(known, formula, tensors, outputs)
+    # what is most usual, in few lines: beside many elements, for which their code leaves the cache, each takes some 3 µs
+    run = _remembered(known, formula, taken, outputs)
+    if run is None:
+        return None
+    y = torch.empty_like(first)
+    run(first.numel(), tensors, (y,), None)
+    return y
+
+
+def _of_any_layout(
+    known: Any,
+    formula: Callable[..., Any],
+    tensors: tuple[Tensor, ...],
+    outputs: tuple[Output, ...],
+) -> Any:
+    first = tensors[0]
     tensors = tuple(t.contiguous() if _is_one_for_all(t) else t for t in tensors)
     laid = _laid(tensors, any_first=None not in outputs)
-    known = identity(formula)
-    if laid is None or known is None:
+    if laid is None:
         return None
     lengths = [_lengths(o, first.shape, outputs) for o in outputs]
     if None in lengths or (any(lengths) and not (laid.rows or laid.like.is_contiguous())):
         return None
     kinds = tuple(_Into(o.dtype) if isinstance(o, Tensor) else o for o in outputs)
-    key = (known, kinds, laid.taken)
-    run = _library.remembered.get(key, ())
-    if run == ():
-        if len(_library.remembered) >= _MOST:  # a number that changes from step to step
-            _library.remembered.clear()
-        run = _library.remembered[key] = _compiled(formula, laid.taken, kinds)
+    run = _remembered(known, formula, laid.taken, kinds)
     if run is None or (ROWS in kinds and first.shape[-1] < _SUMMED_ROW):
         return None
     made = tuple(
@@ -103,6 +127,38 @@ def in_one_loop(
     of_outputs = (n for pair in lengths for n in pair or (0, 0))
     run(first.numel(), tensors, made, (*laid.lengths, *of_outputs))
     return made[0] if len(made) == 1 else made
+
+
+def _remembered(
+    known: Any, formula: Callable[..., Any], taken: tuple[_Taken, ...], kinds: tuple[Any, ...]
+) -> Callable[..., None] | None:
+    key = (known, kinds, taken)
+    run = _library.remembered.get(key, ())
+    if run == ():
+        if len(_library.remembered) >= _MOST:  # a number that changes from step to step
+            _library.remembered.clear()
+        run = _library.remembered[key] = _compiled(formula, taken, kinds)
+    return run
+
+
+def _arrays(tensors: tuple[Tensor, ...]) -> tuple[_Taken, ...] | None:
+    """Return what :func:`_laid` finds where all tensors are contiguous and of one shape and dtype, else ``None``."""
+    first = tensors[0]
+    shape, dtype = first.shape, first.dtype
+    for t in tensors:
+        kind = type(t)
+        if not (
+            t.is_contiguous()
+            and t.dtype is dtype
+            and t.is_cpu
+            and (kind is Tensor or kind.__torch_dispatch__ is _PLAIN)  # pyright: ignore[reportAttributeAccessIssue]
+            and t.shape == shape
+            and not t.is_neg()
+        ):
+            return None
+    return (
+        _all_arrays(dtype, len(tensors)) if dtype in _FIRST and fused(*tensors, half=True) else None
+    )
 
 
 def _made(laid: _Laid, dtype: torch.dtype | str) -> Tensor:
@@ -255,15 +311,22 @@ def _compiled(
     function.restype = None
     function.argtypes = (c_int64, c_int, *(c_void_p,) * 4)
     given = (c_float * len(numbers))(*numbers)
-    of_inputs, of_outputs = c_void_p * len(taken), c_void_p * len(outputs)
-    of_lengths = c_int64 * (2 * len(taken) + 2 * len(outputs))
+    # bytes, as they stand in memory: an array of ctypes' takes three times as long
+    of_inputs, of_outputs = Struct(f"{len(taken)}P").pack, Struct(f"{len(outputs)}P").pack
+    count = 2 * len(taken) + 2 * len(outputs)
+    of_lengths, none = Struct(f"{count}q").pack, bytes(8 * count)
 
     def run(
-        n: int, tensors: tuple[Tensor, ...], made: tuple[Tensor, ...], lengths: tuple[int, ...]
+        n: int,
+        tensors: tuple[Tensor, ...],
+        made: tuple[Tensor, ...],
+        lengths: tuple[int, ...] | None,
     ) -> None:
         read = of_inputs(*[t.data_ptr() for t in tensors])
         write = of_outputs(*[t.data_ptr() for t in made])
-        function(n, get_num_threads(), read, write, given, of_lengths(*lengths))
+        function(
+            n, get_num_threads(), read, write, given, of_lengths(*lengths) if lengths else none
+        )
 
     return run
 

@@ -61,17 +61,23 @@ TORCHBP_INLINE float exp2(float x) {
     return x < -151.f ? 0.f : y;
 }
 
-// expm1: 2^n p + (2^n - 1). n = 0 wherever |x| < 1/2, so that no half of the digits cancels: q has a degree more than
-// that of exp, relative error of r + r² q(r) 2^-27.5. 2^(n-1) stands for 2^n, which at 128 is no float.
+// e^r - 1 = r + r² q(r) for |r| < 1/2: q has a degree more than that of exp, relative error of the whole 2^-27.5.
+TORCHBP_INLINE float expm1_tail(float r) {
+    return fma(r * r,
+               polynomial(r, 0x1.000002p-1f, 0x1.55556p-3f, 0x1.5551bap-5f, 0x1.110632p-7f, 0x1.6f4accp-10f,
+                          0x1.aa4dc8p-13f),
+               r);
+}
+
+// expm1: 2^n p + (2^n - 1). n = 0 wherever |x| < 1/2, so that no half of the digits cancels. 2^(n-1) stands for 2^n, which
+// at 128 is no float.
 TORCHBP_INLINE float expm1(float x) {
     const float size = fabs(x);
     int32_t i = bits(fma(size < 0.5f ? 0.f : x, 0x1.715476p0f, ROUND + 126.f));
     i = i < ROUND_BITS + 126 + 128 ? i : ROUND_BITS + 126 + 128;
-    const float r = exp_remainder(x, from_bits(i) - (ROUND + 126.f));
-    const float q =
-        polynomial(r, 0x1.000002p-1f, 0x1.55556p-3f, 0x1.5551bap-5f, 0x1.110632p-7f, 0x1.6f4accp-10f, 0x1.aa4dc8p-13f);
+    const float p = expm1_tail(exp_remainder(x, from_bits(i) - (ROUND + 126.f)));
     const float s = power_of_two(i);
-    const float half = fma(fma(r * r, q, r), s, s - 0.5f);
+    const float half = fma(p, s, s - 0.5f);
     const float y = x < -18.f ? -1.f : half + half;
     return size < 0x1p-60f ? x : y;
 }
