@@ -93,7 +93,7 @@ def in_one_loop(
     taken = _arrays(tensors) if outputs is _ONE_LIKE_FIRST else None
     if taken is None:
         return _of_any_layout(known, formula, tensors, outputs)
-    # what is most usual, in few lines: beside many elements, for which their code leaves the cache, each takes some 3 µs
+    # what is most usual, in few lines: beside many elements, where their code has left the cache, each takes some 3 µs
     run = _remembered(known, formula, taken, outputs)
     if run is None:
         return None
