@@ -116,21 +116,24 @@ EDGES = {
 # What torch calls by another name, and where a function is meant for a part of all numbers, that part.
 TRUTHS = {
     "exp_below_0": torch.exp,
+    "normal_exp_below_0": torch.exp,
     "expm1_below_0": torch.expm1,
     "log1p_exp": lambda x: torch.log1p(torch.exp(x)),
     "erfcx": torch.special.erfcx,
 }
 NORMAL = -87.3  # e^x is no subnormal number
 DOMAINS = {
-    "exp_below_0": (NORMAL, 0.0),
+    "exp_below_0": (-INF, 0.0),
+    "normal_exp_below_0": (NORMAL, 0.0),
     "expm1_below_0": (-INF, 0.0),
-    "log1p_exp": (NORMAL, 0.0),
+    "log1p_exp": (-INF, 0.0),
     "sigmoid": (NORMAL, INF),
     "erfcx": (0.0, 10.0),
 }
-TO_0 = [(x, 0.0) for x in (-88.0, -100.0, -104.0, -LARGEST, -INF)]
+TO_0 = [(x, 0.0) for x in (-104.0, -105.0, -200.0, -LARGEST, -INF)]
 EDGES |= {
-    "exp_below_0": [(NAN, NAN), (0.0, 1.0), (-0.0, 1.0), (-TINY, 1.0), *TO_0],
+    "exp_below_0": [(NAN, NAN), (0.0, 1.0), (-0.0, 1.0), (-TINY, 1.0), (-103.0, TINY), *TO_0],
+    "normal_exp_below_0": [(NAN, NAN), (0.0, 1.0), (-0.0, 1.0), (-88.0, 0.0), (-100.0, 0.0), *TO_0],
     "expm1_below_0": [
         (NAN, NAN),
         (0.0, 0.0),
@@ -138,7 +141,7 @@ EDGES |= {
         *((-x, -x) for x in (TINY, 3 * TINY, LEAST)),
         *((x, -1.0) for x in (-18.0, -19.0, -104.0, -LARGEST, -INF)),
     ],
-    "log1p_exp": [(NAN, NAN), (0.0, math.log(2)), (-0.0, math.log(2)), *TO_0],
+    "log1p_exp": [(NAN, NAN), *((x, math.log(2)) for x in (0.0, -0.0)), (-103.0, TINY), *TO_0],
     "sigmoid": [(NAN, NAN), (0.0, 0.5), (-0.0, 0.5), (-TINY, 0.5)]
     + [(x, 1.0) for x in (17.5, 30.0, 31.0, 89.0, LARGEST, INF)]
     + [(-x, 0.0) for x in (89.0, 104.0, LARGEST, INF)],

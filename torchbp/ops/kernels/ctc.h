@@ -22,7 +22,7 @@ TORCHBP_INLINE float log_add(float a, float b) { return (a > b ? a : b) + log1p_
 // log(e^a + e^b + e^c): the sum is in [1, 3]
 TORCHBP_INLINE float log_add(float a, float b, float c) {
     const float ab = a > b ? a : b, most = ab > c ? ab : c;
-    const Split s = split(exp_below_0(a - most) + exp_below_0(b - most) + exp_below_0(c - most), 0.75f);
+    const Split s = split(normal_exp_below_0(a - most) + normal_exp_below_0(b - most) + normal_exp_below_0(c - most), 0.75f);
     return most + log_of_split(s.f, float(s.exponent));
 }
 
@@ -185,9 +185,9 @@ inline void ctc_gradient(int64_t steps, int64_t n, int64_t c, int64_t width, int
             const float e = of.emit(t);
             float of_blank = 0.0f;
 #pragma omp simd reduction(+ : of_blank)
-            for (int64_t i = 0; i <= s; ++i) of_blank += exp_below_0(alpha.blank[i] + rest.blank[i] + known);
+            for (int64_t i = 0; i <= s; ++i) of_blank += normal_exp_below_0(alpha.blank[i] + rest.blank[i] + known);
 #pragma omp simd
-            for (int64_t i = 0; i < s; ++i) next.label[i] = exp_below_0(alpha.label[i] + rest.label[i] + known);
+            for (int64_t i = 0; i < s; ++i) next.label[i] = normal_exp_below_0(alpha.label[i] + rest.label[i] + known);
             for (int64_t i = 0; i < c; ++i) row[i] = 0.0f;
             for (int64_t i = 0; i < s; ++i) row[of.labels[i]] -= g[k] * next.label[i];
             row[blank] -= g[k] * of_blank;

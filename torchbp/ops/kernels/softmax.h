@@ -23,8 +23,8 @@ inline Lanes of_each(Lanes v, F f) {
     return v;
 }
 
-inline Lanes exp_below_0(Lanes v) {
-    return of_each(v, [](float x) { return exp_below_0(x); });
+inline Lanes normal_exp_below_0(Lanes v) {
+    return of_each(v, [](float x) { return normal_exp_below_0(x); });
 }
 
 inline Lanes log(Lanes v) {
@@ -52,7 +52,7 @@ template <class T, class F>
 inline float exp_sum(const T* x, int64_t c, float m, F term) {
     const Lanes most = all(m);
     const auto next = [&](int64_t i, auto at, Lanes* of) {
-        of[0] = exp_below_0(at(x + i, -INF) - most);
+        of[0] = normal_exp_below_0(at(x + i, -INF) - most);
         term(i, at, of[0]);
     };
     if (c <= LANES) {  // a third of the time of sums in general
