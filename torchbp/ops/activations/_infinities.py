@@ -46,11 +46,9 @@ def known_finite(x: Tensor, *, many: bool = True, loop: bool = False) -> bool | 
         return False
     if modes_active() and followed():
         return False
-    if x.numel() <= FEW or at_hand():
+    if x.numel() <= FEW or at_hand() or at_hand_of_all(x.numel()):
         return None
     if compiled() and x.numel() >= MANY and (is_half(x) or (loop and x.dtype == torch.float32)):
-        return None
-    if at_hand_of_all(x.numel()):
         return None
     if not many or not x.is_floating_point():
         return False
