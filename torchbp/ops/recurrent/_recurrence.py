@@ -70,7 +70,7 @@ _tanh_backward_into = kernel("tanh_backward", "grad_input")
 _tanh_backward = kernel("tanh_backward")
 
 Sizes = tuple[int, ...]
-Saved = Sequence[Tensor | None]  # for backward
+Saved = Sequence[Any]  # for backward: tensors, or None
 
 
 # ------------------------------------------------------------------------------------------------------ time
