@@ -25,7 +25,17 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops._errors import wrong
-from torchbp.ops._function import Context, entry, fused, is_half, kernel, plain, public, unviewed
+from torchbp.ops._function import (
+    Context,
+    entry,
+    fused,
+    is_half,
+    kernel,
+    plain,
+    public,
+    unviewed,
+    visible_in_backward,
+)
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import REDUCTIONS, named, spread
 from torchbp.ops._samples import Make, Sample, against_classes, stored
@@ -111,8 +121,7 @@ def _by_kernel(
         if w is not None:
             return None
         if reduction == "mean":
-            count = (target != ctx.ignored).sum()
-            grad, reduction = (grad.float() / count.clamp(min=1)).to(grad.dtype), "sum"
+            grad, reduction = _shared(grad, (target != ctx.ignored).sum()), "sum"
     if reduction != "mean":
         total = grad if grad.dim() == 0 else grad.new_empty(())  # not read
     elif total is None:
@@ -124,6 +133,13 @@ def _by_kernel(
     if target.dtype is not torch.int64:
         target = target.long()
     return _nll_loss_backward(grad, like_x, target, w, REDUCTIONS[reduction], ctx.ignored, total)
+
+
+def _shared(grad: Tensor, count: Tensor) -> Tensor:
+    """Return grad / N, rounded once; by numbers where they may be looked at, which takes three calls fewer."""
+    if visible_in_backward(grad) and count.is_cpu:
+        return torch.full_like(grad, grad.item() / max(1, count.item()))
+    return (grad.float() / count.clamp(min=1)).to(grad.dtype)
 
 
 @lru_cache(64)
