@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import Tensor
 
+import torchbp
 import torchbp.functional as F
 from tests.device import DEVICE
 from tests.ops.conftest import HALF
@@ -214,6 +216,25 @@ def test_sparse_tensors_are_torchs_own():
     w = torch.randn(2, 3, requires_grad=True, device=DEVICE)
     F.linear(torch.eye(3, device=DEVICE).to_sparse(), w).sum().backward()
     assert torch.equal(w.grad, torch.ones(2, 3, device=DEVICE))
+
+
+class Quantized(Tensor):
+    """As torchao's are: its ``__torch_function__`` knows a few of torch's functions, and what else comes it refuses."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear:
+            x, w, bias = args  # by place, as the layer passes them
+            return x @ w.as_subclass(Tensor).T + bias + 1
+        return NotImplemented
+
+
+def test_a_class_that_answers_for_torchs_functions():
+    x, w = torch.randn(2, 3, device=DEVICE), torch.randn(4, 3, device=DEVICE)
+    layer = torchbp.nn.Linear(3, 4, device=DEVICE)
+    layer.weight.requires_grad_(False)
+    layer._parameters["weight"] = w.as_subclass(Quantized)  # as a Module's swapped weight
+    torch.testing.assert_close(layer(x), x @ w.T + layer.bias + 1)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")

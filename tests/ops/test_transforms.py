@@ -354,6 +354,25 @@ def test_compiled_backward_runs_the_hand_written_one(first):
     assert "autograd_function_apply" in code
 
 
+class Named(Tensor):
+    """A subclass as every other."""
+
+
+@pytest.mark.parametrize("name", ["silu", "layer_norm", "cross_entropy"])
+def test_compile_of_a_subclass(name):
+    from torchbp.ops._op import all_ops
+
+    torch._dynamo.reset()
+    case = Case(all_ops()[name], 0)
+    f, tensors = case.of_tensors(case.sample(torch.float32), case.op.function)
+    given = [t.detach().as_subclass(Named).requires_grad_() for t in tensors]
+    y = torch.compile(f, fullgraph=True, backend="eager")(*given)  # torch's AOT refuses its own
+    assert type(y) is Named
+    grads = torch.autograd.grad(y.sin().sum(), given)
+    want = torch.autograd.grad(f(*tensors).sin().sum(), tensors)
+    torch.testing.assert_close([g.as_subclass(Tensor) for g in grads], list(want))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_autograd(first):

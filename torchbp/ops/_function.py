@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._C import _is_torch_function_enabled as torch_functions_enabled
 from torch._C import _is_tracing as is_script_tracing
 from torch._C import _len_torch_dispatch_stack as modes_active
 from torch._C._functorch import is_gradtrackingtensor, is_legacy_batchedtensor
@@ -18,7 +19,6 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.compiler import is_compiling, is_dynamo_compiling
-from torch.masked import MaskedTensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as mode_stack
 
@@ -66,6 +66,7 @@ _FAKE, _PROXY = _TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY
 _HALF = (torch.bfloat16, torch.float16)
 # What a class has that does not answer for torch's ops itself, as fake and distributed tensors do.
 _PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
+_EVERY = Tensor.__torch_function__.__func__  # pyright: ignore[reportFunctionMemberAccess]
 _formula_only = False
 
 
@@ -303,9 +304,11 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     """Make ``function`` a citizen of ``torchbp.functional``.
 
     It answers ``__torch_function__`` (tensor subclasses, modes, ``torch.fx`` proxies) as torch's own functions do,
-    and is pickled by its public name, whatever the file tree. Nested, sparse and masked tensors go to torch's own
-    function: formulas and samples are those of strided ones. What is passed on there is, as torch does it, what has no
-    default by place, and what is not the default by name. Where no tensor is given for one, torch's error is raised.
+    and is pickled by its public name, whatever the file tree. Nested and sparse tensors go to torch's own function,
+    formulas and samples are those of strided ones, and so do tensors whose class has a ``__torch_function__`` of its
+    own, as quantized and masked ones do: it knows torch's functions, by identity. What is passed on to others is, as
+    torch does it, what has no default by place, and what is not the default by name. Where no tensor is given for one,
+    torch's error is raised.
     ``torch.jit.trace`` records torch's own, too: what it saves runs where there is no Python.
     """
     own = getattr(torch.nn.functional, function.__name__, None)
@@ -317,14 +320,17 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
         named, needed, chosen = passed_on(args, kwargs)
         given = tuple(named.values())
         if own is not None:
-            if script_traced() and not beyond_torch & chosen.keys():
-                return own(*needed, **chosen)
+            if not beyond_torch & chosen.keys():
+                if script_traced():
+                    return own(*needed, **chosen)
+                # A class may take a bias by place alone, as layers pass it.
+                if any(map(_answers, given)):
+                    return own(*args, **{k: v for k, v in kwargs.items() if k in chosen})
             for a in given:
                 if isinstance(a, Tensor) and (a.layout is not strided or a.is_nested):
                     return own(*needed, **chosen)
-                if isinstance(a, MaskedTensor):
-                    return own(*needed, **chosen)
-        if has_torch_function(given):
+        # dynamo's has_torch_function forgets where a class has switched its own off
+        if has_torch_function(given) and (not is_dynamo_compiling() or torch_functions_enabled()):
             return handle_torch_function(dispatch, given, *needed, **chosen)
         return function(*args, **kwargs)
 
@@ -354,6 +360,13 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     )
     dispatch.__module__ = "torchbp.functional"
     return dispatch
+
+
+def _answers(value: object) -> bool:
+    """Whether this is a tensor whose class answers for torch's functions itself, not as every subclass does."""
+    if not isinstance(value, Tensor):
+        return False
+    return getattr(type(value).__torch_function__, "__func__", _EVERY) is not _EVERY
 
 
 def _passed_on(function: Callable[..., Any]) -> Callable[..., Any]:
