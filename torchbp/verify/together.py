@@ -34,14 +34,15 @@ def no_question(case: Case, samples: Sequence[Case], most: float) -> list[bool]:
         return answers
     try:
         batch = _Batch([samples[k] for k in chosen], stacked)
-        if batch.wrote:
-            return answers
-        for number, k in enumerate(chosen):
+        for number, k in enumerate(chosen if not batch.wrote else ()):
             lines = _Lines(batch, number)
             finite = all(bool(y.isfinite().all()) for y in lines.case.plain.outputs)
             answers[k] = finite and not leaves_a_question(lines.case, lines, most)
     except (ForwardRaised, BackwardRaised):
-        return [False] * len(samples)
+        answers = [False] * len(samples)
+    for k in chosen:
+        if not answers[k]:  # looked at alone, it has a gradient of its own
+            samples[k].__dict__.pop("plain", None)
     return answers
 
 

@@ -28,12 +28,21 @@ Join = Literal["stack", "sum", "mean"]
 Gradients = Sequence[Tensor]  # one a leaf
 
 
+Pull = Callable[[Sequence[Tensor]], Gradients]
+
+
 class Known(NamedTuple):
     """A sample of which all outputs are known, and what makes gradients of a grad_output for each."""
 
     outputs: list[Tensor]
-    pull: Callable[[Sequence[Tensor]], Gradients]
+    pull: Pull
 
+
+_JOINED: dict[Join, Callable[[Tensor, Tensor], Tensor]] = {
+    "stack": lambda a, b: torch.stack([a, b]),
+    "sum": lambda a, b: a + b,
+    "mean": lambda a, b: (a + b) / 2,
+}
 
 # What each of two samples gets of the grad_output of their batch.
 _SHARES: dict[Join, Callable[[Tensor, int], Tensor]] = {
@@ -133,7 +142,7 @@ def _batches(case: Case, chosen: tuple[int, ...]) -> list[Case] | None:
     known = _has_gradients(other, lambda v: _of_both(case, (here, there), joins, v, chosen))
     if known:  # for `degenerate`
         case.memo[STACKED if set(joins) == {"stack"} else ADDED] = chosen
-    return [*([] if known else [other]), *_beyond(case, other, chosen)]
+    return [*([] if known else [other]), *_beyond(case, other, chosen, (here, there), joins)]
 
 
 def _drawn(case: Case, chosen: tuple[int, ...]) -> list[Case] | None:
@@ -142,7 +151,7 @@ def _drawn(case: Case, chosen: tuple[int, ...]) -> list[Case] | None:
     return [other] if len(chosen) == len(case.arguments) == 1 and accepts(other) else None
 
 
-def _has_gradients(other: Case, expected: Callable[[Sequence[Tensor]], Gradients]) -> bool:
+def _has_gradients(other: Case, expected: Pull) -> bool:
     """Whether the gradients are those that are known from the sample, for the same grad_output."""
     try:
         got = other.plain.grads
@@ -201,16 +210,78 @@ def _of_both(
     ]
 
 
-def _beyond(case: Case, other: Case, chosen: tuple[int, ...]) -> list[Case]:
-    """Return a batch of batches of one row only, where that is taken: a dimension of 1 may be squeezed away."""
+def _beyond(
+    case: Case, other: Case, chosen: tuple[int, ...], pair: tuple[Known, Known], joins: list[Join]
+) -> list[Case]:
+    """Return a batch of batches of one row only, where that is taken: a dimension of 1 may be squeezed away.
+
+    Not where its gradients are known to be right.
+    """
     if elementwise(case):
         return []
     single = other.edited(lambda i, t: t[:, :1] if i in chosen and t.dim() > 1 else t)
-    for base in (single, other):
+    same = all(single.flat[i].shape == other.flat[i].shape for i in chosen)
+    for base in (other,) if same else (single, other):
         twice = base.edited(lambda i, t: _stack(t) if i in chosen else t)
         if accepts(twice):
-            return [twice]
-    return [single] if accepts(single) else []
+            expected = (
+                _of_first_rows(case, twice, chosen)
+                if base is single
+                else _of_batches(case, twice, chosen, pair, joins)
+            )
+            return [] if expected and _has_gradients(twice, expected) else [twice]
+    return [single] if not same and accepts(single) else []
+
+
+def _of_first_rows(case: Case, twice: Case, chosen: tuple[int, ...]) -> Pull | None:
+    """Return what makes the gradients of first rows in batches of batches, where rows are known to be apart.
+
+    They are the first row and the last, then the last and the first.
+    """
+    rows = {
+        len(t) if t.dim() else 0 for t in (*map(case.flat.__getitem__, chosen), *case.all_outputs)
+    }
+    if len(rows) > 1 or rows <= {0, 1}:
+        return None
+
+    def in_batches(one: Tensor, other: Tensor) -> Tensor:
+        return torch.stack([torch.stack([one[:1], one[-1:]]), torch.stack([other[-1:], other[:1]])])
+
+    def pull(several: Sequence[Tensor]) -> Gradients:
+        halves = []
+        for k in range(2):
+            alone = [
+                torch.zeros_like(y, memory_format=torch.contiguous_format)
+                for y in case.plain.outputs
+            ]
+            for whole, v in zip(alone, several, strict=True):
+                whole[0], whole[-1] = v[k, k, 0], v[k, 1 - k, 0]
+            halves.append(case.vjps([alone])[0])
+        return [
+            in_batches(one, other) if i in chosen else one + other
+            for i, one, other in zip(case.where, *halves, strict=True)
+        ]
+
+    pairs = zip(case.all_outputs, twice.all_outputs, strict=True)
+    return pull if all(_is_close(in_batches(y, y), two) for y, two in pairs) else None
+
+
+def _of_batches(
+    case: Case, twice: Case, chosen: tuple[int, ...], pair: tuple[Known, Known], joins: list[Join]
+) -> Pull | None:
+    """Return what makes the gradients of two batches, the second in the other order, where that is known."""
+    batches = [
+        Known(
+            [
+                _JOINED[join](*two)
+                for join, *two in zip(joins, *(k.outputs for k in known), strict=True)
+            ],
+            lambda v, known=known: _of_both(case, known, joins, v, chosen),
+        )
+        for known in (pair, pair[::-1])
+    ]
+    again = _joins(twice, *batches)
+    return again and (lambda v: _of_both(case, (batches[0], batches[1]), again, v, chosen))
 
 
 def _counts(x: Any) -> bool:
@@ -225,16 +296,15 @@ def _rolled(t: Tensor) -> Tensor:
     return t.roll(1, 0) if t.dim() else t
 
 
+def _is_close(expected: Tensor, y: Tensor) -> bool:
+    return y.shape == expected.shape and torch.allclose(y, expected.to(y), rtol=1e-6, atol=1e-9)
+
+
 def _joins(both: Case, one: Known, other: Known) -> list[Join] | None:
     """Return what forward makes of a batch, an output: what it makes of its samples, stacked, added or averaged."""
     found: list[Join] = []
     for y, a, b in zip(both.all_outputs, one.outputs, other.outputs, strict=True):
-        ways: dict[Join, Tensor] = {"stack": torch.stack([a, b]), "sum": a + b, "mean": (a + b) / 2}
-        kinds: list[Join] = [
-            kind
-            for kind, w in ways.items()
-            if y.shape == w.shape and torch.allclose(y, w.to(y), rtol=1e-6, atol=1e-9)
-        ]
+        kinds: list[Join] = [kind for kind, join in _JOINED.items() if _is_close(join(a, b), y)]
         if not kinds:
             return None
         found += kinds[:1]

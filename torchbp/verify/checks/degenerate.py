@@ -6,7 +6,7 @@ refused, as of directions, or quaternions are spoken of, all of each row but its
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -130,8 +130,7 @@ def _left(case: Case, inputs: list[int], most: float) -> tuple[dict[str, Case], 
     if pair and both:
         samples[_equal(case, pair)] = _met(case, pair)
         samples[BOTH] = both
-    for other in samples.values():  # an output that cancels would seem to hold few bits
-        other.__dict__["epsilon"] = case.epsilon
+    _keep_precision(case, samples)
     at_once = no_question(case, list(samples.values()), most)
     tested = any(at_once)
     samples = {w: c for (w, c), right in zip(samples.items(), at_once, strict=True) if not right}
@@ -150,6 +149,12 @@ def _left(case: Case, inputs: list[int], most: float) -> tuple[dict[str, Case], 
     return samples, tested
 
 
+def _keep_precision(case: Case, samples: Mapping[str, Case]) -> None:
+    """Let the precision be that of the user's sample: an output that cancels would seem to hold few bits."""
+    for other in samples.values():
+        other.__dict__["epsilon"] = case.epsilon
+
+
 def _run(case: Case) -> Iterator[Finding]:
     inputs = [case.where[i] for i in range(len(case.leaves)) if case.where[i] < case.size]
     if len(elementwise(case)) == len(case.leaves):
@@ -161,9 +166,8 @@ def _run(case: Case) -> Iterator[Finding]:
     square = any(_is_square(case.flat[i]) for i in inputs)
     seen = [case]
     samples.update(_along_axis(case, inputs, samples))
-    for what, made in samples.items():
-        other = made.edited(lambda _, t: t)  # as it is: of a batch, perhaps, there is a gradient
-        other.__dict__["epsilon"] = case.epsilon
+    _keep_precision(case, samples)
+    for what, other in samples.items():
         known = any(all(torch.equal(c.flat[i], other.flat[i]) for i in inputs) for c in seen)
         if known or not accepts(other):
             continue

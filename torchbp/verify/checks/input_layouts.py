@@ -51,8 +51,9 @@ def _both(t: Tensor) -> Tensor:
     return _slice(t.permute(dims).contiguous()).permute(dims)
 
 
+PERMUTED = "permuted"
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "permuted": _permuted,
+    PERMUTED: _permuted,
     "a slice of a wider tensor": _slice,
 }
 
@@ -60,7 +61,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def _run(case: Case) -> Iterator[Finding]:
     refused = []
     tried = {tuple(t.stride() for t in case.leaves)}
-    for layout, change in LAYOUTS.items() if not _right_at_once(case) else ():
+    for layout, change in _left(case).items():
         other = case.variant(change)
         strides = tuple(t.stride() for t in other.leaves)
         if strides in tried:  # of vectors, permuted is as it was
@@ -79,22 +80,22 @@ def _run(case: Case) -> Iterator[Finding]:
         raise Refused("; ".join(refused))
 
 
-def _right_at_once(case: Case) -> bool:
-    """Whether all is right for inputs that are permuted and a slice, too, which saves a call.
+def _left(case: Case) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the layouts to look at: none where all is right for inputs that are permuted and a slice at once.
 
-    Of several inputs some require grad in each of a few calls, which saves those of `requires_grad`.
+    Of several inputs some require grad in each of a few calls, which saves those of `requires_grad`. Images have a
+    layout of their own that nothing else is; they are a slice then.
     """
-    n = len(case.leaves)
-    if any(t.dim() in CHANNELS_LAST for t in case.leaves):
-        return False
-    other = case.variant(_both)
+    images = any(t.dim() in CHANNELS_LAST for t in case.leaves)
+    other = case.variant(_slice if images else _both)
     try:
-        if any(_compare(case, other, "", free=free) for free in combinations_of(n)):
-            return False
+        for free in combinations_of(len(case.leaves)):
+            if _compare(case, other, "", free=free):
+                return LAYOUTS
     except (ForwardRaised, BackwardRaised):
-        return False
+        return LAYOUTS
     case.memo[FROZEN] = True
-    return True
+    return {PERMUTED: _permuted} if images else {}
 
 
 def _expanded(case: Case) -> list[Finding]:

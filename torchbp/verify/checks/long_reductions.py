@@ -6,7 +6,8 @@ a call of so many is too much. It is made positive so that nothing cancels. Wher
 as those of a norm have, grad_output has theirs as well: what a weight is multiplied with has no other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -26,22 +27,22 @@ LENGTHS = (2048, 1024)  # the second for a loop, or a matrix of all pairs of row
 LARGE = 4.0  # times the length, of the first row's grad_output: sums of a few rows are lost on it in bfloat16
 SHORT = 16  # times shorter, where nothing stalls yet
 LARGEST = 2**16
+AT_ONCE = (1024, 1056)  # of two dimensions together
+LARGEST_AT_ONCE = 2**22
 STEPS = (1, 4)  # times as much as a call may do elsewhere: a loop of as many steps, two calls of it
 OFF = 0.1  # of the norm: rounding of 2048 addends in another order stays below 0.02
 LOST = 0.25  # of what the rows but the large one add: a sum that stalls loses most of it
 DTYPES = (torch.bfloat16, torch.float16)  # the second where the first is refused
 
+Lengths = tuple[int, ...]
+
 
 def _run(case: Case) -> Iterator[Finding]:
     tested = False
     left = set(range(len(case.leaves)))  # one dimension for each input
-    # What is summed for the most inputs stands first: the queries of an attention, for keys and values.
-    for size in sorted(free_sizes(case), key=lambda s: sum(bool(s.of(i)) for i in case.where)):
-        if not any(case.flat[i].is_floating_point() for i, _, _ in size.places):
-            continue  # one element read many times: torch itself adds such gradients up in low precision
-        summed = [i for i in left if not size.of(case.where[i])]
-        if not summed or not fits(case, {size: size.near(LENGTHS[0])}, LARGEST):
-            continue
+    if _right_at_once(case):
+        return
+    for size, summed in _summed(case, left):
         for dtype in DTYPES:
             try:
                 found = _compare(case, size, summed, dtype)
@@ -55,6 +56,46 @@ def _run(case: Case) -> Iterator[Finding]:
             break
     if not tested:
         raise NotApplicable("no input is summed over a dimension, in low precision")
+
+
+def _summed(case: Case, left: set[int]) -> Iterator[tuple[Size, list[int]]]:
+    """Yield each size with the inputs, of those that are ``left``, whose gradients are summed over it.
+
+    What is summed for the most inputs stands first: the queries of an attention, for keys and values.
+    """
+    for size in sorted(free_sizes(case), key=lambda s: sum(bool(s.of(i)) for i in case.where)):
+        if not any(case.flat[i].is_floating_point() for i, _, _ in size.places):
+            continue  # one element read many times: torch itself adds such gradients up in low precision
+        summed = [i for i in left if not size.of(case.where[i])]
+        if summed and fits(case, {size: size.near(LENGTHS[0])}, LARGEST):
+            yield size, summed
+
+
+def _right_at_once(case: Case) -> bool:
+    """Whether nothing stalls where two dimensions, over which different inputs are summed, are long together."""
+    left, found = set(range(len(case.leaves))), []
+    for size, summed in _summed(case, left):
+        left.difference_update(summed)
+        found.append(size)
+    sizes = {size: size.near(n) for size, n in zip(found, AT_ONCE, strict=False)}
+    lengths = tuple(sizes.values())
+    several = len(set(lengths)) == len(found) == len(AT_ONCE)
+    if not several or not fits(case, sizes, LARGEST_AT_ONCE):
+        return False
+    longer = _positive(case, sizes)
+    longer.bounded = STEPS[0]
+    try:
+        errors = [_errors(longer, lengths, DTYPES[0])]
+        if errors[0] and _has_both_signs(in_dtype(longer, DTYPES[0])[1]):
+            errors.append(_errors(longer, lengths, DTYPES[0], signed=True))
+    except (ForwardRaised, BackwardRaised):
+        return False
+    return all(some and max(some) <= OFF for some in errors)
+
+
+def _positive(case: Case, sizes: Mapping[Size, int]) -> Case:
+    positive = case.variant(lambda t: t.abs() if t.is_floating_point() else t, parameters=True)
+    return resized(positive, sizes)
 
 
 def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> Finding | None:
@@ -71,22 +112,22 @@ def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> F
 def _stalled(
     case: Case, size: Size, length: int, steps: int, summed: list[int], dtype: torch.dtype
 ) -> Finding | None:
-    positive = case.variant(lambda t: t.abs() if t.is_floating_point() else t, parameters=True)
     long = size.near(length)
-    longer = resized(positive, {size: long})
+    longer = _positive(case, {size: long})
     longer.bounded = steps
-    errors = _errors(longer, long, dtype)
+    errors = _errors(longer, (long,), dtype)
     worst = max(summed, key=errors.__getitem__) if errors else 0
     signed = bool(errors) and errors[worst] <= OFF and _has_both_signs(in_dtype(longer, dtype)[1])
     if signed:
-        errors = _errors(longer, long, dtype, signed=True)
+        errors = _errors(longer, (long,), dtype, signed=True)
         worst = max(summed, key=errors.__getitem__) if errors else 0
     if not errors or errors[worst] <= OFF:
         return None
     if _share_lost(longer, long, dtype, worst, signed=signed) < LOST:
         return None  # off in other ways: what a product or a softmax of 2048 terms rounds
     few = size.near(length // SHORT)
-    short = _errors(resized(positive, {size: few}), few, dtype, LARGE * long, signed=signed)
+    shorter = _positive(case, {size: few})
+    short = _errors(shorter, (few,), dtype, LARGE * long, signed=signed)
     if not short or errors[worst] < 4 * short[worst]:
         return None  # as bad at a short length: conditioning, no stall
     name = case.names[worst]
@@ -107,10 +148,14 @@ def _has_both_signs(case: Case) -> bool:
 
 
 def _errors(
-    long: Case, length: int, dtype: torch.dtype, first: float | None = None, *, signed: bool = False
+    long: Case,
+    lengths: Lengths,
+    dtype: torch.dtype,
+    first: float | None = None,
+    *,
+    signed: bool = False,
 ) -> list[float]:
     """Return how far each gradient is off, of its norm; nothing where forward or float32 is off too."""
-    first = LARGE * length if first is None else first
     low, exact = in_dtype(long, dtype)
     outputs, same = low.kept[1], exact.kept[1]
     if not all(bool(y.isfinite().all()) for y in outputs):
@@ -119,10 +164,7 @@ def _errors(
     pairs = zip(outputs, same, strict=True)
     if any(rounded_norm_error(y, e) > 2 * torch.finfo(dtype).eps for y, e in pairs):
         return []  # forward loses as much: a recurrence or a sum in this dtype, by its own definition
-    got, expected = (
-        _large_first(low, length, first, signs),
-        _large_first(exact, length, first, signs),
-    )
+    got, expected = (_large_first(c, lengths, first, signs) for c in (low, exact))
     floor = 0.1 * max(float(y.numel()) for y in same) ** 0.5  # of the norm of ones: what cancels
     errors = [
         rounded_norm_error(g, e, floor) if bool(g.isfinite().all()) else 0.0
@@ -130,34 +172,33 @@ def _errors(
     ]
     if max(errors) <= OFF:
         return errors
+    single = _large_first(_single(low), lengths, first, signs)
     return [
         error if rounded_norm_error(s, e, floor) < OFF / 100 else 0.0
-        for error, s, e in zip(
-            errors, _large_first(_single(low), length, first, signs), expected, strict=True
-        )
+        for error, s, e in zip(errors, single, expected, strict=True)
     ]
 
 
 def _share_lost(long: Case, length: int, dtype: torch.dtype, which: int, *, signed: bool) -> float:
     """Return how much of what the rows but the first add to a gradient is missing in low precision."""
     low, exact = in_dtype(long, dtype)
-    signs, large = exact if signed else None, LARGE * length
-    got, expected = (_large_first(c, length, large, signs)[which].double() for c in (low, exact))
-    rest = _large_first(exact, length, 0.0, signs)[which].double()
+    signs = exact if signed else None
+    got, expected = (_large_first(c, (length,), None, signs)[which].double() for c in (low, exact))
+    rest = _large_first(exact, (length,), 0.0, signs)[which].double()
     return float(((expected - got) * rest).sum() / rest.square().sum())
 
 
 def _large_first(
-    case: Case, length: int, first: float, signs: Case | None = None
+    case: Case, lengths: Lengths, first: float | None = None, signs: Case | None = None
 ) -> tuple[Tensor, ...]:
     """Return the gradients for a grad_output of ones, the first of the rows so large that a later one is lost on it.
 
-    The ones have the signs of the outputs of ``signs``.
+    Or ``first``, if given. The ones have the signs of the outputs of ``signs``.
     """
     v = [torch.ones_like(y) for y in case.kept[1]]
-    for t in v:
+    for t, length in product(v, lengths):
         for d in [d for d, n in enumerate(t.shape) if n == length][:1]:
-            t.select(d, 0).fill_(first)
+            t.select(d, 0).mul_(LARGE * length if first is None else first)
     if signs:
         v = [t * y.detach().sign().to(t) for t, y in zip(v, signs.kept[1], strict=True)]
     leaves, outputs = case.kept

@@ -1,7 +1,8 @@
 """vmap: a batch of inputs gives what a loop gives, forward and per-sample gradients, in any batch dimension."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
+from torchbp.verify.duals import by_hand
 from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import tensors_in
@@ -19,14 +21,23 @@ NAME = "vmap"
 UNSUPPORTED = re.compile("does not have vmap support|must override the setup_context")
 
 
+Looped = tuple[list[Tensor], list[Tensor]]  # outputs and gradients
+
+
 def _run(case: Case) -> Iterator[Finding]:
     n = len(case.leaves)
     here, there = case.leaves, [leaf.clone() for leaf in case.nearby.leaves]
     looped = [(list(case.plain.outputs), list(case.plain.grads)), _nearby(case, there)]
-    refused: list[str] = []
-    for dims in _in_dims(case):
+    found, refused = _nested(case, here, there, looped)
+    if refused and UNSUPPORTED.search(refused[0]):
+        raise Refused(refused[0])
+    if not found and not refused:
+        return  # right in all ways at once
+    torchs = bool(refused) and not by_hand(case)  # whose rules refuse the same in any dimension
+    for dims in [(0,) * n] if torchs else _in_dims(case):
         batched = [torch.stack([a, b], d) for a, b, d in zip(here, there, dims, strict=True)]
-        found, refused = _batch(case, batched, dims, looped, f" under vmap with in_dims={dims}")
+        known = {(i,): parts for i, parts in enumerate(looped)}
+        found, refused = _batch(case, batched, (dims,), known, f" under vmap with in_dims={dims}")
         yield from found
         if found:
             return
@@ -34,17 +45,39 @@ def _run(case: Case) -> Iterator[Finding]:
             break  # one batch of several inputs is enough; what refuses one input in one dimension does in another
         if refused and UNSUPPORTED.search(refused[0]):
             break  # whatever the dimensions
-    if n > 1 and not refused:  # one input batched, the others shared
+    if n > 1 and not refused and not torchs:  # one input batched, the others shared
         last = here[0].dim()
         # What is known is neither first, last nor in the middle, of which a rule might make all.
         batched = [torch.stack([there[0], here[0], there[0], there[0]], last), *here[1:]]
         when = " under vmap with one input batched"
-        found, _ = _batch(
-            case, batched, (last, *[None] * (n - 1)), [None, looped[0], None, None], when
-        )
+        found, _ = _batch(case, batched, ((last, *[None] * (n - 1)),), {(1,): looped[0]}, when)
         yield from found
     if refused:
         raise Refused(refused[0])
+
+
+def _nested(
+    case: Case, here: list[Tensor], there: list[Tensor], looped: Sequence[Looped]
+) -> tuple[list[Finding], list[str]]:
+    """Ask for batches of batches, which saves a call: along the last dimension, and the first of what is left.
+
+    Of several inputs the first alone is batched a second time.
+    """
+    n, last = len(here), here[0].dim()
+    if n == 1:
+        pairs = [torch.stack([a, b]) for a, b in ((here[0], there[0]), (there[0], here[0]))]
+        batched, outer, inner = [torch.stack(pairs, -1)], (last + 1,), (0,)
+        known = {(i, j): looped[i ^ j] for i in range(2) for j in range(2)}
+    else:
+        outer = _in_dims(case)[0]
+        inner = (last, *[None] * (n - 1))
+        several = [
+            torch.stack([b, a, b, b], -1) for a, b in ((here[0], there[0]), (there[0], here[0]))
+        ]
+        others = zip(here[1:], there[1:], outer[1:], strict=True)
+        batched = [torch.stack(several), *(torch.stack([a, b], d) for a, b, d in others)]
+        known = {(i, 1): looped[i] for i in range(2)}
+    return _batch(case, batched, (outer, inner), known, "")
 
 
 def _in_dims(case: Case) -> list[tuple[int, ...]]:
@@ -59,7 +92,7 @@ def _in_dims(case: Case) -> list[tuple[int, ...]]:
     return list(dict.fromkeys([*mixed, (0,) * len(dims)]))
 
 
-def _nearby(case: Case, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _nearby(case: Case, leaves: list[Tensor]) -> Looped:
     """Return what a loop gives for the second sample: known already where all floats are leaves."""
     other = case.nearby
     kept = [i for i, t in case.arguments if i not in case.where and t.is_floating_point()]
@@ -71,13 +104,18 @@ def _nearby(case: Case, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor
 def _batch(
     case: Case,
     batched: list[Tensor],
-    dims: tuple[int | None, ...],
-    looped: Sequence[tuple[list[Tensor], list[Tensor]] | None],
+    levels: tuple[tuple[int | None, ...], ...],
+    known: Mapping[tuple[int, ...], Looped],
     when: str,
 ) -> tuple[list[Finding], list[str]]:
     """Compare forward, then per-sample gradients, with a loop; return the findings, and why it refuses, forward first.
 
-    Of what is None in the loop nothing is known.
+    Args:
+        case: The function, at its sample.
+        batched: The leaves, batched.
+        levels: What is batched along which dimension, for each vmap, the outermost first.
+        known: What a loop gives, at those places of the batch of which it is known.
+        when: The condition, for the message.
     """
 
     def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -91,13 +129,13 @@ def _batch(
     refused: list[str] = []
     grads: tuple[Tensor, ...] = ()
     try:
-        values, grads = torch.vmap(both, dims)(*batched)
+        values, grads = reduce(torch.vmap, reversed(levels), both)(*batched)
     except Exception as error:  # a refusal; forward alone may do
         refused = [reason(error)]
-        if UNSUPPORTED.search(str(error)):
+        if UNSUPPORTED.search(str(error)) or len(levels) > 1 or not by_hand(case):
             return [], refused * 2
         try:
-            values = torch.vmap(forward, dims)(*batched)
+            values = torch.vmap(forward, *levels)(*batched)
         except Exception as first:
             return [], [reason(first), *refused]
     pairs = [
@@ -106,12 +144,11 @@ def _batch(
     ]
     found = []
     for what, name, got, kind, k in pairs:
-        expected = torch.stack([parts[kind][k] for parts in looped if parts])
-        known = [i for i, parts in enumerate(looped) if parts]
+        expected = torch.stack([parts[kind][k] for parts in known.values()])
         wrong = compare(
             NAME,
             name,
-            got[known],
+            torch.stack([got[at] for at in known]),
             expected,
             rounding(case, expected) * (largest(expected) + 1 / 16),
             what=what,
