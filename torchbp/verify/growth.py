@@ -93,6 +93,7 @@ class _Search:
         self.attempts = 0
         self.growth: dict[Size, float] = {}
         self.said = ""  # by what refused last
+        self.stands: set[str] = set()  # what was said of one more, and of another attempt, too
         # What a Module's parameters have too stays in them: features, channels; a kernel's size stays by chance.
         self.fixed = {n for t in case.flat[case.size :] for n in t.shape}
         places = self._places()
@@ -175,8 +176,9 @@ class _Search:
         return None, [], new
 
     def _exceeds_1(self) -> bool:
-        """Whether inputs are beyond the domain of a probability, a cosine."""
-        return all(largest(t) > 1 for i, t in self.case.arguments if i in self.case.where)
+        """Whether the inputs that would be larger are beyond the domain of a probability, a cosine."""
+        which = [i for i in self.case.where[::2] if i < self.case.size]
+        return all(largest(self.case.flat[i]) > 1 for i in which)
 
     def _together(self, n: int, places: Mapping[int, Places]) -> None:
         """Find what of the dimensions of size ``n`` may change together: all of them, or the first or last alone."""
@@ -194,12 +196,18 @@ class _Search:
             tries.append(Size(n, whole + multiples))
         if len(whole) > 1:
             tries += [Size(n, whole[:1]), Size(n, whole[-1:])]
+        said = ""
         for size in tries:
+            if size.unit > 1 and said in self.stands:
+                continue
             grown = self._grows(size)
             if grown is not None:
                 self.growth[size] = grown
                 self._stacked(size, whole)
                 return
+            if size.unit > 1 and said == self.said:
+                self.stands.add(said)
+            said = said or self.said
 
     def _stacked(self, size: Size, whole: Places) -> None:
         """Find whether the first dimensions of what is left take one more: layers, in stacks of parameters.
@@ -238,10 +246,13 @@ class _Search:
                 other = replace(other, unit=one.unit)
             else:
                 said.append(self.said)
+                if first and self.said in self.stands:
+                    break
                 # Keys, perhaps, that may be more than queries, and not less.
                 found = self._alone(other, twice=False) if first else None
                 if not found:
                     said += [self.said] if first else []
+                    self.stands.update(said if len(said) > 1 and len(set(said)) == 1 else ())
                     continue
                 grown = self.growth[size] - found[1]
             self.growth = {
@@ -279,8 +290,13 @@ class _Search:
         self.attempts += 1
         case, other = self.case, resized(self.case, {size: size.more})
         self.said = ""
-        if not accepts(other):
-            self.said = NUMBERS.sub("", other.refusal)
+        # What is tested for larger inputs is seen for these.
+        larger = not backward and not case.memo.get(LARGER) and self._exceeds_1()
+        seen = apart(other) if larger else other
+        if larger and not accepts(seen) and "first" in seen.__dict__:
+            larger, seen = False, other
+        if not accepts(seen):
+            self.said = NUMBERS.sub("", seen.refusal)
             if size.unit == size.now or backward:  # groups refuse what is one more, too
                 case.memo.setdefault(REFUSED, set()).add(size.places)
             return None
@@ -289,8 +305,10 @@ class _Search:
                 _ = other.plain
             except BackwardRaised:
                 return None
+        if larger:
+            case.memo[LARGER] = other
         case.memo.setdefault("one more", []).append(other)
-        grown = _count(other.all_outputs) / _count(case.all_outputs)
+        grown = _count(seen.all_outputs) / _count(case.all_outputs)
         return math.log(grown) / math.log(size.more / size.now)
 
     @property

@@ -14,7 +14,14 @@ from torchbp.verify.resize import accepts
 from torchbp.verify.tensors import uniform
 from torchbp.verify.tolerance import largest
 
-__all__ = ["COINCIDENT", "check_smooth", "leaves_a_question", "right_at_once", "right_soon"]
+__all__ = [
+    "COINCIDENT",
+    "check_smooth",
+    "leaves_a_question",
+    "right_at_once",
+    "right_soon",
+    "whether_right",
+]
 
 COINCIDENT = "two inputs whose gradients are finite where their rows are equal"
 
@@ -67,6 +74,17 @@ def right_at_once(case: Case) -> bool:
     """Whether forward takes the sample, and its gradient is that of a short step; ``False`` leaves a question."""
     lines = Lines(case, elsewhere=True) if _is_ready(case) else None
     return bool(lines and lines.rises_at_once(lines.direction(0)))
+
+
+def whether_right(case: Case) -> bool | None:
+    """The same; ``False`` where forward is not smooth along that step, ``None`` where a question is left."""
+    lines = Lines(case, elsewhere=True) if _is_ready(case) else None
+    if not lines:
+        return None
+    direction = lines.direction(0)
+    if lines.rises_at_once(direction):
+        return True
+    return None if _is_linear(lines, direction) else False
 
 
 def right_soon(case: Case) -> bool:

@@ -2,17 +2,37 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torchbp.verify.cases import Case
+from torch.autograd import Function
 
-__all__ = ["speaks"]
+from torchbp.verify.cases import Case
+from torchbp.verify.tensors import graph
+
+__all__ = ["lacking", "speaks"]
+
+TRANSFORMS = re.compile(r"functorch|forward_ad|torch\.func\b|is_batched|is_dual")
 
 
 def speaks(case: Case, of: re.Pattern[str]) -> bool:
     """Whether the function that was given, or an autograd.Function of which its outputs come, says so, or does so."""
     return any(of.search(_source(part)) for part in _parts(case))
+
+
+def lacking(case: Case, has: Callable[[type[Function]], bool]) -> str:
+    """Return the name of an autograd.Function, of those behind the outputs, that ``has`` not what a transform asks for.
+
+    Torch refuses it then, whatever is computed. Nothing where what is written beside them speaks of transforms: there
+    another way may be taken.
+    """
+    nodes = graph(case.kept[1])
+    classes = {n._forward_cls for n in nodes if hasattr(n, "_forward_cls")}  # noqa: SLF001  # the only way from a node
+    lacks = [cls.__name__ for cls in classes if not has(cls)]
+    if not lacks:
+        return ""
+    beside = {inspect.getmodule(part) for part in _parts(case)}
+    return "" if any(TRANSFORMS.search(_source(module)) for module in beside) else min(lacks)
 
 
 def _parts(case: Case) -> Iterator[Any]:
@@ -23,7 +43,8 @@ def _parts(case: Case) -> Iterator[Any]:
 
 
 def _source(part: Any) -> str:
-    module = getattr(part, "__module__", None) or ""  # None: Function.apply in torch 2.14
+    named = "__name__" if inspect.ismodule(part) else "__module__"
+    module = getattr(part, named, None) or ""  # None: Function.apply in torch 2.14
     if module.startswith("torch."):
         return ""
     try:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torchbp.verify.cases import Case
-from torchbp.verify.duals import jvp
+from torchbp.verify.duals import jvp, without_jvp
 from torchbp.verify.lines import Lines
 from torchbp.verify.operations import Operations
 from torchbp.verify.report import Finding
@@ -24,6 +24,8 @@ def forward_mode(
     u = [signed_like(leaf, generator) for leaf in case.leaves]
     if chosen is not None:
         u = [d if k in chosen else torch.zeros_like(d) for k, d in enumerate(u)]
+    if without_jvp(case):
+        return None
     try:
         tangents = jvp(case, u, chosen)
     except Exception:  # a refusal

@@ -23,7 +23,7 @@ from torchbp.verify.options import NEVER_NEGATIVE, Values, nearby, options, othe
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs, scaled
-from torchbp.verify.tensors import signed_like
+from torchbp.verify.tensors import counts, signed_like
 from torchbp.verify.tolerance import largest
 
 NAME = "arguments"
@@ -47,7 +47,11 @@ def _run(case: Case) -> Iterator[Finding]:
             if _is_part(change, right):
                 accepted += 1
                 continue
-            if accepted >= EACH or _is_part(change, nothing):
+            if (
+                accepted >= EACH
+                or _is_part(change, nothing)
+                or _says_nothing(values, change, nothing)
+            ):
                 continue
             other = _with(case, asking, change)
             if not _is_another(case, other):
@@ -118,10 +122,24 @@ def _is_another(case: Case, other: Case) -> bool:
 
 
 def _is_part(change: Values, tried: Sequence[Values]) -> bool:
-    """Whether these flags and words were tried together with others; what a number does a word may hide."""
+    """Whether all of that was tried together with others; what a number does a flag or a word may hide."""
     return any(
-        all(isinstance(x, (bool, str)) and whole.get(i) == x for i, x in change.items())
+        all(
+            whole.get(i) == x and (isinstance(x, (bool, str)) or _are_numbers(whole))
+            for i, x in change.items()
+        )
         for whole in tried
+    )
+
+
+def _are_numbers(values: Values) -> bool:
+    return not any(isinstance(x, (bool, str)) for x in values.values())
+
+
+def _says_nothing(values: Values, change: Values, nothing: Sequence[Values]) -> bool:
+    """Whether a number that is to be 0 said nothing as its negative: 0 lies between."""
+    return all(x == 0 for x in change.values()) and any(
+        whole == {i: -values[i] for i in change} for whole in nothing
     )
 
 
@@ -166,7 +184,11 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
         if i not in reals and (ys := others(case, x, _name(case, i)))
     }
     if reals:
-        yield _all_or_each({i: nearby(x) for i, x in reals.items()})
+        moved = {i: nearby(x) for i, x in reals.items()}
+        # Beside integer inputs whole numbers are such integers, too: a class that is ignored.
+        counted = {i: ys[0] for i, ys in rest.items() if type(values[i]) is int}
+        numbers = any(counts(t) for _, t in case.arguments) and counted
+        yield [*([moved | counted] if numbers else []), *_all_or_each(moved)]
         if signed := {i: -x for i, x in reals.items() if not NEVER_NEGATIVE.search(_name(case, i))}:
             yield [signed]
         # Of several one half at a time: where all are 0 a product of them hides what each does.

@@ -221,7 +221,10 @@ def _beyond(
         return []
     single = other.edited(lambda i, t: t[:, :1] if i in chosen and t.dim() > 1 else t)
     same = all(single.flat[i].shape == other.flat[i].shape for i in chosen)
-    for base in (other,) if same else (single, other):
+    # Of one row nothing is known where outputs are a sum over rows; one row is among the `sizes`.
+    for base in (
+        (other,) if same else (single, other) if set(joins) == {"stack"} else (other, single)
+    ):
         twice = base.edited(lambda i, t: _stack(t) if i in chosen else t)
         if accepts(twice):
             expected = (

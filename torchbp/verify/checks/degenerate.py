@@ -16,12 +16,13 @@ from torchbp.verify.cases import Case
 from torchbp.verify.depends import elementwise
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
-from torchbp.verify.smooth import COINCIDENT, check_smooth, right_at_once
+from torchbp.verify.smooth import COINCIDENT, check_smooth, whether_right
 from torchbp.verify.source import speaks
 from torchbp.verify.together import all_right, no_question
 from torchbp.verify.tolerance import largest
 
 NAME = "degenerate"
+EVERY = "every input is zero"
 ZERO = 2  # inputs that are 0, one at a time
 QUATERNION = re.compile("quat", re.IGNORECASE)
 AXIS = "rows lie along the first axis"
@@ -130,18 +131,26 @@ def _left(case: Case, inputs: list[int], most: float) -> tuple[dict[str, Case], 
     if pair and both:
         samples[_equal(case, pair)] = _met(case, pair)
         samples[BOTH] = both
+    if len(inputs) > ZERO:
+        samples[EVERY] = case.edited(lambda i, t: t * 0 if i in inputs else t)
     _keep_precision(case, samples)
     at_once = no_question(case, list(samples.values()), most)
     tested = any(at_once)
-    samples = {w: c for (w, c), right in zip(samples.items(), at_once, strict=True) if not right}
+    left = {w: c for (w, c), right in zip(samples.items(), at_once, strict=True) if not right}
+    case.memo[EVERY] = (
+        EVERY in samples and EVERY not in left
+    )  # for `extremes`, which looks at it else
+    samples = {w: c for w, c in left.items() if w != EVERY}
     zero = {w: c for w, c in samples.items() if w.endswith(" is 0")}
     if all_right(case, list(zero.values())):
         tested = True
         samples = {w: c for w, c in samples.items() if w not in zero}
     if pair and both:
-        if BOTH in samples and right_at_once(both):
-            tested = True
+        answer = whether_right(both) if BOTH in samples else None
+        tested |= answer is True
+        if answer is True:
             samples.pop(ROWS, None)  # alone it leaves no question
+        if answer is not None:  # nor do inputs that are equal, or they have a kink
             samples.pop(_equal(case, pair), None)
         samples.pop(BOTH, None)
         if "plain" in both.__dict__ and all(bool(g.isfinite().all()) for g in both.plain.grads):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
+from torchbp.verify.checks.degenerate import EVERY
 from torchbp.verify.depends import elementwise
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.finite import not_finite, not_finite_at
@@ -36,7 +37,7 @@ def _run(case: Case) -> Iterator[Finding]:
     by_element = len(elementwise(case)) == len(case.leaves)
     tested = _is_known(case)
     for text, change in [*SAMPLES.items()][tested:]:
-        if "zero" in text and len(inputs) <= (1 if by_element else 2):
+        if "zero" in text and (len(inputs) <= (1 if by_element else 2) or case.memo.get(EVERY)):
             continue  # see `degenerate` and `edges`
         # All inputs as large: a sample that `scales` has too.
         every = _changed(case, inputs, change) if "zero" in text else scaled(case, LARGE, inputs)

@@ -23,7 +23,8 @@ def _run(case: Case) -> Iterator[Finding]:
     yield from _state(case, was)
     other = case.in_mode(not was)
     yield from _state(case, not was)
-    if accepts(other) and not _same(case, other) and other.steady:
+    steady = was and case.steady  # in train mode, and so in the other
+    if accepts(other) and not _same(case, other) and (steady or other.steady):
         found = check_lines(other, NAME, f" in {'eval' if was else 'train'} mode")
         if found:
             yield found

@@ -23,6 +23,8 @@ def _run(case: Case) -> Iterator[Finding]:
     chosen = _chosen(case)
     if not chosen:
         raise NotApplicable("no input of two dimensions")
+    if not any(y.dim() for y in case.all_outputs):
+        raise NotApplicable("the outputs have no dimension")
     other = case.edited(lambda i, t: torch.stack([t, t.roll(1, 0)], -1) if i in chosen else t)
     if not accepts(other) or not _has_it(case, other):
         raise NotApplicable("forward takes no further dimension, or not as one more place")

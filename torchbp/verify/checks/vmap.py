@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.duals import by_hand
 from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
+from torchbp.verify.source import lacking
 from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import compare, largest, rounding
 
@@ -25,6 +27,9 @@ Looped = tuple[list[Tensor], list[Tensor]]  # outputs and gradients
 
 
 def _run(case: Case) -> Iterator[Finding]:
+    rule = lacking(case, _may_be_batched)
+    if rule:
+        raise Refused(f"{rule} has no rule for vmap")
     n = len(case.leaves)
     here, there = case.leaves, [leaf.clone() for leaf in case.nearby.leaves]
     looped = [(list(case.plain.outputs), list(case.plain.grads)), _nearby(case, there)]
@@ -54,6 +59,12 @@ def _run(case: Case) -> Iterator[Finding]:
         yield from found
     if refused:
         raise Refused(refused[0])
+
+
+def _may_be_batched(function: type[Function]) -> bool:
+    """Whether functorch takes it: written in two parts, with a rule or one that torch makes."""
+    ruled = function.generate_vmap_rule or function.vmap is not Function.vmap
+    return ruled and function.setup_context is not Function.setup_context
 
 
 def _nested(
