@@ -19,12 +19,22 @@ from torchbp.verify.resize import Places, Size, accepts, apart, resized
 from torchbp.verify.tensors import counts
 from torchbp.verify.tolerance import largest
 
-__all__ = ["LARGER", "fits", "free_sizes", "one_more", "refuses_alone", "tie"]
+__all__ = [
+    "LARGER",
+    "REFUSES",
+    "fits",
+    "free_sizes",
+    "one_more",
+    "refuses_alone",
+    "tie",
+    "without_numbers",
+]
 
 MOST = 3  # sizes of the sample that are looked at
 LATER = 2  # sizes that may change alone, beside them
 LARGER = "which case of other sizes was seen with larger inputs"
 TIED = "sizes of integers of several dimensions stay"
+REFUSES = "what refusals of other sizes say, without numbers"
 REFUSED = "places that forward refuses to be larger alone"
 SAME = 2**12  # elements of an input whose sizes are all the same
 ATTEMPTS = 10  # calls to find out
@@ -53,6 +63,11 @@ def tie(case: Case) -> bool:
         case.memo.pop(name, None)
     case.memo[TIED] = True
     return True
+
+
+def without_numbers(refusal: str) -> str:
+    """Return what a refusal says of any sizes."""
+    return NUMBERS.sub("", refusal)
 
 
 def refuses_alone(case: Case, position: int, dim: int) -> bool:
@@ -296,7 +311,9 @@ class _Search:
         if larger and not accepts(seen) and "first" in seen.__dict__:
             larger, seen = False, other
         if not accepts(seen):
-            self.said = NUMBERS.sub("", seen.refusal)
+            self.said = without_numbers(seen.refusal)
+            if self.said and seen is other:
+                case.memo.setdefault(REFUSES, set()).add(self.said)
             if size.unit == size.now or backward:  # groups refuse what is one more, too
                 case.memo.setdefault(REFUSED, set()).add(size.places)
             return None

@@ -26,6 +26,9 @@ STEP = "a step"  # in the memo of a case, for whoever else needs one
 DUALS = "forward refuses dual numbers"
 
 
+Directions = dict[int, Tensor]  # of each leaf that moves, flat
+
+
 class Step(NamedTuple):
     """The end of a short step from a sample: a call that has been made, whose graph may be run again.
 
@@ -36,7 +39,7 @@ class Step(NamedTuple):
         outputs: What forward gave there.
     """
 
-    directions: dict[int, Tensor]
+    directions: Directions
     size: float
     leaves: list[Tensor]
     outputs: tuple[Tensor, ...]
@@ -62,6 +65,7 @@ class Lines:
         )
         self.elsewhere = elsewhere  # than at the user's sample
         self.at_once = False  # whether the first step already said that all is well
+        self.unlike = False  # whether steps of several lengths said different things, and none that
         self.rise = math.nan  # of the last short step: ⟨v, f(x + step) - f(x)⟩
         self.end: tuple[list[Tensor], tuple[Tensor, ...]] = ([], ())  # of it: leaves and outputs
         self.there: tuple[Tensor, ...] = ()  # the gradient at that end
@@ -86,6 +90,9 @@ class Lines:
             for leaf, step in zip(case.leaves, steps, strict=True)
         ]
         self._ones: list[Tensor] | None = None
+        self._directions: dict[int, Directions] = {}
+        self._line: Directions = {}  # the last along which forward was called
+        self._rises: dict[float, float] = {}  # what it rose by then, by the length of the step
 
     def tolerance(self, which: int) -> Tensor:
         """Return how far each element may be off where the differences have converged."""
@@ -111,26 +118,29 @@ class Lines:
         """
         direction = torch.zeros_like(real(self.grads[which]))
         direction[index] = size = float(self.scales[which][index])
+        line = {which: direction}
         got = float(real(self.grads[which])[index]) * size
         allowed = float(_each(self.tolerance(which), self.grads[which])[index]) * size
         if quick and not self.case.options.get("eps"):
-            value, bend = central(lambda t: self.value({which: direction}, t), self.near)
+            value, bend = central(lambda t: self.value(line, t), self.near)
             off = abs(value - got)
             # Both sides may be rounded alike: there seems to be no bend, then.
             if off <= allowed or bend + 2 * self.noise / self.near < 0.02 * off:
                 return value / size, True
-        value, settled = self.measure({which: direction}, got, allowed)
+        value, settled = self.measure(line, got, allowed)
         return value / size, settled
 
-    def direction(self, number: int) -> dict[int, Tensor]:
-        """Return a random direction that moves every element, one tensor a leaf."""
-        generator = self.case.generator(f"line {number}")
-        return {
-            i: signed_like(real(g), generator) * scale
-            for i, (g, scale) in enumerate(zip(self.grads, self.scales, strict=True))
-        }
+    def direction(self, number: int) -> Directions:
+        """Return a random direction that moves every element, one tensor a leaf; the same one each time."""
+        if number not in self._directions:
+            generator = self.case.generator(f"line {number}")
+            self._directions[number] = {
+                i: signed_like(real(g), generator) * scale
+                for i, (g, scale) in enumerate(zip(self.grads, self.scales, strict=True))
+            }
+        return self._directions[number]
 
-    def agrees(self, directions: dict[int, Tensor], *, quick: bool = False) -> bool | None:
+    def agrees(self, directions: Directions, *, quick: bool = False) -> bool | None:
         """Return whether gradient and differences agree; ``None`` where the latter do not settle.
 
         ``quick``, where the gradient is known to be wrong somewhere, takes one central difference for it, if that shows
@@ -147,11 +157,22 @@ class Lines:
         value, settled = self.measure(directions, got, allowed)
         return abs(value - got) <= allowed if settled else None
 
-    def along(self, directions: dict[int, Tensor]) -> float:
+    def jumps(self, directions: Directions) -> bool:
+        """Return whether the shortest step that rounding allows has another slope: others go over many jumps."""
+        got, allowed = self._along(self.grads, directions)
+        value, _ = self.measure(directions, got, allowed)
+        off = abs(value - got)
+        step = max(40 * self.noise / off, SHORTEST) if off > 0 else math.inf
+        if not step < self.near:
+            return False
+        slope, _ = central(lambda t: self.value(directions, t), step)
+        return abs(slope - value) > 0.25 * off
+
+    def along(self, directions: Directions) -> float:
         """Return the slope that the gradient gives along ``directions``."""
         return self._along(self.grads, directions)[0]
 
-    def _along(self, grads: list[Tensor], directions: dict[int, Tensor]) -> tuple[float, float]:
+    def _along(self, grads: list[Tensor], directions: Directions) -> tuple[float, float]:
         """Return the slope that ``grads`` give along ``directions``, and how far that may be off."""
         got = allowed = 0.0
         for i, d in directions.items():
@@ -160,7 +181,7 @@ class Lines:
             allowed += float((_each(self.tolerance(i), self.grads[i]) * d)[moved].norm())
         return got, allowed
 
-    def rises(self, directions: dict[int, Tensor]) -> bool:  # noqa: PLR0911  # one return a reason
+    def rises(self, directions: Directions) -> bool:  # noqa: PLR0911  # one return a reason
         """Return whether the function rises by the mean of its slopes at both ends of a short step.
 
         That is the trapezoidal rule: as exact as a central difference, for one forward less. Where it is off by about
@@ -197,11 +218,13 @@ class Lines:
                     SHORTER**2
                 )  # the same in all steps: short ones, then, that meet no kinks
                 self.near /= SHORTER
+            else:
+                self.unlike = True
         except BackwardRaised:
             return False
         return False
 
-    def rises_at_once(self, directions: dict[int, Tensor]) -> bool:
+    def rises_at_once(self, directions: Directions) -> bool:
         """The same, from one step only: for samples with a kink, as a rule."""
         got, allowed = self._along(self.grads, directions)
         try:
@@ -209,16 +232,19 @@ class Lines:
         except BackwardRaised:
             return False
 
-    def _off(self, directions: dict[int, Tensor], step: float, got: float) -> float:
+    def _off(self, directions: Directions, step: float, got: float) -> float:
         """Return how far the rise of a step is from the mean slope of its ends; infinite beyond the domain."""
         leaves, self.rise = self.moved(directions, step), math.nan
         try:
             self.end = leaves, self._forward(leaves, directions)
         except ForwardRaised:
+            self._known(directions)[step] = math.nan
             return float("inf")
-        return self._off_there(directions, step, got)
+        off = self._off_there(directions, step, got)
+        self._known(directions)[step] = self.rise
+        return off
 
-    def _forward(self, leaves: list[Tensor], directions: dict[int, Tensor]) -> tuple[Tensor, ...]:
+    def _forward(self, leaves: list[Tensor], directions: Directions) -> tuple[Tensor, ...]:
         """Return the outputs at the end of a step."""
         case, self.tangents = self.case, None
         refuses = case.given.memo  # one for all samples
@@ -232,7 +258,7 @@ class Lines:
             refuses[DUALS] = True
         return outputs
 
-    def _off_there(self, directions: dict[int, Tensor], step: float, got: float) -> float:
+    def _off_there(self, directions: Directions, step: float, got: float) -> float:
         leaves, outputs = self.end
         self.rise = self.rise_to(outputs)
         if self.otherwise:
@@ -244,7 +270,7 @@ class Lines:
         off = abs(self.rise / step - (got + there) / 2)
         return off if off == off else float("inf")  # noqa: PLR0124  # NaN
 
-    def rises_for(self, case: Case, directions: dict[int, Tensor]) -> bool:
+    def rises_for(self, case: Case, directions: Directions) -> bool:
         """The same for another grad_output, that of ``case``, at the end of the step just taken: without a forward."""
         other = Lines(case, elsewhere=self.elsewhere)
         other.end = self.end
@@ -254,9 +280,7 @@ class Lines:
         except BackwardRaised:
             return True  # of a graph that can be run once only
 
-    def measure(
-        self, directions: dict[int, Tensor], got: float, allowed: float
-    ) -> tuple[float, bool]:
+    def measure(self, directions: Directions, got: float, allowed: float) -> tuple[float, bool]:
         """Return the derivative along ``directions`` (one a leaf), and whether differences settle it."""
 
         def phi(t: float) -> float:
@@ -266,14 +290,22 @@ class Lines:
         step, near = (float(asked), float(asked)) if asked else (self.step, self.near)
         return settle(phi, got, allowed, step, self.noise, near)
 
-    def value(self, directions: dict[int, Tensor], t: float) -> float:
-        """Return ⟨v, f(x + t·directions) - f(x)⟩; NaN outside of the domain."""
-        try:
-            return self.rise_to(self.case.forward(self.moved(directions, t)))
-        except ForwardRaised:  # outside of the domain
-            return float("nan")
+    def value(self, directions: Directions, t: float) -> float:
+        """Return ⟨v, f(x + t·directions) - f(x)⟩; NaN outside of the domain. No step of a line is taken twice."""
+        known = self._known(directions)
+        if t not in known:
+            try:
+                known[t] = self.rise_to(self.case.forward(self.moved(directions, t)))
+            except ForwardRaised:  # outside of the domain
+                known[t] = math.nan
+        return known[t]
 
-    def moved(self, directions: dict[int, Tensor], t: float) -> list[Tensor]:
+    def _known(self, directions: Directions) -> dict[float, float]:
+        if self._line is not directions:
+            self._line, self._rises = directions, {}
+        return self._rises
+
+    def moved(self, directions: Directions, t: float) -> list[Tensor]:
         """Return new leaves at x + t·directions."""
         leaves = []
         for i, leaf in enumerate(self.case.leaves):

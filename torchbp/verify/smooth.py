@@ -30,7 +30,13 @@ STEEP = 1e6  # times as large gradients: rounding decides
 
 
 def check_smooth(
-    case: Case, check: str, when: str, most: float, *, singular: bool = False
+    case: Case,
+    check: str,
+    when: str,
+    most: float,
+    *,
+    singular: bool = False,
+    asked: bool = False,
 ) -> Finding | None:
     """Compare the gradient with the slope of forward along a random line, unless forward is not smooth along it.
 
@@ -40,6 +46,7 @@ def check_smooth(
         when: The condition, for the message.
         most: The largest gradient in the user's sample.
         singular: Whether a matrix is singular there; then a gradient need not be finite.
+        asked: Whether a question is known to be left, in a batch.
     """
     try:
         grads = case.plain.grads
@@ -54,7 +61,7 @@ def check_smooth(
             else not_finite(case, check, f"{when}, where forward is finite and smooth")
         )
     lines = Lines(case, elsewhere=True)
-    if not leaves_a_question(case, lines, most) or _is_rounding(case):
+    if not (asked or leaves_a_question(case, lines, most)) or _is_rounding(case):
         return None
     return check_lines(case, check, when, beside=False, elsewhere=False)
 

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torchbp.verify.cases import Case
 from torchbp.verify.tensors import graph
 
-__all__ = ["lacking", "speaks"]
+__all__ = ["functions", "lacking", "speaks"]
 
 TRANSFORMS = re.compile(r"functorch|forward_ad|torch\.func\b|is_batched|is_dual")
 
@@ -26,13 +26,17 @@ def lacking(case: Case, has: Callable[[type[Function]], bool]) -> str:
     Torch refuses it then, whatever is computed. Nothing where what is written beside them speaks of transforms: there
     another way may be taken.
     """
-    nodes = graph(case.kept[1])
-    classes = {n._forward_cls for n in nodes if hasattr(n, "_forward_cls")}  # noqa: SLF001  # the only way from a node
-    lacks = [cls.__name__ for cls in classes if not has(cls)]
+    lacks = [function.__name__ for function in functions(case) if not has(function)]
     if not lacks:
         return ""
-    beside = {inspect.getmodule(part) for part in _parts(case)}
+    beside = {inspect.getmodule(part) for part in (case.func, *functions(case))}
     return "" if any(TRANSFORMS.search(_source(module)) for module in beside) else min(lacks)
+
+
+def functions(case: Case) -> set[type[Function]]:
+    """Return the autograd.Functions behind the outputs."""
+    nodes = graph(case.kept[1])
+    return {n._forward_cls for n in nodes if hasattr(n, "_forward_cls")}  # noqa: SLF001  # from a node the only way
 
 
 def _parts(case: Case) -> Iterator[Any]:

@@ -19,8 +19,8 @@ ADDED = "positions of what forward takes a batch of, whose samples' outputs it a
 Directions = dict[int, Tensor]  # of each leaf that moves, flat
 
 
-def no_question(case: Case, samples: Sequence[Case], most: float) -> list[bool]:
-    """Return for each sample whether its gradient is right, or forward not smooth there; ``False`` says nothing.
+def no_question(case: Case, samples: Sequence[Case], most: float) -> list[bool | None]:
+    """Return for each sample whether its gradient is right, or forward not smooth there; ``None`` says nothing.
 
     Args:
         case: The function, at the user's sample.
@@ -29,17 +29,17 @@ def no_question(case: Case, samples: Sequence[Case], most: float) -> list[bool]:
     """
     stacked = case.memo.get(STACKED, ())
     chosen = [k for k, other in enumerate(samples) if _differs_in(case, other) <= set(stacked)]
-    answers = [False] * len(samples)
+    answers: list[bool | None] = [None] * len(samples)
     if len(chosen) < 2:
         return answers
     try:
         batch = _Batch([samples[k] for k in chosen], stacked)
         for number, k in enumerate(chosen if not batch.wrote else ()):
             lines = _Lines(batch, number)
-            finite = all(bool(y.isfinite().all()) for y in lines.case.plain.outputs)
-            answers[k] = finite and not leaves_a_question(lines.case, lines, most)
+            if all(bool(y.isfinite().all()) for y in lines.case.plain.outputs):
+                answers[k] = not leaves_a_question(lines.case, lines, most)
     except (ForwardRaised, BackwardRaised):
-        answers = [False] * len(samples)
+        answers = [None] * len(samples)
     for k in chosen:
         if not answers[k]:  # looked at alone, it has a gradient of its own
             samples[k].__dict__.pop("plain", None)

@@ -74,7 +74,8 @@ SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
 def _first_axis(t: Tensor) -> Tensor:
     """Return t with all but the first element of each row 0, where it has both signs."""
     t = t.clone()
-    if t.dim() and t.shape[-1] > 1 and bool((t > 0).any() and (t < 0).any()):
+    several = t.dim() and t.shape[-1] > 1 and not t.is_complex()
+    if several and bool((t > 0).any() and (t < 0).any()):
         t[..., 1:] = 0
     return t
 
@@ -123,8 +124,8 @@ def _rows_alike(case: Case, i: int, j: int) -> bool:
     return alike and a.numel() > 1 and b.numel() > 0
 
 
-def _left(case: Case, inputs: list[int], most: float) -> tuple[dict[str, Case], bool]:
-    """Return the samples to look at one by one, and whether others were right already, several at once."""
+def _left(case: Case, inputs: list[int], most: float) -> tuple[dict[str, Case], set[str], bool]:
+    """Return the samples to look at one by one, those with a question, and whether others were right at once."""
     samples = dict(_samples(case, inputs))
     pair = _pair(case, inputs)
     both = _met(samples[ROWS], pair) if pair else None
@@ -137,6 +138,7 @@ def _left(case: Case, inputs: list[int], most: float) -> tuple[dict[str, Case], 
     at_once = no_question(case, list(samples.values()), most)
     tested = any(at_once)
     left = {w: c for (w, c), right in zip(samples.items(), at_once, strict=True) if not right}
+    asked = {what for what, right in zip(samples, at_once, strict=True) if right is False}
     case.memo[EVERY] = (
         EVERY in samples and EVERY not in left
     )  # for `extremes`, which looks at it else
@@ -155,7 +157,7 @@ def _left(case: Case, inputs: list[int], most: float) -> tuple[dict[str, Case], 
         samples.pop(BOTH, None)
         if "plain" in both.__dict__ and all(bool(g.isfinite().all()) for g in both.plain.grads):
             case.memo[COINCIDENT] = pair  # for `ties`
-    return samples, tested
+    return samples, asked, tested
 
 
 def _keep_precision(case: Case, samples: Mapping[str, Case]) -> None:
@@ -171,7 +173,7 @@ def _run(case: Case) -> Iterator[Finding]:
     if not any(y.numel() for y in case.plain.outputs):
         raise NotApplicable("the output is empty")
     most = max(map(largest, case.plain.grads))
-    samples, tested = _left(case, inputs, most)
+    samples, asked, tested = _left(case, inputs, most)
     square = any(_is_square(case.flat[i]) for i in inputs)
     seen = [case]
     samples.update(_along_axis(case, inputs, samples))
@@ -183,7 +185,12 @@ def _run(case: Case) -> Iterator[Finding]:
         seen.append(other)
         tested = True
         found = check_smooth(
-            other, NAME, f" where {what}", most, singular=square and what in SAMPLES
+            other,
+            NAME,
+            f" where {what}",
+            most,
+            singular=square and what in SAMPLES,
+            asked=what in asked,
         )
         if found:
             yield found

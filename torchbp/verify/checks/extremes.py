@@ -133,7 +133,8 @@ def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
     """Compare the gradient of elements that are 0 with a central difference, unless there is a kink."""
     lines, made = Lines(zero), zero.memo.pop(STEP, None)
     # What depends on whether an element is 0 may be the gradient of others: all move.
-    directions, step = (made.directions, made.size) if made else (lines.direction(0), SHORT)
+    along, step = (made.directions, made.size) if made else (lines.direction(0), SHORT)
+    directions = dict(along)
     for i in inputs:
         at_zero = real(zero.leaves[i].cpu()).reshape(-1) == 0
         directions[i] = torch.where(at_zero, directions[i].abs(), directions[i])

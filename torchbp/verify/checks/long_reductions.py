@@ -44,6 +44,8 @@ def _run(case: Case) -> Iterator[Finding]:
         return
     for size, summed in _summed(case, left):
         for dtype in DTYPES:
+            if in_dtype(case, dtype)[0].refusal:
+                continue
             try:
                 found = _compare(case, size, summed, dtype)
             except (ForwardRaised, BackwardRaised):
@@ -80,7 +82,8 @@ def _right_at_once(case: Case) -> bool:
     sizes = {size: size.near(n) for size, n in zip(found, AT_ONCE, strict=False)}
     lengths = tuple(sizes.values())
     several = len(set(lengths)) == len(found) == len(AT_ONCE)
-    if not several or not fits(case, sizes, LARGEST_AT_ONCE):
+    refused = in_dtype(case, DTYPES[0])[0].refusal
+    if refused or not several or not fits(case, sizes, LARGEST_AT_ONCE):
         return False
     longer = _positive(case, sizes)
     longer.bounded = STEPS[0]

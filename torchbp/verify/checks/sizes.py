@@ -15,7 +15,15 @@ from torchbp.verify.checks.indices import KNOWN, equal, extreme, note_order, wit
 from torchbp.verify.checks.pairing import PAIRED, paired
 from torchbp.verify.dimensions import wider
 from torchbp.verify.elsewhere import check_lines
-from torchbp.verify.growth import LARGER, fits, free_sizes, one_more, tie
+from torchbp.verify.growth import (
+    LARGER,
+    REFUSES,
+    fits,
+    free_sizes,
+    one_more,
+    tie,
+    without_numbers,
+)
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import (
@@ -231,10 +239,11 @@ def _runs(case: Case, free: list[Size], parted: list[set[Pair]]) -> Iterator[Run
         if indexed and any(new < size.now for size, new in sizes.items()):
             continue  # an index may point at what is gone
         factor, varied = SCALED.get(row, 1.0) if ran else 1.0, VARIED.get(row)
-        run = _largest_that_runs(case, sizes, factor, varied)
+        said: dict[str, str] = {}
+        run = _largest_that_runs(case, sizes, factor, varied, said=said)
         if run and run.scale:
             case.memo.setdefault("scaled", set()).add(SCALED[row])
-        run = run or _largest_that_runs(case, sizes)
+        run = run or _largest_that_runs(case, sizes, said=said)
         if run:
             ran = True
             parted.append(_parted(case, run.plain))
@@ -294,12 +303,20 @@ def _left(
 
 
 def _largest_that_runs(
-    case: Case, sizes: dict[Size, int], factor: float = 1.0, varied: Varied | None = None
+    case: Case,
+    sizes: dict[Size, int],
+    factor: float = 1.0,
+    varied: Varied | None = None,
+    *,
+    said: dict[str, str] | None = None,
 ) -> Run | None:
     """Return the case at these sizes; where that is too large, or refused, at as many of them as will do.
 
     Inputs are ``factor`` times as large; 0 makes their slices unequal. ``varied`` is what else is another there.
+    ``said`` is by what they were refused, so varied: what refuses other sizes, too, refuses these.
     """
+    said = {} if said is None else said
+    refuses = case.memo.setdefault(REFUSES, set())
     first = next(iter(sizes))
     # What is equal stays so where it is to be equal here too, and unequal where not.
     with_first = [s for s in sizes if s.now == first.now and sizes[s] == sizes[first]]
@@ -316,9 +333,15 @@ def _largest_that_runs(
     for part in filter(None, choices if others else choices[:1]):
         if tries < TRIES and fits(case, part, LARGEST):
             tries += 1
+            if said.get(str(part)) in refuses:
+                continue
             run = _at(case, part, factor, varied)
             if _runs_through(case, run):
                 return run
+            if run.case.refusal and not run.case.stopped:
+                said[str(part)] = without_numbers(run.case.refusal)
+                if run.case is run.plain:
+                    refuses.add(said[str(part)])
             if run.case.stopped:  # by a matrix of all pairs of rows, perhaps
                 run = _at(case, {s: min(n, s.near(FEWER)) for s, n in part.items()}, factor, varied)
                 if _runs_through(case, run):

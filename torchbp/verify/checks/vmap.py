@@ -14,7 +14,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.duals import by_hand
 from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
-from torchbp.verify.source import lacking
+from torchbp.verify.source import functions, lacking
 from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import compare, largest, rounding
 
@@ -33,11 +33,14 @@ def _run(case: Case) -> Iterator[Finding]:
     n = len(case.leaves)
     here, there = case.leaves, [leaf.clone() for leaf in case.nearby.leaves]
     looped = [(list(case.plain.outputs), list(case.plain.grads)), _nearby(case, there)]
-    found, refused = _nested(case, here, there, looped)
-    if refused and UNSUPPORTED.search(refused[0]):
-        raise Refused(refused[0])
+    by_rule = any(
+        f.vmap is not Function.vmap for f in functions(case)
+    )  # each is met at one level only
+    found, refused = ([], [""]) if by_rule else _nested(case, here, there, looped)
     if not found and not refused:
         return  # right in all ways at once
+    if refused and UNSUPPORTED.search(refused[0]):
+        raise Refused(refused[0])
     torchs = bool(refused) and not by_hand(case)  # whose rules refuse the same in any dimension
     for dims in [(0,) * n] if torchs else _in_dims(case):
         batched = [torch.stack([a, b], d) for a, b, d in zip(here, there, dims, strict=True)]
