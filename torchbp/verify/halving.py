@@ -13,16 +13,29 @@ from torchbp.verify.tolerance import compare
 
 __all__ = ["culprit"]
 
+SMOOTH = 0.02  # of how far the slope is off: where both sides differ by less, one will do
+
 
 def culprit(lines: Lines, number: int, check: str, when: str = "") -> Finding | None:
     """Move every element at once; on a mismatch halve the set until one element is left: what is wrong there."""
     directions = lines.direction(number)
+    whole, bend = lines.apart, math.inf if lines.unlike else lines.bend(directions)
+    noise = 2 * lines.noise / lines.near
     while sum(int((d != 0).sum()) for d in directions.values()) > 1:
         first = half(directions)
-        if lines.agrees(first, quick=True) is False:
-            directions = first
+        one_side = bend + noise < SMOOTH * abs(whole)
+        off = lines.off_to_one_side(first) if one_side else math.nan
+        if not (abs(off) > (bend + noise) / SMOOTH or abs(off) < SMOOTH * abs(whole)):
+            disagrees = lines.agrees(first, quick=True) is False
+            off = lines.off_to_one_side(first) if disagrees else 0.0
+            bend = lines.bend(first) if disagrees and not lines.unlike else bend
+        else:
+            disagrees = abs(off) > (bend + noise) / SMOOTH
+        if disagrees:
+            directions, whole = first, off
         else:  # then it is the rest, which the end will tell
             directions = {i: d - first[i] if i in first else d for i, d in directions.items()}
+            whole -= off
     which, d = next((i, d) for i, d in directions.items() if d.any())
     index = int(d.nonzero()[0])
     value, settled = lines.along_element(which, index)

@@ -65,6 +65,9 @@ class Lines:
         )
         self.elsewhere = elsewhere  # than at the user's sample
         self.at_once = False  # whether the first step already said that all is well
+        self.apart = (
+            math.nan
+        )  # how far the slope was from the gradient's, when that was measured last
         self.unlike = False  # whether steps of several lengths said different things, and none that
         self.rise = math.nan  # of the last short step: ⟨v, f(x + step) - f(x)⟩
         self.end: tuple[list[Tensor], tuple[Tensor, ...]] = ([], ())  # of it: leaves and outputs
@@ -155,7 +158,16 @@ class Lines:
             if bend + 2 * self.noise / self.near < 0.02 * off:
                 return False
         value, settled = self.measure(directions, got, allowed)
+        self.apart = value - got
         return abs(value - got) <= allowed if settled else None
+
+    def bend(self, directions: Directions) -> float:
+        """Return by how much the slopes to both sides differ, in a short step."""
+        return central(lambda t: self.value(directions, t), self.near)[1]
+
+    def off_to_one_side(self, directions: Directions) -> float:
+        """Return how far the slope to one side is from the gradient's, in a short step."""
+        return self.value(directions, self.near) / self.near - self.along(directions)
 
     def jumps(self, directions: Directions) -> bool:
         """Return whether the shortest step that rounding allows has another slope: others go over many jumps."""

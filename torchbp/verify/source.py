@@ -47,10 +47,18 @@ def _parts(case: Case) -> Iterator[Any]:
 
 
 def _source(part: Any) -> str:
+    """Return what is written of a function, a module, or a class: its name, its docstring and its methods.
+
+    `inspect` reads the whole file to find a class: a tenth of a second and more.
+    """
     named = "__name__" if inspect.ismodule(part) else "__module__"
     module = getattr(part, named, None) or ""  # None: Function.apply in torch 2.14
     if module.startswith("torch."):
         return ""
+    if inspect.isclass(part):
+        methods = [getattr(x, "__func__", x) for x in vars(part).values()]
+        written = [_source(x) for x in methods if inspect.isfunction(x)]
+        return "\n".join([part.__qualname__, part.__doc__ or "", *written])
     try:
         return inspect.getsource(part)
     except (OSError, TypeError):
