@@ -190,9 +190,9 @@ class _Search:
                 break  # refused, and so are the sizes
         return None, [], new
 
-    def _exceeds_1(self) -> bool:
-        """Whether the inputs that would be larger are beyond the domain of a probability, a cosine."""
-        which = [i for i in self.case.where[::2] if i < self.case.size]
+    def _exceeds_1(self, step: int = 1) -> bool:
+        """Whether inputs, every ``step``-th of them, are beyond the domain of a probability, a cosine."""
+        which = [i for i in self.case.where[::step] if i < self.case.size]
         return all(largest(self.case.flat[i]) > 1 for i in which)
 
     def _together(self, n: int, places: Mapping[int, Places]) -> None:
@@ -306,7 +306,7 @@ class _Search:
         case, other = self.case, resized(self.case, {size: size.more})
         self.said = ""
         # What is tested for larger inputs is seen for these.
-        larger = not backward and not case.memo.get(LARGER) and self._exceeds_1()
+        larger = not backward and not case.memo.get(LARGER) and self._exceeds_1(2)
         seen = apart(other) if larger else other
         if larger and not accepts(seen) and "first" in seen.__dict__:
             larger, seen = False, other

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.depends import elementwise
+from torchbp.verify.duals import by_hand
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
@@ -221,12 +222,14 @@ def _beyond(
         return []
     single = other.edited(lambda i, t: t[:, :1] if i in chosen and t.dim() > 1 else t)
     same = all(single.flat[i].shape == other.flat[i].shape for i in chosen)
+    also = by_hand(case)  # what is tested beside the gradient, then: a jvp, a second derivative
     # Of one row nothing is known where outputs are a sum over rows; one row is among the `sizes`.
-    for base in (
-        (other,) if same else (single, other) if set(joins) == {"stack"} else (other, single)
-    ):
+    summed = set(joins) != {"stack"} and not also
+    for base in (other,) if same else (other, single) if summed else (single, other):
         twice = base.edited(lambda i, t: _stack(t) if i in chosen else t)
         if accepts(twice):
+            if also:
+                return [twice]
             expected = (
                 _of_first_rows(case, twice, chosen)
                 if base is single
