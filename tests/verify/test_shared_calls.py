@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 import torchbp
 
@@ -191,3 +191,104 @@ class Scaled(Function):
     @staticmethod
     def backward(ctx, grad_y):
         return grad_y * ctx.factor, None
+
+
+def recorded_or_not(x):
+    return x.sin() if torch.is_grad_enabled() else x.cos()
+
+
+def test_another_way_without_a_gradient_is_seen_on_dual_numbers():
+    def function(x):  # whose source does not say so
+        return recorded_or_not(x) * 2
+
+    assert wrong_checks(function, leaf(3, 4), "memory", "forward_mode") == {"memory"}
+    assert not wrong_checks(lambda x: x.sin(), leaf(3, 4), "memory", "forward_mode")
+
+
+class Sine(Function):
+    """Without a jvp, or a rule for vmap."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return grad_y * ctx.saved_tensors[0].cos()
+
+
+def test_where_transforms_go_another_way_they_are_asked():
+    def function(x):
+        composed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        return x.sin() if composed else Sine.apply(x)
+
+    report = torchbp.gradcheck(function, leaf(3, 4), checks=["forward_mode", "vmap"])
+    assert {c.status for c in report.capabilities.values()} == {"ok"}
+
+
+def running_sum(terms):
+    total = 0
+    for term in terms:
+        total = total + term
+    return total
+
+
+class Product(Function):
+    """A product of matrices whose gradients are summed in their own precision: of the inputs that are named."""
+
+    stalled = ()
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        a, b = ctx.saved_tensors
+        grad_a, grad_b = grad_y @ b.mT, a.mT @ grad_y
+        if "a" in Product.stalled:
+            grad_a = running_sum(
+                g[:, None] * row for g, row in zip(grad_y.unbind(1), b.unbind(1), strict=True)
+            )
+        if "b" in Product.stalled:
+            grad_b = running_sum(
+                row[:, None] * g for row, g in zip(a.unbind(0), grad_y.unbind(0), strict=True)
+            )
+        return grad_a, grad_b
+
+
+@pytest.mark.parametrize("stalled", ["", "a", "b", "ab"])
+def test_of_two_long_dimensions_at_once_the_one_that_stalls_is_found(stalled, monkeypatch):
+    monkeypatch.setattr(Product, "stalled", stalled)
+    report = torchbp.gradcheck(
+        Product.apply,
+        (leaf(3, 4), leaf(4, 5, seed=1)),
+        checks="long_reductions",
+        raise_exception=False,
+    )
+    assert report.capabilities["long_reductions"].status == ("wrong" if stalled else "ok")
+    assert all(
+        f.input == f"input {'ab'.index(stalled[0])}" for f in report.wrong if len(stalled) == 1
+    )
+
+
+class Frozen(Function):
+    """x times y, whose second gradient hangs on the flag of the first."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx, grad_z):
+        x, y = ctx.saved_tensors
+        return grad_z * y, grad_z * x if ctx.needs_input_grad[0] else None
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 2, 2)])
+def test_what_hangs_on_another_flag_is_found_for_images_too(shape):
+    inputs = (leaf(*shape), leaf(*shape, seed=1))
+    assert wrong_checks(Frozen.apply, inputs, "input_layouts", "requires_grad") == {"requires_grad"}

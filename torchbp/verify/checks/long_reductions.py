@@ -1,9 +1,10 @@
 """Long reductions: a gradient summed over many rows in bfloat16 or float16 does not stall.
 
 A running sum in bfloat16 stops growing at 256 addends of its own size: 256 + 1 rounds to 256. The sample is lengthened
-to 2048 along each dimension that an input lacks, whose gradient is then a sum over it: a bias over rows; to 512 where
-a call of so many is too much. It is made positive so that nothing cancels. Where outputs have both signs all the same,
-as those of a norm have, grad_output has theirs as well: what a weight is multiplied with has no other.
+to 2048 along each dimension that an input lacks, whose gradient is then a sum over it: a bias over rows; to 1024 where
+a call of so many is too much, or where two dimensions, over which different inputs are summed, are long at once. It is
+made positive so that nothing cancels. Where outputs have both signs all the same, as those of a norm have, grad_output
+has theirs as well: what a weight is multiplied with has no other.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,13 +24,13 @@ from torchbp.verify.work import TooMuch
 
 NAME = "long_reductions"
 SLOW = "the first of the lengths is too much for one call"
-LENGTHS = (2048, 512)  # the second for a loop, or a matrix of all pairs of rows, of the first
+LENGTHS = (2048, 1024)  # the second for a loop, or a matrix of all pairs of rows, of the first
 LARGE = 4.0  # times the length, of the first row's grad_output: sums of a few rows are lost on it in bfloat16
 SHORT = 16  # times shorter, where nothing stalls yet
 LARGEST = 2**16
 AT_ONCE = (1024, 1056)  # of two dimensions together
 LARGEST_AT_ONCE = 2**22
-STEPS = (1, 2)  # times as much as a call may do elsewhere: a loop of as many steps, two calls of it
+STEPS = (1, 4)  # times as much as a call may do elsewhere: a loop of as many steps, two calls of it
 OFF = 0.1  # of the norm: rounding of 2048 addends in another order stays below 0.02
 LOST = 0.25  # of what the rows but the large one add: a sum that stalls loses most of it
 DTYPES = (torch.bfloat16, torch.float16)  # the second where the first is refused
@@ -196,14 +197,21 @@ def _large_first(
 ) -> tuple[Tensor, ...]:
     """Return the gradients for a grad_output of ones, the first of the rows so large that a later one is lost on it.
 
-    Or ``first``, if given. The ones have the signs of the outputs of ``signs``.
+    Or ``first``, if given. The ones have the signs of the outputs of ``signs``. The same ones each time.
     """
-    v = [torch.ones_like(y) for y in case.kept[1]]
-    for t, length in product(v, lengths):
-        for d in [d for d, n in enumerate(t.shape) if n == length][:1]:
-            t.select(d, 0).mul_(LARGE * length if first is None else first)
-    if signs:
-        v = [t * y.detach().sign().to(t) for t, y in zip(v, signs.kept[1], strict=True)]
+    asked = ("large first", lengths, first, bool(signs))
+    if asked not in case.memo:
+        v = [torch.ones_like(y) for y in case.kept[1]]
+        for t, length in product(v, lengths):
+            for d in [d for d, n in enumerate(t.shape) if n == length][:1]:
+                t.select(d, 0).mul_(LARGE * length if first is None else first)
+        if signs:
+            v = [t * y.detach().sign().to(t) for t, y in zip(v, signs.kept[1], strict=True)]
+        case.memo[asked] = _pulled(case, v)
+    return case.memo[asked]
+
+
+def _pulled(case: Case, v: list[Tensor]) -> tuple[Tensor, ...]:
     leaves, outputs = case.kept
     try:
         with case.within():

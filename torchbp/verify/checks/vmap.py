@@ -29,7 +29,7 @@ Looped = tuple[list[Tensor], list[Tensor]]  # outputs and gradients
 def _run(case: Case) -> Iterator[Finding]:
     rule = lacking(case, _may_be_batched)
     if rule:
-        raise Refused(f"{rule} has no rule for vmap")
+        raise Refused(f"{rule} has no rule for vmap, or no setup_context")
     n = len(case.leaves)
     here, there = case.leaves, [leaf.clone() for leaf in case.nearby.leaves]
     looped = [(list(case.plain.outputs), list(case.plain.grads)), _nearby(case, there)]
