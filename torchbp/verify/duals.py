@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as fwd
@@ -67,8 +67,8 @@ def batched(case: Case, u: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[
         return tuple(outputs[i] for i in case.differentiable)
 
     def pushed_forward(*tangents: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        values, along = torch.func.jvp(forward, tuple(case.leaves), tangents)
-        return values, along
+        pair: tuple[Any, ...] = torch.func.jvp(forward, tuple(case.leaves), tangents)
+        return pair[0], pair[1]
 
     values, along = torch.vmap(pushed_forward)(*(torch.stack([t, -2 * t]) for t in u))
     return tuple(y[0] for y in values), along

@@ -276,18 +276,19 @@ def _of_batches(
     case: Case, twice: Case, chosen: tuple[int, ...], pair: tuple[Known, Known], joins: list[Join]
 ) -> Pull | None:
     """Return what makes the gradients of two batches, the second in the other order, where that is known."""
-    batches = [
-        Known(
-            [
-                _JOINED[join](*two)
-                for join, *two in zip(joins, *(k.outputs for k in known), strict=True)
-            ],
-            lambda v, known=known: _of_both(case, known, joins, v, chosen),
-        )
-        for known in (pair, pair[::-1])
-    ]
+
+    def joined(one: Known, other: Known) -> Known:
+        outputs = [
+            _JOINED[j](a, b) for j, a, b in zip(joins, one.outputs, other.outputs, strict=True)
+        ]
+        return Known(outputs, lambda v: _of_both(case, (one, other), joins, v, chosen))
+
+    one, other = pair
+    batches = joined(one, other), joined(other, one)
     again = _joins(twice, *batches)
-    return again and (lambda v: _of_both(case, (batches[0], batches[1]), again, v, chosen))
+    if again is None:
+        return None
+    return lambda v: _of_both(case, batches, again, v, chosen)
 
 
 def _counts(x: Any) -> bool:

@@ -146,10 +146,11 @@ def _batch(
         values, grads = reduce(torch.vmap, reversed(levels), both)(*batched)
     except Exception as error:  # a refusal; forward alone may do
         refused = [reason(error)]
-        if UNSUPPORTED.search(str(error)) or len(levels) > 1 or not by_hand(case):
+        once, *more = levels
+        if more or UNSUPPORTED.search(str(error)) or not by_hand(case):
             return [], refused * 2
         try:
-            values = torch.vmap(forward, *levels)(*batched)
+            values = torch.vmap(forward, once)(*batched)
         except Exception as first:
             return [], [reason(first), *refused]
     pairs = [
