@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from torchbp.ops._function import as_dtype, fused, is_half
-from torchbp.ops._symbols import identity, source
+from torchbp.ops._identity import identity
+from torchbp.ops._symbols import source
 from torchbp.ops.kernels import SUM, in_one_loop
 
 __all__ = ["in_one_kernel"]

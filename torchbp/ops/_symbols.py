@@ -8,14 +8,14 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType, NoneType
 from typing import Any
 
 import torch
 
+from torchbp.ops._apart import Apart, with_apart
 from torchbp.ops._function import formula_only
 
-__all__ = ["Symbol", "identity", "source", "steps"]
+__all__ = ["Symbol", "source", "steps"]
 
 _one_at_a_time = threading.Lock()
 _INFINITY = "T(__int_as_float(0x7f800000))"
@@ -49,7 +49,7 @@ def steps(
     symbols = [Symbol(f"a{i}", lines) for i in range(count)]
     try:
         with _one_at_a_time, formula_only():  # backward has a thread for each device
-            made = (_with_apart(formula) if loop else formula)(*symbols)
+            made = (with_apart(formula) if loop else formula)(*symbols)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError):
         return None
     values = made if isinstance(made, tuple) else (made,)
@@ -62,61 +62,11 @@ class Lines(list[str]):
     """What has been noted, by which rules, those for what is not above 0, and the numbers that go with it."""
 
     def __init__(
-        self, rules: Mapping[str, Callable[..., str]], below_0: Mapping[str, Callable[[str], str]]
+        self, rules: Mapping[str, Callable[..., str]], below_0: Mapping[str, Callable[..., str]]
     ) -> None:
         self.rules, self.below_0 = rules, below_0
         self.signs: dict[str | None, int] = {}  # 1: at least 0, or NaN; -1: at most
         self.numbers: list[float] = []
-
-
-class Apart(float):
-    """A number that is given to the kernel, as is what is computed of it."""
-
-
-def identity(value: Any) -> Any:
-    """Return what tells one formula from others, though it is made anew at each call; ``None`` where nothing does."""
-    kind = type(value)
-    if kind is FunctionType:
-        if "<" not in value.__qualname__:  # of a module: there once, and for good
-            return value
-        code = value.__code__
-        _codes[id(code)] = code
-        parts = [*(value.__defaults__ or ()), *(c.cell_contents for c in value.__closure__ or ())]
-        found: list[Any] = [id(code)]
-    elif kind is partial:
-        parts = [value.func, *value.args, *value.keywords.values()]
-        found = list(value.keywords)
-    elif isinstance(value, (int, float, str, NoneType)):
-        return kind, value
-    else:
-        return value if callable(value) and kind is not MethodType else None
-    for part in parts:
-        known = part if type(part) is float else identity(part)
-        if known is None:
-            return None
-        found.append(known)
-    return tuple(found)
-
-
-# A formula's code stands for it by its address, for to hash the code takes as long as all else; kept, it keeps that.
-_codes: dict[int, CodeType] = {}
-
-
-def _with_apart(value: Any) -> Any:
-    """Return ``value`` with the numbers apart that a function closes over, or is partial in."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return Apart(value)
-    if isinstance(value, partial):
-        named = {k: _with_apart(v) for k, v in value.keywords.items()}
-        return partial(_with_apart(value.func), *map(_with_apart, value.args), **named)
-    if isinstance(value, FunctionType) and value.__closure__:
-        cells = tuple(CellType(_with_apart(cell.cell_contents)) for cell in value.__closure__)
-        function = FunctionType(
-            value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
-        )
-        function.__kwdefaults__ = value.__kwdefaults__
-        return function
-    return value
 
 
 class Symbol:
@@ -289,7 +239,7 @@ _LOOP_RULES: dict[str, Callable[..., str]] = {
     "special_erfcx": lambda x: f"erfcx({x})",  # of x >= 0
 }
 # In loops, of what is known to be at most 0, or NaN.
-_BELOW_0: dict[str, Callable[[str], str]] = {
+_BELOW_0: dict[str, Callable[..., str]] = {
     "exp": lambda x: f"exp_below_0({x})",
     "expm1": lambda x: f"expm1_below_0({x})",
     "softplus": lambda x: f"log1p_exp({x})",
@@ -318,23 +268,4 @@ def _give_operators() -> None:
         setattr(Symbol, f"__r{operator}__", lambda a, b, rule=rule: _step(rule, b, a))
 
 
-def _give_arithmetic() -> None:
-    """Let what is computed of a number that is apart be apart."""
-
-    def give(name: str) -> None:
-        own = getattr(float, name)
-
-        def compute(*operands: float) -> Any:
-            value = own(*operands)  # NotImplemented beside a symbol
-            return Apart(value) if isinstance(value, float) else value
-
-        setattr(Apart, name, compute)
-
-    for name in ("add", "sub", "mul", "truediv", "pow"):
-        give(f"__{name}__")
-        give(f"__r{name}__")
-    give("__neg__")
-
-
 _give_operators()
-_give_arithmetic()

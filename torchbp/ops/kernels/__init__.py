@@ -13,6 +13,7 @@ from torchbp.ops.kernels._ctc import over_sequences as over_sequences
 from torchbp.ops.kernels._ctc import over_sequences_backward as over_sequences_backward
 from torchbp.ops.kernels._embedding import over_indices as over_indices
 from torchbp.ops.kernels._flags import of_all_threads as of_all_threads
+from torchbp.ops.kernels._layout import in_memory as in_memory
 from torchbp.ops.kernels._library import at_hand as at_hand
 from torchbp.ops.kernels._library import disabled as disabled
 from torchbp.ops.kernels._library import listed as listed
@@ -20,7 +21,6 @@ from torchbp.ops.kernels._loop import MANY as MANY
 from torchbp.ops.kernels._loop import ROWS as ROWS
 from torchbp.ops.kernels._loop import SUM as SUM
 from torchbp.ops.kernels._loop import half_in_one_loop as half_in_one_loop
-from torchbp.ops.kernels._loop import in_memory as in_memory
 from torchbp.ops.kernels._loop import in_one_loop as in_one_loop
 from torchbp.ops.kernels._loop import looped as looped
 from torchbp.ops.kernels._rows import over_batch as over_batch

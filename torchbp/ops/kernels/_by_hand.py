@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchbp.ops._function import fused
 from torchbp.ops.kernels import _library
-from torchbp.ops.kernels._loop import in_memory
+from torchbp.ops.kernels._layout import in_memory
 
 __all__ = ["NAMES", "Loop", "Run", "taken", "wide"]
 

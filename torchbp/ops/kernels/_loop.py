@@ -6,63 +6,37 @@ of the loop is a digest of that source, so a formula that has changed is not fou
 
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache
-from math import prod
 from struct import Struct
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, get_num_threads
 
-from torchbp.ops._function import fused
-from torchbp.ops._symbols import identity, steps
+from torchbp.ops._identity import identity
+from torchbp.ops._symbols import steps
 from torchbp.ops.kernels import _library
+from torchbp.ops.kernels._layout import (
+    HALF,
+    NAMES,
+    SPREAD,
+    Laid,
+    Taken,
+    all_arrays,
+    in_rows,
+    is_one_for_all,
+    laid_out,
+)
+from torchbp.ops.kernels._layout import ROWS as IN_ROWS
 
 __all__ = ["MANY", "ROWS", "SUM", "half_in_one_loop", "in_one_loop", "looped"]
 
 MANY = 1 << 14  # elements; for fewer the call costs as much as the loop
 SUM = "sum"
 ROWS = "sums of rows"
-_PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 _MOST = 4096  # formulas and dtypes that are remembered
-_HALF = (torch.bfloat16, torch.float16)
-_FIRST = (torch.float32, *_HALF)
-_NAMES = {
-    torch.float32: "float",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.int8: "int8_t",
-    torch.int32: "int32_t",
-    torch.uint8: "uint8_t",
-    torch.bool: "uint8_t",
-}
-_ARRAY, _NUMBER, _SPREAD, _ROWS = "Array", "Number", "Spread", "Rows"
-_A_ROW = 16  # elements; of shorter ones each would be copied by itself
 _SUMMED_ROW = 64  # elements; of shorter rows the sums take as long as torch's
 Output = torch.dtype | str | Tensor | None
 _ONE_LIKE_FIRST: tuple[Output, ...] = (None,)
-
-
-class _Taken(NamedTuple):
-    """What the loop makes of an argument."""
-
-    dtype: torch.dtype
-    kind: str  # of each element its own, one number for all, or numbers spread over dimensions, or rows with gaps
-
-
-@cache
-def _all_arrays(dtype: torch.dtype, count: int) -> tuple[_Taken, ...]:
-    return (_Taken(dtype, _ARRAY),) * count
-
-
-class _Laid(NamedTuple):
-    """How the arguments lie in memory."""
-
-    like: Tensor  # an array: what is made lies as it does, or, beside rows, without gaps
-    taken: tuple[_Taken, ...]
-    # Two for each argument: 0, or how its numbers are spread, or how its rows lie.
-    lengths: tuple[int, ...]
-    rows: bool
 
 
 def in_one_loop(
@@ -90,7 +64,7 @@ def in_one_loop(
     known = identity(formula)
     if known is None:
         return None
-    taken = _arrays(tensors) if outputs is _ONE_LIKE_FIRST else None
+    taken = all_arrays(tensors) if outputs is _ONE_LIKE_FIRST else None
     if taken is None:
         return _of_any_layout(known, formula, tensors, outputs)
     # what is most usual, in few lines: beside many elements, where their code has left the cache, each takes some 3 µs
@@ -109,8 +83,8 @@ def _of_any_layout(
     outputs: tuple[Output, ...],
 ) -> Any:
     first = tensors[0]
-    tensors = tuple(t.contiguous() if _is_one_for_all(t) else t for t in tensors)
-    laid = _laid(tensors, any_first=None not in outputs)
+    tensors = tuple(t.contiguous() if is_one_for_all(t) else t for t in tensors)
+    laid = laid_out(tensors, any_first=None not in outputs)
     if laid is None:
         return None
     lengths = [_lengths(o, first.shape, outputs) for o in outputs]
@@ -130,7 +104,7 @@ def _of_any_layout(
 
 
 def _remembered(
-    known: Any, formula: Callable[..., Any], taken: tuple[_Taken, ...], kinds: tuple[Any, ...]
+    known: Any, formula: Callable[..., Any], taken: tuple[Taken, ...], kinds: tuple[Any, ...]
 ) -> Callable[..., None] | None:
     key = (known, kinds, taken)
     run = _library.remembered.get(key, ())
@@ -141,27 +115,7 @@ def _remembered(
     return run
 
 
-def _arrays(tensors: tuple[Tensor, ...]) -> tuple[_Taken, ...] | None:
-    """Return what :func:`_laid` finds where all tensors are contiguous and of one shape and dtype, else ``None``."""
-    first = tensors[0]
-    shape, dtype = first.shape, first.dtype
-    for t in tensors:
-        kind = type(t)
-        if not (
-            t.is_contiguous()
-            and t.dtype is dtype
-            and t.is_cpu
-            and (kind is Tensor or kind.__torch_dispatch__ is _PLAIN)  # pyright: ignore[reportAttributeAccessIssue]
-            and t.shape == shape
-            and not t.is_neg()
-        ):
-            return None
-    return (
-        _all_arrays(dtype, len(tensors)) if dtype in _FIRST and fused(*tensors, half=True) else None
-    )
-
-
-def _made(laid: _Laid, dtype: torch.dtype | str) -> Tensor:
+def _made(laid: Laid, dtype: torch.dtype | str) -> Tensor:
     if dtype == SUM:
         return torch.empty((), dtype=torch.float32)
     if dtype == ROWS:
@@ -180,82 +134,23 @@ def _lengths(
     if not isinstance(output, Tensor):
         of_rows = (shape[-1], 0) if shape and SUM not in outputs else None
         return of_rows if output == ROWS else ()
-    rows = _rows(output)
-    if rows is None or output.shape != shape or output.dtype not in _NAMES:
+    rows = in_rows(output)
+    if rows is None or output.shape != shape or output.dtype not in NAMES:
         return None
     return rows if rows[1] >= rows[0] else None
-
-
-def _is_one_for_all(t: Tensor) -> bool:
-    """Whether ``t`` is one number expanded, as the gradient of a sum is: a loop for it would be one more to compile."""
-    return t.numel() > 1 and not any(t.stride())
 
 
 def half_in_one_loop(formula: Callable[..., Any], *tensors: Tensor) -> Any:
     """Do as :func:`in_one_loop` in half precision alone: in float32 torch's own kernel takes as long."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or first.numel() < MANY or first.dtype not in _HALF:
+    if not isinstance(first, Tensor) or first.numel() < MANY or first.dtype not in HALF:
         return None
     return in_one_loop(formula, *tensors)
 
 
 def looped(*tensors: Tensor) -> bool:
     """Whether :func:`in_one_loop` takes ``tensors``; the formula may still not have been compiled."""
-    return tensors[0].numel() >= MANY and _library.at_hand() and _laid(tensors) is not None
-
-
-def _laid(tensors: tuple[Tensor, ...], *, any_first: bool = False) -> _Laid | None:
-    first = tensors[0]
-    if not (any_first or first.dtype in _FIRST) or not fused(*tensors, half=True):
-        return None
-    taken: list[_Taken] = []
-    lengths: list[int] = []
-    arrays: list[Tensor] = []
-    for t in tensors:
-        kind, spread = _kind(t, first.shape)
-        if kind is None:
-            return None
-        if kind == _ARRAY:
-            arrays.append(t)
-        taken.append(_Taken(t.dtype, kind))
-        lengths += spread
-    if not arrays:
-        return None
-    if not all(t.is_contiguous() for t in arrays):
-        strides = arrays[0].stride()
-        alike = all(t.stride() == strides for t in arrays)
-        if not alike or any(lengths) or _has_gaps(arrays[0]):
-            return _laid_in_rows(tensors, arrays[0], taken, lengths)
-    return _Laid(arrays[0], tuple(taken), tuple(lengths), False)
-
-
-def _laid_in_rows(
-    tensors: tuple[Tensor, ...], like: Tensor, taken: list[_Taken], lengths: list[int]
-) -> _Laid | None:
-    for i, t in enumerate(tensors):
-        if taken[i].kind == _ARRAY and not t.is_contiguous():
-            rows = _rows(t)
-            if rows is None:
-                return None
-            taken[i] = _Taken(t.dtype, _ROWS)
-            lengths[2 * i : 2 * i + 2] = rows
-    return _Laid(like, tuple(taken), tuple(lengths), True)
-
-
-def _rows(t: Tensor) -> tuple[int, int] | None:
-    """Return (length, stride), for element i lies at i // length * stride + i % length; ``None`` where it doesn't."""
-    dims = [(n, s) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1]
-    length = 1
-    while dims and dims[-1][1] == length:
-        length *= dims.pop()[0]
-    if not dims:
-        return length, length
-    stride = expected = dims[-1][1]
-    for n, s in reversed(dims):
-        if s != expected:
-            return None
-        expected *= n
-    return None if length < _A_ROW else (length, stride)
+    return tensors[0].numel() >= MANY and _library.at_hand() and laid_out(tensors) is not None
 
 
 class _Into(NamedTuple):
@@ -264,41 +159,8 @@ class _Into(NamedTuple):
     dtype: torch.dtype
 
 
-def in_memory(t: Tensor) -> bool:
-    """Whether the values of ``t`` are what the CPU's memory holds where it points."""
-    plain = type(t) is Tensor or type(t).__torch_dispatch__ is _PLAIN  # pyright: ignore[reportAttributeAccessIssue]
-    return t.is_cpu and plain and not t.is_neg()
-
-
-def _kind(t: Tensor, shape: torch.Size) -> tuple[str | None, tuple[int, int]]:
-    """Return what the loop makes of ``t``, and how its numbers are spread; ``None`` where it can't read it."""
-    if t.dtype not in _NAMES or not in_memory(t):
-        return None, (0, 0)
-    if t.numel() == 1:
-        return _NUMBER, (0, 0)
-    if t.shape == shape:
-        return _ARRAY, (0, 0)
-    spread = _spread(t, shape)
-    return (None, (0, 0)) if spread is None else (_SPREAD, spread)
-
-
-def _spread(t: Tensor, shape: torch.Size) -> tuple[int, int] | None:
-    """Return (inner, size), for element i has number (i / inner) % size; ``None`` where none do."""
-    if not t.is_contiguous() or t.dim() > len(shape):
-        return None
-    own = (1,) * (len(shape) - t.dim()) + tuple(t.shape)
-    places = [i for i, n in enumerate(own) if n > 1]
-    if not places or own[places[0] : places[-1] + 1] != shape[places[0] : places[-1] + 1]:
-        return None
-    return prod(shape[places[-1] + 1 :]), t.numel()
-
-
-def _has_gaps(t: Tensor) -> bool:
-    return torch.empty_like(t, device="meta").stride() != t.stride()
-
-
 def _compiled(
-    formula: Callable[..., Any], taken: tuple[_Taken, ...], outputs: tuple[Any, ...]
+    formula: Callable[..., Any], taken: tuple[Taken, ...], outputs: tuple[Any, ...]
 ) -> Callable[..., None] | None:
     noted = steps(formula, len(taken), loop=True)
     if noted is None or len(noted[1]) != len(outputs):
@@ -335,7 +197,7 @@ def _source(
     lines: list[str],
     values: tuple[str, ...],
     numbers: int,
-    arguments: tuple[_Taken, ...],
+    arguments: tuple[Taken, ...],
     outputs: tuple[Any, ...],
 ) -> tuple[str, str]:
     """Return the name and the C++ of the loop."""
@@ -348,7 +210,7 @@ def _source(
     as_float = [f"{v} ? T(1) : T(0)" if f"const bool {v} " in inside else v for v in values]
     kept = " ".join(f"y{o}[i] = {value};" for o, value in enumerate(as_float))
     read = ", ".join(
-        f"{kind}<{_NAMES[dtype]}>(in[{i}]{f', lengths + {2 * i}' if kind in (_SPREAD, _ROWS) else ''})"
+        f"{kind}<{NAMES[dtype]}>(in[{i}]{f', lengths + {2 * i}' if kind in (SPREAD, IN_ROWS) else ''})"
         for i, (dtype, kind) in enumerate(arguments)
     )
     written = ", ".join(_destination(o, i, arguments) for i, o in enumerate(outputs))
@@ -370,7 +232,7 @@ def _source(
     return _library.named(body)
 
 
-def _destination(output: Any, i: int, arguments: tuple[_Taken, ...]) -> str:
+def _destination(output: Any, i: int, arguments: tuple[Taken, ...]) -> str:
     """Return the C++ of where the value ``i`` goes."""
     if output == SUM:
         return f"Sum(out[{i}], n)"
@@ -378,6 +240,6 @@ def _destination(output: Any, i: int, arguments: tuple[_Taken, ...]) -> str:
     if output == ROWS:
         return f"RowSums(out[{i}], n, {lengths})"
     if isinstance(output, _Into):
-        return f"IntoRows<{_NAMES[output.dtype]}>(out[{i}], {lengths})"
+        return f"IntoRows<{NAMES[output.dtype]}>(out[{i}], {lengths})"
     dtype = arguments[0].dtype if output is None else output
-    return f"Values<{_NAMES[dtype]}>(out[{i}], n)"
+    return f"Values<{NAMES[dtype]}>(out[{i}], n)"
