@@ -26,6 +26,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._function import Context, entry, kernel, overwrite, public, undifferentiated
+from torchbp.ops._invalid import at_hand_of_all
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
@@ -68,10 +69,12 @@ class HardswishFunction(Function):
 
 
 def _is_looped(x: Tensor) -> bool:
-    """Whether float32, too, goes through a loop: on several threads, where else a look at x would tell of ±∞."""
+    """Whether float32, too, goes through a loop: on several threads, where only a look at x would tell of ±∞."""
     if not (isinstance(x, Tensor) and x.is_cpu and x.dtype is torch.float32):
         return False
-    return listed() or (x.numel() >= MANY and get_num_threads() > 1)
+    if listed():
+        return True
+    return x.numel() >= MANY and get_num_threads() > 1 and not at_hand_of_all(x.numel())
 
 
 def _value(x: Tensor) -> Tensor:
