@@ -133,6 +133,7 @@ class _Lines:
         self.step = 2.0**-8 if exact else 2.0**-4
         self.near = self.step / 256
         self.measured = float("nan")
+        self._values: dict[tuple[float, ...], float] = {}
         self.end = end = case.memo.pop(STEP, None)
         if isinstance(end, Step):
             for i, d in end.directions.items():
@@ -191,6 +192,13 @@ class _Lines:
         return not bend < 0.02 * (off if math.isfinite(off) else abs(slope))
 
     def _value(self, chosen: list[int], t: float) -> float:
+        """Return by how much it rises over a step of the chosen points; none is taken twice."""
+        step = (*chosen, t)
+        if step not in self._values:
+            self._values[step] = self._called(chosen, t)
+        return self._values[step]
+
+    def _called(self, chosen: list[int], t: float) -> float:
         leaves, v = self._moved(chosen, t)
         try:
             outputs = self.case.forward(leaves)

@@ -149,7 +149,11 @@ def _run(case: Case) -> Iterator[Finding]:
             yield from _run(case)
             return
         if found:
-            out = explodes(case, other, EXPLODES if run.scale else EXPLODES**0.5)
+            scaled = (
+                bool(run.scale) and run.scale in found.message
+            )  # else it is so of the sizes alone
+            there, times = (other, EXPLODES) if scaled else (run.plain, EXPLODES**0.5)
+            out = explodes(case, there, times)
             yield replace(found, severity="note") if out else found
             return
     if refused:
@@ -174,6 +178,8 @@ def _wrong_at(case: Case, run: Run) -> Finding | None:
             return plainly()
         run.varied.right(case, run)
         return None
+    if run.scale and explodes(case, run.case, EXPLODES):
+        return plainly()  # out of the sample's domain: the sizes alone
     rather = plainly if run.scale else None
     found = check_lines(
         run.case,
