@@ -65,10 +65,8 @@ class Lines:
         )
         self.elsewhere = elsewhere  # than at the user's sample
         self.at_once = False  # whether the first step already said that all is well
-        self.apart = (
-            math.nan
-        )  # how far the slope was from the gradient's, when that was measured last
-        self.unlike = False  # whether steps of several lengths said different things, and none that
+        self.apart = math.nan  # how far the slope was from the gradient's, when measured last
+        self.unlike = False  # whether steps of several lengths disagreed, and none settled it
         self.rise = math.nan  # of the last short step: ⟨v, f(x + step) - f(x)⟩
         self.end: tuple[list[Tensor], tuple[Tensor, ...]] = ([], ())  # of it: leaves and outputs
         self.there: tuple[Tensor, ...] = ()  # the gradient at that end

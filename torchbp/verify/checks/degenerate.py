@@ -139,9 +139,7 @@ def _left(case: Case, inputs: list[int], most: float) -> tuple[dict[str, Case], 
     tested = any(at_once)
     left = {w: c for (w, c), right in zip(samples.items(), at_once, strict=True) if not right}
     asked = {what for what, right in zip(samples, at_once, strict=True) if right is False}
-    case.memo[EVERY] = (
-        EVERY in samples and EVERY not in left
-    )  # for `extremes`, which looks at it else
+    case.memo[EVERY] = EVERY in samples and EVERY not in left  # `extremes` looks at it else
     samples = {w: c for w, c in left.items() if w != EVERY}
     zero = {w: c for w, c in samples.items() if w.endswith(" is 0")}
     if all_right(case, list(zero.values())):

@@ -33,9 +33,8 @@ def _run(case: Case) -> Iterator[Finding]:
     n = len(case.leaves)
     here, there = case.leaves, [leaf.clone() for leaf in case.nearby.leaves]
     looped = [(list(case.plain.outputs), list(case.plain.grads)), _nearby(case, there)]
-    by_rule = any(
-        f.vmap is not Function.vmap for f in functions(case)
-    )  # each is met at one level only
+    # A rule by hand is met at one level only.
+    by_rule = any(f.vmap is not Function.vmap for f in functions(case))
     found, refused = ([], [""]) if by_rule else _nested(case, here, there, looped)
     if not found and not refused:
         return  # right in all ways at once
