@@ -67,7 +67,11 @@ def at_hand() -> bool:
 
 def at_hand_of_all(n: int) -> bool:
     """Whether the flags tell of all that a kernel does with ``n`` elements, which several threads share."""
-    return n >= MANY and compiled() and _FLAGS is not None and of_all_threads(INVALID) is not None
+    return _of_all(n) is not None
+
+
+def _of_all(n: int) -> Callable[[], int] | None:
+    return of_all_threads(INVALID) if n >= MANY and compiled() and _FLAGS is not None else None
 
 
 def quiet() -> bool:
@@ -84,10 +88,8 @@ def sound(y: Tensor) -> bool:
         if not raised(INVALID):
             return True
         clear(INVALID)  # and it may be somebody else's
-    elif at_hand_of_all(y.numel()):
-        count = of_all_threads(INVALID)
-        if count is not None and not count():
-            return True
+    elif (count := _of_all(y.numel())) is not None and not count():
+        return True
     if y.numel() <= FEW:
         return torch.equal(y, y)
     total = y.sum(dtype=torch.float32) if y.dtype == torch.float16 else y.sum()

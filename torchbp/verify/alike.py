@@ -6,7 +6,6 @@ A maximum whose backward gives the whole gradient to each of several equal eleme
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.depends import elementwise
@@ -14,6 +13,7 @@ from torchbp.verify.differences import central
 from torchbp.verify.lines import Lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
+from torchbp.verify.tensors import Directions
 
 __all__ = ["CAUSE", "selects", "where_all_equal"]
 
@@ -78,7 +78,7 @@ def _alone(case: Case, which: int, check: str) -> Iterator[Finding]:
     )
 
 
-def _of_equal(case: Case, chosen: Sequence[int]) -> tuple[Lines, dict[int, Tensor]] | None:
+def _of_equal(case: Case, chosen: Sequence[int]) -> tuple[Lines, Directions] | None:
     """Return lines through the case in which all elements of each chosen leaf are equal, and what moves them alike."""
     values = {i: float(case.leaves[i].detach().flatten()[0]) for i in chosen}
     new = {case.where[i]: torch.full_like(case.leaves[i], x) for i, x in values.items()}

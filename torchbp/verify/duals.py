@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torchbp.verify.cases import Case
-from torchbp.verify.source import lacking, speaks
-from torchbp.verify.tensors import graph, like, signed_like, tensors_in
+from torchbp.verify.source import functions, lacking, speaks
+from torchbp.verify.tensors import like, signed_like, tensors_in
 
 __all__ = [
     "Silent",
@@ -105,7 +105,7 @@ def _silent(case: Case) -> Silent | Exception:
 
 def by_hand(case: Case) -> bool:
     """Whether a part of backward is written by hand."""
-    return any(hasattr(node, "_forward_cls") for node in graph(case.kept[1]))
+    return bool(functions(case))
 
 
 def without_jvp(case: Case) -> str:
@@ -115,8 +115,7 @@ def without_jvp(case: Case) -> str:
 
 def jvp_by_hand(case: Case) -> bool:
     """Whether a part of forward mode is written by hand."""
-    classes = [getattr(node, "_forward_cls", Function) for node in graph(case.kept[1])]
-    return any(cls.jvp is not Function.jvp for cls in classes)
+    return any(f.jvp is not Function.jvp for f in functions(case))
 
 
 def tangents_along(case: Case, direction: Mapping[int, Tensor]) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torchbp.verify.lines import Lines
 from torchbp.verify.otherwise import differs_otherwise
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate, reason
 from torchbp.verify.report import Finding
+from torchbp.verify.tensors import Directions
 
 __all__ = ["check_beside", "check_lines", "wrote"]
 
@@ -131,7 +132,7 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def check_beside(
-    case: Case, lines: Lines, direction: dict[int, Tensor], check: str, when: str = ""
+    case: Case, lines: Lines, direction: Directions, check: str, when: str = ""
 ) -> Finding | None:
     """Compare the gradient a step away from the sample, in which weights of 1 or a bias of 0 may hide a fault."""
     there = dict(zip(case.where, lines.moved(direction, BESIDE), strict=True))

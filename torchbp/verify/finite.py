@@ -3,13 +3,12 @@
 import math
 
 import torch
-from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import one_sided
 from torchbp.verify.lines import Lines
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import real, signed_like
+from torchbp.verify.tensors import Directions, real, signed_like
 
 __all__ = ["not_finite", "not_finite_at"]
 
@@ -17,7 +16,7 @@ STEP = 2.0**-12
 SHORT = 2.0**-24  # where what is clamped, a norm beside 0, is no kink yet
 
 
-def _is_smooth(lines: Lines, direction: dict[int, Tensor], step: float) -> bool:
+def _is_smooth(lines: Lines, direction: Directions, step: float) -> bool:
     """Whether forward has one finite slope along ``direction``, one tensor a leaf."""
     (left, left_bound), (right, right_bound) = one_sided(
         lambda t: lines.value(direction, t), step, lines.noise

@@ -18,7 +18,7 @@ from torchbp.verify.otherwise import asked_otherwise, differs_otherwise
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.tangents import agree, dot_test
-from torchbp.verify.tensors import graph, real, signed_like
+from torchbp.verify.tensors import Directions, graph, real, signed_like
 from torchbp.verify.tolerance import compare_all
 
 __all__ = ["further"]
@@ -28,7 +28,7 @@ RELATIVE = 1e-3  # a second derivative at one end of a short step, and the mean 
 
 
 def further(
-    case: Case, lines: Lines, direction: dict[int, Tensor], check: str, when: str
+    case: Case, lines: Lines, direction: Directions, check: str, when: str
 ) -> Finding | None:
     """Return what is wrong with tangents or second derivatives, where ``lines`` found the gradient to be right."""
     if not lines.at_once or not by_hand(case):
@@ -58,7 +58,7 @@ def further(
 
 
 def _of_tangents(
-    case: Case, lines: Lines, direction: dict[int, Tensor], check: str, when: str
+    case: Case, lines: Lines, direction: Directions, check: str, when: str
 ) -> Finding | None:
     """Return what is wrong with the tangents at the sample, if those at the step's end seem to be."""
     u = tangents_along(case, direction)
@@ -87,7 +87,7 @@ def _rise(case: Case, before: Sequence[Tensor], after: Sequence[Tensor]) -> floa
 def _goes_on(
     case: Case,
     lines: Lines,
-    direction: dict[int, Tensor],
+    direction: Directions,
     leaves: Sequence[Tensor],
     first: Sequence[Tensor],
     rise: float,

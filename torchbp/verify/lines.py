@@ -12,7 +12,7 @@ from torchbp.verify.differences import central, settle
 from torchbp.verify.duals import pushed, tangents_along
 from torchbp.verify.otherwise import asked_otherwise
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
-from torchbp.verify.tensors import like, real, scale_of, signed_like
+from torchbp.verify.tensors import Directions, like, real, scale_of, signed_like
 from torchbp.verify.tolerance import largest
 
 __all__ = ["STEP", "Lines", "Step"]
@@ -24,9 +24,6 @@ SHORTER = 64.0  # times, where a step is too long
 SHORTENED = 3  # times at most
 STEP = "a step"  # in the memo of a case, for whoever else needs one
 DUALS = "forward refuses dual numbers"
-
-
-Directions = dict[int, Tensor]  # of each leaf that moves, flat
 
 
 class Step(NamedTuple):

@@ -11,7 +11,7 @@ from torchbp.verify.lines import Lines
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
-from torchbp.verify.tensors import uniform
+from torchbp.verify.tensors import Directions, uniform
 from torchbp.verify.tolerance import largest
 
 __all__ = [
@@ -130,7 +130,7 @@ def _is_rounding(case: Case) -> bool:
         return False
 
 
-def _is_linear(lines: Lines, direction: dict[int, Tensor]) -> bool:
+def _is_linear(lines: Lines, direction: Directions) -> bool:
     """Whether forward has one slope along ``direction``, that is not the gradient's, and its parts' add up to it.
 
     Those of a median of equal elements do not. ``lines`` has just gone up.

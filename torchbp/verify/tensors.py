@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "Directions",
     "counts",
     "double",
     "flatten",
@@ -30,6 +31,8 @@ _DOUBLE = {
     torch.complex32: torch.complex128,
     torch.complex64: torch.complex128,
 }
+
+Directions = dict[int, Tensor]  # of each leaf that moves, flat
 
 
 def counts(t: Tensor) -> bool:
@@ -73,7 +76,7 @@ def real(t: Tensor) -> Tensor:
     return t.reshape(-1).double()
 
 
-def half(directions: dict[int, Tensor]) -> dict[int, Tensor]:
+def half(directions: Directions) -> Directions:
     """Return the first half of the elements that are moved."""
     count = sum(int((d != 0).sum()) for d in directions.values()) // 2
     part = {}

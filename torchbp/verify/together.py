@@ -10,13 +10,12 @@ from torchbp.verify.cases import Case
 from torchbp.verify.lines import Lines
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.smooth import leaves_a_question, right_at_once
+from torchbp.verify.tensors import Directions
 
 __all__ = ["ADDED", "STACKED", "all_right", "no_question"]
 
 STACKED = "positions of what forward takes a batch of, whose samples it does not mix"
 ADDED = "positions of what forward takes a batch of, whose samples' outputs it adds, or averages"
-
-Directions = dict[int, Tensor]  # of each leaf that moves, flat
 
 
 def no_question(case: Case, samples: Sequence[Case], most: float) -> list[bool | None]:

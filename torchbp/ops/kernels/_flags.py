@@ -25,7 +25,7 @@ def of_all_threads(flag: int) -> Callable[[], int] | None:
         flag: That of an invalid operation.
     """
     threads = get_num_threads()
-    key = (of_all_threads, threads)
+    key = (of_all_threads, threads, flag)
     found = _library.remembered.get(key, ())
     if found == ():
         if modes_active():  # which would see the trial

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchbp.ops._function import fused
+from torchbp.ops._function import fused, plain
 
 __all__ = [
     "HALF",
@@ -23,7 +23,6 @@ __all__ = [
     "laid_out",
 ]
 
-_PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 HALF = (torch.bfloat16, torch.float16)
 _FIRST = (torch.float32, *HALF)
 NAMES = {
@@ -61,12 +60,11 @@ def all_arrays(tensors: tuple[Tensor, ...]) -> tuple[Taken, ...] | None:
     first = tensors[0]
     shape, dtype = first.shape, first.dtype
     for t in tensors:
-        kind = type(t)
         if not (
             t.is_contiguous()
             and t.dtype is dtype
             and t.is_cpu
-            and (kind is Tensor or kind.__torch_dispatch__ is _PLAIN)  # pyright: ignore[reportAttributeAccessIssue]
+            and (type(t) is Tensor or plain(t))
             and t.shape == shape
             and not t.is_neg()
         ):
@@ -143,8 +141,7 @@ def in_rows(t: Tensor) -> tuple[int, int] | None:
 
 def in_memory(t: Tensor) -> bool:
     """Whether the values of ``t`` are what the CPU's memory holds where it points."""
-    plain = type(t) is Tensor or type(t).__torch_dispatch__ is _PLAIN  # pyright: ignore[reportAttributeAccessIssue]
-    return t.is_cpu and plain and not t.is_neg()
+    return t.is_cpu and plain(t) and not t.is_neg()
 
 
 def _kind(t: Tensor, shape: torch.Size) -> tuple[str | None, tuple[int, int]]:

@@ -37,9 +37,7 @@ def _run(case: Case) -> Iterator[Finding]:
     if case.epsilon > 1e-12:
         raise NotApplicable("the function does not compute in float64")
     lost = [float("inf")] * len(case.leaves)  # ulps in float32
-    widens = (
-        False  # where it computes in a wider dtype than its inputs', as for large ones it should
-    )
+    widens = False  # whether float16 is computed in a wider dtype, as for large inputs it should be
     for dtype in DTYPES:
         low, exact = in_single(case) if dtype is torch.float32 else in_dtype(case, dtype)
         try:

@@ -149,9 +149,8 @@ def _run(case: Case) -> Iterator[Finding]:
             yield from _run(case)
             return
         if found:
-            scaled = (
-                bool(run.scale) and run.scale in found.message
-            )  # else it is so of the sizes alone
+            # Else it is so of the sizes alone.
+            scaled = bool(run.scale) and run.scale in found.message
             there, times = (other, EXPLODES) if scaled else (run.plain, EXPLODES**0.5)
             out = explodes(case, there, times)
             yield replace(found, severity="note") if out else found

@@ -21,7 +21,7 @@ from torchbp.verify.elsewhere import check_beside
 from torchbp.verify.halving import culprit
 from torchbp.verify.lines import STEP, Lines, Step
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import like, like_mask, real
+from torchbp.verify.tensors import Directions, like, like_mask, real
 from torchbp.verify.tolerance import compare
 
 NAME = "values"
@@ -80,7 +80,7 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("finite differences settle nowhere: no smooth point in the sample")
 
 
-def _rises_for_others(case: Case, lines: Lines, direction: dict[int, Tensor]) -> bool:
+def _rises_for_others(case: Case, lines: Lines, direction: Directions) -> bool:
     """Whether all is well for other grad_outputs too: chance may hide in one what is wrong in the eighth digit."""
     if lines.at_once:
         case.memo[STEP] = Step(direction, lines.near, *lines.end)
