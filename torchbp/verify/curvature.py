@@ -18,6 +18,7 @@ from torchbp.verify.tensors import graph, like, real, scale_of, signed_like
 __all__ = ["second_derivative"]
 
 PURPOSE = "second_order"  # of the random numbers
+STEEP = 256.0  # times what the gradient tells: a jump, perhaps
 
 
 def second_derivative(case: Case, check: str, when: str = "") -> Iterator[Finding]:
@@ -186,10 +187,18 @@ class _Lines:
         return settled and not abs(self.measured - got) <= allowed
 
     def bends(self, chosen: list[int]) -> bool:
-        """Return whether there is a kink, or a jump."""
-        slope, bend = central(lambda t: self._value(chosen, t), self.near)
-        off = abs(slope - self.slope(chosen, self.got))
-        return not bend < 0.02 * (off if math.isfinite(off) else abs(slope))
+        """Return whether there is a kink, or a jump, over which long steps rise no more than short ones."""
+
+        def phi(t: float) -> float:
+            return self._value(chosen, t)
+
+        got, (slope, bend) = self.slope(chosen, self.got), central(phi, self.near)
+        off = abs(slope - got)
+        if not bend < 0.02 * (off if math.isfinite(off) else abs(slope)):
+            return True
+        if not abs(slope) > STEEP * abs(got):
+            return False
+        return abs(central(phi, self.step)[0]) * self.step < 2 * abs(slope) * self.near
 
     def _value(self, chosen: list[int], t: float) -> float:
         """Return by how much it rises over a step of the chosen points; none is taken twice."""

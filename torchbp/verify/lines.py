@@ -22,6 +22,7 @@ ELSEWHERE = 2e-8  # at other samples than the user's, whose rounding is less wel
 SHORTEST = 2.0**-40  # step whose own rounding does not matter yet
 SHORTER = 64.0  # times, where a step is too long
 SHORTENED = 3  # times at most
+QUARTER = 4.0  # times, where rounding hides what so short a step is off by
 STEP = "a step"  # in the memo of a case, for whoever else needs one
 DUALS = "forward refuses dual numbers"
 
@@ -76,6 +77,7 @@ class Lines:
                 for v, y in zip(case.plain.cotangents, case.plain.outputs, strict=True)
             )
         )
+        self._rounds = self.noise if elsewhere else 0.0  # in the user's sample that is known better
         exact = case.epsilon < 1e-12
         self.step = 2.0**-9 if exact else 2.0**-5
         self.near = 2.0**-17 if exact else 2.0**-7  # the cube root of epsilon
@@ -156,6 +158,11 @@ class Lines:
         self.apart = value - got
         return abs(value - got) <= allowed if settled else None
 
+    def agrees_nearby(self, directions: Directions) -> bool:
+        """Return whether one central difference of a short step agrees."""
+        got, allowed = self._along(self.grads, directions)
+        return abs(central(lambda t: self.value(directions, t), self.near)[0] - got) <= allowed
+
     def bend(self, directions: Directions) -> float:
         """Return by how much the slopes to both sides differ, in a short step."""
         return central(lambda t: self.value(directions, t), self.near)[1]
@@ -165,8 +172,13 @@ class Lines:
         return self.value(directions, self.near) / self.near - self.along(directions)
 
     def jumps(self, directions: Directions) -> bool:
-        """Return whether the shortest step that rounding allows has another slope: others go over many jumps."""
+        """Return whether the shortest step that rounding allows has another slope: others go over many jumps.
+
+        Where the gradient is 0, as of what is rounded, a far shorter one tells whether forward is flat.
+        """
         got, allowed = self._along(self.grads, directions)
+        if got == 0 and self.value(directions, SHORTEST) == 0:
+            return True
         value, _ = self.measure(directions, got, allowed)
         off = abs(value - got)
         step = max(40 * self.noise / off, SHORTEST) if off > 0 else math.inf
@@ -188,7 +200,7 @@ class Lines:
             allowed += float((_each(self.tolerance(i), self.grads[i]) * d)[moved].norm())
         return got, allowed
 
-    def rises(self, directions: Directions) -> bool:  # noqa: PLR0911  # one return a reason
+    def rises(self, directions: Directions) -> bool:
         """Return whether the function rises by the mean of its slopes at both ends of a short step.
 
         That is the trapezoidal rule: as exact as a central difference, for one forward less. Where it is off by about
@@ -202,45 +214,67 @@ class Lines:
         got, allowed = self._along(self.grads, directions)
         try:
             off = self._off(directions, self.near, got)
-            if off <= allowed + (self.noise / self.near if self.elsewhere else 0):
+            if abs(off) <= allowed + self._rounds / self.near:
                 self.at_once = True
                 return True
-            if off <= 4 * self.noise / self.near:
+            if abs(off) <= 4 * self.noise / self.near:
                 long = 16 * self.near
-                return self._off(directions, long, got) <= allowed + self.noise / long
-            offs, step = [off], self.near
-            for power in range(1, SHORTENED + 1):
-                step = self.near / SHORTER**power
-                short = self._off(directions, step, got)
-                if power == 1 and math.isfinite(short) and off <= 3 * short / SHORTER:
-                    return True  # rounding, more than what the outputs' size tells
-                self.hidden = power == 1 and off / 80 < short < off / 50
-                if short < off / 32 and short <= allowed + self.noise / step:
-                    return True
-                if short < min(off, abs(got)) / 1024:
-                    return True
-                offs.append(short)
-            if max(offs) - min(offs) < 0.02 * off and self.noise / step < 0.01 * off:
-                self.step /= (
-                    SHORTER**2
-                )  # the same in all steps: short ones, then, that meet no kinks
-                self.near /= SHORTER
-            else:
-                self.unlike = True
+                return abs(self._off(directions, long, got)) <= allowed + self.noise / long
+            return self._rises_soon(directions, off, got, allowed)
         except BackwardRaised:
             return False
+
+    def _rises_soon(self, directions: Directions, off: float, got: float, allowed: float) -> bool:
+        """The same of shorter steps, where the first is ``off``."""
+        offs, step = [abs(off)], self.near
+        for power in range(1, SHORTENED + 1):
+            step = self.near / SHORTER**power
+            there = self._off(directions, step, got)
+            short = abs(there)
+            if power == 1 and math.isfinite(short) and abs(off) <= 3 * short / SHORTER:
+                return True  # rounding, more than what the outputs' size tells
+            if math.isinf(off) and math.isinf(short):
+                break  # at the end of the domain, where no step is short enough
+            self.hidden = power == 1 and 1 / 80 < there / off < 1 / 50
+            if short < abs(off) / 32 and short <= allowed + self.noise / step:
+                return True
+            if short < min(abs(off), abs(got)) / 1024:
+                return True
+            if power == 1 and self._falls_as_square(directions, (off, there), got, allowed):
+                return True
+            offs.append(short)
+        if max(offs) - min(offs) < 0.02 * abs(off) and self.noise / step < 0.01 * abs(off):
+            self.step /= SHORTER**2  # the same in all steps: short ones, then, that meet no kinks
+            self.near /= SHORTER
+        else:
+            self.unlike = True
         return False
+
+    def _falls_as_square(
+        self, directions: Directions, offs: tuple[float, float], got: float, allowed: float
+    ) -> bool:
+        """Return whether a quarter of the first step is off by a sixteenth of that: curvature, where rounding hides it.
+
+        What is extrapolated from both is as wrong as the gradient. How far a step is from it that is shorter still,
+        tells of rounding, which falls as the step grows.
+        """
+        step = self.near / QUARTER
+        short = self._off(directions, step, got)
+        left = (QUARTER**2 * short - offs[0]) / (QUARTER**2 - 1)
+        rounding = self._rounds / step + 3 * abs(offs[1] - left) * QUARTER / SHORTER
+        self.hidden = 0.2 < short / offs[0] < 0.3
+        return abs(left) <= allowed + rounding
 
     def rises_at_once(self, directions: Directions) -> bool:
         """The same, from one step only: for samples with a kink, as a rule."""
         got, allowed = self._along(self.grads, directions)
         try:
-            return self._off(directions, self.near, got) <= allowed + self.noise / self.near
+            return abs(self._off(directions, self.near, got)) <= allowed + self.noise / self.near
         except BackwardRaised:
             return False
 
     def _off(self, directions: Directions, step: float, got: float) -> float:
-        """Return how far the rise of a step is from the mean slope of its ends; infinite beyond the domain."""
+        """Return by how much the rise of a step exceeds the mean slope of its ends; infinite beyond the domain."""
         leaves, self.rise = self.moved(directions, step), math.nan
         try:
             self.end = leaves, self._forward(leaves, directions)
@@ -274,7 +308,7 @@ class Lines:
             v = self.case.plain.cotangents
             self.there = self.case.backward(outputs, leaves, v, retain_graph=True)
         there, _ = self._along([g.detach().cpu() for g in self.there], directions)
-        off = abs(self.rise / step - (got + there) / 2)
+        off = self.rise / step - (got + there) / 2
         return off if off == off else float("inf")  # noqa: PLR0124  # NaN
 
     def rises_for(self, case: Case, directions: Directions) -> bool:
@@ -283,7 +317,7 @@ class Lines:
         other.end = self.end
         got, allowed = other._along(other.grads, directions)
         try:
-            return other._off_there(directions, other.near, got) <= allowed
+            return abs(other._off_there(directions, other.near, got)) <= allowed
         except BackwardRaised:
             return True  # of a graph that can be run once only
 

@@ -122,7 +122,7 @@ class _Lines(Lines):
         v = self.case.plain.cotangents
         there = self.batch.gradients(leaves, outputs, self.number, v)
         slope, _ = self._along([g.detach().cpu() for g in there], directions)
-        off = abs(self.rise / step - (got + slope) / 2)
+        off = self.rise / step - (got + slope) / 2
         return off if off == off else float("inf")  # noqa: PLR0124  # NaN
 
     def value(self, directions: Directions, t: float) -> float:

@@ -244,11 +244,11 @@ def _runs(case: Case, free: list[Size], parted: list[set[Pair]]) -> Iterator[Run
         if indexed and any(new < size.now for size, new in sizes.items()):
             continue  # an index may point at what is gone
         factor, varied = SCALED.get(row, 1.0) if ran else 1.0, VARIED.get(row)
-        said: dict[str, str] = {}
-        run = _largest_that_runs(case, sizes, factor, varied, said=said)
+        failed: dict[str, Run] = {}
+        run = _largest_that_runs(case, sizes, factor, varied, failed)
         if run and run.scale:
             case.memo.setdefault("scaled", set()).add(SCALED[row])
-        run = run or _largest_that_runs(case, sizes, said=said)
+        run = run or _largest_that_runs(case, sizes, failed=failed)
         if run:
             ran = True
             parted.append(_parted(case, run.plain))
@@ -312,15 +312,15 @@ def _largest_that_runs(
     sizes: dict[Size, int],
     factor: float = 1.0,
     varied: Varied | None = None,
-    *,
-    said: dict[str, str] | None = None,
+    failed: dict[str, Run] | None = None,
 ) -> Run | None:
     """Return the case at these sizes; where that is too large, or refused, at as many of them as will do.
 
     Inputs are ``factor`` times as large; 0 makes their slices unequal. ``varied`` is what else is another there.
-    ``said`` is by what they were refused, so varied: what refuses other sizes, too, refuses these.
+    What ``failed``, so varied, is not tried again where it was at the sizes alone, or was refused by what refuses
+    other sizes, too.
     """
-    said = {} if said is None else said
+    failed = {} if failed is None else failed
     refuses = case.memo.setdefault(REFUSES, set())
     first = next(iter(sizes))
     # What is equal stays so where it is to be equal here too, and unequal where not.
@@ -338,20 +338,25 @@ def _largest_that_runs(
     for part in filter(None, choices if others else choices[:1]):
         if tries < TRIES and fits(case, part, LARGEST):
             tries += 1
-            if said.get(str(part)) in refuses:
+            before = failed.get(str(part))
+            if before and (before.case is before.plain or _said(before) in refuses):
                 continue
             run = _at(case, part, factor, varied)
             if _runs_through(case, run):
                 return run
-            if run.case.refusal and not run.case.stopped:
-                said[str(part)] = without_numbers(run.case.refusal)
-                if run.case is run.plain:
-                    refuses.add(said[str(part)])
+            failed[str(part)] = run
+            if run.case is run.plain and _said(run):
+                refuses.add(_said(run))
             if run.case.stopped:  # by a matrix of all pairs of rows, perhaps
                 run = _at(case, {s: min(n, s.near(FEWER)) for s, n in part.items()}, factor, varied)
                 if _runs_through(case, run):
                     return run
     return None
+
+
+def _said(run: Run) -> str:
+    """Return what refused a run, if anything did, without numbers."""
+    return "" if run.case.stopped else without_numbers(run.case.refusal)
 
 
 def _at(case: Case, sizes: dict[Size, int], factor: float, varied: Varied | None) -> Run:

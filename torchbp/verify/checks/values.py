@@ -28,6 +28,7 @@ NAME = "values"
 EACH = 64  # real numbers up to which every one is moved alone, where the direction does not agree
 OTHERS = 2  # grad_outputs beside the first, of two backwards each
 ALONE = 2  # beyond that: this many
+GROUP = 4  # elements moved together where all agree, in low precision
 MOST = 150  # calls for that; once one element is known to be wrong, the others need not all be looked at
 
 
@@ -48,6 +49,7 @@ def _run(case: Case) -> Iterator[Finding]:
     truth = [real(g).clone() for g in lines.grads]
     unsettled = 0
     elements = list(_elements(case, lines.grads))
+    elements = _in_question(lines, direction, elements) if agrees else elements
     enough = case.calls.forward + MOST
     for which, index in elements:
         if case.calls.forward > enough and _disagrees(lines, truth, known):
@@ -78,6 +80,20 @@ def _run(case: Case) -> Iterator[Finding]:
             yield found
     if unsettled == len(elements) and agrees is None:
         raise NotApplicable("finite differences settle nowhere: no smooth point in the sample")
+
+
+def _in_question(
+    lines: Lines, direction: Directions, elements: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return the elements, of a direction that agrees, of those few along which together it does not."""
+    left = []
+    for start in range(0, len(elements), GROUP):
+        group = elements[start : start + GROUP]
+        part = {i: torch.zeros_like(d) for i, d in direction.items()}
+        for i, k in group:
+            part[i][k] = direction[i][k]
+        left += [] if lines.agrees_nearby(part) else group
+    return left
 
 
 def _rises_for_others(case: Case, lines: Lines, direction: Directions) -> bool:
