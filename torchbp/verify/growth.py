@@ -115,8 +115,10 @@ class _Search:
         # A size of 1 may be a batch, a step or a channel of which the sample has one only.
         sizes = [*[n for n in places if n > 1][:MOST], *([1] if 1 in places else ())]
         free = [n for n in sizes if n not in self.fixed]
-        if free and self._at_once([Size(n, places[n]) for n in free]):
-            sizes = [n for n in sizes if n in self.fixed]
+        for some in dict.fromkeys((tuple(free), tuple(n for n in free if n > 1))):
+            if some and self._at_once([Size(n, places[n]) for n in some]):
+                sizes = [n for n in sizes if n not in some]
+                break
         for n in sizes:
             self._together(n, places)
         alone = 0
@@ -146,12 +148,12 @@ class _Search:
         to what is the same now, becomes 2. What is refused for an odd number may be taken for an even one, of which
         that 2 is a part: heads of queries for each head of keys.
         """
-        same = max(size.now for size in sizes) + 1
+        same, kept = max(size.now for size in sizes) + 1, self.case.memo.setdefault("one more", [])
         other, outputs, new = self._same(sizes, same)
         if other is None:
             may_divide = same % 2 and any(size.now == 1 for size in sizes)
             even = self._same(sizes, same + 1)[0] if may_divide else None
-            self.case.memo["one more"] = [] if even is None else [even]
+            kept.extend([] if even is None else [even])
             return False
         growth = dict.fromkeys(sizes, 0.0)
         by_change = {(size.now, n): size for size, n in new.items()}
@@ -162,7 +164,7 @@ class _Search:
             elif change[0] != change[1]:
                 return False  # of several dimensions in one
         self.growth = growth
-        self.case.memo["one more"] = [other]
+        kept.append(other)
         return True
 
     def _same(
@@ -217,12 +219,20 @@ class _Search:
                 continue
             grown = self._grows(size)
             if grown is not None:
-                self.growth[size] = grown
+                if not self._is_broadcast(size, places):
+                    self.growth[size] = grown
                 self._stacked(size, whole)
                 return
             if size.unit > 1 and said == self.said:
                 self.stands.add(said)
             said = said or self.said
+
+    def _is_broadcast(self, size: Size, places: Mapping[int, Places]) -> bool:
+        """Whether a size of 1 may only be what another size is, which 2 was by chance."""
+        if size.now > 1 or size.more not in places:
+            return False
+        self.attempts += 1
+        return not accepts(resized(self.case, {size: max(places) + 1}))
 
     def _stacked(self, size: Size, whole: Places) -> None:
         """Find whether the first dimensions of what is left take one more: layers, in stacks of parameters.

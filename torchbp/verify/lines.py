@@ -22,6 +22,7 @@ ELSEWHERE = 2e-8  # at other samples than the user's, whose rounding is less wel
 SHORTEST = 2.0**-40  # step whose own rounding does not matter yet
 SHORTER = 64.0  # times, where a step is too long
 SHORTENED = 3  # times at most
+LONGER = 16.0  # times, where rounding may be all that a step is off by
 QUARTER = 4.0  # times, where rounding hides what so short a step is off by
 STEP = "a step"  # in the memo of a case, for whoever else needs one
 DUALS = "forward refuses dual numbers"
@@ -218,8 +219,10 @@ class Lines:
                 self.at_once = True
                 return True
             if abs(off) <= 4 * self.noise / self.near:
-                long = 16 * self.near
-                return abs(self._off(directions, long, got)) <= allowed + self.noise / long
+                long = self._off(directions, LONGER * self.near, got)
+                return abs(long) <= allowed + self.noise / (LONGER * self.near) or (
+                    abs(_extrapolated(long, off, LONGER)) <= allowed + self._rounds / self.near
+                )
             return self._rises_soon(directions, off, got, allowed)
         except BackwardRaised:
             return False
@@ -260,7 +263,7 @@ class Lines:
         """
         step = self.near / QUARTER
         short = self._off(directions, step, got)
-        left = (QUARTER**2 * short - offs[0]) / (QUARTER**2 - 1)
+        left = _extrapolated(offs[0], short, QUARTER)
         rounding = self._rounds / step + 3 * abs(offs[1] - left) * QUARTER / SHORTER
         self.hidden = 0.2 < short / offs[0] < 0.3
         return abs(left) <= allowed + rounding
@@ -367,6 +370,11 @@ class Lines:
                 return float("nan")
             total += float((v.conj() * (y.detach() - y0)).real.double().sum())
         return total
+
+
+def _extrapolated(long: float, short: float, times: float) -> float:
+    """Return what steps of both lengths are off by but for curvature, which falls as the square of the step."""
+    return (times**2 * short - long) / (times**2 - 1)
 
 
 def _each(t: Tensor, g: Tensor) -> Tensor:

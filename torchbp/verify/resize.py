@@ -28,6 +28,7 @@ __all__ = [
     "scaled",
     "uneven",
     "with_ones",
+    "with_zero",
     "with_zeros",
     "within_limits",
 ]
@@ -196,6 +197,15 @@ def with_zeros(case: Case) -> Case:
 def with_ones(case: Case) -> Case:
     """Return the case with a 1 in each real input of elements between 0 and 1; the same one each time."""
     return _with_one_at(case, 1.0, lambda t: t.numel() > 1 and bool(t.min() > 0 and t.max() < 1))
+
+
+def with_zero(case: Case, position: int) -> Case:
+    """Return the case with this input all zero; the same one each time."""
+    if ("zero", position) not in case.memo:
+        case.memo["zero", position] = case.edited(
+            lambda i, t: torch.zeros_like(t) if i == position else t
+        )
+    return case.memo["zero", position]
 
 
 def _with_one_at(case: Case, value: float, takes: Callable[[Tensor], Any]) -> Case:

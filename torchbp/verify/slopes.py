@@ -155,11 +155,12 @@ def evaluate(case: Case, which: int, points: Tensor) -> tuple[Tensor, Tensor]:
             leaves, outputs = other.kept
             grads = other.backward(outputs, leaves, [torch.ones_like(y) for y in outputs])
             y, g = outputs[0].detach(), grads[which]
-        except ForwardRaised:  # one by one those that are no further than the sample
-            within = (part >= float(leaf.min())) & (part <= float(leaf.max()))
+        except ForwardRaised:  # those that are no further than the sample, then one by one
+            within = ((part >= float(leaf.min())) & (part <= float(leaf.max()))).nonzero().flatten()
             y, g = torch.full_like(part, torch.nan), torch.full_like(part, torch.nan)
-            for k in within.nonzero().flatten().tolist() if len(part) > 1 else ():
-                y[k : k + 1], g[k : k + 1] = evaluate(case, which, part[k : k + 1])
+            for some in within.split(max(1, len(within)) if len(within) < len(part) else 1):
+                if len(some) > 0 and len(part) > 1:
+                    y[some], g[some] = evaluate(case, which, part[some])
         values.append(y.reshape(-1)[: len(part)].double().cpu())
         gradients.append(g.reshape(-1)[: len(part)].double().cpu())
     return torch.cat(values), torch.cat(gradients)

@@ -107,7 +107,9 @@ def _with(case: Case, asking: Case, change: Values) -> Case:
     """Return the case with other arguments, asking for as many gradients as it gives there."""
     other = with_options(asking, change)
     try:
-        if asking is case or (accepts(other) and other.plain):
+        if (
+            asking is case or not accepts(other) or other.plain
+        ):  # what is refused is so, asked or not
             return other
     except BackwardRaised:
         pass

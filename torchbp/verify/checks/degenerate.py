@@ -15,7 +15,7 @@ from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.depends import elementwise
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts
+from torchbp.verify.resize import accepts, with_zero
 from torchbp.verify.smooth import COINCIDENT, check_smooth, whether_right
 from torchbp.verify.source import speaks
 from torchbp.verify.together import all_right, no_question
@@ -87,7 +87,7 @@ def _samples(case: Case, inputs: list[int]) -> Iterator[tuple[str, Case]]:
             continue  # there is one with equal rows
         yield what, case.edited(lambda i, t, change=change: change(t) if i in inputs else t)
     for i in inputs[:ZERO]:
-        yield f"{case.name_at[i]} is 0", case.edited(lambda j, t, i=i: t * 0 if i == j else t)
+        yield f"{case.name_at[i]} is 0", with_zero(case, i)
     constants = [t for i, t in case.arguments if i not in case.where and t.is_floating_point()]
     like = {i: c for i in inputs for c in constants if c.shape == case.flat[i].shape}
     if like:

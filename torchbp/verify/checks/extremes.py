@@ -14,7 +14,15 @@ from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.finite import not_finite, not_finite_at
 from torchbp.verify.lines import STEP, Lines
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import LARGE, accepts, scaled, with_ones, with_zeros, within_limits
+from torchbp.verify.resize import (
+    LARGE,
+    accepts,
+    scaled,
+    with_ones,
+    with_zero,
+    with_zeros,
+    within_limits,
+)
 from torchbp.verify.tensors import real, scale_of
 
 NAME = "extremes"
@@ -45,7 +53,7 @@ def _run(case: Case) -> Iterator[Finding]:
             tested = True
             continue  # each alone leaves no question
         for which in inputs:
-            other = _changed(case, [which], change) if len(inputs) > 1 else every
+            other = every if len(inputs) == 1 else _alone(case, which, text, change)
             if not accepts(other):
                 continue
             tested = True
@@ -153,6 +161,12 @@ def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
     elif not abs(left - got) > slack or abs(left - right) > 0.25 * abs(left - got):  # a kink
         return None
     return check_lines(zero, NAME, " where one element of each input is 0")
+
+
+def _alone(case: Case, which: int, text: str, change: Callable[[Tensor], Tensor]) -> Case:
+    """Return the case with one input changed: all zero, as `degenerate` has it too."""
+    zero = "zero" in text
+    return with_zero(case, case.where[which]) if zero else _changed(case, [which], change)
 
 
 def _changed(case: Case, chosen: list[int], change: Callable[[Tensor], Tensor]) -> Case:

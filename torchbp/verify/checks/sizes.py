@@ -133,17 +133,20 @@ def _run(case: Case) -> Iterator[Finding]:
         seen = [k for k, run in enumerate(nearby) if run.plain is case.memo.get(LARGER)]
         k = seen[0] if seen else -1
         nearby[k] = _apart(case, nearby[k])
+    stay: list[Size] = []  # which backward refuses to be another, alone
     parted: list[set[Pair]] = []  # by larger runs
-    later = [run for run in nearby[1:] if run.case is run.plain and _parted(case, run.case)]
+    later = [run for run in nearby[1:] if _may_wait(case, run)]
     nearby = [run for run in nearby if run not in later]
-    runs = _runs(case, free, parted)
-    for run in chain(nearby, runs, _alone(case, free, refused), _not_yet(case, later, parted)):
+    runs = chain(_runs(case, free, parted, stay), _alone(case, free, refused, stay))
+    for run in chain(nearby, runs, _not_yet(case, later, parted)):
         other, found = run.case, _wrong_at(case, run)
         if found and found.got is None:  # backward raised: sizes that do not go together, perhaps
             if SHAPE in found.message and _of_one_shape(case) and _of_one_shape(other):
                 yield found
                 return
-            refused += [] if run.chance else [found.message]
+            if not run.chance:
+                refused.append(found.message)
+                stay += [size for size in free if run.near and _is_alone(case, run.plain, size)]
             continue
         if found and _is_overwritten(case, other, found) and tie(case):
             yield from _run(case)
@@ -229,14 +232,32 @@ def _apart(case: Case, run: Run) -> Run:
     return Run(other, run.plain, f", for every other input {APART:g} times as large", beyond=True)
 
 
-def _runs(case: Case, free: list[Size], parted: list[set[Pair]]) -> Iterator[Run]:
+def _may_wait(case: Case, run: Run) -> bool:
+    """Whether a larger run may have what is alone another here, with others; not what backward refuses."""
+    if run.case is not run.plain or not _parted(case, run.case):
+        return False
+    try:
+        _ = run.case.plain
+    except BackwardRaised:
+        return False
+    return True
+
+
+def _is_alone(case: Case, other: Case, size: Size) -> bool:
+    """Whether nothing but this size is another there."""
+    places = ((i, d) for i, t in case.arguments for d in range(t.dim()))
+    another = {(i, d) for i, d in places if other.flat[i].shape[d] != case.flat[i].shape[d]}
+    return another == {(i, d) for i, d, _ in size.places}
+
+
+def _runs(case: Case, free: list[Size], parted: list[set[Pair]], stay: list[Size]) -> Iterator[Run]:
     integers = [t for _, t in case.arguments if not (t.is_floating_point() or t.is_complex())]
     indexed = bool(integers)
     # What an integer reaches is the end of something: of a box, of a row. A slice that ends beyond is not refused.
     ends = {int(t.max()) for t in integers if t.numel()}
-    ran = False
+    ran, free = False, [size for size in free if size not in stay]
     reached = dict.fromkeys(free, 0)
-    for row in _rows(case, free):
+    for row in _rows(case, free) if free else ():
         sizes = {size: size.near(n) for size, n in zip(free, row, strict=False)}
         if row in TOGETHER:
             first = {size.now: size for size in reversed(free)}
@@ -263,7 +284,7 @@ def _runs(case: Case, free: list[Size], parted: list[set[Pair]]) -> Iterator[Run
             yield run
 
 
-def _alone(case: Case, free: list[Size], refused: list[str]) -> Iterator[Run]:
+def _alone(case: Case, free: list[Size], refused: list[str], stay: list[Size]) -> Iterator[Run]:
     """Yield each size alone, small and large, where backward refused several that do not go together.
 
     What is one in the sample becomes as many as something else is, too: what is broadcast along the wrong dimension
@@ -274,7 +295,8 @@ def _alone(case: Case, free: list[Size], refused: list[str]) -> Iterator[Run]:
         return
     several = list(dict.fromkeys(size.now for size in free if size.now > FEW))[:TRIES]
     as_many = [(size, n) for size in free if size.now == 1 for n in several]
-    for size, n in chain(as_many, product(free, (FEW, BLOCK))):
+    each = product(free, (FEW, BLOCK)) if len(refused) > len(stay) else ()
+    for size, n in chain(as_many, each):
         if size.near(n) != size.now and not (indexed and n < size.now):
             run = _largest_that_runs(case, {size: size.near(n)})
             yield from [run] if run else []
