@@ -26,6 +26,31 @@ def normed_conv(x, w, b, scale, shift):
     return F.rms_norm(y, y.shape[-1:], scale) + shift
 
 
+def labelled(x, y):
+    if bool(((y < 0) | (y > 1)).any()):
+        raise ValueError("y: expected labels from 0 to 1")
+    return F.binary_cross_entropy_with_logits(x, y, reduction="none")
+
+
+def biased(x, w, b):
+    if b.shape[0] not in (1, len(x)):
+        raise ValueError("b: expected one, or one a sample")
+    return (x @ w + b).tanh()
+
+
+class Rounded(torch.autograd.Function):
+    """To the nearest eighth: flat wherever it is smooth."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (8 * x).round() / 8
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return torch.zeros_like(grad_y)
+
+
+ONE = (leaf(2, 3, 4), leaf(2, 4, 5, seed=1), leaf(1, 3, 5, seed=2))
 FIVE = (leaf(2, 3, 6), leaf(4, 3, 3, seed=1), leaf(4, seed=2), leaf(4, seed=3), leaf(4, seed=4))
 SAMPLES = {
     "one input": (torch.tanh, (leaf(3, 4),), 38, 82),
@@ -59,6 +84,13 @@ SAMPLES = {
     "medians": (lambda x: x.median(-1).values, (leaf(3, 5),), 50, 98),
     "poles": (torch.tan, (leaf(3, 4),), 49, 88),
     "long sums": (torch.std, (leaf(3, 4),), 47, 82),
+    # What rounding hides, what is at the end of the domain, what jumps, what no difference tells.
+    "oscillations": (lambda x, w: (30 * x @ w).sin(), (leaf(3, 4), leaf(4, 2, seed=1)), 66, 101),
+    "labels": (labelled, (leaf(3, 4), torch.eye(3, 4, dtype=torch.float64)), 67, 97),
+    "one for all": (biased, ONE, 69, 112),
+    "steps": (Rounded.apply, (leaf(3, 4),), 74, 76),
+    "computed in float32": (lambda x: x.float().tanh().double(), (leaf(8, 8),), 66, 69),
+    "second derivatives that are NaN": (torch.sinc, (leaf(3, 4),), 56, 101),
 }
 
 

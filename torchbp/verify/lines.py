@@ -23,6 +23,7 @@ SHORTEST = 2.0**-40  # step whose own rounding does not matter yet
 SHORTER = 64.0  # times, where a step is too long
 SHORTENED = 3  # times at most
 LONGER = 16.0  # times, where rounding may be all that a step is off by
+CURVED = 2.0**13  # times what is allowed: kinks and poles are off by more, as a rule
 QUARTER = 4.0  # times, where rounding hides what so short a step is off by
 STEP = "a step"  # in the memo of a case, for whoever else needs one
 DUALS = "forward refuses dual numbers"
@@ -243,7 +244,8 @@ class Lines:
                 return True
             if short < min(abs(off), abs(got)) / 1024:
                 return True
-            if power == 1 and self._falls_as_square(directions, (off, there), got, allowed):
+            curved = abs(off) < CURVED * allowed and abs(there - off) > 0.02 * abs(off)
+            if power == 1 and curved and self._falls_as_square(directions, (off, there), allowed):
                 return True
             offs.append(short)
         if max(offs) - min(offs) < 0.02 * abs(off) and self.noise / step < 0.01 * abs(off):
@@ -254,7 +256,7 @@ class Lines:
         return False
 
     def _falls_as_square(
-        self, directions: Directions, offs: tuple[float, float], got: float, allowed: float
+        self, directions: Directions, offs: tuple[float, float], allowed: float
     ) -> bool:
         """Return whether a quarter of the first step is off by a sixteenth of that: curvature, where rounding hides it.
 
@@ -262,7 +264,7 @@ class Lines:
         tells of rounding, which falls as the step grows.
         """
         step = self.near / QUARTER
-        short = self._off(directions, step, got)
+        short = self._off(directions, step, self.along(directions))
         left = _extrapolated(offs[0], short, QUARTER)
         rounding = self._rounds / step + 3 * abs(offs[1] - left) * QUARTER / SHORTER
         self.hidden = 0.2 < short / offs[0] < 0.3

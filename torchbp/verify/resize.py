@@ -117,6 +117,8 @@ def scaled(case: Case, factor: float, chosen: Sequence[int] | None = None) -> Ca
     everything = [i for i, k in enumerate(case.where) if k < case.size]
     which = tuple(everything if chosen is None else [i for i in chosen if i in everything])
     where = [case.where[i] for i in which]
+    if not any(_has_both_signs(case.leaves[i]) for i in which):
+        factor = abs(factor)
     if factor == 1:
         return case
     if ("scaled", factor, which) not in case.memo:

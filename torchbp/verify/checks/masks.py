@@ -16,12 +16,14 @@ from torchbp.verify.finite import not_finite
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
 
+__all__ = ["CHECK", "is_mask"]
+
 NAME = "masks"
 FAR = 1e4
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    masks = [i for i, t in case.arguments if i not in case.where and _is_mask(t)]
+    masks = [i for i, t in case.arguments if i not in case.where and is_mask(t)]
     if not masks:
         raise NotApplicable("no mask")
     generator = case.generator(NAME)
@@ -46,7 +48,7 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("forward takes no other mask")
 
 
-def _is_mask(t: Tensor) -> bool:
+def is_mask(t: Tensor) -> bool:
     """Whether t holds truth values, perhaps as numbers: a mask of floating-point zeros and ones."""
     if t.dtype == torch.bool:
         return t.numel() > 0

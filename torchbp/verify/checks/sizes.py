@@ -146,7 +146,8 @@ def _run(case: Case) -> Iterator[Finding]:
                 return
             if not run.chance:
                 refused.append(found.message)
-                stay += [size for size in free if run.near and _is_alone(case, run.plain, size)]
+                alone = free if run in nearby else []
+                stay += [size for size in alone if _is_alone(case, run.plain, size)]
             continue
         if found and _is_overwritten(case, other, found) and tie(case):
             yield from _run(case)
@@ -369,6 +370,8 @@ def _largest_that_runs(
             failed[str(part)] = run
             if run.case is run.plain and _said(run):
                 refuses.add(_said(run))
+            if factor not in (0, 1) and _said(run) and not accepts(scaled(case, factor)):
+                return None  # which `scales` asks for too, then
             if run.case.stopped:  # by a matrix of all pairs of rows, perhaps
                 run = _at(case, {s: min(n, s.near(FEWER)) for s, n in part.items()}, factor, varied)
                 if _runs_through(case, run):
