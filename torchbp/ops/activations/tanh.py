@@ -29,6 +29,7 @@ from torchbp.ops._function import Context, entry, is_half, kernel, public, undif
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
+from torchbp.ops.activations._tanh import TORCHS_IS_FAST
 from torchbp.ops.activations._tanh import tanh as _tanh_of
 from torchbp.ops.kernels import half_in_one_loop, in_one_loop
 
@@ -45,7 +46,7 @@ class TanhFunction(Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:  # x, y: (*)
-        y = in_one_loop(torch.tanh, x)
+        y = (half_in_one_loop if TORCHS_IS_FAST else in_one_loop)(torch.tanh, x)
         return _tanh_of(x) if y is None else y
 
     @staticmethod
