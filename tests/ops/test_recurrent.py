@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import cached, register_parametrization
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import torchbp.nn
@@ -431,3 +433,42 @@ def test_script_trace_of_any_length(name, tmp_path):
         x, other = x[0], other[:, 0]
     torch.jit.save(torch.jit.trace(module, (x,)), tmp_path / "traced.pt")
     torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(other), module(other))
+
+
+class Counted(nn.Module):
+    times = 0
+
+    def forward(self, w):
+        self.times += 1
+        return w.clone()
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_a_parametrized_weight_is_made_once(name):
+    module = getattr(torchbp.nn, name)(3, 4, device=DEVICE)
+    counted = Counted()
+    register_parametrization(module, "weight_hh_l0", counted)
+    counted.times = 0
+    x = torch.randn(5, 2, 3, device=DEVICE)
+    module(x)
+    assert counted.times == 1
+    module(pack_sequence([x[:, 0], x[:2, 1]]))
+    assert counted.times == 2
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_a_spectral_norm(name):
+    """Each reading of the weight is a power iteration: torch reads it four times, in ``cached`` once."""
+    x = torch.randn(5, 2, 3, device=DEVICE)
+
+    def three_times(library):
+        torch.manual_seed(0)
+        module = spectral_norm(getattr(library, name)(3, 4, device=DEVICE), "weight_hh_l0")
+        for _ in range(3):
+            with cached():
+                y, _ = module(x)
+        grads = torch.autograd.grad(y.square().sum(), [*module.parameters()])
+        return y, *grads, *module.buffers()
+
+    for ours, theirs in zip(three_times(torchbp.nn), three_times(nn), strict=True):
+        torch.testing.assert_close(ours, theirs)

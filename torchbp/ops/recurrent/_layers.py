@@ -15,6 +15,9 @@ from torchbp.ops.recurrent._recurrence import Sizes
 
 __all__ = ["cell", "check_cell", "check_dtypes", "layers"]
 
+Weights = Sequence[
+    Sequence[Tensor]
+]  # of each layer and direction; read once, for a parametrization makes each anew
 Layer = Callable[[Tensor, tuple[Any, ...], Sequence[Any], Sizes, bool], tuple[Tensor, ...]]
 
 
@@ -112,11 +115,12 @@ def _packed(
 ) -> tuple[PackedSequence, tuple[Tensor, ...]]:
     rows, batch_sizes, sorting, unsorting = input
     sizes = tuple(batch_sizes.tolist())
-    _check_input(module, rows, dims=2)
+    parameters = module.all_weights
+    _check_input(module, rows, parameters, dims=2)
     states = _initial(module, rows, hx, sizes[0], dims=3)
     if sorting is not None:
         states = tuple(s.index_select(1, sorting) for s in states)
-    output, final = _stacked(layer, module, rows, states, sizes)
+    output, final = _stacked(layer, module, parameters, rows, states, sizes)
     if unsorting is not None:
         final = tuple(s.index_select(1, unsorting) for s in final)
     return PackedSequence(output, batch_sizes, sorting, unsorting), final
@@ -130,7 +134,8 @@ def _padded(
         advice = "(L, N, features), or (L, features) for one sequence"
         raise ValueError(wrong(_name(module), "input of 2 or 3 dimensions", dims, advice))
     rows = input if dims == 3 else input.unsqueeze(batch)
-    _check_input(module, rows, dims=3)
+    parameters = module.all_weights
+    _check_input(module, rows, parameters, dims=3)
     rows = rows.transpose(0, 1) if module.batch_first else rows
     steps, n, features = rows.shape
     states = _initial(module, rows, hx, n, dims=dims)
@@ -138,7 +143,7 @@ def _padded(
         advice = "leave out what is empty"
         raise RuntimeError(wrong(_name(module), "a sequence of at least one step", 0, advice))
     rows = rows.reshape(steps * n, features)
-    output, final = _stacked(layer, module, rows, states, (n,) * steps)
+    output, final = _stacked(layer, module, parameters, rows, states, (n,) * steps)
     output = output.view(steps, n, output.shape[-1])
     output = output.transpose(0, 1) if module.batch_first else output
     if dims == 2:
@@ -156,9 +161,9 @@ def _name(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _check_input(module: nn.RNNBase, rows: Tensor, *, dims: int) -> None:
+def _check_input(module: nn.RNNBase, rows: Tensor, parameters: Weights, *, dims: int) -> None:
     """Raise, of torch's types, where the input does not fit the weights."""
-    dtype = module.all_weights[0][0].dtype
+    dtype = parameters[0][0].dtype
     if rows.dtype != dtype and not autocasts(rows.device.type):
         advice = f"convert it with .to({dtype}), or the model"
         raise ValueError(wrong(_name(module), f"input of {dtype}", rows.dtype, advice))
@@ -187,13 +192,14 @@ def _initial(module: nn.RNNBase, rows: Tensor, hx: Any, n: int, *, dims: int) ->
 def _stacked(
     layer: Layer,
     module: nn.RNNBase,
+    parameters: Weights,
     rows: Tensor,
     states: tuple[Tensor, ...],
     sizes: Sizes,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run layer upon layer, each in all its directions, with dropout between them."""
     starts = list(zip(*(s.unbind(0) for s in states), strict=True))
-    directions, parameters, final = 1 + module.bidirectional, module.all_weights, []
+    directions, final = 1 + module.bidirectional, []
     for which in range(module.num_layers):
         if which and module.training and module.dropout:
             rows = dropout(rows, module.dropout)
