@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.testing._internal.two_tensor import TwoTensor
 
+import torchbp.functional
 from tests.ops.conftest import torchs, with_args
 from torchbp.ops._samples import one_tensor
 
@@ -63,3 +64,18 @@ def test_distributed_tensors(first, mesh):
         return distribute_tensor(t, mesh, [Shard(0) if t.dim() else Replicate()])
 
     check(first, wrap, lambda t: (t.full_tensor() if isinstance(t, DTensor) else t,))
+
+
+@pytest.mark.parametrize("name", ["info_nce_loss", "sparsemax"])
+def test_distributed_tensors_beyond_torch(name, mesh):
+    function = getattr(torchbp.functional, name)
+    given = [torch.randn(4, 5) for _ in range(2 if name == "info_nce_loss" else 1)]
+
+    def outcome(wrap):
+        leaves = [wrap(t).requires_grad_() for t in given]
+        y = function(*leaves)
+        return y, *torch.autograd.grad(y.sin().sum(), leaves)
+
+    ours = outcome(lambda t: distribute_tensor(t, mesh, [Shard(0)]))
+    for a, b in zip(ours, outcome(torch.clone), strict=True):
+        torch.testing.assert_close(a.full_tensor(), b)

@@ -31,6 +31,7 @@ from torchbp.ops._written_out import tensors, written_out
 __all__ = [
     "Context",
     "as_dtype",
+    "counted_up",
     "directional",
     "eager",
     "entry",
@@ -536,6 +537,13 @@ def visible(x: Tensor) -> bool:
 def plain(t: Tensor) -> bool:
     """Whether torch's kernels compute on ``t``, not a class of its own, as that of distributed tensors does."""
     return type(t) is Tensor or type(t).__torch_dispatch__ is _PLAIN  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def counted_up(n: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 0, 1, ..., n - 1, of the class of ``like``: beside a distributed tensor torch takes none but its like."""
+    if plain(like):
+        return torch.arange(n, device=like.device, dtype=dtype)
+    return like.new_ones(n, dtype=dtype).cumsum(0) - 1
 
 
 def visible_in_backward(x: Tensor) -> bool:

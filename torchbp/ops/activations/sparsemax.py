@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from torchbp.ops import _samples
-from torchbp.ops._function import Context, entry, in_float32, public
+from torchbp.ops._function import Context, counted_up, entry, in_float32, public
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -66,7 +66,7 @@ def _value(input: Tensor, dim: int = -1) -> Tensor:
         sums = descending.cumsum(dim) - 1
         steps = [1] * x.dim()
         steps[dim] = -1
-        k = torch.arange(1, x.shape[dim] + 1, device=x.device, dtype=x.dtype).view(steps)
+        k = (counted_up(x.shape[dim], x, x.dtype) + 1).view(steps)
         size = (k * descending > sums).sum(dim, keepdim=True).clamp(min=1)
         tau = sums.gather(dim, size - 1) / size
         return torch.relu(x - tau)

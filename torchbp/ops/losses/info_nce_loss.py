@@ -30,9 +30,11 @@ from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import (
     Context,
+    counted_up,
     entry,
     fused,
     is_half,
+    plain,
     public,
     scale_fresh,
     widened,
@@ -60,7 +62,7 @@ class InfoNCELossFunction(Function):
     ) -> tuple[Tensor, Tensor | None]:  # (N, D), (N, D) -> () or (N,); log P (N, N)
         (unit_a, _), (unit_b, _) = _unit(a), _unit(b)
         log_p = torch.log_softmax((unit_a / temperature) @ unit_b.mT, 1)
-        own = torch.arange(a.shape[0], device=a.device).unsqueeze(1)
+        own = counted_up(a.shape[0], a, torch.int64).unsqueeze(1)
         loss = reduce(-log_p.gather(1, own).squeeze(1), reduction).to(a.dtype)
         kept = fused(a, b) and log_p.numel() <= _KEPT
         if kept and autocasts(a.device.type):
@@ -130,10 +132,11 @@ def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
 def _excess(z: Tensor) -> Tensor:
     """Return P - 1 of (1), from z or from log P."""
     p = torch.softmax(z, 1)
-    if fused(p):
+    if fused(p) and plain(p):
         p.diagonal().sub_(1)
         return p
-    return p - torch.eye(p.shape[0], dtype=p.dtype, device=p.device)
+    place = counted_up(p.shape[0], p, torch.int64)
+    return p - (place.unsqueeze(1) == place).to(p.dtype)
 
 
 def _of_vector(g: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
