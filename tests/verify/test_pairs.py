@@ -3,7 +3,7 @@
 import pytest
 
 import torchbp
-from tests.verify import known
+from tests.verify import catalogue, known
 from tests.verify.alarms import KNOWN
 from tests.verify.functions import FUNCTIONS
 from tests.verify.unseen import every
@@ -116,3 +116,12 @@ def test_function_of_torch(function):
     report = torchbp.gradcheck(call, make(), skip=("compile",), raise_exception=False)
     assert report, str(report)
     assert not [c.detail for c in report.capabilities.values() if "itself failed" in c.detail]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the samples' own
+def test_defects_of_torch_are_found():
+    missing = set(catalogue.DEFECTS)
+    for name, function, inputs in catalogue.functions(only=catalogue.DEFECTS):
+        report = torchbp.gradcheck(function, inputs, skip=("compile",), raise_exception=False)
+        missing -= set() if report else {name.split()[0]}
+    assert not missing

@@ -81,10 +81,13 @@ def _first_axis(t: Tensor) -> Tensor:
 
 
 def _samples(case: Case, inputs: list[int]) -> Iterator[tuple[str, Case]]:
-    two = any(case.flat[i].dim() > 1 and case.flat[i].shape[-2] == 2 for i in inputs)
+    # A batch of square matrices comes first: behind others it is a convolution's weight.
+    square = {i for i in inputs if _is_square(case.flat[i])}
+    alone = any(i == inputs[0] or case.flat[i].dim() == 2 for i in square)
+    alone |= any(case.flat[i].shape[-2:-1] == (2,) for i in inputs)
     for what, change in SAMPLES.items():
-        if change is _zero_row and not two:
-            continue  # there is one with equal rows
+        if change is _zero_row and not alone:
+            continue  # there is one beside equal rows
         yield what, case.edited(lambda i, t, change=change: change(t) if i in inputs else t)
     for i in inputs[:ZERO]:
         yield f"{case.name_at[i]} is 0", with_zero(case, i)
