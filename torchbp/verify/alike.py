@@ -14,11 +14,13 @@ from torchbp.verify.lines import Lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 from torchbp.verify.tensors import Directions
+from torchbp.verify.tolerance import largest
 
 __all__ = ["CAUSE", "selects", "where_all_equal"]
 
 CAUSE = "each of several equal elements gets the whole gradient: share it, or give it to one"
 SLACK = 1e-4  # of the gradients, all taken as positive
+NOTHING = 1e-6  # of the sample's: what is less is rounding
 
 
 def selects(case: Case, which: int) -> bool:
@@ -57,7 +59,8 @@ def _alone(case: Case, which: int, check: str) -> Iterator[Finding]:
     value = float(case.leaves[which].detach().flatten()[0])
     step = lines.near * abs(value)
     got = float(lines.grads[which].double().sum())
-    slack = SLACK * float(lines.grads[which].abs().sum())
+    nothing = NOTHING * largest(case.plain.grads[which])
+    slack = SLACK * max(float(lines.grads[which].abs().sum()), nothing)
     up = lines.value(along, lines.near)
     if abs(up / step - got) <= slack:
         return

@@ -102,11 +102,11 @@ def _ask_for(
     wide: Case, asked: dict[int, Tensor], values: Tensor, home: Tensor | None
 ) -> Slopes | None:
     """Return the same of those values of each input that are ``asked`` for; NaN for the others."""
-    n, placed = len(values), {}
+    n, shape = len(values), wide.leaves[next(iter(asked))].shape
+    beside = {i: t for i, t in wide.arguments if i not in wide.where and t.shape == shape}
+    placed = {i: _at_home(t, home, len(asked)).view(shape) for i, t in beside.items()}
     for k, (which, some) in enumerate(asked.items()):
-        flat = wide.leaves[which].clone().reshape(-1)
-        if home is not None:
-            flat[: n * len(asked)] = flat[home.to(flat.device)].repeat(len(asked))
+        flat = _at_home(wide.leaves[which], home, len(asked))
         flat[k * n : (k + 1) * n][some.to(flat.device)] = values[some].to(flat)
         placed[wide.where[which]] = flat.view(wide.leaves[which].shape)
     other = wide.edited(placed.get, parameters=True)
@@ -123,6 +123,14 @@ def _ask_for(
         )
         found[which] = y.where(some, torch.nan), g.where(some, torch.nan)
     return found
+
+
+def _at_home(t: Tensor, home: Tensor | None, times: int) -> Tensor:
+    """Return a flat copy whose first elements are those at ``home``, as often as there are parts; a copy without."""
+    flat = t.clone().reshape(-1)
+    if home is not None:
+        flat[: times * len(home)] = flat[home.to(flat.device)].repeat(times)
+    return flat
 
 
 def _longer(case: Case, chosen: list[int], most: int) -> Case | None:

@@ -40,8 +40,11 @@ def functions(case: Case) -> set[type[Function]]:
 
 
 def _parts(case: Case) -> Iterator[Any]:
-    """Yield the function and the classes whose backward its outputs wait for."""
+    """Yield the function, those it closes over, and the classes whose backward its outputs wait for."""
     yield case.func
+    if inspect.isfunction(case.func):
+        closed = inspect.getclosurevars(inspect.unwrap(case.func)).nonlocals.values()
+        yield from filter(inspect.isfunction, closed)
     for y in case.kept[1]:
         yield from getattr(getattr(y.grad_fn, "_forward_cls", None), "__mro__", ())
 

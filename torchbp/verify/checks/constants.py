@@ -82,8 +82,11 @@ def _barred(t: Tensor) -> Tensor:
 
 
 def _negated(t: Tensor) -> Tensor:
-    """Return -t where t has one sign."""
-    return -t if t.numel() > 1 and bool((t > 0).any()) != bool((t < 0).any()) else t
+    """Return -t where t has one sign, or holds a bound, 1 or -1, and not that of the other side."""
+    other = bool((t > 0).any()) != bool((t < 0).any()) or bool((t == 1).any()) != bool(
+        (t == -1).any()
+    )
+    return -t if t.numel() > 1 and other else t
 
 
 CHECK = Check(

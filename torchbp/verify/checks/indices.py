@@ -28,18 +28,20 @@ def _run(case: Case) -> Iterator[Finding]:
     if not integers:
         raise NotApplicable("no integer input")
     sizes = {n for _, t in case.arguments for n in t.shape}
-    tested, mixed = False, extreme in case.memo.get(KNOWN, ())
+    tested, mixed, split = False, extreme in case.memo.get(KNOWN, ()), False
     for when, change in (
         ("some integers are the smallest, others the largest", extreme),
         ("the integers are in another order", _reversed),
         ("all integers are equal", equal),
         ("a number is one more", _one_more),
+        ("of the numbers in order one is there twice, and another lies between", _twice),
         ("a number in order lies between", _between),
         ("one of the numbers in order is left out", _left_out),
         ("the first of the numbers occurs once", _once),
         ("the first share is the second's too", partial(_given_away, sizes=sizes)),
     ):
-        if (change is _reversed and mixed) or change in case.memo.get(KNOWN, ()):
+        known = change in case.memo.get(KNOWN, ())
+        if known or (change is _reversed and mixed) or (change is _between and split):
             tested = True
             continue  # that was another order, too; or it was right at another size
         other = with_integers(case, change)
@@ -54,6 +56,7 @@ def _run(case: Case) -> Iterator[Finding]:
             yield found
             return
         mixed |= change is extreme and not found
+        split |= change is _twice and not found
         if change in (extreme, _reversed) and not found:
             note_order(case, case, other)
     if not tested:
@@ -95,6 +98,12 @@ def _between(t: Tensor) -> Tensor:
     k = int(t.diff().argmax())
     middle = (t[k : k + 1] + t[k + 1 : k + 2]) // 2
     return torch.cat([t[: k + 1], middle, t[k + 1 :]])
+
+
+def _twice(t: Tensor) -> Tensor:
+    """Return the same with one more number, equal to another: an empty segment that is neither first nor last."""
+    other = _between(t)
+    return other if other is t or len(t) < 3 else torch.cat([other[:2], other[1:]])
 
 
 def _once(t: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def _far(case: Case) -> Iterator[Finding]:
     What does not change when all inputs are moved alike (a norm, a distance, a softmax), or some of them, each as a
     whole (places beside weights), is made of differences, and should not lose them.
     """
-    wide, where = _wide(case), ""
+    wide, where, lever = _wide(case), "", [1.0] * len(case.leaves)
     offset = FAR * max(1e-3, *map(largest, case.leaves))
     moving = _without_origin(case)
     if moving and (
@@ -99,6 +99,8 @@ def _far(case: Case) -> Iterator[Finding]:
         if _runs(in_dtype(moved, torch.float32)[1]):
             which = "inputs" if len(moving) > 1 else case.name_at[moving[0]]
             wide, where = moved, f" for {which} moved {offset:.3g} from the origin"
+            # In another input's gradient what was moved may be a factor, as keys are in that of the queries.
+            lever = [1.0 if i in moving else max(1.0, offset) for i in case.where]
     low, exact = in_single(case) if wide is case else in_dtype(wide, torch.float32)
     try:
         outputs, same = low.plain.outputs, exact.plain.outputs
@@ -109,7 +111,7 @@ def _far(case: Case) -> Iterator[Finding]:
             shapes = ", ".join(str(tuple(t.shape)) for _, t in wide.arguments)
             if max(map(largest, expected)) > EXPLODES * (1 + max(map(largest, case.plain.grads))):
                 return  # a matrix of other size may be near a singular one
-            lost = [64 * forward / torch.finfo(torch.float32).eps] * len(case.leaves)
+            lost = [64 * forward * times / torch.finfo(torch.float32).eps for times in lever]
             yield from _compare(low, exact, expected, lost, f"{where} at shapes {shapes}")
     except (ForwardRaised, BackwardRaised):
         return

@@ -19,6 +19,7 @@ from torchbp.verify.used import used
 
 NAME = "memory"
 CAUSE = "cached by address, identity or shape: an optimizer writes new values in the same memory"
+KEPT = "kept from a call of which no gradient was recorded"
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -31,6 +32,10 @@ def _run(case: Case) -> Iterator[Finding]:
     with torch.no_grad():
         every = tensors_in(case.call(leaves))
     yield from islice(_differing(case, [every[k] for k in case.differentiable]), 1)
+    if made is None:  # what depends on it may be kept, too
+        after = case.backward(case.forward(leaves), leaves, case.plain.cotangents)
+        when = " after a call under torch.no_grad"
+        yield from compare_all(NAME, case, after, case.plain.grads, when=when, cause=KEPT)[:1]
 
 
 def _differing(case: Case, outputs: Sequence[Tensor]) -> Iterator[Finding]:

@@ -88,19 +88,21 @@ def _nested(
             torch.stack([b, a, b, b], -1) for a, b in ((here[0], there[0]), (there[0], here[0]))
         ]
         others = zip(here[1:], there[1:], outer[1:], strict=True)
-        batched = [torch.stack(several), *(torch.stack([a, b], d) for a, b, d in others)]
+        batched = [torch.stack(several, outer[0]), *(torch.stack([a, b], d) for a, b, d in others)]
         known = {(i, 1): looped[i] for i in range(2)}
     return _batch(case, batched, (outer, inner), known, "")
 
 
 def _in_dims(case: Case) -> list[tuple[int, ...]]:
-    """Return the batch dimensions to try: the first and the last; of several inputs the one and the other at once.
+    """Return the batch dimensions to try: the first and the last; of several inputs the second and the last at once.
 
     Where a function refuses that, all its inputs are batched in the first dimension.
     """
     dims = [leaf.dim() for leaf in case.leaves]
     mixed = (
-        [(0,), (dims[0],)] if len(dims) == 1 else [tuple(d * (k % 2) for k, d in enumerate(dims))]
+        [(0,), (dims[0],)]
+        if len(dims) == 1
+        else [tuple(d if k % 2 else min(d, int(k == 0)) for k, d in enumerate(dims))]
     )
     return list(dict.fromkeys([*mixed, (0,) * len(dims)]))
 
