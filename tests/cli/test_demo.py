@@ -1,7 +1,6 @@
 """``torchbp demo`` as a newcomer runs it: a process of its own, on real images, small."""
 
 import gzip
-import os
 import re
 import signal
 import subprocess
@@ -10,18 +9,18 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
-from torchbp.cli import main
+from torchbp.cli import demo, main
 from torchbp.tensorboard import read
 
 SMALL = ("--depth", "12", "--steps", "140", "--width", "32")
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def torchbp(*arguments: object) -> subprocess.CompletedProcess:
     code = "import sys; from torchbp.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,6 @@ def test_an_interrupt_keeps_what_was_logged(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ONE_THREAD,
         # A shell starts what runs in its background with interrupts ignored, and so would this be.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
@@ -195,3 +193,15 @@ def test_bad_numbers_are_refused(value, capsys):
         main(["demo", "--steps", value])
     assert stop.value.code == 2
     assert "--steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("elements", "threads"), [(64 * 64, 1), (512 * 512, 2)])
+def test_small_layers_take_one_thread(elements, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with demo._threads_for(elements):
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

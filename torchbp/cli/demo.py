@@ -7,6 +7,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ examples:
   torchbp demo --data fashion-mnist/   a folder of MNIST-style *-ubyte[.gz] files
   torchbp demo --depth 40 --steps 200
 """
+
+
+SMALL = 2**15  # elements of a layer
 
 
 @dataclass(frozen=True)
@@ -75,19 +79,33 @@ def run(args: Namespace) -> int:
     images = digits() if args.data is None else idx_folder(args.data)
     log_dir = args.log_dir or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     _claim(log_dir)
-    if not _check_ops(console):
-        return 1
-    outcomes: list[Outcome] = []
-    try:
-        outcomes.extend(_train_all(console, images, log_dir, args))
-    except KeyboardInterrupt:
-        console.print(f"\ninterrupted; what was logged stays in {log_dir}")
-        raise
-    finally:
-        if outcomes:
-            _tell(console, outcomes)
-            _point(console, log_dir)
+    with _threads_for(args.batch * args.width):
+        if not _check_ops(console):
+            return 1
+        outcomes: list[Outcome] = []
+        try:
+            outcomes.extend(_train_all(console, images, log_dir, args))
+        except KeyboardInterrupt:
+            console.print(f"\ninterrupted; what was logged stays in {log_dir}")
+            raise
+        finally:
+            if outcomes:
+                _tell(console, outcomes)
+                _point(console, log_dir)
     return 0
+
+
+@contextmanager
+def _threads_for(elements: int) -> Iterator[None]:
+    """Use one thread where a layer is small: more are no faster, and wait for one another where a core is busy."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if elements < SMALL else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _point(console, log_dir: Path) -> None:  # noqa: ANN001
