@@ -506,3 +506,18 @@ class CancelledWrong(Cancelled):
 def test_what_rounding_explains_at_another_sample_is_let_pass(function, right):
     report = torchbp.gradcheck(function.apply, sample(3, 4), checks="scales", raise_exception=False)
     assert report.capabilities["scales"].status == ("ok" if right else "wrong")
+
+
+def test_a_series_is_not_asked_for_far_below_zero():
+    """Torch would sum it for hours."""
+    asked = []
+
+    def trigamma(x):
+        asked.append(float(x.detach().nan_to_num().min()))
+        if asked[-1] < -1e6:
+            raise ValueError("expected numbers above -1e6")
+        return torch.polygamma(1, x)
+
+    x = torch.linspace(-1.2, 2.3, 12, dtype=torch.float64).view(3, 4).requires_grad_()
+    assert torchbp.gradcheck(trigamma, x, checks=["edges"])
+    assert -1e6 < min(asked) < -1e3
