@@ -26,7 +26,7 @@ from torchbp.verify.tolerance import largest
 NAME = "ties"
 NUDGE = 2.0**-20
 FLAT = 1e-9  # a bend that is no kink, which would be about a nudge
-JUMP = 64.0  # times what a kink bends within a nudge
+JUMP = 64.0  # times what a kink bends, or a slope rises, within a nudge
 SLACK = 1e-4  # of the distance between the two gradients; what smooth functions change by a nudge is below it
 
 Place = tuple[int, int]  # which leaf, flat position in it
@@ -184,12 +184,13 @@ def _at_tie(case: Case, tie: Tie, cases: list[Case]) -> Finding | None:
         if not bends.numel() or not bool(bends.max() > 0):
             continue
         v = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in one.kept[1]]
-        v[number].reshape(-1)[int(bends.argmax())] = 1.0
+        place = int(bends.argmax())
+        v[number].reshape(-1)[place] = 1.0
         grads = [c.vjps([v])[0] for c in (one, other, tied)]
         left, right, got = map(_flat, grads)
-        if float(bends.max()) > JUMP * _nudge(case.leaves[tie[0][0]], tie[0][1]) * max(
-            map(largest, (left, right))
-        ):
+        step = _nudge(case.leaves[tie[0][0]], tie[0][1])
+        rise = max(float((t - y).detach().reshape(-1)[place].abs()) for t in (a, b, up))
+        if max(rise, float(bends.max())) > JUMP * step * max(map(largest, (left, right))):
             continue  # a label, perhaps
         apart = right - left
         length = float(apart.norm())
