@@ -57,6 +57,7 @@ SEVENTEENTH: dict[str, Unseen] = {}
 EIGHTEENTH: dict[str, Unseen] = {}
 NINETEENTH: dict[str, Unseen] = {}
 TWENTIETH: dict[str, Unseen] = {}
+TWENTYFIRST: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -78,6 +79,7 @@ SETS = {
     "eighteenth set": EIGHTEENTH,
     "nineteenth set": NINETEENTH,
     "twentieth set": TWENTIETH,
+    "twenty-first set": TWENTYFIRST,
 }
 
 
@@ -246,6 +248,18 @@ def every():
         twentieth_signals,
         twentieth_solvers,
         twentieth_transport,
+        twentyfirst_attention,
+        twentyfirst_colour,
+        twentyfirst_finance,
+        twentyfirst_geometry,
+        twentyfirst_layers,
+        twentyfirst_losses,
+        twentyfirst_numerics,
+        twentyfirst_physics,
+        twentyfirst_protocol,
+        twentyfirst_recurrence,
+        twentyfirst_signals,
+        twentyfirst_statistics,
     )
 
     return {name: p for pairs in SETS.values() for name, p in pairs.items()}

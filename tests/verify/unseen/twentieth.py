@@ -11,13 +11,25 @@ from tests.verify.unseen import TWENTIETH, outside_autocast, pair
 HALF = (torch.float16, torch.bfloat16)
 
 
-def add(name, factory, make, *, bug, trigger="the sample", kwargs=dict, missed="", own=False):
+def add(
+    name,
+    factory,
+    make,
+    *,
+    bug,
+    trigger="the sample",
+    kwargs=dict,
+    missed="",
+    own=False,
+    into=TWENTIETH,
+    ending="20",
+):
     """Add the pair that the factory makes; ``own`` says that the functions take half types themselves."""
     text = f"{bug}; shows with {trigger}"
     wrong, right = (outside_autocast(real_only(factory(w))) for w in (True, False))
     if not own:
         wrong, right = widened(wrong), widened(right)
-    pair(f"{name}_20", wrong, right, make, text, kwargs, into=TWENTIETH, missed=missed)
+    pair(f"{name}_{ending}", wrong, right, make, text, kwargs, into=into, missed=missed)
 
 
 def real_only(function):
