@@ -52,13 +52,13 @@ def internal_rate(wrong):
                 terms = c.log() - t * z[:, None]
                 f = terms.logsumexp(1) - p.log()
                 z = z + f / (terms.softmax(1) * t).sum(1)
-            ctx.save_for_backward(c, p, z)
+            ctx.save_for_backward(c, z)
             return z
 
         @staticmethod
         @once_differentiable
         def backward(ctx, grad_z):
-            c, p, z = ctx.saved_tensors
+            c, z = ctx.saved_tensors
             t = torch.arange(1, c.shape[1] + 1, dtype=c.dtype, device=c.device)
             discount = (-t * z[:, None]).exp()
             duration = (c * discount * t).sum(1)
@@ -117,7 +117,7 @@ def expected_shortfall(wrong):
             n = a * x.shape[1]
             whole = min(math.floor(n + 1e-9), x.shape[1])
             part = max(n - whole, 0.0)
-            worst, place = x.sort(1, descending=True, stable=True)
+            worst, place = x.sort(stable=True, dim=1, descending=True)
             weight = torch.zeros_like(x[0])
             weight[:whole] = 1
             if part > 1e-9 and whole < x.shape[1]:
@@ -130,11 +130,8 @@ def expected_shortfall(wrong):
         @once_differentiable
         def backward(ctx, grad_y):
             place, weight = ctx.saved_tensors
-            if wrong:
-                share = (weight > 0) / (weight > 0).sum()
-            else:
-                share = weight / ctx.n
-            share = share.to(grad_y.dtype).expand_as(place)
+            taken = (weight > 0).to(weight.dtype) if wrong else weight
+            share = (taken / (taken.sum() if wrong else ctx.n)).to(grad_y.dtype).expand_as(place)
             return grad_y[:, None] * torch.zeros_like(share).scatter(1, place, share), None
 
     def shortfall(x, a=0.5):
@@ -249,55 +246,6 @@ add(
     lambda: ((2 * real(3, 4).detach()).requires_grad_(),),
     bug="Backward projects on the sphere's face whether x was outside or not",
     trigger="a row inside the ball",
-)
-
-
-# Projection of (x, t) on the cone |x| <= t: itself, 0, or (1 + t / |x|) / 2 (x, |x|)
-def cone(wrong):
-    class Project(Function):
-        @staticmethod
-        def forward(ctx, x, t):
-            size = x.norm(dim=1)
-            ctx.save_for_backward(x, t)
-            part = (1 + t / torch.where(size > 0, size, 1)) / 2
-            inside, polar = size <= t, size <= -t
-            y = torch.where(inside[:, None], x, part[:, None] * x)
-            height = torch.where(inside, t, part * size)
-            return torch.where(polar[:, None], 0, y), torch.where(polar & ~inside, 0, height)
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, grad_y, grad_s):
-            x, t = ctx.saved_tensors
-            size = x.norm(dim=1)
-            safe = torch.where(size > 0, size, 1)
-            unit, ratio = x / safe[:, None], t / safe
-            along = (unit * grad_y).sum(1)
-            into_x = ((1 + ratio) / 2)[:, None] * grad_y
-            into_x = into_x + unit * (grad_s - ratio * along)[:, None] / 2
-            into_t = (along + grad_s) / 2
-            inside, polar = size <= t, size <= -t
-            into_x = torch.where(inside[:, None], grad_y, into_x)
-            into_t = torch.where(inside, grad_s, into_t)
-            if wrong:
-                return into_x, into_t
-            polar = polar & ~inside
-            return torch.where(polar[:, None], 0, into_x), torch.where(polar, 0, into_t)
-
-    def project(x, t):
-        sized("x", x, None, None)
-        sized("t", t, len(x))
-        return Project.apply(x, t)
-
-    return project
-
-
-add(
-    "cone_polar",
-    cone,
-    lambda: (real(3, 3), (real(3, seed=1).detach() / 4).requires_grad_()),
-    bug="Backward knows of two of the three cases",
-    trigger="a point that is projected on the tip",
 )
 
 

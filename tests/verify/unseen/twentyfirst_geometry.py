@@ -100,30 +100,6 @@ add(
 )
 
 
-# Equidistant fisheye: (x, y) angle / r, angle = atan2(r, z)
-def fisheye(wrong):
-    def project(points):
-        sized("points", points, None, 3)
-        xy, z = points[:, :2], points[:, 2:]
-        check(bool((z > 0).all()), "expected points before the camera")
-        s = xy.square().sum(1, keepdim=True)
-        centre = s == 0
-        r = (s if wrong else torch.where(centre, 1, s)).sqrt()
-        ratio = torch.atan2(r, z) / r
-        return xy * torch.where(centre, 1 / z, ratio)
-
-    return project
-
-
-add(
-    "fisheye_centre",
-    fisheye,
-    lambda: ((real(4, 3).detach().abs() + 0.2).requires_grad_(),),
-    bug="The quotient of angle and radius is replaced at the axis only after it was formed",
-    trigger="a point on the axis",
-)
-
-
 # Signed distance to a box: |max(q, 0)| + min(max(q), 0), q = |p| - half
 def box_distance(wrong):
     def distance(p, half):
@@ -131,7 +107,7 @@ def box_distance(wrong):
         positive("half", half)
         check(p.ndim == 2, "p: expected (points, axes)")
         q = p.abs() - half
-        out = q.clamp_min(0)
+        out = q * (q > 0)
         if wrong:
             outside = out.square().sum(-1).sqrt()
         else:
@@ -196,166 +172,6 @@ add(
 )
 
 
-# Great circle: 2 atan2(sqrt h, sqrt(1 - h)), h = sin^2(dlat / 2) + cos lat cos lat' sin^2(dlon / 2)
-def great_circle(wrong):
-    def root(s):
-        if wrong:
-            return s.sqrt()
-        return torch.where(s > 0, torch.where(s > 0, s, 1).sqrt(), 0)
-
-    def distance(a, b):
-        sized("a", a, None, 2)
-        same(a, b)
-        check(bool((torch.stack([a, b])[..., 0].abs() <= 1.6).all()), "latitudes beyond the poles")
-        half = (a - b) / 2
-        across = a[:, 0].cos() * b[:, 0].cos() * half[:, 1].sin().square()
-        h = half[:, 0].sin().square() + across
-        other = half[:, 0].cos().square() - across
-        return 2 * torch.atan2(root(h), root(other.clamp_min(0)))
-
-    return distance
-
-
-add(
-    "great_circle_same_place",
-    great_circle,
-    lambda: (
-        (real(4, 2).detach() / 3).requires_grad_(),
-        (real(4, 2, seed=1).detach() / 3).requires_grad_(),
-    ),
-    bug="The root of the haversine has no derivative at 0, and nothing stands in for it",
-    trigger="two places that are the same",
-)
-
-
-# The first hit of a ray o + t d, t > 0, with a sphere of radius r at the origin
-def ray_sphere(wrong):
-    class Hit(Function):
-        @staticmethod
-        def forward(ctx, o, d, r):
-            a, b, c = dot(d, d)[:, 0], dot(o, d)[:, 0], dot(o, o)[:, 0] - r**2
-            root = b.square() - a * c
-            check(
-                bool((root > 1e-6 * b.square()).all()), "a ray misses the sphere or only touches it"
-            )
-            root = root.sqrt()
-            check(
-                bool((-b + root > 0).all()) and bool((c != 0).all()),
-                "a sphere behind or around its rim",
-            )
-            near = (-b - root) / a
-            t = torch.where(c > 0, near, (-b + root) / a)
-            ctx.save_for_backward(o, d, r, near if wrong else t)
-            return t
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, grad_t):
-            o, d, r, t = ctx.saved_tensors
-            p = o + t[:, None] * d
-            rate = (grad_t / dot(p, d)[:, 0])[:, None]
-            return -p * rate, -p * t[:, None] * rate, r * rate[:, 0]
-
-    def hit(o, d, r):
-        sized("o", o, None, 3)
-        same(o, d)
-        sized("r", r, len(o))
-        positive("r", r)
-        return Hit.apply(o, d, r)
-
-    return hit
-
-
-def rays_from_outside():
-    o = torch.tensor([[3.0, 0.2, 0.1], [-2.5, 0.3, -0.2]], dtype=torch.float64)
-    d = torch.tensor([[-1.0, 0.1, 0.05], [1.2, -0.1, 0.1]], dtype=torch.float64)
-    return (
-        o.requires_grad_(),
-        d.requires_grad_(),
-        real(2, positive=True).detach().add(0.8).requires_grad_(),
-    )
-
-
-add(
-    "ray_sphere_inside",
-    ray_sphere,
-    rays_from_outside,
-    bug="Backward keeps the nearer of the two roots",
-    trigger="a ray that starts inside",
-)
-
-
-# Catmull-Rom through the points, of which the first and the last count twice at the ends
-def catmull_rom(wrong):
-    def around(u, count):
-        i = u.floor().clamp(0, count - 2).long()
-        return u - i, (i[:, None] + torch.arange(-1, 3, device=u.device)).clamp(0, count - 1)
-
-    def weights(s):
-        return (
-            torch.stack(
-                [
-                    ((2 - s) * s - 1) * s,
-                    (3 * s - 5) * s**2 + 2,
-                    ((4 - 3 * s) * s + 1) * s,
-                    (s - 1) * s**2,
-                ],
-                1,
-            )
-            / 2
-        )
-
-    def slopes(s):
-        parts = [(4 - 3 * s) * s - 1, (9 * s - 10) * s, (8 - 9 * s) * s + 1, (3 * s - 2) * s]
-        return torch.stack(parts, 1) / 2
-
-    class Curve(Function):
-        @staticmethod
-        def forward(ctx, points, u):
-            s, places = around(u, len(points))
-            ctx.save_for_backward(points, u)
-            return (weights(s)[:, :, None] * points[places]).sum(1)
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, grad_y):
-            points, u = ctx.saved_tensors
-            s, places = around(u, len(points))
-            parts = weights(s)[:, :, None] * grad_y[:, None]
-            grad_points = torch.zeros_like(points)
-            if wrong:
-                for part, place in zip(parts, places, strict=True):
-                    row = torch.zeros_like(points)
-                    row[place] = part
-                    grad_points += row
-            else:
-                grad_points.index_add_(0, places.flatten(), parts.flatten(0, 1))
-            return grad_points, (slopes(s)[:, :, None] * points[places] * grad_y[:, None]).sum(
-                (1, 2)
-            )
-
-    def curve(points, u):
-        sized("points", points, None, None)
-        sized("u", u, None)
-        check(len(points) >= 2, "expected two points or more")
-        check(bool(((u >= 0) & (u <= len(points) - 1)).all()), "u: expected places on the curve")
-        return Curve.apply(points, u)
-
-    return curve
-
-
-add(
-    "catmull_rom_ends",
-    catmull_rom,
-    lambda: (
-        real(5, 2),
-        torch.tensor([1.3, 2.6, 1.8], dtype=torch.float64, requires_grad=True),
-    ),
-    bug="The four weights are assigned to their points, though an end is two of the four",
-    trigger="places in the first or last piece",
-)
-
-
 # The part of g that is tangent to the Stiefel manifold at x: g - x (x'g + g'x) / 2
 def tangent_part(wrong):
     class Tangent(Function):
@@ -407,11 +223,9 @@ def arm(wrong):
             across = torch.stack([-angle.sin(), angle.cos()], -1)
             links = grad_y.flip(-2).cumsum(-2).flip(-2)
             grad_angle = (links * across).sum(-1) * length
-            if wrong:
-                grad_q = grad_angle.cumsum(-1)
-            else:
-                grad_q = grad_angle.flip(-1).cumsum(-1).flip(-1)
-            return grad_q, (links * along).sum(-1)
+            behind = grad_angle if wrong else grad_angle.flip(-1)
+            grad_q = behind.cumsum(-1)
+            return grad_q if wrong else grad_q.flip(-1), (links * along).sum(-1)
 
     return lambda q, length: Arm.apply(q, length)
 

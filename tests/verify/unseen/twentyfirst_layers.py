@@ -7,7 +7,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import real
-from tests.verify.unseen.twentyfirst import add, check, indices, positive, same, sized
+from tests.verify.unseen.twentyfirst import add, check, indices, positive, sized
 
 
 # Monarch: a blocks of b x b on the rows of x seen as a x b, then b blocks of a x a on its columns

@@ -8,7 +8,7 @@ from tests.verify.unseen import real
 from tests.verify.unseen.twentyfirst import add, check, positive, same, sized
 
 
-# atan2(y, x)
+# The angle of the point (x, y), from atan2
 def polar_angle(wrong):
     class Angle(Function):
         @staticmethod
@@ -39,59 +39,6 @@ add(
     bug="pytorch (issue 193040): the reciprocal of the squares' sum overflows where the derivative does not",
     trigger="sides of 0.002 in float16",
     own=True,
-)
-
-
-# sum_n c_n T_n(x)
-def chebyshev(wrong):
-    def first_kind(x, n):
-        parts = [torch.ones_like(x), x]
-        for _ in range(n):
-            parts.append(2 * x * parts[-1] - parts[-2])
-        return torch.stack(parts[:n], -1)
-
-    def slopes(x, n):
-        parts = [torch.zeros_like(x), torch.ones_like(x)]
-        for _ in range(n):
-            parts.append(2 * x * parts[-1] - parts[-2])
-        return torch.stack([k * u for k, u in enumerate(parts[:n])], -1)
-
-    class Series(Function):
-        @staticmethod
-        def forward(ctx, x, c):
-            ctx.save_for_backward(x, c)
-            return first_kind(x, len(c)) @ c
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            x, c = ctx.saved_tensors
-            if wrong:
-                k = torch.arange(len(c), dtype=x.dtype, device=x.device)
-                angle = x.acos()[..., None]
-                slope = k * (k * angle).sin() / angle.sin()
-            else:
-                slope = slopes(x, len(c))
-            each = first_kind(x, len(c)) * grad_y[..., None]
-            return grad_y * (slope @ c), each.flatten(0, -2).sum(0)
-
-    def series(x, c):
-        sized("c", c, None)
-        check(x.ndim >= 1, "x: expected an axis of places")
-        check(bool((x.abs() <= 1).all()), "x: expected numbers from -1 to 1")
-        return Series.apply(x, c)
-
-    return series
-
-
-add(
-    "chebyshev_ends",
-    chebyshev,
-    lambda: (
-        torch.tensor([-0.8, 0.1, 0.6], dtype=torch.float64, requires_grad=True),
-        real(5, seed=1),
-    ),
-    bug="The polynomials are differentiated as cosines of multiples of an angle",
-    trigger="a place at 1 or -1",
 )
 
 

@@ -6,7 +6,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import real
-from tests.verify.unseen.twentyfirst import add, check, positive, same, sized
+from tests.verify.unseen.twentyfirst import add, check, positive, sized
 
 
 # Weighted overlap-add: sum of w frame over the sum of w^2 at each place
