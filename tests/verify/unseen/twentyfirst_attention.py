@@ -115,21 +115,21 @@ def block_sparse_attention(wrong):
         def forward(ctx, q, k, v, layout):
             scores = (q @ k.T).masked_fill(~spread(layout), float("-inf"))
             total = scores.logsumexp(1, keepdim=True)
-            y = (scores - total).exp() @ v
-            ctx.save_for_backward(q, k, v, layout, total, y)
-            return y
+            ctx.save_for_backward(q, k, v, layout, total)
+            return (scores - total).exp() @ v
 
         @staticmethod
         @once_differentiable
         def backward(ctx, grad_y):
-            q, k, v, layout, total, y = ctx.saved_tensors
+            q, k, v, layout, total = ctx.saved_tensors
             p = (q @ k.T).masked_fill(~spread(layout), float("-inf")).sub(total).exp()
-            delta = (grad_y * y).sum(1, keepdim=True)
-            grad_q = (p * (grad_y @ v.T - delta)) @ k
+            grad_p = grad_y @ v.T
+            slope = grad_p - (p * grad_p).sum(1, keepdim=True)
+            grad_q = (p * slope) @ k
             if wrong:
                 seen = spread(layout.T)
                 p = (q @ k.T).masked_fill(~seen, float("-inf")).sub(total).exp()
-            grad_k = (p * (grad_y @ v.T - delta)).T @ q
+            grad_k = (p * slope).T @ q
             return grad_q, grad_k, p.T @ grad_y, None
 
     def attention(q, k, v, layout):

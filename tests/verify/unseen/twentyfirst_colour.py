@@ -24,7 +24,7 @@ def hsv_to_rgb(wrong):
             h, s, v = hsv.split(1, -1)
             k = (hsv.new_tensor([5, 3, 1]) + 6 * h) % 6
             f = torch.minimum(k, 4 - k).clamp(0, 1)
-            rising, falling = (k > 0) & (k < 1), (k > 3) & (k < 4)
+            rising, falling = k < 1, (k >= 3) & (k < 4)
             slope = rising.to(f.dtype) if wrong else rising.to(f.dtype) - falling.to(f.dtype)
             grads = -6 * v * s * slope, -v * f, 1 - s * f
             return torch.cat([(g * grad_y).sum(-1, keepdim=True) for g in grads], -1)

@@ -10,7 +10,7 @@ from tests.verify.unseen import real
 from tests.verify.unseen.twentyfirst import add, check, positive, same, sized
 
 
-# Black-Scholes: s N(d) - k exp(-r t) N(d - v), v = sigma sqrt t, d = log(s / (k exp(-r t))) / v + v / 2
+# Black-Scholes: s N(d) - k exp(-r t) N(d - v), v = sigma sqrt t, d = (log(s / k) + r t) / v + v / 2
 def call_price(wrong):
     def price(s, k, t, sigma, rate=0.03):
         same(s, k, t, sigma)
@@ -25,7 +25,7 @@ def call_price(wrong):
         small = torch.where(over, 1, sigma * t.sqrt())
         check(bool((small > 1e-6).all()), "t: too small for the volatility")
         v, bond = sigma * later.sqrt(), k * (-rate * t).exp()
-        d = (s / bond).log() / v + v / 2
+        d = ((s / k).log() + rate * t) / v + v / 2
         value = s * torch.special.ndtr(d) - bond * torch.special.ndtr(d - v)
         return torch.where(over, (s - bond).clamp_min(0), value)
 

@@ -21,12 +21,11 @@ def torsion(wrong):
     class Torsion(Function):
         @staticmethod
         def forward(ctx, a, b, c, d):
-            _, g, _, m, n = parts(a, b, c, d)
+            f, g, h, m, n = parts(a, b, c, d)
             size = g.norm(dim=-1)
-            check(
-                bool((m.norm(dim=-1) > 1e-3).all() & (n.norm(dim=-1) > 1e-3).all()),
-                "points on a line",
-            )
+            for side, area in ((f, m), (h, n)):
+                line = area.norm(dim=-1) <= 1e-3 * side.norm(dim=-1) * size
+                check(not bool(line.any()), "expected points that are not on a line")
             ctx.save_for_backward(a, b, c, d)
             y = dot(torch.linalg.cross(n, m), g)[..., 0] / size
             return torch.atan2(y, dot(m, n)[..., 0])
