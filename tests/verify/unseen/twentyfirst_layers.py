@@ -183,7 +183,8 @@ def light_convolution(wrong):
             c, k = s.shape
             head = torch.arange(c, device=x.device)
             head = head % len(w) if wrong else head // (c // len(w))
-            taps = torch.zeros_like(w).index_add(0, head, (windows * grad_y[:, :, None]).sum(0))
+            each = (windows * grad_y[:, :, None]).sum(0)
+            taps = each.new_zeros(w.shape).index_add(0, head, each)
             p = w.softmax(1)
             grad_w = p * (taps - (p * taps).sum(1, keepdim=True))
             padded = F.pad(grad_y, (0, 0, 0, k - 1)).unfold(0, k, 1)

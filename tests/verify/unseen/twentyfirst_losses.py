@@ -65,7 +65,7 @@ def ordered_logit(wrong):
             into_low = -(low.sigmoid() + shared) * grad_p
             grad_x = -into_high - into_low
             inner = (y > 0) & (y < len(cuts)) if wrong else y > 0
-            grad_c = cuts.new_zeros(len(cuts) + 2).index_add(0, y + 1, into_high)
+            grad_c = into_high.new_zeros(len(cuts) + 2).index_add(0, y + 1, into_high)
             grad_c = grad_c.index_add(0, y, torch.where(inner, into_low, 0))
             return grad_x, grad_c[1:-1], None
 
@@ -209,7 +209,7 @@ add(
 # exp(entropy) of the singular values' shares of their sum
 def effective_rank(wrong):
     def rank(x):
-        check(x.ndim >= 2, "expected matrices")
+        check(x.ndim >= 2 and min(x.shape) >= 1, "expected matrices")
         s = torch.linalg.svdvals(x)
         check(bool((s[..., -1:] > 1e-6 * s[..., :1]).all()), "expected matrices of full rank")
         total = s.sum(-1, keepdim=True)

@@ -40,6 +40,8 @@ def volume(wrong):
     def product(a, b, c):
         check(a.ndim >= 1 and a.shape[-1] == 3, "expected vectors of space")
         same(a, b, c)
+        if not a.dtype == b.dtype == c.dtype:
+            raise TypeError("expected vectors of one dtype")
         return Volume.apply(a, b, c)
 
     return product

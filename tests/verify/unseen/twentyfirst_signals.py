@@ -78,7 +78,7 @@ def envelope(wrong):
             return torch.fft.ifft(torch.fft.fft(torch.complex(grad_re, grad_im)) * h).real
 
     def magnitude(x):
-        check(x.ndim >= 1 and x.shape[-1] >= 2, "expected two samples or more")
+        check(x.numel() >= 1 and x.ndim >= 1 and x.shape[-1] >= 2, "expected two samples or more")
         re, im = Analytic.apply(x)
         s = re.square() + im.square()
         return torch.where(s > 0, torch.where(s > 0, s, 1).sqrt(), 0)
