@@ -100,7 +100,7 @@ add(
     "memory_gate_batch",
     memory_gate,
     lambda: (real(1, 2, 3, 2), real(1, 2, 3, 2, seed=1), real(2, seed=2)),
-    bug="unsloth-zoo (pull request 776): only the first row of the batch counts for the gate",
+    bug="The rows of the batch past the first are lost for the gate, as in unsloth-zoo (pull request 776)",
     trigger="a batch of two",
 )
 

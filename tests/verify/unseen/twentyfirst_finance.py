@@ -148,7 +148,7 @@ add(
     expected_shortfall,
     lambda: (real(2, 6),),
     bug="Backward counts the loss that is taken in part as a whole one",
-    trigger="a n that is not whole",
+    trigger="a part of the losses that is not a whole number of them",
 )
 
 

@@ -205,10 +205,9 @@ def neo_hooke(wrong):
     return lambda f, mu, la: Energy.apply(f, mu, la)
 
 
-def stretches(symmetric=True):
-    a = real(2, 3, 3).detach() / 4
-    a = (a + a.mT) / 2 if symmetric else a
-    return (a + torch.eye(3, dtype=a.dtype)).requires_grad_()
+def stretches():
+    a = real(2, 3, 3).detach() / 8
+    return (a + a.mT + torch.eye(3, dtype=a.dtype)).requires_grad_()
 
 
 add(

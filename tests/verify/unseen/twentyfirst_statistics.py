@@ -79,7 +79,7 @@ def truncated_normal(wrong):
         check(bool(((x >= low) & (x <= high)).all()), "x: expected values between the bounds")
         check(bool((scale <= 10 * (high - low)).all()), "scale: too wide for the bounds")
         a, b = (low - mean) / scale, (high - mean) / scale
-        check(bool(((a < 20) & (b > -20)).all()), "mean: more than 20 deviations outside")
+        check(bool(((a < 12) & (b > -12)).all()), "mean: more than 12 deviations outside")
         return log_density((x - mean) / scale) - scale.log() - LogMass.apply(a, b)
 
     return density
