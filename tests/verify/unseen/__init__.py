@@ -7,6 +7,7 @@ to be wrong itself was mended.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Unseen:
 def outside_autocast(function):
     """Return the function as it is outside of torch.autocast, under which it was not meant to be called."""
 
+    @wraps(function)
     def call(*args, **kwargs):
         with torch.autocast(DEVICE, enabled=False):
             return function(*args, **kwargs)

@@ -4,6 +4,8 @@ Where the fault was found in a repository, `bug` names it; facts were carried ov
 `trigger` says in which situation the gradient is wrong: most are right at the sample with ones as grad_output.
 """
 
+from functools import wraps
+
 import torch
 
 from tests.verify.unseen import TWENTIETH, outside_autocast, pair
@@ -33,6 +35,7 @@ def add(
 
 
 def real_only(function):
+    @wraps(function)
     def call(*args, **kwargs):
         for a in args:
             if isinstance(a, torch.Tensor) and a.is_complex():
@@ -45,6 +48,7 @@ def real_only(function):
 def widened(function):
     """Return the function that computes in float32 where a tensor is of a half type."""
 
+    @wraps(function)
     def call(*args, **kwargs):
         floats = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
         if not any(t.dtype in HALF for t in floats):
