@@ -75,6 +75,13 @@ ALWAYS |= {
     "norm_weight_half_20",
     "circular_convolution_20",
     "quaternion_log_negative_20",
+    "packed_mean_empty_21",
+    "weighted_mean_batch_21",
+    "scaled_product_memo_21",
+    "discretised_logistic_top_21",
+    "block_sparse_layout_21",
+    "drawdown_peak_21",
+    "bernoulli_logit_tail_21",
     "qr of square matrices",
     "lu_solve, steep",
 }
