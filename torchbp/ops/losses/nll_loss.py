@@ -121,7 +121,7 @@ def _by_kernel(
         if w is not None:
             return None
         if reduction == "mean":
-            grad, reduction = _shared(grad, (target != ctx.ignored).sum()), "sum"
+            grad, reduction = _shared(grad, torch.count_nonzero(target != ctx.ignored)), "sum"
     if reduction != "mean":
         total = grad if grad.dim() == 0 else grad.new_empty(())  # not read
     elif total is None:
