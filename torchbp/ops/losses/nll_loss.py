@@ -36,6 +36,7 @@ from torchbp.ops._function import (
     unviewed,
     visible_in_backward,
 )
+from torchbp.ops._numbers import constant
 from torchbp.ops._op import Op
 from torchbp.ops._reduction import REDUCTIONS, named, spread
 from torchbp.ops._samples import Make, Sample, against_classes, stored
@@ -121,7 +122,7 @@ def _by_kernel(
         if w is not None:
             return None
         if reduction == "mean":
-            grad, reduction = _shared(grad, torch.count_nonzero(target != ctx.ignored)), "sum"
+            grad, reduction = _shared(grad, target, ctx.ignored), "sum"
     if reduction != "mean":
         total = grad if grad.dim() == 0 else grad.new_empty(())  # not read
     elif total is None:
@@ -135,11 +136,16 @@ def _by_kernel(
     return _nll_loss_backward(grad, like_x, target, w, REDUCTIONS[reduction], ctx.ignored, total)
 
 
-def _shared(grad: Tensor, count: Tensor) -> Tensor:
-    """Return grad / N, rounded once; by numbers where they may be looked at, which takes three calls fewer."""
-    if visible_in_backward(grad) and count.is_cpu:
-        return torch.full_like(grad, grad.item() / max(1, count.item()))
-    return (grad.float() / count.clamp(min=1)).to(grad.dtype)
+def _shared(grad: Tensor, target: Tensor, ignored: int) -> Tensor:
+    """Return grad / N, rounded once; by numbers where they may be looked at, which takes fewer calls."""
+    if not (visible_in_backward(grad) and visible_in_backward(target)):
+        count = torch.count_nonzero(target != ignored)
+        return (grad.float() / count.clamp(min=1)).to(grad.dtype)
+    n = target.numel()
+    if ignored >= 0 or (n and target.min().item() < 0):  # else all classes are above it
+        n = torch.count_nonzero(target != ignored).item()
+    value = grad.item() / max(1, n)
+    return constant(value, grad.dtype) if value else torch.full_like(grad, value)
 
 
 @lru_cache(64)
