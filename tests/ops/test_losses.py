@@ -395,3 +395,17 @@ def test_nan_is_no_limit(limit):
         torch.tensor(t, device=DEVICE) * 1.0,
     )
     assert getattr(F, name)(x, t, reduction="sum", **options).isnan()
+
+
+@pytest.mark.parametrize("ignored", [-100, 2])
+@pytest.mark.parametrize("seed", [1.0, 0.3])
+def test_what_is_ignored_does_not_count_in_half_precision(ignored, seed):
+    x = torch.randn(5, 4, device=DEVICE).bfloat16().requires_grad_()
+    target = torch.tensor([0, 1, ignored, 3, ignored], device=DEVICE)
+    seed = torch.tensor(seed, dtype=torch.bfloat16, device=DEVICE)
+    loss = F.nll_loss(x, target, ignore_index=ignored)
+    (ours,) = torch.autograd.grad(loss, x, seed)
+    want = torch.zeros_like(ours)
+    for i in (0, 1, 3):
+        want[i, target[i]] = -(seed.float() / 3).bfloat16()
+    assert torch.equal(ours, want)
