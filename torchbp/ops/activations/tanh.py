@@ -46,6 +46,7 @@ class TanhFunction(Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:  # x, y: (*)
+        # float32 by MKL's takes 0.33 ms a million, by the loop 0.40
         y = (half_in_one_loop if TORCHS_IS_FAST else in_one_loop)(torch.tanh, x)
         return _tanh_of(x) if y is None else y
 
