@@ -244,7 +244,9 @@ class Lines:
                 return True
             if short < min(abs(off), abs(got)) / 1024:
                 return True
+            # A gradient of fewer bits looks so by chance: of the sample itself differences are asked.
             curved = abs(off) < CURVED * allowed and abs(there - off) > 0.02 * abs(off)
+            curved &= self.otherwise
             if power == 1 and curved and self._falls_as_square(directions, (off, there), allowed):
                 return True
             offs.append(short)
