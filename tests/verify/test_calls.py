@@ -85,7 +85,7 @@ SAMPLES = {
     "poles": (torch.tan, (leaf(3, 4),), 49, 88),
     "long sums": (torch.std, (leaf(3, 4),), 47, 82),
     # What rounding hides, what is at the end of the domain, what jumps, what no difference tells.
-    "oscillations": (lambda x, w: (30 * x @ w).sin(), (leaf(3, 4), leaf(4, 2, seed=1)), 66, 101),
+    "oscillations": (lambda x, w: (30 * x @ w).sin(), (leaf(3, 4), leaf(4, 2, seed=1)), 73, 105),
     "labels": (labelled, (leaf(3, 4), torch.eye(3, 4, dtype=torch.float64)), 67, 97),
     "one for all": (biased, ONE, 69, 112),
     "steps": (Rounded.apply, (leaf(3, 4),), 74, 76),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 __all__ = ["Slope", "central", "one_sided", "settle", "slope"]
 
+CURVED = 2.0**13  # times what is allowed: what is plainly wrong is off by more
 DEEP = 7  # step sizes where two did not settle it
 
 Slope = tuple[float, float]  # value, error bound
@@ -94,11 +95,9 @@ def settle(  # noqa: PLR0911  # one return a verdict
         kink they do not, unless ``got`` lies outside of the two one-sided slopes.
     """
     close_by, bend = central(phi, near)
-    if abs(close_by - got) <= allowed:
-        return close_by, True
-    shortest = 4 * step / 4.0 ** (DEEP - 1)
-    if not math.isfinite(close_by) and not math.isfinite(central(phi, shortest)[0]):
-        return close_by, False  # at the end of the domain, where no step is short enough
+    soon = _soon(phi, close_by, got, allowed, step, near)
+    if soon:
+        return soon
     value, bound = slope(phi, step, noise)
     off = abs(value - got)
     if off <= allowed or (math.isfinite(bound) and not math.isfinite(got)):
@@ -123,6 +122,28 @@ def settle(  # noqa: PLR0911  # one return a verdict
     if not math.isfinite(got):
         return value, True
     return value, _settled(phi, value, bound, abs(value - got), step, noise, plain)
+
+
+def _soon(
+    phi: Callable[[float], float],
+    close_by: float,
+    got: float,
+    allowed: float,
+    step: float,
+    near: float,
+) -> tuple[float, bool] | None:
+    """Return what ``close_by``, the difference with ``near``, and one more settle, if they do."""
+    off = abs(close_by - got)
+    if off <= allowed:
+        return close_by, True
+    shortest = 4 * step / 4.0 ** (DEEP - 1)
+    if not math.isfinite(close_by) and not math.isfinite(central(phi, shortest)[0]):
+        return close_by, False  # at the end of the domain, where no step is short enough
+    if off < CURVED * allowed:
+        value = close_by + (close_by - central(phi, 4 * near)[0]) / 15
+        if abs(value - got) <= allowed:
+            return value, True  # the rest is curvature, which falls as the square of the step
+    return None
 
 
 def _settled(
