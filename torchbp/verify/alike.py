@@ -20,7 +20,8 @@ __all__ = ["CAUSE", "selects", "where_all_equal"]
 
 CAUSE = "each of several equal elements gets the whole gradient: share it, or give it to one"
 SLACK = 1e-4  # of the gradients, all taken as positive
-NOTHING = 1e-6  # of the sample's: what is less is rounding
+NOTHING = 1e-6  # of the sample's gradient, and
+ROUNDING = 1e-11  # of grad_output: what is less is rounding, more of it where a variance is 0
 
 
 def selects(case: Case, which: int) -> bool:
@@ -61,6 +62,7 @@ def _alone(case: Case, which: int, check: str) -> Iterator[Finding]:
     got = float(lines.grads[which].double().sum())
     nothing = NOTHING * largest(case.plain.grads[which])
     slack = SLACK * max(float(lines.grads[which].abs().sum()), nothing)
+    slack += ROUNDING * max(map(largest, case.plain.cotangents))
     up = lines.value(along, lines.near)
     if abs(up / step - got) <= slack:
         return

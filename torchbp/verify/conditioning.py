@@ -43,15 +43,16 @@ def _cast(case: Case, dtype: torch.dtype) -> Case:
     return case.variant(lambda t: t.to(dtype) if t.is_floating_point() else t, parameters=True)
 
 
-def spread(case: Case, dtype: torch.dtype) -> list[float]:
-    """Return, for each leaf, how far one rounding to ``dtype`` of inputs and grad_output moves the gradient.
+def spread(case: Case, dtype: torch.dtype, roundings: int = 1) -> list[float]:
+    """Return, for each leaf, how far some roundings to ``dtype`` of inputs and grad_output move the gradient.
 
-    Relative to its norm; the largest of a few random movements, each element by up to one ulp.
+    Relative to its norm; the largest of a few random movements, each element by up to so many ulps.
     """
-    eps = torch.finfo(dtype).eps
+    eps = roundings * torch.finfo(dtype).eps
     found = [0.0] * len(case.leaves)
     base = case.plain
     samples = 1 if min(g.numel() for g in base.grads) >= MANY else SAMPLES
+    samples *= min(2, roundings)
     floor = terms(case)
     for number in range(samples):
         generator = case.generator(f"rounding {number}")

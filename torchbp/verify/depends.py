@@ -15,7 +15,8 @@ __all__ = ["elementwise", "of_outputs"]
 def elementwise(case: Case) -> list[int]:
     """Return the leaves whose element k alone output element k depends on: their gradient is a slope times grad_output.
 
-    For two random grad_outputs v and w that is so exactly where the gradients g and h fulfil g w = h v.
+    For two random grad_outputs v and w that is so exactly where the gradients g and h fulfil g w = h v, and are not 0: else
+    nothing tells that what lies beside it is another input's element k.
     """
     if "elementwise" not in case.memo:
         case.memo["elementwise"] = _elementwise(case)
@@ -36,7 +37,8 @@ def _elementwise(case: Case) -> list[int]:
     (w,) = case.cotangents((y,), "elementwise")
     (other,) = case.vjps([[w]])
     slack = 1e-9 if case.epsilon < 1e-12 else 1e-4
-    return [i for i in alike if _proportional(case.plain.grads[i], v, other[i], w, slack)]
+    told = [i for i in alike if len(case.leaves) == 1 or bool(case.plain.grads[i].any())]
+    return [i for i in told if _proportional(case.plain.grads[i], v, other[i], w, slack)]
 
 
 def _proportional(g: Tensor, v: Tensor, h: Tensor, w: Tensor, slack: float) -> bool:
