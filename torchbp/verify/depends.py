@@ -15,8 +15,8 @@ __all__ = ["elementwise", "of_outputs"]
 def elementwise(case: Case) -> list[int]:
     """Return the leaves whose element k alone output element k depends on: their gradient is a slope times grad_output.
 
-    For two random grad_outputs v and w that is so exactly where the gradients g and h fulfil g w = h v, and are not 0: else
-    nothing tells that what lies beside it is another input's element k.
+    For two random grad_outputs v and w that is so exactly where the gradients g and h fulfil g w = h v. Where they are
+    0 throughout, nothing tells that it is element k of another argument that counts beside it.
     """
     if "elementwise" not in case.memo:
         case.memo["elementwise"] = _elementwise(case)
@@ -37,7 +37,7 @@ def _elementwise(case: Case) -> list[int]:
     (w,) = case.cotangents((y,), "elementwise")
     (other,) = case.vjps([[w]])
     slack = 1e-9 if case.epsilon < 1e-12 else 1e-4
-    told = [i for i in alike if len(case.leaves) == 1 or bool(case.plain.grads[i].any())]
+    told = [i for i in alike if len(list(case.arguments)) == 1 or bool(case.plain.grads[i].any())]
     return [i for i in told if _proportional(case.plain.grads[i], v, other[i], w, slack)]
 
 
