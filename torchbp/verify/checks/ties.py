@@ -26,6 +26,7 @@ from torchbp.verify.tolerance import largest
 NAME = "ties"
 NUDGE = 2.0**-20
 FLAT = 1e-9  # a bend that is no kink, which would be about a nudge
+CURVED = 16.0  # times what a nudge changes a slope by, where that bends and has no kink
 JUMP = 64.0  # times what a kink bends, or a slope rises, within a nudge
 SLACK = 1e-4  # of the distance between the two gradients; what smooth functions change by a nudge is below it
 
@@ -196,7 +197,7 @@ def _at_tie(case: Case, tie: Tie, cases: list[Case]) -> Finding | None:
         length = float(apart.norm())
         if not bool(got.isfinite().all()):
             continue  # infinitely steep
-        if not length > SLACK * largest(left):
+        if not length > max(SLACK * largest(left), CURVED * step):
             beside = float((got - left).norm())
             flat = float(bends.max()) <= FLAT * (1 + largest(y))  # and no jump there
             if flat and beside > 100 * SLACK * largest(left):
