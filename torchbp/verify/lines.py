@@ -25,9 +25,8 @@ SHORTENED = 3  # times at most
 LONGER = 16.0  # times, where rounding may be all that a step is off by
 CURVED = 2.0**13  # times what is allowed: kinks and poles are off by more, as a rule
 QUARTER = 4.0  # times, where rounding hides what so short a step is off by
-NOTHING = (
-    1e-12  # what is less throughout may be the rest of what cancels: of its terms nothing is known
-)
+# What is less throughout may be the rest of what cancels: of its terms nothing is known.
+NOTHING = 1e-12
 STEP = "a step"  # in the memo of a case, for whoever else needs one
 DUALS = "forward refuses dual numbers"
 
@@ -83,9 +82,8 @@ class Lines:
             )
         )
         if all(largest(t) < NOTHING for t in (*case.plain.outputs, *case.plain.grads)):
-            self.noise += (
-                4 * case.epsilon * sum(float(v.abs().sum()) for v in case.plain.cotangents)
-            )
+            size = sum(float(v.abs().sum()) for v in case.plain.cotangents)
+            self.noise += 4 * case.epsilon * size
         self._rounds = self.noise if elsewhere else 0.0  # in the user's sample that is known better
         exact = case.epsilon < 1e-12
         self.step = 2.0**-9 if exact else 2.0**-5

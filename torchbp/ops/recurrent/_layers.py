@@ -15,9 +15,8 @@ from torchbp.ops.recurrent._recurrence import Sizes
 
 __all__ = ["cell", "check_cell", "check_dtypes", "layers"]
 
-Weights = Sequence[
-    Sequence[Tensor]
-]  # of each layer and direction; read once, for a parametrization makes each anew
+# Of each layer and direction; read once, for a parametrization makes each anew.
+Weights = Sequence[Sequence[Tensor]]
 Layer = Callable[[Tensor, tuple[Any, ...], Sequence[Any], Sizes, bool], tuple[Tensor, ...]]
 
 

@@ -107,9 +107,8 @@ def _with(case: Case, asking: Case, change: Values) -> Case:
     """Return the case with other arguments, asking for as many gradients as it gives there."""
     other = with_options(asking, change)
     try:
-        if (
-            asking is case or not accepts(other) or other.plain
-        ):  # what is refused is so, asked or not
+        # What is refused is so, asked or not.
+        if asking is case or not accepts(other) or other.plain:
             return other
     except BackwardRaised:
         pass

@@ -83,10 +83,9 @@ def _barred(t: Tensor) -> Tensor:
 
 def _negated(t: Tensor) -> Tensor:
     """Return -t where t has one sign, or holds a bound, 1 or -1, and not that of the other side."""
-    other = bool((t > 0).any()) != bool((t < 0).any()) or bool((t == 1).any()) != bool(
-        (t == -1).any()
-    )
-    return -t if t.numel() > 1 and other else t
+    one_sided = bool((t > 0).any()) != bool((t < 0).any())
+    bounded = bool((t == 1).any()) != bool((t == -1).any())
+    return -t if t.numel() > 1 and (one_sided or bounded) else t
 
 
 CHECK = Check(
