@@ -12,7 +12,7 @@ FUNCTIONS: dict[str, Sample] = {}
 
 
 def r(*shape, positive=False, unit=False):
-    t = torch.randn(*shape, dtype=torch.float64)
+    t = torch.randn(shape, dtype=torch.float64)
     t = t.abs() + 0.2 if positive else t
     return (t.sigmoid() * 0.8 + 0.1 if unit else t).requires_grad_()
 
@@ -271,6 +271,7 @@ add(
     lambda: (r(3, 4), r(4), r(4)),
 )
 add("F.rms_norm", lambda x, w: F.rms_norm(x, x.shape[-1:], w), lambda: (r(3, 4), r(4)))
+add("F.mse_loss of two numbers", F.mse_loss, lambda: (r(), r()))
 add(
     "F.hinge_embedding_loss of labels that require grad",
     lambda x, t: F.hinge_embedding_loss(x, t, margin=8.0, reduction="sum"),

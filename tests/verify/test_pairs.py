@@ -88,6 +88,8 @@ ALWAYS |= {
     "block_sparse_layout_21",
     "drawdown_peak_21",
     "bernoulli_logit_tail_21",
+    "F.mse_loss of two numbers",
+    "F.hinge_embedding_loss of labels that require grad",
     "qr of square matrices",
     "lu_solve, steep",
 }

@@ -200,7 +200,7 @@ def _at_tie(case: Case, tie: Tie, cases: list[Case]) -> Finding | None:
         if not length > max(SLACK * largest(left), CURVED * step):
             beside = float((got - left).norm())
             flat = float(bends.max()) <= FLAT * (1 + largest(y))  # and no jump there
-            if flat and beside > 100 * SLACK * largest(left):
+            if flat and beside > max(100 * SLACK * largest(left), CURVED * step):
                 return _smooth(case, tie, got, left)
             continue
         share = float(((got - left) * apart).sum()) / length**2
