@@ -37,7 +37,8 @@ def _elementwise(case: Case) -> list[int]:
     (w,) = case.cotangents((y,), "elementwise")
     (other,) = case.vjps([[w]])
     slack = 1e-9 if case.epsilon < 1e-12 else 1e-4
-    told = [i for i in alike if len(list(case.arguments)) == 1 or bool(case.plain.grads[i].any())]
+    sole = len(case.arguments) == 1
+    told = [i for i in alike if sole or bool(case.plain.grads[i].any())]
     return [i for i in told if _proportional(case.plain.grads[i], v, other[i], w, slack)]
 
 

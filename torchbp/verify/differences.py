@@ -8,9 +8,9 @@ Sources:
 import math
 from collections.abc import Callable
 
-__all__ = ["Slope", "central", "one_sided", "settle", "slope"]
+__all__ = ["CURVED", "Slope", "central", "one_sided", "settle", "slope"]
 
-CURVED = 2.0**13  # times what is allowed: what is plainly wrong is off by more
+CURVED = 2.0**13  # times what is allowed: what is plainly wrong, a kink or a pole is off by more
 DEEP = 7  # step sizes where two did not settle it
 
 Slope = tuple[float, float]  # value, error bound

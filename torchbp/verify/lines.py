@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchbp.verify.cases import Case
-from torchbp.verify.differences import central, settle
+from torchbp.verify.differences import CURVED, central, settle
 from torchbp.verify.duals import pushed, tangents_along
 from torchbp.verify.otherwise import asked_otherwise
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
@@ -23,7 +23,6 @@ SHORTEST = 2.0**-40  # step whose own rounding does not matter yet
 SHORTER = 64.0  # times, where a step is too long
 SHORTENED = 3  # times at most
 LONGER = 16.0  # times, where rounding may be all that a step is off by
-CURVED = 2.0**13  # times what is allowed: kinks and poles are off by more, as a rule
 QUARTER = 4.0  # times, where rounding hides what so short a step is off by
 # What is less throughout may be the rest of what cancels: of its terms nothing is known.
 NOTHING = 1e-12

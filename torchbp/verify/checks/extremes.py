@@ -45,15 +45,18 @@ def _run(case: Case) -> Iterator[Finding]:
     by_element = len(elementwise(case)) == len(case.leaves)
     tested = _is_known(case)
     for text, change in [*SAMPLES.items()][tested:]:
-        if "zero" in text and (len(inputs) <= (1 if by_element else 2) or case.memo.get(EVERY)):
+        zero = "zero" in text
+        if zero and (len(inputs) <= (1 if by_element else 2) or case.memo.get(EVERY)):
             continue  # see `degenerate` and `edges`
         # All inputs as large: a sample that `scales` has too.
-        every = _changed(case, inputs, change) if "zero" in text else scaled(case, LARGE, inputs)
+        every = _changed(case, inputs, change) if zero else scaled(case, LARGE, inputs)
         if len(inputs) > 1 and accepts(every) and _finite(every):
             tested = True
             continue  # each alone leaves no question
         for which in inputs:
-            other = every if len(inputs) == 1 else _alone(case, which, text, change)
+            # One input all zero: a sample that `degenerate` has too.
+            alone = with_zero(case, case.where[which]) if zero else _changed(case, [which], change)
+            other = alone if len(inputs) > 1 else every
             if not accepts(other):
                 continue
             tested = True
@@ -161,12 +164,6 @@ def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
     elif not abs(left - got) > slack or abs(left - right) > 0.25 * abs(left - got):  # a kink
         return None
     return check_lines(zero, NAME, " where one element of each input is 0")
-
-
-def _alone(case: Case, which: int, text: str, change: Callable[[Tensor], Tensor]) -> Case:
-    """Return the case with one input changed: all zero, as `degenerate` has it too."""
-    zero = "zero" in text
-    return with_zero(case, case.where[which]) if zero else _changed(case, [which], change)
 
 
 def _changed(case: Case, chosen: list[int], change: Callable[[Tensor], Tensor]) -> Case:

@@ -28,7 +28,9 @@ def _run(case: Case) -> Iterator[Finding]:
     if not integers:
         raise NotApplicable("no integer input")
     sizes = {n for _, t in case.arguments for n in t.shape}
-    tested, mixed, split = False, extreme in case.memo.get(KNOWN, ()), False
+    known = set(case.memo.get(KNOWN, ()))
+    known |= {IMPLIED[change] for change in known & IMPLIED.keys()}
+    tested = False
     for when, change in (
         ("some integers are the smallest, others the largest", extreme),
         ("the integers are in another order", _reversed),
@@ -40,10 +42,9 @@ def _run(case: Case) -> Iterator[Finding]:
         ("the first of the numbers occurs once", _once),
         ("the first share is the second's too", partial(_given_away, sizes=sizes)),
     ):
-        known = change in case.memo.get(KNOWN, ())
-        if known or (change is _reversed and mixed) or (change is _between and split):
+        if change in known:
             tested = True
-            continue  # that was another order, too; or it was right at another size
+            continue  # right at another size, or where another change held it
         other = with_integers(case, change)
         if all(torch.equal(case.flat[i], other.flat[i]) for i in integers) or not accepts(other):
             continue
@@ -55,8 +56,8 @@ def _run(case: Case) -> Iterator[Finding]:
         if found and (shares or not (found.expected == 0 and 0 < abs(found.got or 0) < inf)):
             yield found
             return
-        mixed |= change is extreme and not found
-        split |= change is _twice and not found
+        if change in IMPLIED and not found:
+            known.add(IMPLIED[change])
         if change in (extreme, _reversed) and not found:
             note_order(case, case, other)
     if not tested:
@@ -144,6 +145,9 @@ def _given_away(t: Tensor, sizes: set[int]) -> Tensor:
     other[0], other[1] = 0, t[0] + t[1]
     return other
 
+
+# What is right is so after a change that is a part of it: another order, a segment that became two.
+IMPLIED = {extreme: _reversed, _twice: _between}
 
 CHECK = Check(
     name=NAME,

@@ -20,9 +20,8 @@ from torchbp.verify.tolerance import compare, compare_all, largest, rounding
 NAME = "input_layouts"
 CAUSE = "an input, or what was saved of it, indexed as if contiguous"
 STEEP = 2.0**-10  # of the outputs: more is what rounding makes of a gradient that is infinite
-EQUAL_ROWS = (
-    2.0**10
-)  # times rounding: it is divided by the root of what a variance of 0 is kept above
+# Times rounding: of equal rows it is divided by the root of what a variance of 0 is kept above.
+EQUAL_ROWS = 2.0**10
 CHANNELS_LAST = {
     4: torch.channels_last,
     5: torch.channels_last_3d,
