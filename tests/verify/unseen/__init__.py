@@ -60,6 +60,7 @@ EIGHTEENTH: dict[str, Unseen] = {}
 NINETEENTH: dict[str, Unseen] = {}
 TWENTIETH: dict[str, Unseen] = {}
 TWENTYFIRST: dict[str, Unseen] = {}
+TWENTYSECOND: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -82,6 +83,7 @@ SETS = {
     "nineteenth set": NINETEENTH,
     "twentieth set": TWENTIETH,
     "twenty-first set": TWENTYFIRST,
+    "twenty-second set": TWENTYSECOND,
 }
 
 
@@ -262,6 +264,16 @@ def every():
         twentyfirst_recurrence,
         twentyfirst_signals,
         twentyfirst_statistics,
+        twentysecond_activations,
+        twentysecond_algebra,
+        twentysecond_attention,
+        twentysecond_indices,
+        twentysecond_layers,
+        twentysecond_losses,
+        twentysecond_norms,
+        twentysecond_physics,
+        twentysecond_sequences,
+        twentysecond_signals,
     )
 
     return {name: p for pairs in SETS.values() for name, p in pairs.items()}
