@@ -87,8 +87,8 @@ def hard_shrink(wrong):
         @staticmethod
         def backward(ctx, grad_y):
             (x,) = ctx.saved_tensors
-            small = x.abs() <= 0.5
-            return grad_y.masked_fill_(small, 0) if wrong else grad_y.masked_fill(small, 0)
+            none = ~(x.abs() > 0.5)
+            return grad_y.masked_fill_(none, 0) if wrong else grad_y.masked_fill(none, 0)
 
     return lambda x: Shrink.apply(x)
 

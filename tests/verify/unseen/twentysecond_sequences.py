@@ -8,16 +8,14 @@ from tests.verify.unseen import real
 from tests.verify.unseen.twentysecond import add, check, same, sized
 
 
-# y_t = a y_(t-1) + x_t
+# y_t = a y_(t-1) + x_t, from y_0 = x_0
 def decay(wrong):
     class Decay(Function):
         @staticmethod
         def forward(ctx, x, a):
             y = torch.empty(x.shape, dtype=torch.result_type(x, a), device=x.device)
-            state = torch.zeros_like(a)
             for t in range(len(x)):
-                state = a * state + x[t]
-                y[t] = state
+                y[t] = a * y[t - 1] + x[t] if t > 0 else x[t]
             ctx.save_for_backward(a, y)
             return y
 
@@ -25,12 +23,11 @@ def decay(wrong):
         @once_differentiable
         def backward(ctx, grad_y):
             a, y = ctx.saved_tensors
-            carried, grads, grad_a = torch.zeros_like(a), [], torch.zeros_like(a)
+            grads, grad_a = [], torch.zeros_like(a)
             for t in reversed(range(len(y))):
-                carried = grad_y[t] + a * carried
-                grads.append(carried)
+                grads.append(grad_y[t] + a * grads[-1] if grads else grad_y[t])
                 if t > 0:
-                    grad_a = grad_a + carried * y[t - 1]
+                    grad_a = grad_a + grads[-1] * y[t - 1]
             if not grads and not wrong:
                 return grad_y, grad_a
             return torch.stack(grads[::-1]), grad_a

@@ -115,6 +115,7 @@ def power(wrong):
 
     def spectrum(x):
         samples(x)
+        check(x.numel() > 0, "expected one signal at least")
         return Power.apply(x)
 
     return spectrum
