@@ -61,6 +61,7 @@ NINETEENTH: dict[str, Unseen] = {}
 TWENTIETH: dict[str, Unseen] = {}
 TWENTYFIRST: dict[str, Unseen] = {}
 TWENTYSECOND: dict[str, Unseen] = {}
+TWENTYTHIRD: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -84,6 +85,7 @@ SETS = {
     "twentieth set": TWENTIETH,
     "twenty-first set": TWENTYFIRST,
     "twenty-second set": TWENTYSECOND,
+    "twenty-third set": TWENTYTHIRD,
 }
 
 
@@ -274,6 +276,15 @@ def every():
         twentysecond_physics,
         twentysecond_sequences,
         twentysecond_signals,
+        twentythird_edges,
+        twentythird_functions,
+        twentythird_layouts,
+        twentythird_losses,
+        twentythird_modules,
+        twentythird_orders,
+        twentythird_precision,
+        twentythird_protocol,
+        twentythird_state,
     )
 
     return {name: p for pairs in SETS.values() for name, p in pairs.items()}
