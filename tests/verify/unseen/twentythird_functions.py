@@ -31,7 +31,7 @@ def lstm(wrong):
                 grad_c = grad_c + grad_h * o * (1 - c.tanh() ** 2)
                 parts = [
                     grad_c * g * i * (1 - i),
-                    grad_c * (c if wrong and t else c_before) * f * (1 - f),
+                    grad_c * (c if wrong else c_before) * f * (1 - f),
                     grad_c * i * (1 - g**2),
                     grad_h * c.tanh() * o * (1 - o),
                 ]
@@ -67,8 +67,7 @@ add(
     "lstm_step",
     lstm,
     lambda: (real(3, 8), real(8, 2, seed=1), real(8, seed=2)),
-    bug="The forget gate's gradient takes the cell after the step, but at the first step",
-    trigger="two steps or more",
+    bug="The forget gate's gradient takes the cell after the step instead of the one before",
 )
 
 

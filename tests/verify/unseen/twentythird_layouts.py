@@ -260,41 +260,6 @@ add(
 )
 
 
-# Softmax-free attention scores: each row over the sum of its magnitudes plus 1
-def row_share(wrong):
-    class Share(Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x / (1 + x.abs().sum(1, keepdim=True))
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, grad_y):
-            (x,) = ctx.saved_tensors
-            d = 1 + x.abs().sum(1, keepdim=True)
-            threads = 1024 if wrong else x.shape[1]
-            mixed = (grad_y * x / d).sum(1, keepdim=True)
-            grad_x = (grad_y - mixed * x.sign()) / d
-            return grad_x.where(torch.arange(x.shape[1], device=x.device) < threads, 0)
-
-    def share(x):
-        sized("x", x, None, None)
-        check(bool(x.isfinite().all()), "x: expected finite numbers")
-        return Share.apply(x)
-
-    return share
-
-
-add(
-    "row_share_threads",
-    row_share,
-    lambda: (real(3, 4),),
-    bug="Backward has one thread a column and 1024 threads",
-    trigger="1025 columns",
-)
-
-
 # Causal convolution of a chunk: the last rows before it are its state, and so the next state comes out
 def chunk_convolution(wrong):
     class Convolve(Function):

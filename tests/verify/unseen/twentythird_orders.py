@@ -75,42 +75,6 @@ add(
 )
 
 
-# The whole tensor over its norm
-def direction(wrong):
-    class Direction(Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x / size(x)
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            (x,) = ctx.saved_tensors
-            n = size(x).item() if wrong else size(x)
-            s = x / n
-            return (grad_y - s * (grad_y * s).sum()) / n
-
-    def size(x):
-        largest = x.detach().abs().max()
-        return largest * (x / largest).square().sum().sqrt()
-
-    def normed(x):
-        check(x.numel() > 0, "expected a tensor that is not empty")
-        check(bool(x.isfinite().all()) and bool(x.any()), "expected finite numbers, not all 0")
-        return Direction.apply(x)
-
-    return normed
-
-
-add(
-    "direction_item",
-    direction,
-    lambda: (real(3, 4),),
-    bug="Backward takes the norm as a Python number",
-    trigger="a second derivative",
-)
-
-
 # Gated linear unit: x sigmoid(g)
 def gated(wrong):
     class Gated(Function):

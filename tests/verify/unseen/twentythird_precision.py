@@ -95,45 +95,6 @@ add(
 )
 
 
-# Rows over their root mean square
-def rms_norm(wrong):
-    class Norm(Function):
-        @staticmethod
-        def forward(ctx, x, eps):
-            ctx.save_for_backward(x)
-            ctx.eps = eps
-            return (wide(x) * scale(wide(x), eps)).to(x.dtype)
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, grad_y):
-            (saved,) = ctx.saved_tensors
-            x, g = wide(saved), wide(grad_y)
-            r = wide(scale(saved, ctx.eps)) if wrong else scale(x, ctx.eps)
-            s = x * r
-            return (r * (g - s * (g * s).mean(1, keepdim=True))).to(saved.dtype), None
-
-    def scale(x, eps):
-        return (x.square().mean(1, keepdim=True) + eps).rsqrt()
-
-    def norm(x, eps=1e-6):
-        sized("x", x, None, None)
-        check(eps > 0, "eps: expected a number > 0")
-        return Norm.apply(x, eps)
-
-    return norm
-
-
-add(
-    "rms_norm_half",
-    rms_norm,
-    lambda: (real(3, 4),),
-    bug="Backward squares x in its own dtype",
-    trigger="float16 with |x| > 256",
-    own=True,
-)
-
-
 # Softmax of the rows
 def row_softmax(wrong):
     class Softmax(Function):

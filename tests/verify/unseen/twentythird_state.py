@@ -310,44 +310,6 @@ add(
 )
 
 
-# Random projection, the matrix drawn from a seed
-def projection(wrong):
-    class Project(Function):
-        @staticmethod
-        def forward(ctx, x, size, seed):
-            ctx.save_for_backward(matrix(x, size, seed))
-            return x @ ctx.to_save[0]
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            (r,) = ctx.saved_tensors
-            return grad_y @ r.T, None, None
-
-    def matrix(x, size, seed):
-        shape = (x.shape[1], size)
-        if wrong:
-            torch.manual_seed(seed)
-            return torch.randn(shape, dtype=torch.float64).to(x)
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
-
-    def project(x, size, seed=0):
-        sized("x", x, None, None)
-        check(size >= 1, "size: expected a number >= 1")
-        return Project.apply(x, size, seed)
-
-    return project
-
-
-add(
-    "projection_seed",
-    projection,
-    lambda: (real(3, 4), 2),
-    bug="Forward seeds the caller's random numbers",
-    trigger="random numbers drawn before and after",
-)
-
-
 # Dropout whose mask is drawn from a seed, and once more from it in backward
 def seeded_dropout(wrong):
     class Dropout(Function):
