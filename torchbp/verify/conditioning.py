@@ -1,11 +1,13 @@
 """How far rounding alone may move a gradient, measured on the function itself in float64."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
-from torchbp.verify.tensors import uniform
+from torchbp.verify.tensors import graph, uniform
 
 __all__ = ["in_dtype", "in_single", "rounded_norm_error", "spread", "terms"]
 
@@ -63,13 +65,29 @@ def spread(case: Case, dtype: torch.dtype, roundings: int = 1) -> list[float]:
             r = uniform(t.shape, generator).to(t)
             return t * (1 + eps * (2 * r - 1))
 
+        other = case.variant(moved, parameters=True)
         try:
-            grads = case.variant(moved, parameters=True).vjp([moved(v) for v in base.cotangents])
+            leaves, outputs = other.graph()
+            _move_between(outputs, moved)
+            grads = other.backward(outputs, leaves, [moved(v) for v in base.cotangents])
         except (ForwardRaised, BackwardRaised):
             return [float("inf")] * len(found)
         for i, (g, e) in enumerate(zip(grads, base.grads, strict=True)):
             found[i] = max(found[i], rounded_norm_error(g, e, floor))
     return found
+
+
+def _move_between(outputs: Sequence[Tensor], moved: Callable[[Tensor], Tensor]) -> None:
+    """Let the gradients be moved as well that one node of the graph hands to another: they are rounded, too.
+
+    So a sum after a batch norm, to about 0, counts as what it is. What a Function does inside is its own.
+    """
+    own = {y.grad_fn for y in outputs}
+    for node in graph(outputs):
+        if node not in own and not hasattr(node, "variable"):
+            node.register_prehook(
+                lambda given: tuple(None if g is None else moved(g) for g in given)
+            )
 
 
 def terms(case: Case) -> float:

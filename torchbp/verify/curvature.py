@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from torchbp.verify._check import Refused
+from torchbp.verify.builtin import padding
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import central, settle
 from torchbp.verify.lines import STEP, Step
@@ -124,6 +125,8 @@ class _Lines:
         for i, p in enumerate(self.points[: len(case.leaves)]):
             if not p.is_complex():  # 0 may be the end of the domain
                 self.directions[i] = self.directions[i].abs().where(p == 0, self.directions[i])
+        for i, none in padding(case).items():
+            self.directions[i].reshape(-1)[none.to(self.directions[i].device)] = 0
         grads = case.plain.grads
         size = sum(float((a.abs() * g.abs()).sum()) for a, g in zip(w, grads, strict=True))
         self.noise = 4 * case.epsilon * size

@@ -9,9 +9,10 @@ import torch.autograd.forward_ad as fwd
 from torch import Tensor
 from torch.autograd import Function
 
+from torchbp.verify.builtin import tangent
 from torchbp.verify.cases import Case
 from torchbp.verify.source import functions, lacking, speaks
-from torchbp.verify.tensors import like, signed_like, tensors_in
+from torchbp.verify.tensors import like, tensors_in
 
 __all__ = [
     "Silent",
@@ -89,7 +90,7 @@ def silent(case: Case) -> Silent | Exception | None:
 
 def _silent(case: Case) -> Silent | Exception:
     generator = case.generator("forward_mode")
-    u = [signed_like(leaf, generator) for leaf in case.leaves]
+    u = tangent(case, generator)
     try:
         with torch.no_grad():
             if by_hand(case) or case.draws:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchbp.verify.builtin import inexact, padding
 from torchbp.verify.cases import Case
 from torchbp.verify.differences import CURVED, central, settle
 from torchbp.verify.duals import pushed, tangents_along
@@ -89,12 +90,14 @@ class Lines:
         self.near = 2.0**-17 if exact else 2.0**-7  # the cube root of epsilon
         rtol = case.options.get("rtol")
         fitted = (ELSEWHERE if elsewhere else HERE) if exact else 2e4 * case.epsilon
-        self.relative: float = fitted if rtol is None else rtol
+        self.relative: float = max(fitted, inexact(case)[1]) if rtol is None else rtol
         steps = case.memo.get("steps") or [None] * len(case.leaves)
         self.scales = [
             scale_of(leaf.cpu()) if step is None else step
             for leaf, step in zip(case.leaves, steps, strict=True)
         ]
+        for i, none in padding(case).items():
+            self.scales[i] = self.scales[i].masked_fill(_each(none, self.grads[i]), 0.0)
         self._ones: list[Tensor] | None = None
         self._directions: dict[int, Directions] = {}
         self._line: Directions = {}  # the last along which forward was called

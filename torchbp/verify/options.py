@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from torchbp.verify.cases import Case
+from torchbp.verify.source import speaks
 from torchbp.verify.words import other_words
 
 __all__ = ["NEVER_NEGATIVE", "SIMPLE", "Values", "nearby", "options", "others", "with_options"]
@@ -20,6 +21,11 @@ SIMPLE = (bool, int, float, str)
 NEVER_NEGATIVE = re.compile(
     "clip|decay|delta|drop|eps|keep|limit|margin|max|prob|radius|rate|ratio|sigma|size|smooth|std|tau|temp|tol|width"
 )
+
+# Attributes of a Module: its state, and what asks torch's embedding for another gradient on purpose.
+NO_OPTIONS = ("training", "scale_grad_by_freq", "sparse")
+
+ATTRIBUTES = "attributes of the Module that may be others"
 
 INDEX = re.compile("blank|class|count|dim|id|ignore|index|num|pad|size|start|token")
 
@@ -34,7 +40,7 @@ def options(case: Case) -> Values:
 def _defaults(case: Case) -> dict[str, Any]:
     """Return the numbers, flags and words that are defaults and not given, or attributes of a Module."""
     module = case.func if isinstance(case.func, nn.Module) else None
-    attributes = _attributes(module) if module else {}
+    attributes = _attributes(case) if module else {}
     try:
         signature = inspect.signature(module.forward if module else case.func)
         bound = case.bound(signature)
@@ -52,13 +58,29 @@ def _defaults(case: Case) -> dict[str, Any]:
     }
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {
-        f"{prefix}.{name}" if prefix else name: x
+def _attributes(case: Case) -> dict[str, Any]:
+    """Return the attributes of a Module and of its parts; of torch's own layers in it what the others speak of."""
+    if ATTRIBUTES not in case.given.memo:
+        case.given.memo[ATTRIBUTES] = {
+            name: x
+            for name, x, torchs in _all_attributes(case.func)
+            if not torchs or speaks(case, re.compile(rf"\.{name.rpartition('.')[2]}\b"))
+        }
+    return case.given.memo[ATTRIBUTES]
+
+
+def _all_attributes(module: nn.Module) -> Iterator[tuple[str, Any, bool]]:
+    """Yield name and value of each, and whether it is that of a layer of torch's own in another Module."""
+    return (
+        (f"{prefix}.{name}" if prefix else name, x, bool(prefix) and _is_torchs(part))
         for prefix, part in module.named_modules()
         for name, x in vars(part).items()
-        if isinstance(x, (bool, float, str)) and not name.startswith("_") and name != "training"
-    }
+        if isinstance(x, (bool, float, str)) and not name.startswith("_") and name not in NO_OPTIONS
+    )
+
+
+def _is_torchs(part: nn.Module) -> bool:
+    return type(part).__module__.startswith("torch.nn.")
 
 
 def with_options(case: Case, change: Mapping[int | str, Any]) -> Case:
@@ -66,7 +88,7 @@ def with_options(case: Case, change: Mapping[int | str, Any]) -> Case:
     other = case.replaced({i: x for i, x in change.items() if isinstance(i, int)})
     named = {i: x for i, x in change.items() if isinstance(i, str)}
     if isinstance(case.func, nn.Module):
-        attributes = _attributes(case.func)
+        attributes = _attributes(case)
         other = other.with_attributes({n: x for n, x in named.items() if n in attributes})
         for name, x in named.items():
             if name not in attributes:

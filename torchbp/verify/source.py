@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import nn
 from torch.autograd import Function
 
 from torchbp.verify.cases import Case
@@ -42,6 +43,8 @@ def functions(case: Case) -> set[type[Function]]:
 def _parts(case: Case) -> Iterator[Any]:
     """Yield the function, those it closes over, and the classes whose backward its outputs wait for."""
     yield case.func
+    if isinstance(case.func, nn.Module):
+        yield from {type(part) for part in case.func.modules()}
     if inspect.isfunction(case.func):
         closed = inspect.getclosurevars(inspect.unwrap(case.func)).nonlocals.values()
         yield from filter(inspect.isfunction, closed)

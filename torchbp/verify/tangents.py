@@ -6,12 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchbp.verify.builtin import tangent
 from torchbp.verify.cases import Case
 from torchbp.verify.duals import jvp, without_jvp
 from torchbp.verify.lines import Lines
 from torchbp.verify.operations import Operations
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import real, signed_like
+from torchbp.verify.tensors import real
 
 __all__ = ["agree", "dot_test", "forward_mode"]
 
@@ -21,7 +22,7 @@ def forward_mode(
 ) -> Finding | None:
     """Return what is wrong with the tangent of the outputs for a random one of the leaves, or of those chosen."""
     generator = case.generator(check)
-    u = [signed_like(leaf, generator) for leaf in case.leaves]
+    u = tangent(case, generator)
     if chosen is not None:
         u = [d if k in chosen else torch.zeros_like(d) for k, d in enumerate(u)]
     if without_jvp(case):

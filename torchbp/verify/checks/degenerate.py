@@ -169,6 +169,8 @@ def _keep_precision(case: Case, samples: Mapping[str, Case]) -> None:
 
 def _run(case: Case) -> Iterator[Finding]:
     inputs = [case.where[i] for i in range(len(case.leaves)) if case.where[i] < case.size]
+    if not inputs:
+        raise NotApplicable("no input but parameters")
     if len(elementwise(case)) == len(case.leaves):
         raise NotApplicable("works element by element: see edges and ties")
     if not any(y.numel() for y in case.plain.outputs):

@@ -53,7 +53,8 @@ def _run(case: Case) -> Iterator[Finding]:
         found = list(_at_points(case, which, y[: -n - len(TINY)], g[: -n - len(TINY)]))
         yield from found
         if together and not found:
-            yield from _at_tiny(case, which, y, g[: len(POINTS)], tiny)
+            defined = y[-n - len(TINY) : -n].isfinite()
+            yield from _at_tiny(case, which, y, g[: len(POINTS)], tiny.where(defined, g[0]))
         yield from _at_infinity(case, which, y[-n:], g[-n:])
 
 

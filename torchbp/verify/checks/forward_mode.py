@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, Refused
+from torchbp.verify.builtin import tangent
 from torchbp.verify.cases import Case
 from torchbp.verify.duals import Silent, batched, by_hand, jvp, silent
 from torchbp.verify.options import nearby, options, others, with_options
@@ -18,7 +19,6 @@ from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 from torchbp.verify.tangents import agree, dot_test
-from torchbp.verify.tensors import signed_like
 from torchbp.verify.tolerance import compare, largest, rounding
 
 NAME = "forward_mode"
@@ -27,7 +27,7 @@ NONE = re.compile("forward AD|forward mode AD")  # in what torch says of that
 
 def _run(case: Case) -> Iterator[Finding]:
     generator = case.generator(NAME)
-    u = [signed_like(leaf, generator) for leaf in case.leaves]
+    u = tangent(case, generator)
     known = None
     try:
         known = _known(case)

@@ -9,12 +9,14 @@ kink is told by its two one-sided slopes, between which any gradient is right.
 """
 
 import copy
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.builtin import inexact
 from torchbp.verify.calls import Plain
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_beside
@@ -34,6 +36,7 @@ MOST = 150  # calls for that; once one element is known to be wrong, the others 
 
 def _run(case: Case) -> Iterator[Finding]:
     lines = Lines(case)
+    yield from _inexact(case)
     size = sum(g.numel() * (1 + g.is_complex()) for g in lines.grads)
     direction = lines.direction(0)
     rises = lines.rises(direction)
@@ -48,7 +51,7 @@ def _run(case: Case) -> Iterator[Finding]:
     known = [torch.zeros_like(real(g), dtype=torch.bool) for g in lines.grads]
     truth = [real(g).clone() for g in lines.grads]
     unsettled = 0
-    elements = list(_elements(case, lines.grads))
+    elements = list(_elements(case, lines))
     elements = _in_question(lines, direction, elements) if agrees else elements
     enough = case.calls.forward + MOST
     for which, index in elements:
@@ -80,6 +83,18 @@ def _run(case: Case) -> Iterator[Finding]:
             yield found
     if unsettled == len(elements) and agrees is None:
         raise NotApplicable("finite differences settle nowhere: no smooth point in the sample")
+
+
+def _inexact(case: Case) -> Iterator[Finding]:
+    what, off = inexact(case)
+    if what:
+        yield Finding(
+            check=NAME,
+            severity="note",
+            message=f"torch's {what} has a gradient that is right to {-math.log10(off):.0f} digits: "
+            "no more are asked of this function",
+            cause="a constant of float32",
+        )
 
 
 def _in_question(
@@ -117,17 +132,19 @@ def _disagrees(lines: Lines, truth: list[Tensor], known: list[Tensor]) -> bool:
     )
 
 
-def _elements(case: Case, grads: list[Tensor]) -> Iterator[tuple[int, int]]:
+def _elements(case: Case, lines: Lines) -> Iterator[tuple[int, int]]:
+    grads = lines.grads
     sizes = [g.numel() * (1 + g.is_complex()) for g in grads]
     if sum(sizes) <= EACH:
-        yield from ((i, j) for i, n in enumerate(sizes) for j in range(n))
+        yield from ((i, j) for i, n in enumerate(sizes) for j in range(n) if lines.scales[i][j])
         return
     largest = max(range(len(sizes)), key=lambda i: sizes[i])
     n = sizes[largest]
     generator = case.generator("elements")
     random = int(torch.randint(n, (), generator=generator, device="cpu"))
     steepest = int(real(grads[largest]).abs().nan_to_num(torch.inf).argmax())
-    yield from ((largest, j) for j in dict.fromkeys([steepest, n - 1, random][:ALONE]))
+    alone = dict.fromkeys([steepest, n - 1, random][:ALONE])
+    yield from ((largest, j) for j in alone if lines.scales[largest][j])
 
 
 def _sizes(case: Case) -> list[int]:
