@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from torchbp.verify.cases import Case
 from torchbp.verify.tensors import graph, signed_like
@@ -31,7 +32,7 @@ def padding(case: Case) -> dict[int, Tensor]:
     if not known.get(EMBEDS, True):
         return {}
     leaves, outputs = case.kept
-    nodes = [n for n in graph(outputs) if n.name().startswith(PADDED)]
+    nodes = [n for n in _nodes(outputs) if n.name().startswith(PADDED)]
     known[EMBEDS] = bool(nodes)
     found = {}
     for node in nodes:
@@ -43,6 +44,11 @@ def padding(case: Case) -> dict[int, Tensor]:
         rows[row] = True
         found[which] = rows.reshape(-1)
     return found
+
+
+def _nodes(outputs: Sequence[Tensor]) -> list[Any]:
+    """Return the nodes of torch's own functions: a Function may have one's name."""
+    return [node for node in graph(outputs) if not isinstance(node, BackwardCFunction)]
 
 
 def _leaf_behind(node: Any, leaves: Sequence[Tensor]) -> int | None:
@@ -65,7 +71,7 @@ def tangent(case: Case, generator: torch.Generator) -> list[Tensor]:
 def inexact(case: Case) -> tuple[str, float]:
     """Return what of torch in the function has a gradient of a few digits only, and how far that is off, relatively."""
     if INEXACT_OWN not in case.given.memo:
-        names = [node.name() for node in graph(case.kept[1])]
+        names = [node.name() for node in _nodes(case.kept[1])]
         found = [told for begin, told in INEXACT.items() if any(n.startswith(begin) for n in names)]
         case.given.memo[INEXACT_OWN] = found[0] if found else ("", 0.0)
     return case.given.memo[INEXACT_OWN]

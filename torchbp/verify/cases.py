@@ -285,10 +285,12 @@ class Case(Sample):
     def nearby(self) -> "Case":
         """The case with all floating-point tensors a sixteenth larger, the leaves' elements in each other's places.
 
-        Where forward does not take that, as of points in order, they stay in their own.
+        Where forward does not take that, as of points in order, they stay in their own. A Module's buffers do not grow.
         """
-        turned = self.edited(
-            lambda i, t: _larger(t.reshape(-1).roll(1).view(t.shape) if i in self.where else t),
+        buffers = {*range(self.size, len(self.flat))}.difference(self.where)
+        larger = self.edited(lambda i, t: t if i in buffers else _larger(t), parameters=True)
+        turned = larger.edited(
+            lambda i, t: t.reshape(-1).roll(1).view(t.shape) if i in self.where else t,
             parameters=True,
         )
         try:
@@ -296,7 +298,7 @@ class Case(Sample):
                 return turned
         except ForwardRaised:
             pass
-        return self.variant(_larger, parameters=True)
+        return larger
 
     @property
     def steady(self) -> bool:

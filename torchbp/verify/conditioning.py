@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
+from torchbp.verify.source import functions
 from torchbp.verify.tensors import graph, uniform
 
 __all__ = ["in_dtype", "in_single", "rounded_norm_error", "spread", "terms"]
@@ -55,7 +56,7 @@ def spread(case: Case, dtype: torch.dtype, roundings: int = 1) -> list[float]:
     base = case.plain
     samples = 1 if min(g.numel() for g in base.grads) >= MANY else SAMPLES
     samples *= min(2, roundings)
-    floor = terms(case)
+    floor, by_hand = terms(case), bool(functions(case))
     for number in range(samples):
         generator = case.generator(f"rounding {number}")
 
@@ -68,7 +69,8 @@ def spread(case: Case, dtype: torch.dtype, roundings: int = 1) -> list[float]:
         other = case.variant(moved, parameters=True)
         try:
             leaves, outputs = other.graph()
-            _move_between(outputs, moved)
+            if not by_hand:
+                _move_between(outputs, moved)
             grads = other.backward(outputs, leaves, [moved(v) for v in base.cotangents])
         except (ForwardRaised, BackwardRaised):
             return [float("inf")] * len(found)
@@ -80,7 +82,7 @@ def spread(case: Case, dtype: torch.dtype, roundings: int = 1) -> list[float]:
 def _move_between(outputs: Sequence[Tensor], moved: Callable[[Tensor], Tensor]) -> None:
     """Let the gradients be moved as well that one node of the graph hands to another: they are rounded, too.
 
-    So a sum after a batch norm, to about 0, counts as what it is. What a Function does inside is its own.
+    So what cancels between layers, as the sum over what a batch norm gives, counts as what it is.
     """
     own = {y.grad_fn for y in outputs}
     for node in graph(outputs):

@@ -21,6 +21,7 @@ NAME = "input_layouts"
 CAUSE = "an input, or what was saved of it, indexed as if contiguous"
 STEEP = 2.0**-10  # of the outputs: more is what rounding makes of a gradient that is infinite
 # Times rounding: of equal rows it is divided by the root of what a variance of 0 is kept above.
+CLOSE = 1e-3  # what rounding may explain
 MOVED = 4.0  # times what one rounding of the inputs moves a number by
 EQUAL_ROWS = 2.0**10
 CHANNELS_LAST = {
@@ -127,7 +128,8 @@ def _expanded(case: Case) -> list[Finding]:
 
 def _is_rounding(case: Case, found: Finding) -> bool:
     """Whether inputs that are rounded otherwise move some number as far: a norm over equal rows divides by about 0."""
-    if found.got is None or found.expected is None:
+    got, expected = found.got, found.expected
+    if got is None or expected is None or not abs(got - expected) <= CLOSE * max(1, abs(expected)):
         return False
     generator, eps = case.generator("rounded otherwise"), case.epsilon
     other = case.variant(
@@ -138,7 +140,7 @@ def _is_rounding(case: Case, found: Finding) -> bool:
         (*case.plain.outputs, *case.plain.grads),
         strict=True,
     )
-    return abs(found.got - found.expected) <= MOVED * max(largest(a - b) for a, b in pairs)
+    return abs(got - expected) <= MOVED * max(largest(a - b) for a, b in pairs)
 
 
 def _singular(case: Case) -> bool:

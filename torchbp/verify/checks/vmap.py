@@ -110,8 +110,8 @@ def _in_dims(case: Case) -> list[tuple[int, ...]]:
 def _nearby(case: Case, leaves: list[Tensor]) -> Looped:
     """Return what a loop gives for the second sample: known already where all floats are leaves."""
     other = case.nearby
-    tensors = ((i, t) for i, t in enumerate(case.flat) if isinstance(t, Tensor))
-    if any(t.is_floating_point() for i, t in tensors if i not in case.where):
+    kept = [i for i, t in case.arguments if i not in case.where and t.is_floating_point()]
+    if kept:
         return _gradients(case, leaves)
     return list(other.plain.outputs), list(other.plain.grads)
 
