@@ -20,7 +20,13 @@ EMBEDS = "whether the function calls torch's embedding"
 INEXACT_OWN = "what of torch in the function has a gradient of a few digits"
 PADDED = ("EmbeddingBackward", "EmbeddingBagBackward")  # begins of the nodes' names
 # What sums over rows in the precision of its input, by the begin of its node's name.
-SUMS = {"NativeLayerNormBackward": "layer_norm", "EmbeddingBackward": "embedding"}
+SUMS = {
+    "NativeLayerNormBackward": "layer_norm",
+    "EmbeddingBackward": "embedding",
+    "IndexBackward": "indexing",
+    "IndexSelectBackward": "index_select",
+    "GatherBackward": "gather",
+}
 # What is right to so many digits only, in float64 too: the slope of hardsigmoid is 1 / 6 in float32.
 INEXACT = {"HardsigmoidBackward": ("hardsigmoid", 1e-7)}
 MANY = 64  # times that a tensor is read: a running sum of so many has lost bits of bfloat16

@@ -26,6 +26,7 @@ class Calls:
     forward: int = 0
     backward: int = 0
     until: float = float("inf")  # on the clock of time.perf_counter
+    asked: str = ""  # an input of which forward itself asked a gradient that nobody wanted
 
     def count(self, *, forward: int = 0, backward: int = 0) -> None:
         """Count a call that is about to be made; raise :class:`PastDeadline` where none may."""

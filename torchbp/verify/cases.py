@@ -102,11 +102,16 @@ class Case(Sample):
         flat = self._filled(leaves, others)
         if seeded:
             _random.seed(self.seed if seed is None else seed)
+        wanted = [leaf.requires_grad for leaf in leaves]
         try:
             return self.invoke(flat, func)
         except Exception as error:
             raise ForwardRaised(reason(error)) from error
         finally:
+            if seeded:
+                for name, leaf, was in zip(self.names, leaves, wanted, strict=True):
+                    if leaf.requires_grad and not was:
+                        self.calls.asked = name
             if seeded:  # what runs after a forward, its backward first of all, meets another state each time
                 self.states_after = _random.states()
                 _random.seed(self.seed + 1 + self.calls.forward)

@@ -20,13 +20,16 @@ OTHER_SEED = 11  # further than the case's own
 
 @dataclass(frozen=True)
 class Write:
-    """One tensor that forward or backward wrote to, at the first element that changed."""
+    """One tensor that forward or backward wrote to, at the first element that changed.
+
+    ``index`` is None where it wrote what was there: a number within the bounds of a clamp.
+    """
 
     phase: str
     name: str
-    index: tuple[int, ...]
-    was: float | complex
-    now: float | complex
+    index: tuple[int, ...] | None
+    was: float | complex = 0.0
+    now: float | complex = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
         return t.detach() if t.grad_fn is not None else t
 
     seed = case.seed if case.draws else case.seed + OTHER_SEED
+    new = [t._version for t in leaves]  # noqa: SLF001  # no public way to ask whether it was written to
     if hooked:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             result = tensors_in(case.call(leaves, seed=seed, fixed=keep))
@@ -76,7 +80,7 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
     outputs = tuple(result[i] for i in case.differentiable)
     values = tuple(y.detach().clone() for y in outputs)
     forward = [] if case.copies_leaves else list(zip(case.names, leaves, case.leaves, strict=True))
-    writes = list(_changed("forward", forward))
+    writes = list(_changed("forward", forward, new))
     v = [t.clone() for t in case.plain.cotangents]
     numbers = [f"grad_output {i}" if len(v) > 1 else "grad_output" for i in range(len(v))]
     backward = [
@@ -85,15 +89,20 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
         *(("an argument", t, t.clone()) for t in fixed),
         *((f"saved tensor {i}", t, t.clone()) for i, t in enumerate(saved)),
     ]
+    before = [t._version for _, t, _ in backward]  # noqa: SLF001
     grads = case.backward(outputs, leaves, v)
-    writes += _changed("backward", backward)
+    writes += _changed("backward", backward, before)
     return Observed(values, grads, tuple(writes), states)
 
 
-def _changed(phase: str, tensors: Sequence[tuple[str, Tensor, Tensor]]) -> Iterator[Write]:
-    for name, now, before in tensors:
+def _changed(
+    phase: str, tensors: Sequence[tuple[str, Tensor, Tensor]], versions: Sequence[int]
+) -> Iterator[Write]:
+    for (name, now, before), version in zip(tensors, versions, strict=False):
         a, b = now.detach(), before.detach()
         same = (a == b) | ((a != a) & (b != b))  # noqa: PLR0124  # NaN
         if not bool(same.all()):
             at = tuple((~same).nonzero()[0].tolist())
             yield Write(phase, name, at, b[at].item(), a[at].item())
+        elif now._version > version:  # noqa: SLF001
+            yield Write(phase, name, None)

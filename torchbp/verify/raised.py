@@ -7,8 +7,11 @@ from types import TracebackType
 
 import torch
 
-__all__ = ["BackwardRaised", "ForwardRaised", "PastDeadline", "is_deliberate", "reason"]
+__all__ = ["SHAPE", "BackwardRaised", "ForwardRaised", "PastDeadline", "is_deliberate", "reason"]
 
+SHAPE = (
+    "returned an invalid gradient"  # what the engine says of a shape: nobody meant to raise that
+)
 LONGEST = 160  # characters of what an exception says
 _TORCH = str(Path(torch.__file__).parent)
 

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,11 @@ from torch.autograd import Function
 from torchbp.verify.cases import Case
 from torchbp.verify.tensors import graph
 
-__all__ = ["functions", "lacking", "speaks"]
+__all__ = ["PROMISED", "functions", "lacking", "promised", "speaks"]
+
+PROMISED = "generate_vmap_rule promises a rule, and a tensor's value decides what is computed"
+# What vmap says of a value that is read into Python.
+READS = re.compile(r"data-dependent control flow|\.item\(\)")
 
 TRANSFORMS = re.compile(r"functorch|forward_ad|torch\.func\b|is_batched|is_dual")
 
@@ -34,6 +39,11 @@ def lacking(case: Case, has: Callable[[type[Function]], bool]) -> str:
     return "" if any(TRANSFORMS.search(_source(module)) for module in beside) else min(lacks)
 
 
+def promised(case: Case, refusal: str) -> bool:
+    """Whether vmap refuses for a value that is read, and a Function has a rule that torch was asked to make of it."""
+    return bool(READS.search(refusal)) and any(f.generate_vmap_rule for f in functions(case))
+
+
 def functions(case: Case) -> set[type[Function]]:
     """Return the autograd.Functions behind the outputs."""
     nodes = graph(case.kept[1])
@@ -42,14 +52,37 @@ def functions(case: Case) -> set[type[Function]]:
 
 def _parts(case: Case) -> Iterator[Any]:
     """Yield the function, those it closes over, and the classes whose backward its outputs wait for."""
-    yield case.func
-    if isinstance(case.func, nn.Module):
-        yield from {type(part) for part in case.func.modules()}
-    if inspect.isfunction(case.func):
-        closed = inspect.getclosurevars(inspect.unwrap(case.func)).nonlocals.values()
-        yield from filter(inspect.isfunction, closed)
+    module = case.func if isinstance(case.func, nn.Module) else None
+    left: list[Any] = [type(part) for part in module.modules()] if module else [case.func]
     for y in case.kept[1]:
-        yield from getattr(getattr(y.grad_fn, "_forward_cls", None), "__mro__", ())
+        left += getattr(getattr(y.grad_fn, "_forward_cls", None), "__mro__", ())
+    seen: set[int] = set()
+    while left:
+        part = left.pop(0)
+        if id(part) not in seen:
+            seen.add(id(part))
+            yield part
+            left += _closed_over(part)
+
+
+def _closed_over(part: Any) -> Iterator[Any]:
+    """Yield the functions that a function closes over, or one of a class's methods."""
+    if inspect.isclass(part):
+        methods = [getattr(x, "__func__", x) for x in vars(part).values()]
+    else:
+        methods = [getattr(part, "__wrapped__", None), part]
+    for method in filter(inspect.isfunction, methods):
+        yield method
+        cells = [cell for cell in method.__closure__ or () if _is_filled(cell)]
+        yield from (c.cell_contents for c in cells if inspect.isfunction(c.cell_contents))
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
 
 
 def _source(part: Any) -> str:

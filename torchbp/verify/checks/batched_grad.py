@@ -14,6 +14,7 @@ from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
+from torchbp.verify.source import PROMISED, promised
 from torchbp.verify.tolerance import compare_all
 
 NAME = "batched_grad"
@@ -43,9 +44,10 @@ def _run(case: Case) -> Iterator[Finding]:
             ),
         ]
     except Exception as error:
-        message = f"check_batched_grad: a batch of grad_outputs raises {reason(error)}"
-        if case.options["check_batched_grad"]:
-            yield Finding(check=NAME, severity="wrong", message=message)
+        message = f"a batch of grad_outputs raises {reason(error)}"
+        if case.options["check_batched_grad"] or promised(case, reason(error)):
+            cause = PROMISED if promised(case, reason(error)) else None
+            yield Finding(check=NAME, severity="wrong", message=message, cause=cause)
         raise Refused(reason(error)) from error
     for got, i in product(results, range(BATCH)):
         here = [

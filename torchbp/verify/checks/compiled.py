@@ -19,10 +19,11 @@ from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.report import Finding
-from torchbp.verify.tensors import tensors_in
+from torchbp.verify.tensors import graph, tensors_in
 from torchbp.verify.tolerance import compare, compare_all, largest, rounding
 
 NAME = "compile"
+CUSTOM = "GeneratedBackwardFor"  # of torch.library
 CAUSE = "another path while torch.compile traces, or an operation it traces differently"
 
 
@@ -32,7 +33,10 @@ def _run(case: Case) -> Iterator[Finding]:
     loud.setLevel(logging.CRITICAL)
     try:
         refusal = ""
-        found = []
+        found = _fake(case)
+        if found:
+            yield from found
+            return
         for fullgraph in (True, False):
             try:
                 found = _compare(case, fullgraph)
@@ -53,6 +57,35 @@ def _run(case: Case) -> Iterator[Finding]:
             raise Refused(refusal)
     finally:
         loud.setLevel(level)
+
+
+def _fake(case: Case) -> list[Finding]:
+    """Hold the outputs' shapes and dtypes against what the fake kernels of custom ops, if there are any, promise."""
+    if not any(node.name().startswith(CUSTOM) for node in graph(case.kept[1])):
+        return []
+    from torch._subclasses.fake_tensor import FakeTensorMode  # imports sympy
+
+    with FakeTensorMode() as mode:
+        try:
+            leaves = [mode.from_tensor(leaf).requires_grad_() for leaf in case.leaves]
+            promised = tensors_in(case.call(leaves, seeded=False, fixed=mode.from_tensor))
+        except ForwardRaised:
+            return []
+    pairs = zip(promised, case.all_outputs, strict=False)
+    return [
+        Finding(
+            check=NAME,
+            severity="wrong",
+            message=f"a fake kernel promises output {k} as {_kind(fake)}, and it is {_kind(y)}",
+            cause="register_fake: torch.compile plans memory and shapes with what it says",
+        )
+        for k, (fake, y) in enumerate(pairs)
+        if _kind(fake) != _kind(y)
+    ]
+
+
+def _kind(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
 
 
 def _compare(case: Case, fullgraph: bool) -> list[Finding]:

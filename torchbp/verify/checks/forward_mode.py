@@ -15,7 +15,7 @@ from torchbp.verify.builtin import tangent
 from torchbp.verify.cases import Case
 from torchbp.verify.duals import Silent, batched, by_hand, jvp, silent
 from torchbp.verify.options import nearby, options, others, with_options
-from torchbp.verify.raised import reason
+from torchbp.verify.raised import is_deliberate, reason
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 from torchbp.verify.tangents import agree, dot_test
@@ -82,7 +82,15 @@ def _elsewhere(case: Case, u: list[Tensor]) -> Iterator[Finding]:
 def _again(case: Case, u: list[Tensor], chosen: Sequence[int], when: str) -> Iterator[Finding]:
     try:
         wrong = dot_test(NAME, case, u, jvp(case, u, chosen), when)
-    except Exception:  # a refusal
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, (TypeError, AttributeError)) and not is_deliberate(cause):
+            yield Finding(
+                check=NAME,
+                severity="wrong",
+                message=f"jvp raised {reason(cause)}{when}",
+                cause="an input without a tangent is None: set_materialize_grads(False) asks for that",
+            )
         return
     if wrong:
         yield wrong

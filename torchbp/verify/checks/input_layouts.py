@@ -4,6 +4,7 @@ A function may refuse a layout, loudly. A kernel that indexes its input, or what
 other numbers without a word.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator
 
 import torch
@@ -14,6 +15,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.frozen import FROZEN, combinations_of, gradients
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
+from torchbp.verify.source import speaks
 from torchbp.verify.tensors import signed_like, tensors_in
 from torchbp.verify.tolerance import compare, compare_all, largest, rounding
 
@@ -21,6 +23,7 @@ NAME = "input_layouts"
 CAUSE = "an input, or what was saved of it, indexed as if contiguous"
 STEEP = 2.0**-10  # of the outputs: more is what rounding makes of a gradient that is infinite
 # Times rounding: of equal rows it is divided by the root of what a variance of 0 is kept above.
+STRIDES = re.compile(r"is_contiguous|\bstride|as_strided|data_ptr")
 CLOSE = 1e-3  # what rounding may explain
 MOVED = 4.0  # times what one rounding of the inputs moves a number by
 EQUAL_ROWS = 2.0**10
@@ -88,8 +91,11 @@ def _left(case: Case) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return the layouts to look at: none where all is right for inputs that are permuted and a slice at once.
 
     Of several inputs some require grad in each of a few calls, which saves those of `requires_grad`. Images have a
-    layout of their own that nothing else is; they are a slice then.
+    layout of their own that nothing else is; they are a slice then. Where the source asks for strides, each may have
+    a way of its own.
     """
+    if speaks(case, STRIDES):
+        return LAYOUTS
     images = any(t.dim() in CHANNELS_LAST for t in case.leaves)
     other = case.variant(_slice if images else _both)
     try:
@@ -120,10 +126,14 @@ def _expanded(case: Case) -> list[Finding]:
         when = " for inputs that are expanded, with stride 0"
         if len(set(shared)) < len(shared):
             when += ", one and the same where they have one shape"
-        found = _compare(dense, expanded, when, shared)
-        return [f for f in found if not _is_rounding(dense, f)]
+        _ = dense.plain
     except (ForwardRaised, BackwardRaised):
-        return []  # refuses equal rows, or writes in its input
+        return []  # refuses equal rows
+    try:
+        found = _compare(dense, expanded, when, shared)
+    except ForwardRaised:
+        return []  # writes in its input
+    return [f for f in found if not _is_rounding(dense, f)]
 
 
 def _is_rounding(case: Case, found: Finding) -> bool:

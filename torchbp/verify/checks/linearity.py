@@ -52,7 +52,21 @@ def _run(case: Case) -> Iterator[Finding]:
             return
     expected = [a + b for a, b in zip(g, of_w, strict=True)]
     when = " for the sum of two grad_outputs"
-    yield from compare_all(NAME, case, of_both, expected, when=when, also=3.0, relative=RELATIVE)
+    found = compare_all(NAME, case, of_both, expected, when=when, also=3.0, relative=RELATIVE)
+    yield from found or _not_a_number(case)
+
+
+def _not_a_number(case: Case) -> Iterator[Finding]:
+    """Look at a grad_output of NaN: a loss scaler waits for it, to leave out the step."""
+    v = [torch.full_like(t, torch.nan) for t in case.plain.cotangents]
+    (got,) = case.vjps([v])
+    if all(bool(t.isfinite().all()) for t in got):
+        yield Finding(
+            check=NAME,
+            severity="wrong",
+            message="for a grad_output of NaN all gradients are finite",
+            cause="NaN made a number in backward: a loss scaler cannot see the overflow",
+        )
 
 
 def _half_zero(t: Tensor) -> Tensor:

@@ -71,8 +71,6 @@ def _summed(case: Case, left: set[int]) -> Iterator[tuple[Size, list[int]]]:
     What is summed for the most inputs stands first: the queries of an attention, for keys and values.
     """
     for size in sorted(free_sizes(case), key=lambda s: sum(bool(s.of(i)) for i in case.where)):
-        if not any(case.flat[i].is_floating_point() for i, _, _ in size.places):
-            continue  # one element read many times: torch itself adds such gradients up in low precision
         summed = [i for i in left if not size.of(case.where[i])]
         if summed and fits(case, {size: size.near(LENGTHS[0])}, LARGEST):
             yield size, summed

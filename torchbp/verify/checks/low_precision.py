@@ -5,6 +5,7 @@ at samples moved by one rounding; that movement, many times over, is the toleran
 whose forward is not finite in it, is not blamed for its gradient there.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,17 +14,22 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.conditioning import in_dtype, in_single, rounded_norm_error, spread, terms
+from torchbp.verify.depends import elementwise
 from torchbp.verify.growth import fits, free_sizes
 from torchbp.verify.operations import Operations
 from torchbp.verify.otherwise import ways
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, resized, within_limits
+from torchbp.verify.source import functions
 from torchbp.verify.tolerance import largest
 
 NAME = "low_precision"
 LARGE = 512.0
 GROSS = 0.25
+TINY = 2.0**-20  # times the inputs
+LOSS_SCALE = 2.0**14
+UNSEEN = 11  # a size that no other check asks for
 SMALL = 1e-4  # float16 has subnormal numbers, of fewer bits, below 6e-5
 FAR = 2.0**10  # times the largest input
 LOST = 1e-2  # what forward may lose to rounding there
@@ -63,7 +69,13 @@ def _run(case: Case) -> Iterator[Finding]:
         if max(rounded_norm_error(y, e) for y, e in zip(outputs, same, strict=True)) > 0.1:
             continue  # forward itself lost its precision: the domain of this dtype is left
         yield from _in_all_ways(low, exact, expected, lost)
+        if dtype is torch.float32:
+            yield from _kept_dtype(case, low)
+        elif dtype is torch.float16 and functions(case):
+            yield from _loss_scale(low, expected)
     yield from _far(case)
+    if elementwise(case) and functions(case):
+        yield from _small(case)
     if widens:
         yield from _large(case)
     yield from _limited(case)
@@ -164,6 +176,55 @@ def _wide(case: Case) -> Case:
     indexed = any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
     smaller = indexed and any(n < s.now for s, n in sizes.items())
     return resized(case, sizes) if sizes and not smaller and fits(case, sizes, LARGEST) else case
+
+
+def _small(case: Case) -> Iterator[Finding]:
+    """Look at float32 close to 0: what is taken from 1 has lost its digits there."""
+    low, exact = in_dtype(
+        case.variant(lambda t: t * TINY if t.is_floating_point() else t), torch.float32
+    )
+    try:
+        pairs = zip(low.plain.outputs, exact.plain.outputs, strict=True)
+        if (
+            not max(rounded_norm_error(y, e) for y, e in pairs)
+            < 64 * torch.finfo(torch.float32).eps
+        ):
+            return
+        expected = exact.vjps([[v.double() for v in low.plain.cotangents]])[0]
+        where = f" for inputs {TINY:.1g} times as large"
+        yield from _compare(low, exact, expected, [0.0] * len(expected), where)
+    except (ForwardRaised, BackwardRaised):
+        return
+
+
+def _loss_scale(low: Case, expected: Sequence[Tensor]) -> Iterator[Finding]:
+    """Look at a grad_output as large as a loss scale makes it, for gradients that float16 holds."""
+    room = torch.finfo(torch.float16).max / (8 * max([SMALL, *map(largest, expected)]))
+    scale = 2.0 ** math.floor(math.log2(min(LOSS_SCALE, room)))
+    if scale <= 1 or not all(map(_is_finite, low.plain.grads)):
+        return
+    (got,) = low.vjps([[scale * v for v in low.plain.cotangents]])
+    for name, g, e in zip(low.names, got, expected, strict=True):
+        if not _is_finite(g):
+            where = f"float16 for grad_output {scale:g} times as large, a loss scale,"
+            yield _overflow(name, where, float("inf"), scale * largest(e))
+            return
+
+
+def _kept_dtype(case: Case, low: Case) -> Iterator[Finding]:
+    """Say where float32 gives float64 at the sizes of an earlier call alone: a table has that call's dtype."""
+    if not any(y.dtype == torch.float64 for y in low.all_outputs):
+        return
+    for size in free_sizes(case):
+        new = in_dtype(resized(case, {size: size.near(UNSEEN)}), torch.float32)[0]
+        if accepts(new) and all(y.dtype != torch.float64 for y in new.all_outputs):
+            yield Finding(
+                check=NAME,
+                severity="wrong",
+                message="the output is float64 for float32 inputs, and float32 at sizes that no call in float64 had",
+                cause="a table kept from an earlier call has that call's dtype: let its key hold the dtype",
+            )
+            return
 
 
 def _large(case: Case) -> Iterator[Finding]:

@@ -28,14 +28,28 @@ def _run(case: Case) -> Iterator[Finding]:
     yield from compare_all(NAME, case, got, case.plain.grads, when=when, cause=CAUSE)[:1]
     made = silent(case)
     if isinstance(made, Silent) and not any(_differing(case, made.outputs)):
+        yield from _asked(case)
         return
     with torch.no_grad():
-        every = tensors_in(case.call(leaves))
+        every = tensors_in(case.call([leaf.detach() for leaf in leaves]))
+    yield from _asked(case)
     yield from islice(_differing(case, [every[k] for k in case.differentiable]), 1)
     if made is None:  # what depends on it may be kept, too
         after = case.backward(case.forward(leaves), leaves, case.plain.cotangents)
         when = " after a call under torch.no_grad"
         yield from compare_all(NAME, case, after, case.plain.grads, when=when, cause=KEPT)[:1]
+
+
+def _asked(case: Case) -> Iterator[Finding]:
+    """Say of which input forward itself asked a gradient, in a call in which nobody wanted one."""
+    if case.calls.asked:
+        yield Finding(
+            check=NAME,
+            severity="wrong",
+            input=case.calls.asked,
+            message=f"forward sets requires_grad of {case.calls.asked}, which asked for no gradient",
+            cause="requires_grad_() on the caller's tensor: detach it first",
+        )
 
 
 def _differing(case: Case, outputs: Sequence[Tensor]) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ from torchbp.verify.growth import (
     tie,
     without_numbers,
 )
-from torchbp.verify.raised import BackwardRaised
+from torchbp.verify.raised import SHAPE, BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import (
     APART,
@@ -62,9 +62,6 @@ FEW = 2
 LARGEST = 2**16  # elements
 FEWER = 257  # rows, where 2053 or 1025 are too many for what forward makes of them
 STOPPED = "elements of the inputs with which a call did too much"
-SHAPE = (
-    "returned an invalid gradient"  # what the engine says of a shape: nobody meant to raise that
-)
 EXPLODES = 1e14  # times, and the root of that where the size alone is another
 
 
@@ -141,7 +138,8 @@ def _run(case: Case) -> Iterator[Finding]:
     for run in chain(nearby, runs, _not_yet(case, later, parted)):
         other, found = run.case, _wrong_at(case, run)
         if found and found.got is None:  # backward raised: sizes that do not go together, perhaps
-            if SHAPE in found.message and _of_one_shape(case) and _of_one_shape(other):
+            shape = SHAPE in found.message and _of_one_shape(case) and _of_one_shape(other)
+            if shape or _all_one(run.plain):
                 yield found
                 return
             if not run.chance:
@@ -161,6 +159,11 @@ def _run(case: Case) -> Iterator[Finding]:
             return
     if refused:
         raise Refused(refused[0])
+
+
+def _all_one(case: Case) -> bool:
+    """Whether all sizes are 1: they go together, whatever forward makes of them."""
+    return all(n == 1 for _, t in case.arguments for n in t.shape)
 
 
 def _of_one_shape(case: Case) -> bool:

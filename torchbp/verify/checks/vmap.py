@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.duals import by_hand
 from torchbp.verify.raised import reason
 from torchbp.verify.report import Finding
-from torchbp.verify.source import functions, lacking
+from torchbp.verify.source import PROMISED, functions, lacking, promised
 from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import compare, largest, rounding
 
@@ -22,6 +23,8 @@ NAME = "vmap"
 # What torch says of an autograd.Function that has no rule.
 UNSUPPORTED = re.compile("does not have vmap support|must override the setup_context")
 
+
+MOST = 16  # samples of a batch
 
 Looped = tuple[list[Tensor], list[Tensor]]  # outputs and gradients
 
@@ -48,19 +51,50 @@ def _run(case: Case) -> Iterator[Finding]:
         yield from found
         if found:
             return
+        if refused and by_rule:
+            yield from islice(_other_batches(case, here, there, looped, dims), 1)
         if not refused if n > 1 else len(refused) > 1:
             break  # one batch of several inputs is enough; what refuses one input in one dimension does in another
         if refused and UNSUPPORTED.search(refused[0]):
             break  # whatever the dimensions
-    if n > 1 and not refused and not torchs:  # one input batched, the others shared
-        last = here[0].dim()
-        # What is known is neither first, last nor in the middle, of which a rule might make all.
-        batched = [torch.stack([there[0], here[0], there[0], there[0]], last), *here[1:]]
-        when = " under vmap with one input batched"
-        found, _ = _batch(case, batched, ((last, *[None] * (n - 1)),), {(1,): looped[0]}, when)
-        yield from found
-    if refused:
+    if n > 1 and not refused and not torchs:
+        yield from _one_batched(case, here, there, looped)
+    if refused and promised(case, refused[0]):
+        yield Finding(
+            check=NAME, severity="wrong", message=f"vmap raises {refused[0]}", cause=PROMISED
+        )
+    elif refused:
         raise Refused(refused[0])
+
+
+def _one_batched(
+    case: Case, here: list[Tensor], there: list[Tensor], looped: Sequence[Looped]
+) -> list[Finding]:
+    """Batch one input alone; the others are shared."""
+    last, others = here[0].dim(), [None] * (len(here) - 1)
+    # What is known is neither first, last nor in the middle, of which a rule might make all.
+    batched = [torch.stack([there[0], here[0], there[0], there[0]], last), *here[1:]]
+    when = " under vmap with one input batched"
+    return _batch(case, batched, ((last, *others),), {(1,): looped[0]}, when)[0]
+
+
+def _other_batches(
+    case: Case,
+    here: list[Tensor],
+    there: list[Tensor],
+    looped: Sequence[Looped],
+    dims: tuple[int, ...],
+) -> Iterator[Finding]:
+    """Yield what is wrong where the batch is as large as a dimension: a rule that mistakes them raises elsewhere."""
+    sizes = {n for leaf in here for n in leaf.shape if 2 < n <= MOST}
+    for size in sorted(sizes):
+        batched = [
+            torch.stack([(a, b)[k % 2] for k in range(size)], d)
+            for a, b, d in zip(here, there, dims, strict=True)
+        ]
+        known = {(k,): looped[k % 2] for k in range(size)}
+        when = f" under vmap with in_dims={dims} over {size} samples"
+        yield from _batch(case, batched, (dims,), known, when)[0]
 
 
 def _may_be_batched(function: type[Function]) -> bool:

@@ -14,11 +14,13 @@ NAME = "writes"
 
 def _run(case: Case) -> Iterator[Finding]:
     for write in case.again.writes:
-        at = list(write.index)
+        what = f"{write.phase} writes to {write.name}"
         yield Finding(
             check=NAME,
             severity="wrong",
-            message=f"{write.phase} writes to {write.name}: element {at} was {write.was:.4g}, is {write.now:.4g}",
+            message=f"{what} in place, here what was there before"
+            if write.index is None
+            else f"{what}: element {list(write.index)} was {write.was:.4g}, is {write.now:.4g}",
             input=write.name,
             index=write.index,
             got=write.now,
