@@ -53,8 +53,13 @@ def padding(case: Case) -> dict[int, Tensor]:
 
 
 def _nodes(outputs: Sequence[Tensor]) -> list[Any]:
-    """Return the nodes of torch's own functions: a Function may have one's name."""
-    return [node for node in graph(outputs) if not isinstance(node, BackwardCFunction)]
+    """Return the nodes of torch's own functions."""
+    return [node for node in graph(outputs) if _is_torchs(node)]
+
+
+def _is_torchs(node: Any) -> bool:
+    """Whether a node is one of torch's own functions: a Function may have the same name."""
+    return not isinstance(node, BackwardCFunction)
 
 
 def _leaf_behind(node: Any, leaves: Sequence[Tensor]) -> int | None:
@@ -87,17 +92,17 @@ def low_sum(case: Case, which: int) -> str:
     """Return what of torch sums the gradient of a leaf in the precision of that leaf; nothing, if other code does."""
     leaves, outputs = case.kept
     readers = [
-        node.name()
+        node
         for node in graph(outputs)
         for before, _ in node.next_functions
         if _accumulates(before, leaves[which])
     ]
     if len(readers) >= MANY:
         return f"autograd, of a tensor that is read {len(readers)} times,"
-    own = [
-        f"torch's {what}"
-        for name in readers
+    torchs = [
+        what
+        for node in readers
         for begin, what in SUMS.items()
-        if name.startswith(begin)
+        if _is_torchs(node) and node.name().startswith(begin)
     ]
-    return own[0] if readers and len(own) == len(readers) else ""
+    return f"torch's {torchs[0]}" if readers and len(torchs) == len(readers) else ""

@@ -69,13 +69,10 @@ def _run(case: Case) -> Iterator[Finding]:
         if max(rounded_norm_error(y, e) for y, e in zip(outputs, same, strict=True)) > 0.1:
             continue  # forward itself lost its precision: the domain of this dtype is left
         yield from _in_all_ways(low, exact, expected, lost)
-        if dtype is torch.float32:
-            yield from _kept_dtype(case, low)
-        elif dtype is torch.float16 and functions(case):
-            yield from _loss_scale(low, expected)
+        yield from _loss_scale(low, expected)
+    yield from _kept_dtype(case)
     yield from _far(case)
-    if elementwise(case) and functions(case):
-        yield from _small(case)
+    yield from _small(case)
     if widens:
         yield from _large(case)
     yield from _limited(case)
@@ -180,6 +177,8 @@ def _wide(case: Case) -> Case:
 
 def _small(case: Case) -> Iterator[Finding]:
     """Look at float32 close to 0: what is taken from 1 has lost its digits there."""
+    if not (elementwise(case) and functions(case)):
+        return
     low, exact = in_dtype(
         case.variant(lambda t: t * TINY if t.is_floating_point() else t), torch.float32
     )
@@ -199,9 +198,11 @@ def _small(case: Case) -> Iterator[Finding]:
 
 def _loss_scale(low: Case, expected: Sequence[Tensor]) -> Iterator[Finding]:
     """Look at a grad_output as large as a loss scale makes it, for gradients that float16 holds."""
-    room = torch.finfo(torch.float16).max / (8 * max([SMALL, *map(largest, expected)]))
+    room = torch.finfo(torch.float16).max / (2 * max([SMALL, *map(largest, expected)]))
     scale = 2.0 ** math.floor(math.log2(min(LOSS_SCALE, room)))
-    if scale <= 1 or not all(map(_is_finite, low.plain.grads)):
+    finite = all(map(_is_finite, low.plain.grads))
+    half = low.plain.grads[0].dtype is torch.float16
+    if scale <= 1 or not (half and finite and functions(low)):
         return
     (got,) = low.vjps([[scale * v for v in low.plain.cotangents]])
     for name, g, e in zip(low.names, got, expected, strict=True):
@@ -211,9 +212,10 @@ def _loss_scale(low: Case, expected: Sequence[Tensor]) -> Iterator[Finding]:
             return
 
 
-def _kept_dtype(case: Case, low: Case) -> Iterator[Finding]:
+def _kept_dtype(case: Case) -> Iterator[Finding]:
     """Say where float32 gives float64 at the sizes of an earlier call alone: a table has that call's dtype."""
-    if not any(y.dtype == torch.float64 for y in low.all_outputs):
+    low = in_single(case)[0]
+    if not (accepts(low) and any(y.dtype == torch.float64 for y in low.all_outputs)):
         return
     for size in free_sizes(case):
         new = in_dtype(resized(case, {size: size.near(UNSEEN)}), torch.float32)[0]

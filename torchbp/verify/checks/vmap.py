@@ -48,17 +48,22 @@ def _run(case: Case) -> Iterator[Finding]:
         batched = [torch.stack([a, b], d) for a, b, d in zip(here, there, dims, strict=True)]
         known = {(i,): parts for i, parts in enumerate(looped)}
         found, refused = _batch(case, batched, (dims,), known, f" under vmap with in_dims={dims}")
+        if refused and by_rule:
+            found += islice(_other_batches(case, here, there, looped, dims), 1)
         yield from found
         if found:
             return
-        if refused and by_rule:
-            yield from islice(_other_batches(case, here, there, looped, dims), 1)
         if not refused if n > 1 else len(refused) > 1:
             break  # one batch of several inputs is enough; what refuses one input in one dimension does in another
         if refused and UNSUPPORTED.search(refused[0]):
             break  # whatever the dimensions
     if n > 1 and not refused and not torchs:
         yield from _one_batched(case, here, there, looped)
+    yield from _refusal(case, refused)
+
+
+def _refusal(case: Case, refused: Sequence[str]) -> Iterator[Finding]:
+    """Raise Refused for what vmap was refused with, if it was; yield a finding where a rule was promised."""
     if refused and promised(case, refused[0]):
         yield Finding(
             check=NAME, severity="wrong", message=f"vmap raises {refused[0]}", cause=PROMISED
