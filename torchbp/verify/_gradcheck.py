@@ -12,6 +12,7 @@ from torch import Tensor
 from torchbp._random import forked
 from torchbp.verify._check import Check, Level, NotApplicable, NothingChecked, Refused, all_checks
 from torchbp.verify.cases import Case
+from torchbp.verify.lost import lost
 from torchbp.verify.raised import (
     BackwardRaised,
     ForwardRaised,
@@ -88,7 +89,8 @@ def gradcheck(
 
     Raises:
         GradientError: A gradient is wrong (also a torch ``GradcheckError``); the exception carries the report.
-        ValueError: There is nothing to check: no input requires grad, no output does, or no such check.
+        ValueError: There is nothing to check: no input requires grad, no output changes with those that do, or no such
+            check.
         Exception: Whatever ``func`` raises on ``inputs`` as given.
 
     Example:
@@ -191,10 +193,7 @@ def _run_all(
         except ForwardRaised as error:
             raise (error.__cause__ or error) from None
         if not differentiable:
-            raise ValueError(
-                f"gradcheck: expected an output of {case.name} that requires grad, got none; "
-                "there is nothing to check"
-            )
+            return _without_gradient(case)
         if deadline is not None:
             case.calls.until = start + deadline
         broken = ""
@@ -220,6 +219,19 @@ def _run_all(
         )
     calls = case.calls
     return Report(case.name, tuple(findings), capabilities, calls.forward, calls.backward)
+
+
+def _without_gradient(case: Case) -> Report:
+    """Return the report on a function that no gradient goes through; raise ValueError where none is due."""
+    check = all_checks()["outputs"]
+    found = [replace(f, repeat=_repeat(check, case)) for f in lost(case, check.name, "wrong")]
+    if not found:
+        raise ValueError(
+            f"gradcheck: expected an output of {case.name} that requires grad, got none; "
+            "there is nothing to check"
+        )
+    told = Capability(status="wrong", seconds=0.0, detail=found[0].message, tests=check.tests)
+    return Report(case.name, tuple(found), {check.name: told}, case.calls.forward, 0)
 
 
 def _run_one(check: Check, case: Case) -> tuple[list[Finding], Status, str]:

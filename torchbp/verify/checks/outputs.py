@@ -10,17 +10,16 @@ import torch
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
+from torchbp.verify.lost import lost
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts, scaled
 from torchbp.verify.tolerance import compare_all
 
 NAME = "outputs"
-MOVED = 1.0625  # times
 
 
 def _run(case: Case) -> Iterator[Finding]:
     v, g = case.plain.cotangents, case.plain.grads
-    silent = list(_without_gradient(case))
+    silent = list(lost(case, NAME, "note"))
     yield from silent
     if len(v) < 2:
         if silent:
@@ -38,29 +37,6 @@ def _run(case: Case) -> Iterator[Finding]:
         when=" for all outputs together; expected is the sum over outputs used alone",
         cause="the gradients of several outputs overwrite each other, or one is dropped",
     )
-
-
-def _without_gradient(case: Case) -> Iterator[Finding]:
-    """Note the outputs that change with the inputs and do not require grad, where others do."""
-    silent = [
-        k
-        for k, y in enumerate(case.all_outputs)
-        if k not in case.differentiable and (y.is_floating_point() or y.is_complex()) and y.numel()
-    ]
-    if not silent:
-        return
-    other = scaled(case, MOVED)
-    if not accepts(other) or len(other.all_outputs) != len(case.all_outputs):
-        return
-    for k in silent:
-        here, there = case.all_outputs[k], other.all_outputs[k]
-        if here.shape == there.shape and not torch.allclose(here, there, equal_nan=True):
-            yield Finding(
-                check=NAME,
-                severity="note",
-                message=f"output {k} changes with the inputs, and has no gradient",
-                cause="marked as not differentiable, or computed without a graph: is that meant?",
-            )
 
 
 CHECK = Check(

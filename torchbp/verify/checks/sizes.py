@@ -62,6 +62,7 @@ FEW = 2
 LARGEST = 2**16  # elements
 FEWER = 257  # rows, where 2053 or 1025 are too many for what forward makes of them
 STOPPED = "elements of the inputs with which a call did too much"
+OUTSIDE = "out of bounds"  # what is said of an index, of a table of one
 EXPLODES = 1e14  # times, and the root of that where the size alone is another
 
 
@@ -139,7 +140,7 @@ def _run(case: Case) -> Iterator[Finding]:
         other, found = run.case, _wrong_at(case, run)
         if found and found.got is None:  # backward raised: sizes that do not go together, perhaps
             shape = SHAPE in found.message and _of_one_shape(case) and _of_one_shape(other)
-            if shape or _all_one(run.plain):
+            if shape or (_all_one(run.plain) and OUTSIDE not in found.message):
                 yield found
                 return
             if not run.chance:
