@@ -29,7 +29,6 @@ DEFECTS = {
     "masked.median": "of an expanded tensor it returns memory that was never written",
     "native_group_norm": "mean and rstd are outputs without a gradient, though they have a grad_fn",
     "nn.functional.binary_cross_entropy": "the gradient of target is infinite where the loss is clamped",
-    "nn.functional.hardsigmoid": "in float64 it multiplies with a sixth in float32",
     "nn.functional.linear_cross_entropy": "with options for chunks: no second order, no forward mode, and no error",
     "nn.functional.max_unpool3d": "places named twice get two gradients; backward fails for inputs of another layout",
     "nn.functional.poisson_nll_loss": "full=True: the gradient of target is NaN at 0",

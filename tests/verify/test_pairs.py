@@ -7,6 +7,7 @@ from tests.verify import catalogue, known
 from tests.verify.alarms import KNOWN
 from tests.verify.compositions import composition
 from tests.verify.functions import FUNCTIONS
+from tests.verify.networks import network
 from tests.verify.unseen import every
 
 PAIRS = known.every()
@@ -17,7 +18,12 @@ MORE = {
     "fresnel_total_reflection_21": 118,
     "inverse_transform_start_21": 104,
 }
-NEED_COMPILE = {"compile_path_wrong", "graph_break"}
+NEED_COMPILE = {
+    "compile_path_wrong",
+    "graph_break",
+    "lengths_fake_23",
+    "quick_gelu_compiled_23",
+}
 
 
 def run(function, pair):
@@ -78,6 +84,29 @@ ALWAYS |= {
     "added_norm_alone_20",
     "unit_rows_floor_20",
     "soft_dtw_batch_20",
+    "channel_relu_places_22",
+    "chain_force_flag_22",
+    "log_one_less_small_22",
+    "pick_device_22",
+    "rotary_table_22",
+    "scaled_broadcast_22",
+    "soft_entropy_scrub_22",
+    "soft_scale_batch_22",
+    "sparsemax_count_22",
+    "arcsinh_array_23",
+    "batched_linear_dims_23",
+    "circular_conjugate_23",
+    "embedding_sum_23",
+    "growing_wave_exit_23",
+    "held_exp_writes_23",
+    "layer_norm_half_23",
+    "leaky_bits_order_23",
+    "lengths_fake_23",
+    "lookup_order_23",
+    "product_tangent_23",
+    "quick_gelu_compiled_23",
+    "score_squeeze_23",
+    "turned_strides_23",
     "norm_weight_half_20",
     "circular_convolution_20",
     "quaternion_log_negative_20",
@@ -106,12 +135,13 @@ def some(parameters, one_in):
 
 @pytest.mark.parametrize("pair", some(every(), 8))
 def test_once_unseen(pair):
-    options = {"kwargs": pair.kwargs(), "skip": ("compile",), "raise_exception": False}
+    skip = () if pair.name in NEED_COMPILE else ("compile",)
+    options = {"kwargs": pair.kwargs(), "skip": skip, "raise_exception": False}
     report = torchbp.gradcheck(pair.wrong, pair.make(), **options)
     assert bool(report) == bool(pair.missed), str(report)
     twin = torchbp.gradcheck(pair.right, pair.make(), **options)
     assert bool(twin) == (pair.name not in KNOWN), str(twin)
-    assert within_bounds(twin, pair)
+    assert pair.name in NEED_COMPILE or within_bounds(twin, pair)
     assert not [c.detail for c in twin.capabilities.values() if "itself failed" in c.detail]
 
 
@@ -154,3 +184,18 @@ def test_right_functions_put_together_by_lot(seed):
     name, function, inputs = made
     report = torchbp.gradcheck(function, inputs, skip=("compile",), raise_exception=False)
     assert report, f"{name}: {report}"
+
+
+# What once gave an alarm: a row of padding, a sum in bfloat16 by torch's own, a bias that the next layer takes away.
+NETWORKS = range(24)
+
+
+@pytest.mark.parametrize("seed", NETWORKS)
+def test_right_networks_put_together_by_lot(seed):
+    made = network(seed)
+    if made is None:
+        return  # layers that do not go together
+    module, inputs = made
+    report = torchbp.gradcheck(module, inputs, skip=("compile",), raise_exception=False)
+    assert report, f"{module}: {report}"
+    assert not [c.detail for c in report.capabilities.values() if "itself failed" in c.detail]

@@ -18,7 +18,7 @@ __all__ = ["inexact", "low_sum", "padding", "tangent"]
 
 EMBEDS = "whether the function calls torch's embedding"
 INEXACT_OWN = "what of torch in the function has a gradient of a few digits"
-PADDED = ("EmbeddingBackward", "EmbeddingBagBackward")  # begins of the nodes' names
+PADDED = "EmbeddingBackward"  # begin of its node's name
 # What sums over rows in the precision of its input, by the begin of its node's name.
 SUMS = {
     "NativeLayerNormBackward": "layer_norm",

@@ -1,14 +1,17 @@
 """How far rounding alone may move a gradient, measured on the function itself in float64."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.source import functions
-from torchbp.verify.tensors import graph, uniform
+from torchbp.verify.tensors import tensors_in, uniform
 
 __all__ = ["in_dtype", "in_single", "rounded_norm_error", "spread", "terms"]
 
@@ -68,10 +71,8 @@ def spread(case: Case, dtype: torch.dtype, roundings: int = 1) -> list[float]:
 
         other = case.variant(moved, parameters=True)
         try:
-            leaves, outputs = other.graph()
-            if not by_hand:
-                _move_between(outputs, moved)
-            grads = other.backward(outputs, leaves, [moved(v) for v in base.cotangents])
+            with nullcontext() if by_hand else _Rounded(moved):
+                grads = other.vjp([moved(v) for v in base.cotangents])
         except (ForwardRaised, BackwardRaised):
             return [float("inf")] * len(found)
         for i, (g, e) in enumerate(zip(grads, base.grads, strict=True)):
@@ -79,17 +80,29 @@ def spread(case: Case, dtype: torch.dtype, roundings: int = 1) -> list[float]:
     return found
 
 
-def _move_between(outputs: Sequence[Tensor], moved: Callable[[Tensor], Tensor]) -> None:
-    """Let the gradients be moved as well that one node of the graph hands to another: they are rounded, too.
+class _Rounded(TorchDispatchMode):
+    """Moves what every operation gives as one rounding would: Monte Carlo arithmetic.
 
     So what cancels between layers, as the sum over what a batch norm gives, counts as what it is.
+
+    Source:
+        D. S. Parker, B. Pierce and P. R. Eggert, "Monte Carlo arithmetic: how to gamble with floating point and win",
+        Computing in Science & Engineering 2(4), 2000, doi:10.1109/5992.852391.
     """
-    own = {y.grad_fn for y in outputs}
-    for node in graph(outputs):
-        if node not in own and not hasattr(node, "variable"):
-            node.register_prehook(
-                lambda given: tuple(None if g is None else moved(g) for g in given)
-            )
+
+    def __init__(self, moved: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.moved = moved
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.is_view or func._schema.is_mutable:  # noqa: SLF001  # no public way to ask
+            return result
+        given = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs))}
+        for t in tensors_in(result):
+            if t.is_floating_point() and t.untyped_storage().data_ptr() not in given:
+                t.copy_(self.moved(t))
+        return result
 
 
 def terms(case: Case) -> float:

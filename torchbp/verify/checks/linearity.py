@@ -1,6 +1,6 @@
 """Linearity: the gradient is linear in grad_output, whatever the function.
 
-backward(v) = Jᵀ v, so backward(-v) = -backward(v), backward(1000 v) = 1000 backward(v), and
+backward(v) = Jᵀ v, so backward(-1000 v) = -1000 backward(v), backward(v / 1000) = backward(v) / 1000, and
 backward(v + w) = backward(v) + backward(w), no differences needed. torch.autograd.gradcheck sends grad_outputs of 0 and
 1 only, and so misses a backward that clamps grad_output or takes its magnitude.
 """
@@ -25,8 +25,8 @@ def _run(case: Case) -> Iterator[Finding]:
     large = 2.0**24 if case.epsilon < 1e-12 else 2.0**10
     small = 2.0**-70 if case.epsilon < 1e-12 else 2.0**-30
     scales = {
-        -1.0: "|·| of grad_output, or one of its signs dropped",
-        large: "grad_output clamped, or rounded",  # powers of 2: exact
+        # Powers of 2: exact.
+        -large: "grad_output clamped or rounded, or |·| of it, or one of its signs dropped",
         small: "something added to grad_output, or a small one dropped",
     }
     w = [_half_zero(t) for t in case.cotangents(case.plain.outputs, NAME)]
@@ -44,7 +44,7 @@ def _run(case: Case) -> Iterator[Finding]:
             cause=cause,
             also=2 * abs(scale),
             relative=RELATIVE
-            if scale != large
+            if scale != -large
             else 1e4 * RELATIVE,  # some choose their steps by its size
         )
         yield from found

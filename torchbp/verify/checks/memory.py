@@ -3,6 +3,7 @@
 An optimizer writes in the parameters it has: what is cached by address, identity or shape is of the step before.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -13,11 +14,13 @@ from torchbp.verify._check import Check
 from torchbp.verify.cases import Case
 from torchbp.verify.duals import Silent, silent
 from torchbp.verify.report import Finding
+from torchbp.verify.source import speaks
 from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import compare, compare_all, largest, rounding
 from torchbp.verify.used import used
 
 NAME = "memory"
+ASKS = re.compile(r"\brequires_grad")
 CAUSE = "cached by address, identity or shape: an optimizer writes new values in the same memory"
 KEPT = "kept from a call of which no gradient was recorded"
 
@@ -26,13 +29,12 @@ def _run(case: Case) -> Iterator[Finding]:
     leaves, got = used(case).leaves, used(case).grads
     when = " after new values were written in the same memory"
     yield from compare_all(NAME, case, got, case.plain.grads, when=when, cause=CAUSE)[:1]
+    yield from _asked(case)
     made = silent(case)
     if isinstance(made, Silent) and not any(_differing(case, made.outputs)):
-        yield from _asked(case)
         return
     with torch.no_grad():
-        every = tensors_in(case.call([leaf.detach() for leaf in leaves]))
-    yield from _asked(case)
+        every = tensors_in(case.call(leaves))
     yield from islice(_differing(case, [every[k] for k in case.differentiable]), 1)
     if made is None:  # what depends on it may be kept, too
         after = case.backward(case.forward(leaves), leaves, case.plain.cotangents)
@@ -42,6 +44,8 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _asked(case: Case) -> Iterator[Finding]:
     """Say of which input forward itself asked a gradient, in a call in which nobody wanted one."""
+    if speaks(case, ASKS):
+        case.call([leaf.clone() for leaf in case.leaves])
     if case.calls.asked:
         yield Finding(
             check=NAME,
