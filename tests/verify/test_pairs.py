@@ -16,6 +16,7 @@ MORE = {
     "three_layers_exercise_18": 118,  # eight inputs, half of them weights, masks or targets
     # Points of `edges` are asked for one by one where forward refuses them together.
     "fresnel_total_reflection_21": 118,
+    "internal_rate_periods_21": 91,
     "inverse_transform_start_21": 104,
 }
 NEED_COMPILE = {
@@ -96,7 +97,6 @@ ALWAYS |= {
     "arcsinh_array_23",
     "batched_linear_dims_23",
     "circular_conjugate_23",
-    "embedding_sum_23",
     "growing_wave_exit_23",
     "held_exp_writes_23",
     "layer_norm_half_23",

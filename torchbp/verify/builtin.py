@@ -23,9 +23,6 @@ PADDED = "EmbeddingBackward"  # begin of its node's name
 SUMS = {
     "NativeLayerNormBackward": "layer_norm",
     "EmbeddingBackward": "embedding",
-    "IndexBackward": "indexing",
-    "IndexSelectBackward": "index_select",
-    "GatherBackward": "gather",
 }
 # What is right to so many digits only, in float64 too: the slope of hardsigmoid is 1 / 6 in float32.
 INEXACT = {"HardsigmoidBackward": ("hardsigmoid", 1e-7)}

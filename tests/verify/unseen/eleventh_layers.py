@@ -87,8 +87,8 @@ class LayerNorm(Function):
         t = dyf * wf
         dx = r * (t - t.mean(-1, keepdim=True) - h * (t * h).mean(-1, keepdim=True))
         acc = xf.dtype if cls.ACC_F32 else x.dtype
-        dw = torch.zeros(x.shape[-1], dtype=acc)
-        db = torch.zeros(x.shape[-1], dtype=acc)
+        dw = torch.zeros(x.shape[-1], dtype=acc, device=x.device)
+        db = torch.zeros(x.shape[-1], dtype=acc, device=x.device)
         for i in range(0, x.shape[0], 8):
             dw += (dyf[i : i + 8] * h[i : i + 8]).sum(0).to(acc)
             db += dyf[i : i + 8].sum(0).to(acc)

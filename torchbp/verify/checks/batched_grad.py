@@ -44,7 +44,7 @@ def _run(case: Case) -> Iterator[Finding]:
             ),
         ]
     except Exception as error:
-        message = f"a batch of grad_outputs raises {reason(error)}"
+        message = f"check_batched_grad: a batch of grad_outputs raises {reason(error)}"
         if case.options["check_batched_grad"] or promised(case, reason(error)):
             cause = PROMISED if promised(case, reason(error)) else None
             yield Finding(check=NAME, severity="wrong", message=message, cause=cause)

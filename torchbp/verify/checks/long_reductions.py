@@ -21,7 +21,6 @@ from torchbp.verify.growth import fits, free_sizes
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import Size, resized
-from torchbp.verify.tensors import counts
 from torchbp.verify.work import TooMuch
 
 NAME = "long_reductions"
@@ -71,20 +70,12 @@ def _summed(case: Case, left: set[int]) -> Iterator[tuple[Size, list[int]]]:
 
     What is summed for the most inputs stands first: the queries of an attention, for keys and values.
     """
-    free = [*free_sizes(case), *_lookups(case)]
-    for size in sorted(free, key=lambda s: sum(bool(s.of(i)) for i in case.where)):
+    for size in sorted(free_sizes(case), key=lambda s: sum(bool(s.of(i)) for i in case.where)):
+        if not any(case.flat[i].is_floating_point() for i, _, _ in size.places):
+            continue  # one element read many times: torch itself adds such gradients up in low precision
         summed = [i for i in left if not size.of(case.where[i])]
         if summed and fits(case, {size: size.near(LENGTHS[0])}, LARGEST):
             yield size, summed
-
-
-def _lookups(case: Case) -> Iterator[Size]:
-    """Yield the sizes that integers alone have, and outputs: of places that are looked up, one by one."""
-    values = {n for _, t in case.arguments if not counts(t) for n in t.shape}
-    for i, t in case.arguments:
-        for d, n in enumerate(t.shape if counts(t) else ()):
-            if n > 1 and n not in values and any(n in y.shape for y in case.all_outputs):
-                yield Size(n, ((i, d, 1),))
 
 
 def _right_at_once(case: Case) -> bool:
@@ -112,13 +103,7 @@ def _right_at_once(case: Case) -> bool:
 
 def _positive(case: Case, sizes: Mapping[Size, int]) -> Case:
     positive = case.variant(lambda t: t.abs() if t.is_floating_point() else t, parameters=True)
-    one = {i for size in sizes for i, _, _ in size.places if _is_lookup(case, size)}
-    return resized(positive.edited(lambda i, t: t * 0 if i in one else t), sizes)
-
-
-def _is_lookup(case: Case, size: Size) -> bool:
-    """Whether it is a size of integers alone; all of them look up the first place, then."""
-    return all(counts(case.flat[i]) for i, _, _ in size.places)
+    return resized(positive, sizes)
 
 
 def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> Finding | None:
