@@ -88,7 +88,6 @@ ALWAYS |= {
     "channel_relu_places_22",
     "chain_force_flag_22",
     "log_one_less_small_22",
-    "pick_device_22",
     "rotary_table_22",
     "scaled_broadcast_22",
     "soft_entropy_scrub_22",
