@@ -88,7 +88,7 @@ def _half_zero(t: Tensor) -> Tensor:
 
 CHECK = Check(
     name=NAME,
-    tests="the gradient is linear in grad_output: negative, large, small, a sum",
+    tests="the gradient is linear in grad_output: negative, large, small, a sum, NaN",
     run=_run,
     order=20,
 )
