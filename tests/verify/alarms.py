@@ -15,6 +15,12 @@ class Alarm:
     holds: Callable[[], bool]
 
 
+def _logcumsumexp() -> bool:
+    x = torch.zeros(3, requires_grad=True)
+    (slope,) = torch.autograd.grad(x.logcumsumexp(0), x, torch.full((3,), torch.nan))
+    return bool(slope.isfinite().all())
+
+
 def _cdist() -> bool:
     generator = torch.Generator().manual_seed(0)
     a, b, v = (torch.randn(*n, generator=generator) for n in ((3, 4), (5, 4), (2, 3, 5)))
@@ -59,6 +65,10 @@ KNOWN: dict[str, Alarm] = {
     ),
     "cdist": Alarm(
         "torch.vmap over its backward gives wrong numbers for all samples but one", _cdist
+    ),
+    "logcumsumexp0": Alarm(
+        "of a grad_output of NaN it makes a gradient of 0: it looks which are positive, which negative",
+        _logcumsumexp,
     ),
     "pixel_shuffle_6": Alarm(
         "pixel_unshuffle leaves an empty batch's shape as it is, so the backward fails",
