@@ -62,6 +62,7 @@ TWENTIETH: dict[str, Unseen] = {}
 TWENTYFIRST: dict[str, Unseen] = {}
 TWENTYSECOND: dict[str, Unseen] = {}
 TWENTYTHIRD: dict[str, Unseen] = {}
+TWENTYFOURTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -86,6 +87,7 @@ SETS = {
     "twenty-first set": TWENTYFIRST,
     "twenty-second set": TWENTYSECOND,
     "twenty-third set": TWENTYTHIRD,
+    "twenty-fourth set": TWENTYFOURTH,
 }
 
 
@@ -266,6 +268,12 @@ def every():
         twentyfirst_recurrence,
         twentyfirst_signals,
         twentyfirst_statistics,
+        twentyfourth_calls,
+        twentyfourth_coverage,
+        twentyfourth_everyday,
+        twentyfourth_families,
+        twentyfourth_layers,
+        twentyfourth_promises,
         twentysecond_activations,
         twentysecond_algebra,
         twentysecond_attention,
