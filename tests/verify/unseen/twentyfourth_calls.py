@@ -194,13 +194,14 @@ def recomputed(wrong):
 
         @staticmethod
         def backward(ctx, grad_y):
+            if not wrong:
+                x, w = ctx.saved_tensors
+                grad_y = grad_y * (1 - block(x, w).square())
+                return grad_y @ w.T, x.T @ grad_y
             leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
             with torch.enable_grad():
                 y = block(*leaves)
             return torch.autograd.grad(y, leaves, grad_y)
-
-    if not wrong:
-        Block.backward = staticmethod(once_differentiable(Block.backward))
 
     def run(x, w):
         sized("x", x, None, None)
@@ -214,8 +215,8 @@ add(
     "recomputed_second",
     recomputed,
     lambda: (real(4, 3), real(3, 2, seed=1)),
-    bug="Backward recomputes on detached copies and does not refuse a second derivative",
-    trigger="a second derivative, which is lost without a word",
+    bug="Backward recomputes on detached copies, without a graph",
+    trigger="a second derivative, which is lost without a word beside another term",
 )
 
 
