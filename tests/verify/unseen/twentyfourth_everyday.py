@@ -96,17 +96,17 @@ def weighted_bce(wrong):
         @staticmethod
         def forward(ctx, x, t, w):
             ctx.save_for_backward(x, t, w)
-            return ((1 - t) * x - (1 + (w - 1) * t) * F.logsigmoid(x)).mean()
+            return -((1 - t) * F.logsigmoid(-x) + w * t * F.logsigmoid(x)).mean()
 
         @staticmethod
         @once_differentiable
         def backward(ctx, grad_y):
             x, t, w = ctx.saved_tensors
             g = grad_y / x.numel()
-            factor = 1 if wrong else 1 + (w - 1) * t
-            grad_x = g * (1 - t - factor * (-x).sigmoid())
-            plus = -F.logsigmoid(x)
-            return grad_x, g * ((w - 1) * plus - x), (g * t * plus).sum(0)
+            weight = 1 if wrong else w
+            grad_x = g * ((1 - t) * x.sigmoid() - weight * t * (-x).sigmoid())
+            no, yes = F.logsigmoid(-x), F.logsigmoid(x)
+            return grad_x, g * (no - w * yes), -(g * t * yes).sum(0)
 
     def loss(x, t, w):
         sized("x", x, None, None)
@@ -135,7 +135,7 @@ def triplet(wrong):
         @staticmethod
         def forward(ctx, a, p, n):
             ctx.save_for_backward(a, p, n)
-            return violation(a, p, n).clamp(min=0).mean()
+            return violation(a, p, n).relu().mean()
 
         @staticmethod
         @once_differentiable
@@ -143,9 +143,9 @@ def triplet(wrong):
             a, p, n = ctx.saved_tensors
             g = (2 * grad_y / len(a)).expand(len(a))
             if not wrong:
-                g = torch.where(violation(a, p, n) >= 0, g, 0)
+                g = torch.where(violation(a, p, n) <= 0, 0, g)
             g = g[:, None]
-            return g * (n - p), g * (p - a), g * (a - n)
+            return g * ((a - p) - (a - n)), g * (p - a), g * (a - n)
 
     def violation(a, p, n):
         return (a - p).square().sum(1) - (a - n).square().sum(1) + 1

@@ -14,14 +14,15 @@ def spline(wrong):
         @staticmethod
         def forward(ctx, t, p):
             ctx.save_for_backward(t, p)
-            return basis(t) @ p
+            a, b, c, d = coefficients(p)
+            return a + t * (b + t * (c + t * d))
 
         @staticmethod
         @once_differentiable
         def backward(ctx, grad_y):
             t, p = ctx.saved_tensors
             _, b, c, d = coefficients(p)
-            slope = b + (c if wrong else 2 * c) * t + 3 * d * t**2
+            slope = b + t * ((c if wrong else 2 * c) + t * 3 * d)
             return grad_y * slope, basis(t).T @ grad_y
 
     def coefficients(p):
@@ -29,9 +30,9 @@ def spline(wrong):
         return 2 * p1, p2 - p0, 2 * p0 - 5 * p1 + 4 * p2 - p3, -p0 + 3 * p1 - 3 * p2 + p3
 
     def basis(t):
-        t2, t3 = t**2, t**3
-        rows = [-t + 2 * t2 - t3, 2 - 5 * t2 + 3 * t3, t + 4 * t2 - 3 * t3, t3 - t2]
-        return torch.stack(rows, -1) / 2
+        first, second = t * (-1 + t * (2 - t)), 2 + t * t * (3 * t - 5)
+        third, fourth = t * (1 + t * (4 - 3 * t)), t * t * (t - 1)
+        return torch.stack([first, second, third, fourth], -1) / 2
 
     def points(t, p):
         sized("t", t, None)
@@ -128,7 +129,7 @@ def arc_product(wrong):
                 rows, columns = grad_y.stride()
                 by_columns = rows < columns
                 grad_y = memory(grad_y, *((1, columns) if by_columns else (rows, 1)))
-            return grad_y * (x.atan() + x / (1 + x * x))
+            return grad_y * (x.atan() + 1 / (x + 1 / x))
 
     def product(x):
         sized("x", x, None, None)
