@@ -102,6 +102,29 @@ def test_json_and_markdown_say_the_same():
     assert "| values | wrong |" in report.to_markdown()
 
 
+def test_what_keeps_many_checks_from_running_is_said():
+    count = [0.0]
+
+    def counted(x):
+        count[0] += 1.0
+        return x + count[0]
+
+    text = " ".join(str(torchbp.gradcheck(counted, sample(3), skip=COMPILE)).split())
+    assert " - values, determinism, " in text
+    assert ": forward gives other values each time it is called - reference, " in text
+    text = str(torchbp.gradcheck(torch.sin, sample(3), level="quick"))
+    assert "reference, " in text
+    assert "no reference= given" not in text
+
+
+def test_markdown_holds_torchs_matrices_in_one_line():
+    report = torchbp.gradcheck(Scaled.apply, sample(3, 4), checks="torch", raise_exception=False)
+    assert "\n" in report.wrong[0].message
+    lines = report.to_markdown().splitlines()
+    assert sum(line.startswith("|") for line in lines) == 3
+    assert len([line for line in lines if line]) == 6
+
+
 def test_report_wraps_to_the_terminal_and_nowhere_else(monkeypatch):
     report = torchbp.gradcheck(Scaled.apply, sample(5), level="quick", raise_exception=False)
     monkeypatch.delenv("COLUMNS", raising=False)

@@ -12,15 +12,18 @@ from torchbp.cli._command import CouldNotRun
 __all__ = ["Input", "add_inputs", "load", "sample"]
 
 
+LARGEST_SEED = 2**62  # of torch's generators it is 2**63, and a command may add to it
+
+
 class Input(NamedTuple):
     shape: tuple[int, ...]
     below: int | None = None  # integers in [0, below); None: floating point
 
 
 def _shape(text: str) -> Input:
-    parts = text.strip("()").split(",")
+    sizes = text.strip("()")
     try:
-        shape = tuple(int(p) for p in parts if p.strip())
+        shape = tuple(map(int, sizes.removesuffix(",").split(","))) if sizes.strip() else ()
     except ValueError:
         raise ArgumentTypeError(f"expected sizes such as 3,4, got {text!r}") from None
     if any(n < 0 for n in shape):
@@ -33,6 +36,16 @@ def _integers(text: str) -> Input:
     if not colon or not below.isdigit() or int(below) < 1:
         raise ArgumentTypeError(f"expected SHAPE:BELOW such as 8:10, got {text!r}")
     return Input(_shape(shape).shape, int(below))
+
+
+def _seed(text: str) -> int:
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = LARGEST_SEED
+    if abs(seed) >= LARGEST_SEED:
+        raise ArgumentTypeError(f"expected a whole number below 2**62, got {text!r}")
+    return seed
 
 
 def add_inputs(parser: ArgumentParser, dtype: str) -> None:
@@ -56,7 +69,7 @@ def add_inputs(parser: ArgumentParser, dtype: str) -> None:
     )
     add("--dtype", default=dtype, help="of the floating-point arguments (default: %(default)s)")
     add("--device", default="cpu", help="of the arguments (default: cpu)")
-    add("--seed", type=int, default=0, help="of every random number (default: 0)")
+    add("--seed", type=_seed, default=0, help="of every random number (default: 0)")
 
 
 def load(text: str) -> Any:
@@ -68,7 +81,7 @@ def load(text: str) -> Any:
         found: Any = _file(Path(where)) if where.endswith(".py") else _module(where)
     except CouldNotRun:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CouldNotRun(f"importing {where}: {type(error).__name__}: {error}") from error
     for part in name.split("."):
         if not hasattr(found, part):
@@ -98,7 +111,7 @@ def sample(args: Namespace, requires_grad: bool) -> tuple[Any, ...]:
             else torch.randint(i.below, i.shape, generator=generator).to(args.device)
             for i in args.inputs
         )
-    except RuntimeError as error:
+    except (AssertionError, RuntimeError) as error:  # torch asserts that it was built for a GPU
         raise CouldNotRun(f"--device {args.device}: {str(error).splitlines()[0]}") from error
 
 
@@ -113,11 +126,13 @@ def _module(name: str) -> Any:
 def _file(path: Path) -> Any:
     if not path.is_file():
         raise CouldNotRun(f"expected a Python file, got {path}, which does not exist")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A file named as a module that is there already takes the place of none.
+    name = f"{path.stem} in {path.parent}" if path.stem in sys.modules else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise CouldNotRun(f"expected a Python file, got {path}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     sys.path.insert(0, str(path.parent.resolve()))
     spec.loader.exec_module(module)
     return module

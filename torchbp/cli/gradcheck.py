@@ -44,6 +44,8 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(args: Namespace) -> int:
     if args.json and not args.json.parent.is_dir():
         raise CouldNotRun(f"expected an existing folder for --json, got {args.json.parent}")
+    if args.json and args.json.is_dir():
+        raise CouldNotRun(f"expected a file for --json, got the folder {args.json}")
     if not args.inputs:
         raise CouldNotRun("expected a --shape for each argument, got none; for example --shape 3,4")
     report = _report(args)
@@ -68,16 +70,22 @@ def _report(args: Namespace) -> "Report":
             inputs,
             reference=reference,
             level=args.level,
-            checks=args.checks.split(",") if args.checks else None,
-            skip=args.skip.split(",") if args.skip else (),
+            checks=_names(args.checks) or None,
+            skip=_names(args.skip),
             seed=args.seed,
             deadline=args.deadline,
             raise_exception=False,
             repeat=_line(args),
         )
+    except SystemExit as error:
+        raise CouldNotRun(f"{args.function}: it exits, with {error.code!r}") from error
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0].removeprefix("gradcheck: ")
         raise CouldNotRun(f"{type(error).__name__}: {first}") from error
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _line(args: Namespace) -> str:
@@ -91,6 +99,7 @@ def _line(args: Namespace) -> str:
     for name, default in {"dtype": "float64", "device": "cpu", "reference": None}.items():
         value = getattr(args, name)
         words += [f"--{name}", value] if value != default else []
+    words += ["--skip", "differences"] if "differences" in _names(args.skip) else []
     return shlex.join([*words, "--seed", str(args.seed)]) + " --checks {check}"
 
 
@@ -107,6 +116,8 @@ def _callable(found: Any, text: str) -> Callable[..., Any]:
             raise CouldNotRun(
                 f"{text}: {error}; name a function or a module instance instead"
             ) from error
+    if isinstance(found, type):
+        raise CouldNotRun(f"expected a function, got the class {text}; name an instance of it")
     if not callable(found):
         raise CouldNotRun(f"expected a function, got {text} of type {type(found).__name__}")
     return found

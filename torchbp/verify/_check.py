@@ -55,6 +55,9 @@ class Check:
 
     def findings(self, case: Case) -> Iterable[Finding]:
         """Run the check on a function that has what it needs; raise :class:`NotApplicable` on others."""
+        if self.level != "asked":
+            # Before any other call, whichever checks run: of one that keeps state the order would decide.
+            _ = case.plain
         for need in self.needs:
             has, why = _NEEDS[need]
             if not has(case):

@@ -2,17 +2,19 @@
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchbp._random import forked
+from torchbp._random import all_forked
 from torchbp.verify._check import Check, Level, NotApplicable, NothingChecked, Refused, all_checks
 from torchbp.verify.cases import Case
 from torchbp.verify.lost import lost
+from torchbp.verify.modules import left_alone
 from torchbp.verify.raised import (
     BackwardRaised,
     ForwardRaised,
@@ -21,9 +23,26 @@ from torchbp.verify.raised import (
     reason,
 )
 from torchbp.verify.report import Capability, Finding, GradientError, Report, Status
-from torchbp.verify.tensors import double
+from torchbp.verify.request import chosen, expect
+from torchbp.verify.tensors import double, expression_of, is_dense
 
 __all__ = ["gradcheck"]
+
+# Of torch's arguments; one that is another stands in the line that repeats a finding.
+DEFAULTS = {
+    "eps": None,
+    "atol": None,
+    "rtol": None,
+    "nondet_tol": 0.0,
+    "check_undefined_grad": True,
+    "check_grad_dtypes": False,
+    "check_batched_grad": False,
+    "check_batched_forward_grad": False,
+    "check_forward_ad": False,
+    "check_backward_ad": True,
+    "fast_mode": False,
+    "masked": None,
+}
 
 
 def gradcheck(
@@ -33,7 +52,7 @@ def gradcheck(
     reference: Callable[..., Any] | None = None,
     level: Level = "full",
     checks: str | Collection[str] | None = None,
-    skip: Collection[str] = (),
+    skip: str | Collection[str] = (),
     seed: int = 0,
     kwargs: Mapping[str, Any] | None = None,
     deadline: float | None = None,
@@ -103,6 +122,7 @@ def gradcheck(
         "repeat": repeat,
         "deadline": deadline,
         "kwargs": kwargs,
+        "skip": (skip,) if isinstance(skip, str) else tuple(skip),
         "reference": reference,
         "eps": eps,
         "atol": atol,
@@ -119,35 +139,11 @@ def gradcheck(
     }
     if not check_backward_ad and checks is None:
         checks = "forward_mode"
-    chosen = _choose(level, checks, skip)
-    report = _run_all(func, inputs, kwargs, chosen, seed, deadline, options)
+    expect(func, kwargs, reference, seed, options)
+    report = _run_all(func, inputs, kwargs, chosen(level, checks, skip), seed, deadline, options)
     if raise_exception and not report:
         raise GradientError(report)
     return report
-
-
-def _choose(
-    level: Level, names: str | Collection[str] | None, skip: Collection[str]
-) -> list[Check]:
-    known = all_checks()
-    if level not in ("quick", "full"):
-        raise ValueError(
-            f"gradcheck: expected level 'quick' or 'full', got {level!r}; pass one of them"
-        )
-    wanted = [names] if isinstance(names, str) else names
-    for name in [*(wanted or ()), *(n for n in skip if n != "differences")]:
-        if name not in known:
-            raise ValueError(f"gradcheck: expected checks among {', '.join(known)}, got {name!r}")
-    if wanted is not None:
-        chosen = [c for c in known.values() if c.name in wanted]
-    else:
-        chosen = [c for c in known.values() if c.level in ("quick", level)]
-    chosen = [c for c in chosen if c.name not in skip]
-    if "differences" in skip:
-        chosen = [c for c in chosen if not c.differences]
-    if not chosen:
-        raise ValueError("gradcheck: expected at least one check, got none; skip fewer")
-    return chosen
 
 
 def _build(
@@ -176,7 +172,7 @@ def _run_all(
     func: Callable[..., Any],
     inputs: Any,
     kwargs: Mapping[str, Any] | None,
-    chosen: list[Check],
+    wanted: list[Check],
     seed: int,
     deadline: float | None,
     options: Mapping[str, Any],
@@ -184,20 +180,26 @@ def _run_all(
     start = time.perf_counter()
     findings: list[Finding] = []
     capabilities: dict[str, Capability] = {}
-    with forked(), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _plainly(), left_alone(func):
         torch.manual_seed(seed)  # of a GPU, too, that the function is the first to use
         case, case.given = _build(func, inputs, kwargs, seed=seed, options=options)
         try:
             differentiable = case.differentiable
         except ForwardRaised as error:
             raise (error.__cause__ or error) from None
+        for k, y in enumerate(case.first[1]):
+            if not is_dense(y):
+                layout = "a nested tensor" if y.is_nested else str(y.layout)
+                raise TypeError(
+                    f"gradcheck: expected strided outputs, got {layout} in output {k} of {case.name}; "
+                    "make it dense inside of the function"
+                )
         if not differentiable:
             return _without_gradient(case)
         if deadline is not None:
             case.calls.until = start + deadline
         broken = ""
-        for check in chosen:
+        for check in wanted:
             begun = time.perf_counter()
             if broken:
                 capabilities[check.name] = Capability(
@@ -213,9 +215,10 @@ def _run_all(
             )
     if not any(c.status in ("ok", "wrong") for c in capabilities.values()):
         first = next(iter(capabilities.values()))
+        late = deadline is not None and any("deadline" in c.detail for c in capabilities.values())
         raise NothingChecked(
             f"gradcheck: expected a check that can be made of {case.name}, got none: {first.detail}; "
-            "choose other checks"
+            f"{'give it more time' if late else 'choose other checks'}"
         )
     calls = case.calls
     return Report(case.name, tuple(findings), capabilities, calls.forward, calls.backward)
@@ -226,12 +229,41 @@ def _without_gradient(case: Case) -> Report:
     check = all_checks()["outputs"]
     found = [replace(f, repeat=_repeat(check, case)) for f in lost(case, check.name, "wrong")]
     if not found:
+        kinds = f" ({case.kinds})" if case.kinds else ""
         raise ValueError(
-            f"gradcheck: expected an output of {case.name} that requires grad, got none; "
+            f"gradcheck: expected an output of {case.name} that requires grad, got none{kinds}; "
             "there is nothing to check"
         )
     told = Capability(status="wrong", seconds=0.0, detail=found[0].message, tests=check.tests)
     return Report(case.name, tuple(found), {check.name: told}, case.calls.forward, 0)
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Run as where nothing is set: with gradients, without autocast, anomaly mode or warnings.
+
+    A check that wants one of these sets it; torch's anomaly mode raises at a NaN that is due. The random state is put
+    back at the end.
+    """
+    with ExitStack() as stack:
+        for context in (
+            torch.inference_mode(False),
+            all_forked(),
+            torch.enable_grad(),
+            torch.autograd.set_detect_anomaly(False),
+            warnings.catch_warnings(),
+        ):
+            stack.enter_context(context)
+        for kind in {"cpu", "cuda", *_accelerator()}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _accelerator() -> list[str]:
+    kind = torch.accelerator.current_accelerator()
+    return [kind.type] if kind else []
 
 
 def _run_one(check: Check, case: Case) -> tuple[list[Finding], Status, str]:
@@ -274,6 +306,9 @@ def _repeat(check: Check, case: Case) -> str:
     line = case.options["repeat"]
     if line:
         return line.replace("{check}", check.name)
-    given = [f"{n}={n}" for n in ("kwargs", "reference") if case.options[n]]
+    options = case.options
+    given = [f"{n}={n}" for n in ("kwargs", "reference") if options[n]]
+    given += [f"{n}={options[n]!r}" for n, x in DEFAULTS.items() if options[n] != x]
+    given += ["skip=['differences']"] if "differences" in options["skip"] else []
     arguments = ", ".join(["inputs", *given, f"checks={check.name!r}", f"seed={case.seed}"])
-    return f"torchbp.gradcheck({case.name}, {arguments})"
+    return f"torchbp.gradcheck({expression_of(case.func)}, {arguments})"

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from torchbp import _random
 from torchbp.verify.calls import Calls, Plain
@@ -15,7 +14,7 @@ from torchbp.verify.observed import Observed, observe
 from torchbp.verify.precision import precision
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.sample import Sample
-from torchbp.verify.tensors import signed_like, tensors_in
+from torchbp.verify.tensors import apart, is_dense, kinds_in, signed_like, tensors_in
 from torchbp.verify.wild import refuse_wild
 from torchbp.verify.work import Bounded, TooMuch
 
@@ -45,6 +44,7 @@ class Case(Sample):
 
     measured = ("first", "plain", "second", "again", "nearby", "epsilon", "refusal", "_positions")
     refusal = ""
+    kinds = ""  # of what is among the outputs and not looked into
     _positions: tuple[int, ...] | None = None  # which outputs require grad
 
     def __init__(
@@ -118,16 +118,16 @@ class Case(Sample):
 
     def bare(self) -> Callable[[Sequence[Tensor]], Any]:
         """Return the function of the leaves alone, with nothing of ours around it that a tracer would meet."""
+        others = {i: x.clone() for i, x in enumerate(self.flat) if isinstance(x, Tensor)}
 
         def run(leaves: Sequence[Tensor]) -> Any:
-            return self.invoke(self._filled(leaves, {}))
+            return self.invoke(self._filled(leaves, others))
 
         return run
 
     def forward_of(self, module: nn.Module) -> list[Tensor]:
         """Return the outputs of ``module``, with its own parameters, on the sample."""
-        flat = self._filled(self.fresh(), {})[: self._arguments]
-        args, kwargs = pytree.tree_unflatten(flat, self._spec)
+        args, kwargs = self.structure()
         return tensors_in(module(*args, **kwargs))
 
     def forward(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -147,8 +147,12 @@ class Case(Sample):
         *,
         retain_graph: bool = False,
         create_graph: bool = False,
+        exposed: bool = False,
     ) -> tuple[Tensor, ...]:
         """Return the gradient of every leaf, zeros where there is none.
+
+        A backward that is known to write to its grad_output is given a copy, unless that is to be ``exposed`` to it:
+        what one check found, others would find as something else.
 
         Raises:
             BackwardRaised: From whatever the function's backward raised.
@@ -160,6 +164,8 @@ class Case(Sample):
             if v is not None and y.requires_grad
         ]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        if self.wrote and not exposed:
+            pairs = [(y, v.clone() if v.requires_grad else apart(v)) for y, v in pairs]
         try:
             grads = torch.autograd.grad(
                 [y for y, _ in pairs],
@@ -174,7 +180,8 @@ class Case(Sample):
         given = iter(grads)
         full = [next(given) if leaf.requires_grad else None for leaf in leaves]
         return tuple(
-            torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, full, strict=True)
+            torch.zeros_like(leaf) if g is None else g if is_dense(g) else g.to_dense()
+            for leaf, g in zip(leaves, full, strict=True)
         )
 
     def graph(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -207,17 +214,19 @@ class Case(Sample):
         leaves = self.fresh()
         try:
             with self.within():
-                outputs = tensors_in(self.call(leaves))
+                result = self.call(leaves)
         except ForwardRaised as error:
             if "leaf Variable" not in str(error.__cause__):
                 self.refusal = str(error)
                 raise
             self.copies_leaves = True
             leaves = self.fresh()  # it may have written in those before it raised
-            outputs = tensors_in(self.call(leaves))
+            result = self.call(leaves)
+        outputs = tensors_in(result)
+        self.kinds = kinds_in(result)
         self.first_states = self.states_after
         _random.seed(self.seed)
-        self.draws = not all(map(torch.equal, _random.states(), self.first_states))
+        self.draws = not all(_random.equal(_random.states(), self.first_states))
         _random.seed(self.seed + 1 + self.calls.forward)
         return leaves, outputs
 
@@ -261,7 +270,7 @@ class Case(Sample):
                 v.clone() for v in cotangents
             ]  # a backward that writes in them is another check's
             with self.within():
-                grads = self.backward(outputs, leaves, own, retain_graph=True)
+                grads = self.backward(outputs, leaves, own, retain_graph=True, exposed=True)
             self.wrote = sum(int((a != b).sum()) for a, b in zip(own, cotangents, strict=True))
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)

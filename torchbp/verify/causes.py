@@ -7,6 +7,8 @@ from torch import Tensor
 
 __all__ = ["likely_cause"]
 
+FEW = 4  # elements, of which some are wrong: that tells no place
+
 
 def likely_cause(
     got: Tensor,
@@ -102,7 +104,7 @@ def _factor(r: float, sizes: Sequence[int], *, alone: bool) -> str | None:
 
 
 def _where(bad: Tensor, leaf: Tensor | None) -> str:
-    if bad.all() or bad.dim() == 0:
+    if bad.all() or bad.dim() == 0 or bad.numel() < FEW:
         return ""
     last = torch.zeros_like(bad).reshape(-1)
     last[-1] = True

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from torchbp.verify.raised import ForwardRaised
-from torchbp.verify.tensors import tensors_in
+from torchbp.verify.tensors import is_dense, tensors_in
 
 if TYPE_CHECKING:
     from torchbp.verify.cases import Case
@@ -40,13 +40,13 @@ class Observed:
         outputs: As in the first call.
         grads: For the same grad_output.
         writes: What was written to that others hold.
-        states: Of torch's random generators after forward.
+        states: Of the random generators after forward.
     """
 
     outputs: tuple[Tensor, ...]
     grads: tuple[Tensor, ...]
     writes: tuple[Write, ...]
-    states: Sequence[Tensor]
+    states: Sequence[Any]
 
 
 def observe(case: "Case") -> Observed:
@@ -65,7 +65,7 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
         return fixed[-1]
 
     def pack(t: Tensor) -> Tensor:
-        if t.layout == torch.strided:
+        if is_dense(t):
             saved.append(t.detach())
         return t.detach() if t.grad_fn is not None else t
 
@@ -90,7 +90,7 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
         *((f"saved tensor {i}", t, t.clone()) for i, t in enumerate(saved)),
     ]
     before = [t._version for _, t, _ in backward]  # noqa: SLF001
-    grads = case.backward(outputs, leaves, v)
+    grads = case.backward(outputs, leaves, v, exposed=True)
     writes += _changed("backward", backward, before)
     return Observed(values, grads, tuple(writes), states)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from torchbp.verify.cases import Case
+from torchbp.verify.signatures import function_of, signature_of
 from torchbp.verify.source import speaks
 from torchbp.verify.words import other_words
 
@@ -40,9 +41,9 @@ def options(case: Case) -> Values:
 def _defaults(case: Case) -> dict[str, Any]:
     """Return the numbers, flags and words that are defaults and not given, or attributes of a Module."""
     module = case.func if isinstance(case.func, nn.Module) else None
-    attributes = _attributes(case) if module else {}
+    attributes = _attributes(case) if module is not None else {}
     try:
-        signature = inspect.signature(module.forward if module else case.func)
+        signature = signature_of(case.func)
         bound = case.bound(signature)
     except (TypeError, ValueError):
         return (
@@ -60,6 +61,7 @@ def _defaults(case: Case) -> dict[str, Any]:
 
 def _attributes(case: Case) -> dict[str, Any]:
     """Return the attributes of a Module and of its parts; of torch's own layers in it what the others speak of."""
+    assert isinstance(case.func, nn.Module)
     if ATTRIBUTES not in case.given.memo:
         case.given.memo[ATTRIBUTES] = {
             name: x
@@ -76,6 +78,8 @@ def _all_attributes(module: nn.Module) -> Iterator[tuple[str, Any, bool]]:
         for prefix, part in module.named_modules()
         for name, x in vars(part).items()
         if isinstance(x, (bool, float, str)) and not name.startswith("_") and name not in NO_OPTIONS
+        # What may be written over is for the Module around it to know.
+        if not (prefix and name == "inplace")
     )
 
 
@@ -93,9 +97,23 @@ def with_options(case: Case, change: Mapping[int | str, Any]) -> Case:
         for name, x in named.items():
             if name not in attributes:
                 other = other.with_argument(name, x)
+    elif named and (order := _by_place(case)):
+        for name in sorted(
+            named, key=order.index, reverse=True
+        ):  # the last one takes those before it along
+            at = f"argument {name}"
+            if at in other.name_at:
+                other = other.replaced({other.name_at.index(at): named[name]})
+            else:
+                other = other.with_argument(name, named[name])
     elif named:
         other.func = partial(case.func, **named)
     return other
+
+
+def _by_place(case: Case) -> list[str]:
+    """Return the names of the arguments, in order, of a function that takes none by its name."""
+    return list(signature_of(case.func).parameters) if function_of(case.func) else []
 
 
 def others(case: Case, x: Any, name: str = "") -> list[Any]:

@@ -1,10 +1,12 @@
 """pytest plugin: the fixture ``gradcheck`` and the marker ``@pytest.mark.gradcheck``.
 
-A marked test function takes no arguments and returns ``(func, inputs)``; it becomes one test item per check. torch is
-imported only once a fixture or a marker is used.
+A marked test returns ``(func, inputs)``, or ``(func, inputs, kwargs)``; it is run once for each check, as one that is
+parametrized over them: its fixtures, its other marks and parameters hold. torch is imported only once a fixture or a
+marker is used.
 """
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import pytest
 __all__ = ["gradcheck"]
 
 MARK = "gradcheck"
+CHECK = "gradcheck_check"  # the parameter whose value is a check's name
+OURS = ("kwargs", "raise_exception", "repeat")  # arguments of gradcheck that the plugin gives
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,84 +50,94 @@ def gradcheck(request: pytest.FixtureRequest) -> Callable[..., Any]:
     return run
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_pycollect_makeitem(
-    collector: pytest.Module | pytest.Class, name: str, obj: object
-) -> Iterable[pytest.Item] | None:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make one item per check of a marked test function."""
-    marks = [m for m in getattr(obj, "pytestmark", ()) if m.name == MARK]
-    if (
-        not marks
-        or not callable(obj)
-        or isinstance(obj, type)
-        or not collector.funcnamefilter(name)
-    ):
+    mark = metafunc.definition.get_closest_marker(MARK)
+    if mark is None:
+        return
+    try:
+        names = _names(mark, metafunc.config.getoption("--gradcheck-level"))
+        if inspect.iscoroutinefunction(metafunc.function):
+            raise ValueError(f"{MARK}: expected a test that returns, got one that is async")
+    except ValueError as error:
+        raise pytest.Collector.CollectError(f"{metafunc.definition.nodeid}: {error}") from None
+    metafunc.fixturenames.append(CHECK)
+    metafunc.parametrize(CHECK, names)
+
+
+def _names(mark: pytest.Mark, level: Any) -> list[str]:
+    """Return the names of the checks that a mark asks for; raise ValueError where it cannot be read."""
+    from torchbp.verify import gradcheck as check
+    from torchbp.verify.request import chosen
+
+    parameters = list(inspect.signature(check).parameters)[2:]  # after func and inputs
+    known = [name for name in parameters if name not in OURS]
+    if mark.args:
+        raise ValueError(f"{MARK}: expected options by name, got {mark.args!r}; checks= names some")
+    for name in mark.kwargs:
+        if name not in known:
+            raise ValueError(f"{MARK}: expected options among {', '.join(known)}, got {name!r}")
+    given = mark.kwargs
+    found = chosen(given.get("level", level), given.get("checks"), given.get("skip", ()))
+    return [c.name for c in found]
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Refuse a marked test that is not run once a check: nothing would be checked, and it would pass."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        checked = callspec is not None and CHECK in callspec.params
+        if isinstance(item, pytest.Function) and item.get_closest_marker(MARK) and not checked:
+            raise pytest.UsageError(
+                f"{item.nodeid}: {MARK}: expected a function, or a method of a class that is no "
+                "unittest.TestCase; move it out of that, or mark others alone"
+            )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Make one check of what a marked test returns."""
+    mark = pyfuncitem.get_closest_marker(MARK)
+    if mark is None:
         return None
-    from torchbp.verify._check import all_checks
+    from torchbp.verify import gradcheck as check
+    from torchbp.verify._check import NothingChecked
 
-    options = marks[0].kwargs
-    level = options.get("level") or collector.config.getoption("--gradcheck-level")
-    checks = [c for c in all_checks().values() if c.level in ("quick", level)]
-    if "differences" in options.get("skip", ()):
-        checks = [c for c in checks if not c.differences]
-    names = [c.name for c in checks]
-    if options.get("checks"):
-        names = (
-            [options["checks"]] if isinstance(options["checks"], str) else list(options["checks"])
+    names = inspect.signature(pyfuncitem.obj).parameters
+    given = pyfuncitem.obj(**{n: x for n, x in pyfuncitem.funcargs.items() if n in names})
+    func, inputs, kwargs = _returned(given, pyfuncitem.originalname)
+    options = {k: v for k, v in mark.kwargs.items() if k not in ("checks", "level")}
+    options["skip"] = [n for n in ("differences",) if n in options.get("skip", ())]
+    name = str(pyfuncitem.callspec.params[CHECK])
+    try:
+        check(func, inputs, kwargs=kwargs, checks=name, **options)
+    except NothingChecked as why:
+        pytest.skip(str(why))
+    return True
+
+
+def _returned(given: Any, name: str) -> tuple[Callable[..., Any], Any, Mapping[str, Any] | None]:
+    parts = list(given) if isinstance(given, (tuple, list)) else [given]
+    func, inputs, kwargs, *more = [*parts, None, None][: max(3, len(parts))]
+    right = len(parts) > 1 and callable(func) and not more
+    if not right or not (kwargs is None or isinstance(kwargs, Mapping)):
+        kinds = ", ".join(type(x).__name__ for x in parts)
+        raise TypeError(
+            f"{MARK}: expected (func, inputs) or (func, inputs, kwargs) from {name}, got ({kinds}); "
+            "return what to check, several inputs as one tuple"
         )
-    names = [n for n in names if n not in options.get("skip", ())]
-    function = obj if not isinstance(collector, pytest.Class) else getattr(collector.obj(), name)
-    return [
-        _Item.from_parent(
-            collector,
-            name=f"{name}[{check}]",
-            make=function,
-            check=check,
-            options=options,
-            marks=list(getattr(obj, "pytestmark", ())),
-        )
-        for check in names
-    ]
+    return func, inputs, kwargs
 
 
-class _Item(pytest.Item):
-    """One check of one marked function."""
-
-    def __init__(
-        self,
-        *,
-        make: Callable[[], Any],
-        check: str,
-        options: dict[str, Any],
-        marks: list[pytest.Mark],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.make, self.check, self.options = make, check, options
-        # skip, xfail, slow: the function's marks hold for each of its items.
-        self.own_markers += marks
-        self.keywords.update({mark.name: mark for mark in marks})
-
-    def runtest(self) -> None:
-        from torchbp.verify import gradcheck as check
-        from torchbp.verify._check import NothingChecked
-
-        func, inputs, *rest = self.make()
-        options = {k: v for k, v in self.options.items() if k not in ("checks", "skip", "level")}
-        kwargs = rest[0] if rest else None
-        try:
-            check(func, inputs, kwargs=kwargs, checks=self.check, **options)
-        except NothingChecked as why:
-            pytest.skip(str(why))
-
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """Return the finding alone, not a traceback of ours."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the finding alone, not a traceback of ours."""
+    report = yield
+    if call.excinfo is not None and report.failed and item.get_closest_marker(MARK):
         from torchbp.verify import GradientError
 
-        if isinstance(excinfo.value, GradientError):
-            return "\n\n".join(map(str, excinfo.value.report.wrong))
-        return super().repr_failure(excinfo, style)
-
-    def reportinfo(self) -> tuple[Any, int | None, str]:
-        code = getattr(self.make, "__code__", None)
-        return self.path, code.co_firstlineno - 1 if code else None, self.name
+        if isinstance(call.excinfo.value, GradientError):
+            report.longrepr = "\n\n".join(map(str, call.excinfo.value.report.wrong))
+    return report

@@ -38,9 +38,17 @@ def reason(error: BaseException) -> str:
     )
 
 
+# What torch says of what it does not do, loudly, in a backward that may be right.
+_SAID = (
+    "once_differentiable",
+    "use_reentrant=True",  # checkpointing that torch.autograd.grad cannot pass
+    "Can't call numpy() on Tensor that requires grad",  # its gradient would be lost else
+)
+
+
 def is_deliberate(error: BaseException) -> bool:
-    """Whether ``error`` was meant: NotImplementedError, or a ``raise`` written outside of torch."""
-    if isinstance(error, NotImplementedError) or "once_differentiable" in str(error):
+    """Whether ``error`` was meant: NotImplementedError, a ``raise`` written outside of torch, a refusal of torch's."""
+    if isinstance(error, NotImplementedError) or any(said in str(error) for said in _SAID):
         return True
     last: TracebackType | None = error.__traceback__
     while last is not None and last.tb_next is not None:

@@ -12,6 +12,7 @@ __all__ = ["Capability", "Finding", "GradientError", "Report", "Severity", "Stat
 
 Severity = Literal["wrong", "refusal", "note"]
 Status = Literal["ok", "wrong", "refuses", "not applicable", "not run"]
+MANY = 4  # checks that one thing keeps from running
 NARROW = 40  # columns: less than that is no terminal to write for
 _MARKS: dict[Status, str] = {
     "ok": "ok",
@@ -116,14 +117,21 @@ class Report:
             names = [n for n, c in self.capabilities.items() if c.status == status]
             if not names:
                 continue
-            if status in ("refuses", "not run"):
-                details = dict.fromkeys(self.capabilities[n].detail for n in names)
-                for detail in details:
-                    alike = [n for n in names if self.capabilities[n].detail == detail]
-                    lines.append(f"{mark:8} {', '.join(alike)}: {detail}")
-            else:
-                lines.append(f"{mark:8} {', '.join(names)}")
+            lines += [f"{mark:8} {line}" for line in self._listed(status, names)]
         return _wrapped("\n".join(lines).rstrip())
+
+    def _listed(self, status: Status, names: list[str]) -> list[str]:
+        """Return the names, with what they have to say where that matters: what keeps many from running does."""
+        if status in ("ok", "wrong"):
+            return [", ".join(names)]
+        by_detail: dict[str, list[str]] = {}
+        for name in names:
+            by_detail.setdefault(self.capabilities[name].detail, []).append(name)
+        least = MANY if status == "not applicable" else 1
+        said = {d: some for d, some in by_detail.items() if len(some) >= least}
+        left = [n for n in names if self.capabilities[n].detail not in said]
+        lines = [f"{', '.join(some)}: {detail}" for detail, some in said.items()]
+        return lines + ([", ".join(left)] if left else [])
 
     def _verdict(self) -> str:
         ran = sum(c.status in ("ok", "wrong") for c in self.capabilities.values())
@@ -149,13 +157,13 @@ class Report:
         """Return the report as Markdown: the findings, then one table row a check."""
         lines = [f"## `{self.name}`: {self._verdict()}", ""]
         for finding in self.wrong:
-            lines.append(f"- **{finding.check}**: {finding.message}")
+            lines.append(f"- **{finding.check}**: {_in_one_line(finding.message)}")
             lines += [f"  - likely cause: {finding.cause}"] if finding.cause else []
             lines += [f"  - repeat: `{finding.repeat}`"] if finding.repeat else []
         lines += [f"- note: {f.message}" for f in self.findings if f.severity == "note"]
         lines += ["", "| check | outcome | ms | what |", "|---|---|---|---|"]
         for name, c in self.capabilities.items():
-            what = (c.detail or c.tests).replace("|", "\\|")
+            what = _in_one_line(c.detail or c.tests).replace("|", "\\|")
             lines.append(f"| {name} | {c.status} | {1000 * c.seconds:.0f} | {what} |")
         return "\n".join(lines)
 
@@ -193,6 +201,11 @@ def _wrapped(text: str) -> str:
         )
         lines += [line] if line.startswith("    repeat:") or not parts else parts
     return "\n".join(lines)
+
+
+def _in_one_line(text: str) -> str:
+    """Return a text, such as torch's with its matrices, as one line."""
+    return " ".join(text.split())
 
 
 def _plain(value: object) -> object:

@@ -10,11 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchbp.verify.tensors import flatten, name_of
+from torchbp.verify.modules import copied, padding_of, with_row_of
+from torchbp.verify.signatures import function_of, signature_of
+from torchbp.verify.tensors import apart, flatten, is_dense, kinds_in, name_of
 
 __all__ = ["Sample"]
 
 S = TypeVar("S", bound="Sample")
+
+
+class _Held:
+    """A constant that is handed on as it is, such as a sparse matrix: no check looks at its elements."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def beside(self, was: torch.dtype, dtype: torch.dtype) -> Tensor:
+        """Return the tensor, in ``dtype`` where it was given in the dtype of the leaves, which ``was`` theirs."""
+        return self.tensor.to(dtype) if self.tensor.dtype == was else self.tensor
 
 
 class Sample:
@@ -28,6 +41,7 @@ class Sample:
         name_at: One name for each of ``flat``.
         origin: What the user gave, by its name, where this is a neighbour.
         memo: What checks work out about the sample and share.
+        padding: Rows of a Module's embeddings that get no gradient, and so do not change, by the name of the weight.
     """
 
     measured: tuple[str, ...] = ()  # cached properties that hold for one sample
@@ -46,13 +60,13 @@ class Sample:
         self.memo: dict[Any, Any] = {}
         named, self._spec = flatten(inputs, kwargs or {})
         self._arguments = len(named)
-        self._module = copy.deepcopy(func) if isinstance(func, nn.Module) else None
+        self._module = copied(func) if isinstance(func, nn.Module) else None
         self._tensors: list[str] = []  # names of the Module's tensors, which follow the arguments
         if self._module is not None:
             state = [*self._module.named_parameters(), *self._module.named_buffers()]
             self._tensors = [n for n, _ in state]
             named += [(f"parameter {n}", x) for n, x in state]
-        self.flat: list[Any] = [x.detach() if isinstance(x, Tensor) else x for _, x in named]
+        self.flat: list[Any] = [_held(name, x) for name, x in named]
         self.where = [
             i for i, (_, x) in enumerate(named) if isinstance(x, Tensor) and x.requires_grad
         ]
@@ -60,16 +74,13 @@ class Sample:
         self.names = [named[i][0] for i in self.where]
         self.origin = dict(zip(self.name_at, self.flat, strict=True))
         if not self.where:
+            kinds = kinds_in((inputs, kwargs))
             raise ValueError(
-                "gradcheck: expected an input that requires grad, got none; "
+                f"gradcheck: expected an input that requires grad, got none{f' ({kinds})' if kinds else ''}; "
                 "pass floating-point or complex tensors with requires_grad=True"
             )
-        for name, leaf in zip(self.names, self.leaves, strict=True):
-            if leaf.layout != torch.strided:
-                raise TypeError(
-                    f"gradcheck: expected strided tensors, got {leaf.layout} in {name}; "
-                    "pass a dense tensor and convert it inside of the function"
-                )
+        self._was = self.leaves[0].dtype
+        self.padding = padding_of(self._module)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -137,33 +148,43 @@ class Sample:
         return other
 
     def with_argument(self: S, name: str, value: Any) -> S:
-        """Return the same function with one keyword argument more, which follows the others in ``flat``."""
-        other = self.variant(lambda t: t)
+        """Return the same function with one argument more, which follows the others in ``flat``.
+
+        By its name; of a Function's ``apply``, which takes none, by its place, behind the defaults of those before it.
+        """
+        args, kwargs = pytree.tree_unflatten(self.flat[: self._arguments], self._spec)
+        more = {name: value}
+        if function_of(self.func):
+            left = list(signature_of(self.func).parameters.values())[len(args) :]
+            behind = [p.name for p in left].index(name)
+            more = {p.name: p.default for p in left[:behind]} | more
+            _, spec = flatten((*args, *more.values()), kwargs)
+        else:
+            _, spec = flatten(args, {**kwargs, name: value})
         n = self._arguments
-        args, kwargs = pytree.tree_unflatten(self.flat[:n], self._spec)
-        _, other._spec = flatten(args, {**kwargs, name: value})  # noqa: SLF001  # another of this class
-        other._arguments = n + 1  # noqa: SLF001
-        other.flat = [*self.flat[:n], value, *self.flat[n:]]
-        other.name_at = [*self.name_at[:n], f"argument {name}", *self.name_at[n:]]
-        other.where = [i + (i >= n) for i in self.where]
+        other = self.variant(lambda t: t)
+        other._spec = spec  # noqa: SLF001  # another of this class
+        other._arguments = n + len(more)  # noqa: SLF001
+        other.flat = [*self.flat[:n], *more.values(), *self.flat[n:]]
+        other.name_at = [*self.name_at[:n], *(f"argument {m}" for m in more), *self.name_at[n:]]
+        other.where = [i + len(more) * (i >= n) for i in self.where]
         return other
 
     def in_mode(self: S, training: bool) -> S:
         """Return the case of the same Module in train or eval mode."""
         other = self.variant(lambda t: t)
-        other._module = copy.deepcopy(self._module)  # noqa: SLF001  # another of this class
-        if other._module is not None:  # noqa: SLF001
-            other._module.train(training)  # noqa: SLF001
+        if self._module is not None:
+            other._module = copied(self._module).train(training)  # noqa: SLF001  # another of this class
         return other
 
     def with_attributes(self: S, change: Mapping[str, Any]) -> S:
         """Return the case of the same Module with other values of its attributes, or its submodules' (``norm.eps``)."""
         other = self.variant(lambda t: t)
-        other._module = copy.deepcopy(self._module)  # noqa: SLF001  # another of this class
-        if other._module is not None:  # noqa: SLF001
+        if self._module is not None:
+            other._module = module = copied(self._module)  # noqa: SLF001  # another of this class
             for path, value in change.items():
                 prefix, _, name = path.rpartition(".")
-                setattr(other._module.get_submodule(prefix), name, value)  # noqa: SLF001
+                setattr(module.get_submodule(prefix), name, value)
         return other
 
     def _filled(self, leaves: Sequence[Tensor], others: Mapping[int, Tensor]) -> list[Any]:
@@ -172,23 +193,50 @@ class Sample:
 
     def bound(self, signature: inspect.Signature) -> inspect.BoundArguments:
         """Return the arguments by the names that ``signature`` has for them; raise TypeError where they don't fit."""
-        args, kwargs = pytree.tree_unflatten(self.flat[: self._arguments], self._spec)
+        args, kwargs = self.opened(self.flat)
         return signature.bind(*args, **kwargs)
 
     def structure(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments as they were given; the leaves require grad."""
         leaves = [leaf.clone().requires_grad_() for leaf in self.leaves]
-        flat = self._filled(leaves, {})[: self._arguments]
-        return pytree.tree_unflatten(flat, self._spec)
+        return self.opened(self._filled(leaves, {}))
+
+    def opened(self, flat: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments, of the values of ``flat``, in the structure in which they were given."""
+        return pytree.tree_unflatten(self._freed(flat)[: self._arguments], self._spec)
+
+    def _freed(self, flat: list[Any]) -> list[Any]:
+        """Return ``flat`` with the tensors that are held."""
+        dtype = flat[self.where[0]].dtype
+        return [x.beside(self._was, dtype) if isinstance(x, _Held) else x for x in flat]
 
     def invoke(self, flat: list[Any], func: Callable[..., Any] | None = None) -> Any:
         """Call the function, or another, with the values of ``flat``."""
-        args, kwargs = pytree.tree_unflatten(flat[: self._arguments], self._spec)
+        args, kwargs = self.opened(flat)
         if func is not None or self._module is None:
             return (func or self.func)(*args, **kwargs)
-        state = dict(zip(self._tensors, flat[self._arguments :], strict=True))
+        state = dict(zip(self._tensors, self._freed(flat)[self._arguments :], strict=True))
+        for name, row in self.padding.items():
+            if name in state:
+                constant = self.flat[self._arguments + self._tensors.index(name)]
+                state[name] = with_row_of(constant, state[name], row)
         return torch.func.functional_call(self._module, state, args, kwargs)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a generator that depends on the seed and on ``purpose`` only."""
         return torch.Generator().manual_seed(self.seed + zlib.crc32(purpose.encode()))
+
+
+def _held(name: str, x: Any) -> Any:
+    """Return ``x`` as it stands in ``flat``."""
+    if not isinstance(x, Tensor):
+        return x
+    if is_dense(x):
+        return apart(x)
+    if x.requires_grad:
+        layout = "nested tensor" if x.is_nested else str(x.layout)
+        raise TypeError(
+            f"gradcheck: expected strided tensors, got {layout} in {name}; "
+            "pass a dense tensor and convert it inside of the function"
+        )
+    return _Held(x)

@@ -53,7 +53,9 @@ def functions(case: Case) -> set[type[Function]]:
 def _parts(case: Case) -> Iterator[Any]:
     """Yield the function, those it closes over, and the classes whose backward its outputs wait for."""
     module = case.func if isinstance(case.func, nn.Module) else None
-    left: list[Any] = [type(part) for part in module.modules()] if module else [case.func]
+    left: list[Any] = (
+        [type(part) for part in module.modules()] if module is not None else [case.func]
+    )
     for y in case.kept[1]:
         left += getattr(getattr(y.grad_fn, "_forward_cls", None), "__mro__", ())
     seen: set[int] = set()

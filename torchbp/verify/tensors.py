@@ -1,19 +1,27 @@
 """Tensors in and around the function under test: found, named, drawn."""
 
-from collections.abc import Mapping, Sequence
+import copy
+import dataclasses
+import functools
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 __all__ = [
     "Directions",
+    "apart",
     "counts",
     "double",
+    "expression_of",
     "flatten",
     "graph",
     "half",
+    "is_dense",
+    "kinds_in",
     "like",
     "like_mask",
     "name_of",
@@ -43,6 +51,19 @@ def counts(t: Tensor) -> bool:
 def double(t: Tensor) -> Tensor:
     """Return a floating-point or complex tensor in double precision."""
     return t.to(_DOUBLE.get(t.dtype, t.dtype))
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether a tensor has its elements one by one in memory: it is not sparse, nested or quantized."""
+    return t.layout == torch.strided and not t.is_nested and not t.is_quantized
+
+
+def apart(x: Tensor) -> Tensor:
+    """Return a copy with the strides of ``x``, rows that are one and the same memory included."""
+    if x.numel() and 0 in x.stride():
+        once = x[tuple(slice(1) if s == 0 else slice(None) for s in x.stride())]
+        return once.detach().clone().expand_as(x)
+    return x.detach().clone()
 
 
 def uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -103,16 +124,82 @@ def like_mask(flat: Tensor, t: Tensor) -> Tensor:
 
 
 def tensors_in(structure: object) -> list[Tensor]:
-    """Return the tensors of a nested structure, in order."""
-    return [x for x in pytree.tree_leaves(structure) if isinstance(x, Tensor)]
+    """Return the tensors of a nested structure, dataclasses and mappings of any kind too, in order."""
+    found: list[Tensor] = []
+    for x in pytree.tree_leaves(structure):
+        if isinstance(x, Tensor):
+            found.append(x)
+        else:
+            for part in _parts(x).values():
+                found += tensors_in(part)
+    return found
 
 
 def flatten(
     args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
     """Return arguments with a name each, ``input 1['w']`` or ``argument scale``, and how to put them back."""
-    paths, spec = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    opened = pytree.tree_map(_open, (tuple(args), dict(kwargs)))
+    paths, spec = pytree.tree_flatten_with_path(opened)
     return [(_path(keys), x) for keys, x in paths], spec
+
+
+def kinds_in(structure: object) -> str:
+    """Return the names of the types in it that nothing is looked for in."""
+    known = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+    left = (x for x in pytree.tree_leaves(structure) if not isinstance(x, known) and not _parts(x))
+    names = dict.fromkeys(type(x).__name__ for x in left)
+    return f"nothing is looked for in {', '.join(names)}" if names else ""
+
+
+def _parts(x: object) -> Mapping[str, Any]:
+    """Return what a dataclass, or a mapping that torch's pytree takes for a leaf, is made of."""
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+    return dict(x) if isinstance(x, Mapping) else {}
+
+
+class _Opened:
+    """A dataclass or a mapping on its way through a pytree."""
+
+    def __init__(self, whole: Any, parts: Mapping[str, Any]) -> None:
+        self.whole, self.parts = whole, parts
+
+    def closed(self) -> Any:
+        """Return one like the whole, of these parts; the class's constructor may ask for others."""
+        made = copy.copy(self.whole)
+        for name, x in self.parts.items():
+            if not dataclasses.is_dataclass(made):
+                made[name] = x
+            elif made.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+                object.__setattr__(made, name, x)
+            else:
+                setattr(made, name, x)
+        return made
+
+
+def _open(x: Any) -> Any:
+    """Return what a pytree takes for a leaf with the tensors in it as leaves."""
+    if isinstance(x, (Tensor, nn.Module)) or not tensors_in(x):
+        return x
+    return _Opened(x, pytree.tree_map(_open, dict(_parts(x))))
+
+
+def _keys(x: _Opened) -> Iterator[Any]:
+    """Return how each part is reached."""
+    key = pytree.GetAttrKey if dataclasses.is_dataclass(x.whole) else pytree.MappingKey
+    return map(key, x.parts)
+
+
+pytree.register_pytree_node(
+    _Opened,
+    lambda x: (list(x.parts.values()), (x.whole, tuple(x.parts))),
+    lambda parts, how: _Opened(how[0], dict(zip(how[1], parts, strict=True))).closed(),
+    flatten_with_keys_fn=lambda x: (
+        list(zip(_keys(x), x.parts.values(), strict=True)),
+        (x.whole, tuple(x.parts)),
+    ),
+)
 
 
 def _path(keys: Sequence[Any]) -> str:
@@ -137,8 +224,27 @@ def graph(outputs: Sequence[Tensor]) -> list[Any]:
 
 def name_of(func: object) -> str:
     """Return how a person would call ``func``."""
+    if isinstance(func, functools.partial):
+        return f"partial({name_of(func.func)})"
+    operator = getattr(func, "_qualname", None) or getattr(func, "_qualified_op_name", None)
+    if isinstance(operator, str) and "::" in operator:  # of torch.library
+        return f"torch.ops.{operator.replace('::', '.')}"
     owner = getattr(func, "__self__", None)  # Function.apply is a bound method of the class
     if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
         return f"{owner.__name__}.{getattr(func, '__name__', 'apply')}"
     name = getattr(func, "__qualname__", None) or type(func).__name__
+    if name.startswith("pybind11_"):  # a record of its own stands in front
+        return name.rpartition(".")[2]
     return name.rpartition("<locals>.")[2].removeprefix("_VariableFunctionsClass.")
+
+
+def expression_of(func: object) -> str:
+    """Return what stands for ``func`` in a line to paste: its name where that may be one, as ``inputs`` else."""
+    name = name_of(func)
+    if isinstance(func, nn.Module):
+        return "module"
+    bound = isinstance(func, types.MethodType) and not isinstance(func.__self__, type)
+    is_name = isinstance(func, (types.FunctionType, types.BuiltinFunctionType, types.MethodType))
+    if name.startswith("torch.ops.") or (is_name and not bound and "<" not in name):
+        return name
+    return "func"

@@ -85,6 +85,7 @@ def compare(
     g, e = got[at].item(), expected[at].item()
     tested = got.numel() if known is None else int(known.sum())
     count = f" in {int(bad.sum())}/{tested} elements" if tested > 1 or got.numel() == 1 else ""
+    count += f" measured of {got.numel()}" if count and tested < got.numel() else ""
     place = f"{', worst' if count else ''} at {list(at)}" if at else ""
     if cause is None:
         cause = likely_cause(

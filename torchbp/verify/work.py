@@ -82,7 +82,8 @@ def _at_most(args: Any) -> int:
 def _work(func: Any, args: Any) -> float:
     """Return how many elements are about to be made, so far as arguments tell, or how many take as long."""
     sizes = [math.prod(a) for a in args if isinstance(a, (list, tuple)) and _are_sizes(a)]
-    shapes = [t.shape for t in tensors_in(args)]
+    # Of a nested tensor torch tells no shape: an exception here would end the process.
+    shapes = [torch.Size([t.numel()]) if t.is_nested else t.shape for t in tensors_in(args)]
     if func.overloadpacket in _PRODUCTS:
         a, b = (args[k].shape for k in _PRODUCTS[func.overloadpacket])
         return max(a[:-1].numel(), PRODUCT * a.numel()) * b[-1]

@@ -31,6 +31,7 @@ MOST = 4  # arguments alone, beside all real numbers at once and all others at o
 EACH = 2  # other values of one, that forward takes
 TRIED = 4  # calls for those
 LARGER = (8.0, 2.0)  # times, the inputs of what says nothing in the sample
+UNTAKEN = "returned an incorrect number of gradients"  # torch says of a backward
 # Names of a norm's order, of which 1 and infinity are special.
 NORM = re.compile("p|ord|order|norm|norm_type|power")
 
@@ -149,6 +150,8 @@ def _counts(case: Case, found: Finding, change: Values) -> bool:
 
     A slope of 0 makes none of it, nor does a part of the input that is not read.
     """
+    if UNTAKEN in found.message:  # a default that backward leaves no place for, and says so
+        return False
     zero = all(type(x) is float and x == 0 for x in change.values())
     return _has_slope(found) or zero or not _is_flat(case, found)
 

@@ -37,7 +37,7 @@ def _run(case: Case) -> Iterator[Finding]:
 def _longer(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
     """Yield the arguments with each list of tensors one longer, and one longer themselves where that may be."""
     for k, arg in enumerate(args):
-        if isinstance(arg, (list, tuple)) and arg and all(isinstance(t, Tensor) for t in arg):
+        if type(arg) in (list, tuple) and arg and all(isinstance(t, Tensor) for t in arg):
             yield (*args[:k], type(arg)([*arg, _another(arg[-1])]), *args[k + 1 :])
     owner = getattr(case.func, "__self__", None)
     function = owner if isinstance(owner, type) and issubclass(owner, Function) else None

@@ -14,15 +14,15 @@ from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
+from torchbp.verify.tensors import graph
 
 NAME = "ignored_index"
+UNCHECKED = ("CtcLossBackward",)  # torch 2.13: backward writes where a negative target points
 IGNORED = (-100, -1)  # the default of torch.nn.functional.cross_entropy; what many use instead
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    labels = [i for i, t in case.arguments if t.dtype == torch.int64 and t.numel() > 1]
-    if not labels:
-        raise NotApplicable("no integer input")
+    labels = _labels(case)
     tested, taken = False, set()
     for i, ignored in product(labels, IGNORED):
         if ignored == -1 and bool((case.flat[i] == -1).any()):
@@ -45,6 +45,18 @@ def _run(case: Case) -> Iterator[Finding]:
                 return
     if not tested:
         raise NotApplicable("forward takes no -100 or -1")
+
+
+def _labels(case: Case) -> list[int]:
+    """Return which inputs may be labels."""
+    labels = [i for i, t in case.arguments if t.dtype == torch.int64 and t.numel() > 1]
+    if not labels:
+        raise NotApplicable("no integer input")
+    if any(node.name().startswith(UNCHECKED) for node in graph(case.kept[1])):
+        raise NotApplicable(
+            "ctc_loss of torch looks at no target: it would write where that points"
+        )
+    return labels
 
 
 def _first(t: Tensor, value: int) -> Tensor:

@@ -1,6 +1,5 @@
 """Modules: parameters are left alone, buffers too in eval mode, and the gradient is right in both modes."""
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.modules import copied
 from torchbp.verify.otherwise import differs_otherwise
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
@@ -42,9 +42,8 @@ def _same(case: Case, other: Case) -> bool:
 
 def _state(case: Case, training: bool) -> Iterator[Finding]:
     """Run a copy as a training step would, and see what of its state changed."""
-    module = copy.deepcopy(case.func)
-    assert isinstance(module, nn.Module)
-    module.train(training)
+    assert isinstance(case.func, nn.Module)
+    module = copied(case.func).train(training)
     given = case.given
     if len({t.dtype for t in (*given.leaves, *module.parameters()) if t.is_floating_point()}) > 1:
         module, given = module.double(), case  # float64 inputs for a float32 module

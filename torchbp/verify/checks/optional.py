@@ -20,6 +20,7 @@ from torchbp.verify.options import nearby, options, others, with_options
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
+from torchbp.verify.signatures import signature_of
 from torchbp.verify.source import speaks
 from torchbp.verify.tensors import uniform
 
@@ -65,7 +66,8 @@ def _run(case: Case) -> Iterator[Finding]:
         meant = _meant(case, slot)
         for value in islice(filter(meant, _values(case, name)), TRIED):
             if isinstance(slot, str):
-                other, at = case.with_argument(slot, value), case.size
+                other = case.with_argument(slot, value)
+                at = other.size - 1
             else:
                 other, at = case.replaced({slot: value}), slot
             asked = _asked(other, at, value)
@@ -152,9 +154,8 @@ def _given(case: Case) -> list[int]:
 
 def _parameters(case: Case) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, Any]]:
     """Return the function's parameters, and what is given for them; nothing where it has no signature that tells."""
-    func = case.func.forward if isinstance(case.func, nn.Module) else case.func
     try:
-        signature = inspect.signature(func)
+        signature = signature_of(case.func)
         return signature.parameters, case.bound(signature).arguments
     except (TypeError, ValueError):
         return {}, {}

@@ -1,9 +1,7 @@
 """Random state: backward does not reseed the generator that everybody draws from."""
 
 from collections.abc import Iterator, Sequence
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from torchbp import _random
 from torchbp.verify._check import Check
@@ -21,16 +19,16 @@ def _run(case: Case) -> Iterator[Finding]:
         case.backward(outputs, leaves, case.plain.cotangents, retain_graph=True)
         found["backward"].append(_random.states())
     for phase, (one, other) in ((p, s) for p, s in found.items() if s):
-        if any(map(torch.equal, one, other)):
+        if any(_random.equal(one, other)):
             yield Finding(
                 check=NAME,
                 severity="wrong" if phase == "backward" else "note",
-                message=f"{phase} reseeds torch's global generator: two states went in, one comes out",
-                cause="torch.manual_seed without torch.random.fork_rng",
+                message=f"{phase} reseeds a global generator: two states went in, one comes out",
+                cause="a fixed seed without putting the state back, as torch.random.fork_rng does",
             )
 
 
-def _after_forward(case: Case) -> list[Sequence[Tensor]]:
+def _after_forward(case: Case) -> list[Sequence[Any]]:
     """Return the states that two forwards under two seeds leave."""
     if not case.draws:
         return [case.first_states, case.again.states]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
+from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import tensors_in, uniform
 from torchbp.verify.tolerance import compare, compare_all, largest
@@ -26,6 +27,11 @@ def _run(case: Case) -> Iterator[Finding]:
             return t
         return t * (1 + 0.5 * uniform(t.shape, generator)).to(t)
 
+    try:
+        case.call(case.fresh(), func=reference)
+    except ForwardRaised as error:
+        yield _refused(f"the reference raises {error}")
+        return
     for where, other in (("", case), (" near the sample", case.variant(near))):
         found = _compare(other, reference, where)
         yield from found
@@ -40,9 +46,10 @@ def _compare(case: Case, reference: Callable[..., Any], where: str) -> list[Find
     when = f", the reference's{where}"
     found = []
     if len(chosen) != len(case.plain.outputs):
-        raise NotApplicable(
-            f"the reference has {len(chosen)} outputs, the function {len(case.plain.outputs)}"
-        )
+        asked, given = len(case.plain.outputs), len(chosen)
+        return [
+            _refused(f"the reference has {given} outputs with a gradient, the function {asked}")
+        ]
     relative = max(RELATIVE, 1e3 * case.epsilon)
     for i, (y, e) in enumerate(zip(case.plain.outputs, chosen, strict=True)):
         size = largest(e)
@@ -52,6 +59,15 @@ def _compare(case: Case, reference: Callable[..., Any], where: str) -> list[Find
         expected = case.backward(chosen, leaves, case.plain.cotangents)
         found += compare_all(NAME, case, case.plain.grads, expected, when=when, relative=relative)
     return found
+
+
+def _refused(why: str) -> Finding:
+    return Finding(
+        check=NAME,
+        severity="wrong",
+        message=why,
+        cause="not a function of the same arguments and outputs",
+    )
 
 
 CHECK = Check(

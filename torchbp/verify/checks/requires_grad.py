@@ -45,4 +45,5 @@ CHECK = Check(
     tests="each gradient is the same whichever other inputs require one",
     run=_run,
     order=35,
+    needs=("same values",),
 )

@@ -1,8 +1,8 @@
 """vmap: a batch of inputs gives what a loop gives, forward and per-sample gradients, in any batch dimension."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, reduce
 from itertools import islice
 from typing import Any
 
@@ -26,7 +26,9 @@ UNSUPPORTED = re.compile("does not have vmap support|must override the setup_con
 
 MOST = 16  # samples of a batch
 
-Looped = tuple[list[Tensor], list[Tensor]]  # outputs and gradients
+Looped = Callable[
+    [], tuple[list[Tensor], list[Tensor]]
+]  # outputs and gradients, of a call that may be spared
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -35,7 +37,10 @@ def _run(case: Case) -> Iterator[Finding]:
         raise Refused(f"{rule} has no rule for vmap, or no setup_context")
     n = len(case.leaves)
     here, there = case.leaves, [leaf.clone() for leaf in case.nearby.leaves]
-    looped = [(list(case.plain.outputs), list(case.plain.grads)), _nearby(case, there)]
+    looped: list[Looped] = [
+        lambda: (list(case.plain.outputs), list(case.plain.grads)),
+        _nearby(case, there),
+    ]
     # A rule by hand is met at one level only.
     by_rule = any(f.vmap is not Function.vmap for f in functions(case))
     found, refused = ([], [""]) if by_rule else _nested(case, here, there, looped)
@@ -147,12 +152,12 @@ def _in_dims(case: Case) -> list[tuple[int, ...]]:
 
 
 def _nearby(case: Case, leaves: list[Tensor]) -> Looped:
-    """Return what a loop gives for the second sample: known already where all floats are leaves."""
-    other = case.nearby
-    kept = [i for i, t in case.arguments if i not in case.where and t.is_floating_point()]
-    if kept:
-        return _gradients(case, leaves)
-    return list(other.plain.outputs), list(other.plain.grads)
+    """Return what a loop gives for the second sample: known already where all floats, buffers too, are leaves."""
+    others = [t for i, t in enumerate(case.flat) if i not in case.where and isinstance(t, Tensor)]
+    if case.padding or any(t.is_floating_point() or t.is_complex() for t in others):
+        return cache(lambda: _gradients(case, leaves))
+    known = case.nearby.plain
+    return lambda: (list(known.outputs), list(known.grads))
 
 
 def _batch(
@@ -199,7 +204,7 @@ def _batch(
     ]
     found = []
     for what, name, got, kind, k in pairs:
-        expected = torch.stack([parts[kind][k] for parts in known.values()])
+        expected = torch.stack([parts()[kind][k] for parts in known.values()])
         wrong = compare(
             NAME,
             name,

@@ -1,0 +1,108 @@
+"""A Module under test: a copy of it, and what of it gets no gradient by definition."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torchbp.verify.tensors import is_dense
+
+__all__ = ["copied", "left_alone", "padding_of", "with_row_of"]
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """Return a deep copy, of what was computed from parameters and is kept as an attribute too.
+
+    `torch.nn.utils.weight_norm` keeps the weight of the last call so, which ``deepcopy`` refuses.
+
+    Raises:
+        TypeError: The Module cannot be called with tensors in the place of its parameters.
+    """
+    if isinstance(module, (torch.jit.ScriptModule, nn.DataParallel, DistributedDataParallel)):
+        wraps = not isinstance(module, torch.jit.ScriptModule)
+        raise TypeError(
+            f"gradcheck: expected a Module whose parameters can be replaced, got {type(module).__name__}; "
+            + ("pass its .module" if wraps else "pass the Module that it was made of")
+        )
+    parts = list(module.modules())
+    if any(torch.nn.parameter.is_lazy(p) for m in parts for p in _state_of(m)):
+        raise ValueError(
+            "gradcheck: expected initialized parameters, got a lazy Module; call it once before"
+        )
+    attributes = (x for part in parts for x in vars(part).values() if isinstance(x, Tensor))
+    computed = {id(x): x.detach().clone() for x in attributes if x.grad_fn is not None}
+    try:
+        return copy.deepcopy(module, computed)
+    except Exception as error:
+        raise TypeError(
+            f"gradcheck: expected a Module that copy.deepcopy takes, got {type(module).__name__} "
+            f"({type(error).__name__}: {error}); pass a function of its tensors"
+        ) from error
+
+
+def _state_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def padding_of(module: nn.Module | None) -> dict[str, int]:
+    """Return the rows of embeddings that get no gradient by definition, by the name of the weight."""
+    return {
+        f"{prefix}.weight".lstrip("."): part.padding_idx
+        for prefix, part in (module.named_modules() if module is not None else ())
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag))
+        if part.padding_idx is not None and not part.sparse
+    }
+
+
+def with_row_of(constant: Tensor, weight: Tensor, row: int) -> Tensor:
+    """Return ``weight`` with one row that does not change as it does."""
+    given = constant[row : row + 1].to(weight)
+    return torch.cat([weight[:row], given, weight[row + 1 :]])
+
+
+@contextmanager
+def left_alone(func: Callable[..., Any]) -> Iterator[None]:
+    """Put the buffers and modes of Modules that a function calls back as they were: of a BatchNorm in a lambda."""
+    parts = {part: None for module in _called(func) for part in module.modules()}
+    was = [(part, part.training, dict(part._buffers)) for part in parts]  # noqa: SLF001
+    held = [b for _, _, buffers in was for b in buffers.values() if b is not None]
+    dense = [b for b in held if not torch.nn.parameter.is_lazy(b) and is_dense(b) and not b.is_meta]
+    values = [(b, b.detach().clone()) for b in dense]
+    try:
+        yield
+    finally:
+        for part, training, buffers in was:
+            part.training = training
+            part._buffers.update(buffers)  # noqa: SLF001
+        with torch.no_grad():
+            for buffer, value in values:  # batch_norm writes without a new version
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _called(func: Any) -> Iterator[nn.Module]:
+    """Yield the Modules that a function is a method of, closes over, has for an argument, or names; no copy is made."""
+    if isinstance(func, nn.Module):
+        return  # its copy is called
+    if isinstance(func, functools.partial):
+        yield from _called(func.func)
+        held = [*func.args, *func.keywords.values()]
+    elif inspect.ismethod(func):
+        held = [func.__self__]
+    else:
+        held = []
+    code = getattr(func, "__func__", func)
+    while inspect.isfunction(code):
+        try:
+            seen = inspect.getclosurevars(code)
+            held += [*seen.nonlocals.values(), *seen.globals.values()]
+        except ValueError:  # of a variable that has no value yet
+            pass
+        code = getattr(code, "__wrapped__", None)
+    yield from (x for x in held if isinstance(x, nn.Module))
