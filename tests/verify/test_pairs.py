@@ -15,7 +15,6 @@ FORWARDS, BACKWARDS = 88, 148  # calls that a right twin takes at most
 MORE = {
     "three_layers_exercise_18": 118,  # eight inputs, half of them weights, masks or targets
     # Points of `edges` are asked for one by one where forward refuses them together.
-    "fresnel_total_reflection_21": 118,
     "internal_rate_periods_21": 91,
     "inverse_transform_start_21": 104,
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchbp.verify.cases import Case
 from torchbp.verify.growth import fits, free_sizes
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
-from torchbp.verify.resize import accepts, resized
+from torchbp.verify.resize import Size, accepts, resized
 
 __all__ = ["Slopes", "evaluate", "inside", "slopes"]
 
@@ -139,12 +139,24 @@ def _longer(case: Case, chosen: list[int], most: int) -> Case | None:
     by = -(-most // shape.numel())
     for size in (s for s in free_sizes(case) if s.of(case.where[chosen[0]])):
         sizes = {size: size.now * by}
-        if fits(case, sizes, LARGEST):
-            wide = resized(case, sizes)
+        if not fits(case, sizes, LARGEST):
+            continue
+        for wide in (resized(case, sizes), _repeated(case, size, by)):
             same = {wide.leaves[i].shape for i in chosen}
             if accepts(wide) and same == {wide.all_outputs[0].shape}:
                 return wide
     return None
+
+
+def _repeated(case: Case, size: Size, by: int) -> Case:
+    """Return the case with a dimension ``by`` times as long, of the sample's own values: moved, they may leave a bound."""
+
+    def repeat(i: int, t: Tensor) -> Tensor:
+        for d in size.of(i):
+            t = torch.cat([t] * by, d)
+        return t
+
+    return case.edited(repeat)
 
 
 def _one_place(case: Case, which: int, asked: Tensor, block: int) -> tuple[Tensor, Tensor]:
