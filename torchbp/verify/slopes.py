@@ -149,7 +149,7 @@ def _longer(case: Case, chosen: list[int], most: int) -> Case | None:
 
 
 def _repeated(case: Case, size: Size, by: int) -> Case:
-    """Return the case with a dimension ``by`` times as long, of the sample's own values: moved, they may leave a bound."""
+    """Return the case with a dimension ``by`` times as long, its values as they are: moved, they may leave a bound."""
 
     def repeat(i: int, t: Tensor) -> Tensor:
         for d in size.of(i):
