@@ -237,5 +237,4 @@ add(
     lambda: (real(3, 4), real(3, 4, seed=1)),
     bug="vmap's rule takes both inputs' batch to be in the dimension where one has it",
     shows="vmap over different dimensions of x and y",
-    missed="refuses two samples in different dimensions, and is right in the same",
 )
