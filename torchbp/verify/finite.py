@@ -10,7 +10,7 @@ from torchbp.verify.lines import Lines
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import Directions, real, signed_like
 
-__all__ = ["not_finite", "not_finite_at"]
+__all__ = ["not_a_number", "not_finite", "not_finite_at"]
 
 STEP = 2.0**-12
 SHORT = 2.0**-24  # where what is clamped, a norm beside 0, is no kink yet
@@ -37,6 +37,24 @@ def not_finite(case: Case, check: str, when: str) -> Finding | None:
             if any(_is_smooth(lines, {which: d}, step) for step in (STEP, SHORT)):
                 return _finding(case, which, check, when)
     return None
+
+
+def not_a_number(case: Case, check: str, when: str) -> Finding | None:
+    """Return the first gradient that is NaN where forward has a slope to either side, be it another to each."""
+    lines = Lines(case)
+    for which, leaf in enumerate(case.leaves):
+        nan = real(case.plain.grads[which]).cpu().isnan()
+        if bool(nan.any()):
+            d = real(signed_like(leaf, case.generator(check))).cpu() * lines.scales[which] * nan
+            if any(_has_slopes(lines, {which: d}, step) for step in (STEP, SHORT)):
+                return _finding(case, which, check, when)
+    return None
+
+
+def _has_slopes(lines: Lines, direction: Directions, step: float) -> bool:
+    """Whether forward has a finite slope to each side along ``direction``."""
+    sides = one_sided(lambda t: lines.value(direction, t), step, lines.noise)
+    return all(math.isfinite(s) and bound <= 0.05 * abs(s) + 1e-3 for s, bound in sides)
 
 
 def not_finite_at(case: Case, which: int) -> bool:

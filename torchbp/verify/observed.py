@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchbp.verify.raised import ForwardRaised
-from torchbp.verify.tensors import is_dense, tensors_in
+from torchbp.verify.tensors import counts, is_dense, tensors_in
 
 if TYPE_CHECKING:
     from torchbp.verify.cases import Case
@@ -80,7 +80,13 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
     outputs = tuple(result[i] for i in case.differentiable)
     values = tuple(y.detach().clone() for y in outputs)
     forward = [] if case.copies_leaves else list(zip(case.names, leaves, case.leaves, strict=True))
-    writes = list(_changed("forward", forward, new))
+    kept = [i for i, x in enumerate(case.flat) if isinstance(x, Tensor)]
+    integers = [
+        (case.name_at[i], t, case.flat[i])
+        for i, t in zip(kept, fixed, strict=False)
+        if i < case.size and counts(t)
+    ]
+    writes = [*_changed("forward", forward, new), *_changed("forward", integers)]
     v = [t.clone() for t in case.plain.cotangents]
     numbers = [f"grad_output {i}" if len(v) > 1 else "grad_output" for i in range(len(v))]
     backward = [
@@ -96,13 +102,14 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
 
 
 def _changed(
-    phase: str, tensors: Sequence[tuple[str, Tensor, Tensor]], versions: Sequence[int]
+    phase: str, tensors: Sequence[tuple[str, Tensor, Tensor]], versions: Sequence[int | None] = ()
 ) -> Iterator[Write]:
-    for (name, now, before), version in zip(tensors, versions, strict=False):
+    known = [*versions, *[None] * len(tensors)]
+    for (name, now, before), version in zip(tensors, known, strict=False):
         a, b = now.detach(), before.detach()
         same = (a == b) | ((a != a) & (b != b))  # noqa: PLR0124  # NaN
         if not bool(same.all()):
             at = tuple((~same).nonzero()[0].tolist())
             yield Write(phase, name, at, b[at].item(), a[at].item())
-        elif now._version > version:  # noqa: SLF001
+        elif version is not None and now._version > version:  # noqa: SLF001
             yield Write(phase, name, None)

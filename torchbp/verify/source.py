@@ -16,7 +16,7 @@ __all__ = ["PROMISED", "functions", "lacking", "promised", "speaks"]
 
 PROMISED = "generate_vmap_rule promises a rule, and a tensor's value decides what is computed"
 # What vmap says of a value that is read into Python.
-READS = re.compile(r"data-dependent control flow|\.item\(\)")
+READS = re.compile(r"data-dependent control flow|\.item\(\)|inplace arithmetic")
 
 TRANSFORMS = re.compile(r"functorch|forward_ad|torch\.func\b|is_batched|is_dual")
 

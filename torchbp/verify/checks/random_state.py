@@ -1,4 +1,4 @@
-"""Random state: backward does not reseed the generator that everybody draws from."""
+"""Random state: nothing reseeds the generators that everybody draws from; backward draws from them as forward does."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,13 +16,22 @@ def _run(case: Case) -> Iterator[Finding]:
     for seed in (case.seed + 1, case.seed + 2) if case.runs_again else ():
         leaves, outputs = case.kept
         _random.seed(seed)
+        before = _random.states()
         case.backward(outputs, leaves, case.plain.cotangents, retain_graph=True)
         found["backward"].append(_random.states())
+        if not case.draws and not all(_random.equal(before, found["backward"][-1])):
+            yield Finding(
+                check=NAME,
+                severity="wrong",
+                message="backward draws from a global generator, of which forward draws nothing",
+                cause="what is drawn next depends on whether backward ran: use a torch.Generator of your own",
+            )
+            return
     for phase, (one, other) in ((p, s) for p, s in found.items() if s):
         if any(_random.equal(one, other)):
             yield Finding(
                 check=NAME,
-                severity="wrong" if phase == "backward" else "note",
+                severity="wrong",
                 message=f"{phase} reseeds a global generator: two states went in, one comes out",
                 cause="a fixed seed without putting the state back, as torch.random.fork_rng does",
             )
@@ -38,7 +47,7 @@ def _after_forward(case: Case) -> list[Sequence[Any]]:
 
 CHECK = Check(
     name=NAME,
-    tests="backward does not reseed the global random generator",
+    tests="nothing reseeds the global random generators, nor draws from them in backward alone",
     run=_run,
     order=60,
 )

@@ -66,9 +66,10 @@ def _compare(case: Case, function: str, number: int, g: Tensor, meta: Any) -> Fi
         wrong = g.dim() > 0
     elif tuple(g.shape) != tuple(meta.shape):
         said = f"{what} with shape {tuple(g.shape)} for an input of shape {tuple(meta.shape)}; autograd sums it"
+        wrong = True
     if said is None:
         return None
-    cause = "autograd casts without a word; the bits are lost" if wrong else None
+    cause = "autograd casts, or sums, without a word" if wrong else None
     return Finding(check=NAME, severity="wrong" if wrong else "note", message=said, cause=cause)
 
 
