@@ -172,6 +172,7 @@ add(
     lambda: (real(3, 4),),
     bug="Forward takes a view, which fails unless x is one piece of memory",
     trigger="a transposed x",
+    missed="forward raises, loudly",
 )
 
 

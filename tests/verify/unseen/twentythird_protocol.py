@@ -188,7 +188,6 @@ add(
     lambda: (real(3, 4), real(3, 1, seed=1)),
     bug="The gain's gradient comes back in the shape of x, for the engine to sum",
     trigger="what backward returns being looked at",
-    missed="a note: the engine sums it, and every gradient is right",
 )
 
 
