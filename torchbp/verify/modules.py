@@ -1,4 +1,4 @@
-"""A Module under test: a copy of it, and what of it gets no gradient by definition."""
+"""A Module under test: a copy of it, and what a call of it may leave behind."""
 
 import copy
 import functools
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchbp.verify.tensors import is_dense
 
-__all__ = ["copied", "left_alone", "padding_of", "with_row_of"]
+__all__ = ["copied", "left_alone"]
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -48,22 +48,6 @@ def copied(module: nn.Module) -> nn.Module:
 
 def _state_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-
-
-def padding_of(module: nn.Module | None) -> dict[str, int]:
-    """Return the rows of embeddings that get no gradient by definition, by the name of the weight."""
-    return {
-        f"{prefix}.weight".lstrip("."): part.padding_idx
-        for prefix, part in (module.named_modules() if module is not None else ())
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag))
-        if part.padding_idx is not None and not part.sparse
-    }
-
-
-def with_row_of(constant: Tensor, weight: Tensor, row: int) -> Tensor:
-    """Return ``weight`` with one row that does not change as it does."""
-    given = constant[row : row + 1].to(weight)
-    return torch.cat([weight[:row], given, weight[row + 1 :]])
 
 
 @contextmanager

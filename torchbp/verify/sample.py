@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchbp.verify.modules import copied, padding_of, with_row_of
+from torchbp.verify.modules import copied
 from torchbp.verify.signatures import function_of, signature_of
 from torchbp.verify.tensors import apart, flatten, is_dense, kinds_in, name_of
 
@@ -41,7 +41,6 @@ class Sample:
         name_at: One name for each of ``flat``.
         origin: What the user gave, by its name, where this is a neighbour.
         memo: What checks work out about the sample and share.
-        padding: Rows of a Module's embeddings that get no gradient, and so do not change, by the name of the weight.
     """
 
     measured: tuple[str, ...] = ()  # cached properties that hold for one sample
@@ -80,7 +79,6 @@ class Sample:
                 "pass floating-point or complex tensors with requires_grad=True"
             )
         self._was = self.leaves[0].dtype
-        self.padding = padding_of(self._module)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -216,10 +214,6 @@ class Sample:
         if func is not None or self._module is None:
             return (func or self.func)(*args, **kwargs)
         state = dict(zip(self._tensors, self._freed(flat)[self._arguments :], strict=True))
-        for name, row in self.padding.items():
-            if name in state:
-                constant = self.flat[self._arguments + self._tensors.index(name)]
-                state[name] = with_row_of(constant, state[name], row)
         return torch.func.functional_call(self._module, state, args, kwargs)
 
     def generator(self, purpose: str) -> torch.Generator:

@@ -152,9 +152,9 @@ def _in_dims(case: Case) -> list[tuple[int, ...]]:
 
 
 def _nearby(case: Case, leaves: list[Tensor]) -> Looped:
-    """Return what a loop gives for the second sample: known already where all floats, buffers too, are leaves."""
-    others = [t for i, t in enumerate(case.flat) if i not in case.where and isinstance(t, Tensor)]
-    if case.padding or any(t.is_floating_point() or t.is_complex() for t in others):
+    """Return what a loop gives for the second sample: known already where all floats among the arguments are leaves."""
+    others = [t for i, t in case.arguments if i not in case.where]
+    if any(t.is_floating_point() or t.is_complex() for t in others):
         return cache(lambda: _gradients(case, leaves))
     known = case.nearby.plain
     return lambda: (list(known.outputs), list(known.grads))
