@@ -109,12 +109,16 @@ class Case(Sample):
             raise ForwardRaised(reason(error)) from error
         finally:
             if seeded:
-                for name, leaf, was in zip(self.names, leaves, wanted, strict=True):
-                    if leaf.requires_grad and not was:
-                        self.calls.asked = name
-            if seeded:  # what runs after a forward, its backward first of all, meets another state each time
+                self._note_asked(leaves, wanted)
+                # What runs after a forward, its backward first of all, meets another state each time.
                 self.states_after = _random.states()
                 _random.seed(self.seed + 1 + self.calls.forward)
+
+    def _note_asked(self, leaves: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+        """Note the name of a leaf that asks for a gradient now, and did not before the call."""
+        for name, leaf, was in zip(self.names, leaves, wanted, strict=True):
+            if leaf.requires_grad and not was:
+                self.calls.asked = name
 
     def bare(self) -> Callable[[Sequence[Tensor]], Any]:
         """Return the function of the leaves alone, with nothing of ours around it that a tracer would meet."""
