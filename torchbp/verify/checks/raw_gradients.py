@@ -46,22 +46,16 @@ def _run(case: Case) -> Iterator[Finding]:
             raise BackwardRaised(reason(error)) from error
         raw = raw if isinstance(raw, tuple) else (raw,)
         function = type(node).__name__.removesuffix("Backward")
-        for number, (g, (before, i)) in enumerate(
-            zip(_of_tensors(raw, len(node.next_functions)), node.next_functions, strict=False)
-        ):
-            if before is not None and isinstance(g, Tensor):
+        # Of the inputs that are no tensors there is no next function.
+        wanted = [k for k, asked in enumerate(node.needs_input_grad) if asked]
+        edges = [edge for edge in node.next_functions if edge[0] is not None]
+        for number, (before, i) in zip(wanted, edges, strict=False):
+            g = raw[number] if number < len(raw) else None
+            if isinstance(g, Tensor):
                 meta = before._input_metadata[i]  # noqa: SLF001  # an edge has no public dtype and shape
                 found = _compare(case, function, number, g, meta)
                 if found:
                     yield found
-
-
-def _of_tensors(raw: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """Return what backward gives for the inputs that are tensors, ``count`` of them; for the others it gives None."""
-    given = tuple(g for g in raw if g is not None)
-    if len(raw) == count or len(given) != count:
-        return raw
-    return given
 
 
 def _compare(case: Case, function: str, number: int, g: Tensor, meta: Any) -> Finding | None:
