@@ -109,7 +109,6 @@ ALWAYS |= {
     "growth_offset_24",
     "learned_scale_shape_24",
     "pick_negative_24",
-    "projection_seed_24",
     "row_magnitude_zero_24",
     "row_maximum_noise_24",
     "norm_weight_half_20",
