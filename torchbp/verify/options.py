@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -62,11 +62,16 @@ def _defaults(case: Case) -> dict[str, Any]:
 def _attributes(case: Case) -> dict[str, Any]:
     """Return the attributes of a Module and of its parts; of torch's own layers in it what the others speak of."""
     assert isinstance(case.func, nn.Module)
+
+    @cache  # a network has many layers, and few names
+    def spoken_of(name: str) -> bool:
+        return speaks(case, re.compile(rf"\.{name}\b"))
+
     if ATTRIBUTES not in case.given.memo:
         case.given.memo[ATTRIBUTES] = {
-            name: x
-            for name, x, torchs in _all_attributes(case.func)
-            if not torchs or speaks(case, re.compile(rf"\.{name.rpartition('.')[2]}\b"))
+            path: x
+            for path, x, torchs in _all_attributes(case.func)
+            if not torchs or spoken_of(path.rpartition(".")[2])
         }
     return case.given.memo[ATTRIBUTES]
 

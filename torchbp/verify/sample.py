@@ -96,6 +96,11 @@ class Sample:
         return [(i, x) for i, x in enumerate(self.flat[: self._arguments]) if isinstance(x, Tensor)]
 
     @property
+    def shapes(self) -> str:
+        """The shapes of the tensors among the arguments, for a message."""
+        return ", ".join(str(tuple(t.shape)) for _, t in self.arguments)
+
+    @property
     def others(self) -> dict[int, Any]:
         """The arguments that are no tensors, by their position in ``flat``."""
         given = enumerate(self.flat[: self._arguments])

@@ -105,8 +105,7 @@ def _of_as_many(case: Case, chosen: tuple[int, ...], refused: str) -> Finding:
 
 
 def _when(batch: Case) -> str:
-    shapes = ", ".join(str(tuple(t.shape)) for _, t in batch.arguments)
-    return f" with a leading dimension more, at shapes {shapes}"
+    return f" with a leading dimension more, at shapes {batch.shapes}"
 
 
 def _single(case: Case, rows: Sequence[int]) -> Case | None:

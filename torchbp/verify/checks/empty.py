@@ -28,14 +28,13 @@ def _run(case: Case) -> Iterator[Finding]:
             break
     else:
         raise NotApplicable("forward takes no empty input")
-    shapes = ", ".join(str(tuple(t.shape)) for _, t in other.arguments)
     for name, leaf, g in zip(other.names, other.leaves, other.plain.grads, strict=True):
         if not bool(g.isfinite().all()):
             yield Finding(
                 check=NAME,
                 severity="wrong",
                 input=name,
-                message=f"grad of {name} {tuple(leaf.shape)} is not finite at shapes {shapes}",
+                message=f"grad of {name} {tuple(leaf.shape)} is not finite at shapes {other.shapes}",
                 got=float("nan"),
                 cause="a division by a count of 0",
             )
@@ -43,7 +42,7 @@ def _run(case: Case) -> Iterator[Finding]:
     nothing = not any(y.numel() for y in other.plain.outputs)
     if nothing and not any(bool(g.any()) for g in other.plain.grads):
         return  # 0, the slope of nothing
-    found = check_lines(other, NAME, f" at shapes {shapes}")
+    found = check_lines(other, NAME, f" at shapes {other.shapes}")
     if found:
         yield found
 

@@ -118,11 +118,10 @@ def _far(case: Case) -> Iterator[Finding]:
         forward = max(map(rounded_norm_error, outputs, same))
         if finite and forward < LOST:
             expected = exact.vjps([[v.double() for v in low.plain.cotangents]])[0]
-            shapes = ", ".join(str(tuple(t.shape)) for _, t in wide.arguments)
             if max(map(largest, expected)) > EXPLODES * (1 + max(map(largest, case.plain.grads))):
                 return  # a matrix of other size may be near a singular one
             lost = [64 * forward * times / torch.finfo(torch.float32).eps for times in lever]
-            yield from _compare(low, exact, expected, lost, f"{where} at shapes {shapes}")
+            yield from _compare(low, exact, expected, lost, f"{where} at shapes {wide.shapes}")
     except (ForwardRaised, BackwardRaised):
         return
 
@@ -206,8 +205,7 @@ def _loss_scale(case: Case) -> Iterator[Finding]:
     (got,) = low.vjps([[scale * v for v in low.plain.cotangents]])
     for name, g, small in zip(low.names, got, low.plain.grads, strict=True):
         if not _is_finite(g):
-            shapes = ", ".join(str(tuple(t.shape)) for _, t in wide.arguments)
-            where = f"float16 for grad_output {scale:g} times as large, a loss scale, at shapes {shapes}"
+            where = f"float16 for grad_output {scale:g} times as large, a loss scale, at shapes {wide.shapes}"
             yield _overflow(name, where, float("inf"), scale * largest(small))
             return
 

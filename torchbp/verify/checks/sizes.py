@@ -174,7 +174,7 @@ def _of_one_shape(case: Case) -> bool:
 
 def _wrong_at(case: Case, run: Run) -> Finding | None:
     """Return what is wrong at a run, of its sizes alone where these will do."""
-    when = f" at shapes {', '.join(str(tuple(t.shape)) for _, t in run.case.arguments)}"
+    when = f" at shapes {run.case.shapes}"
 
     @cache
     def plainly() -> Finding | None:

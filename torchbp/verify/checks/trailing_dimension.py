@@ -32,9 +32,8 @@ def _run(case: Case) -> Iterator[Finding]:
     other = case.edited(lambda i, t: torch.stack([t, t.roll(1, 0)], -1) if i in chosen else t)
     if not accepts(other) or not _has_it(case, other):
         raise NotApplicable("forward takes no further dimension, or not as one more place")
-    shapes = ", ".join(str(tuple(t.shape)) for _, t in other.arguments)
     found = check_lines(
-        other, NAME, f" with a trailing dimension more, at shapes {shapes}", elsewhere=False
+        other, NAME, f" with a trailing dimension more, at shapes {other.shapes}", elsewhere=False
     )
     meant = found and SHAPE in found.message and speaks(case, DIMENSIONS)
     if found and found.got is None and not meant:
