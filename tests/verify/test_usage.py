@@ -652,8 +652,13 @@ def test_a_module_that_a_function_calls_is_left_as_it_was():
 
     norm, wrapped = nn.BatchNorm1d(3).double(), Wrapped()
     wrapped.norm.eval()
+
+    def normed(x):
+        return norm(x)
+
     functions = [
         lambda x: norm(x) * 2,
+        lambda x: normed(x) * 2,
         wrapped.loss,
         functools.partial(lambda layer, x: layer(x), norm),
         functools.partial(wrapped.loss),
@@ -713,6 +718,92 @@ def test_numbers_drawn_at_random_are_the_same_in_each_call(draw):
     assert report.capabilities["values"].status == "ok"
     assert report.capabilities["edges"].detail == "forward draws random numbers"
     assert states() == before
+
+
+def draw(x, generator):
+    """Return random numbers, one for each of ``x``, from a generator of either kind."""
+    if isinstance(generator, torch.Generator):
+        return torch.rand(x.shape, generator=generator, dtype=x.dtype)
+    if isinstance(generator, random.Random):
+        return x.new_tensor([generator.random() for _ in range(x.numel())]).view(x.shape)
+    return torch.from_numpy(generator.uniform(size=tuple(x.shape))).to(x)
+
+
+class Dropped(Function):
+    slope = 1.0
+
+    @classmethod
+    def of(cls, x, generator):
+        return cls.apply(x, generator)
+
+    @staticmethod
+    def forward(ctx, x, generator):
+        kept = draw(x, generator) > 0.4
+        ctx.save_for_backward(kept)
+        return x * kept
+
+    @classmethod
+    def backward(cls, ctx, grad_y):
+        (kept,) = ctx.saved_tensors
+        return cls.slope * grad_y * kept, None
+
+
+class DroppedWrong(Dropped):
+    slope = 1.01
+
+
+def state(generator):
+    names = ("get_state", "getstate")
+    found = next((getattr(generator, n)() for n in names if hasattr(generator, n)), None)
+    return str(generator.bit_generator.state if found is None else list(found))
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [
+        torch.Generator().manual_seed(3),
+        random.Random(3),
+        np.random.default_rng(3),
+        np.random.RandomState(3),  # what users have
+    ],
+    ids=lambda g: type(g).__name__,
+)
+def test_generators_of_the_functions_own_draw_the_same_in_each_call(generator):
+    class Layer(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function, self.generator = function, generator
+
+        def forward(self, x):
+            return self.function.apply(x, self.generator)
+
+    def closed(function):
+        return lambda x: function.apply(x, generator)
+
+    def second(function):
+        inner = closed(function)
+        return lambda x: 1 * inner(x)
+
+    x, before = sample(3, 4), state(generator)
+    for made in (closed, second, Layer, lambda f: functools.partial(f.of, generator=generator)):
+        report = torchbp.gradcheck(made(Dropped), (x,), level="quick")
+        assert report.capabilities["values"].status == "ok"
+        assert not torchbp.gradcheck(made(DroppedWrong), (x,), level="quick", raise_exception=False)
+    given = {"generator": generator}
+    assert torchbp.gradcheck(Dropped.of, (x,), kwargs=given, level="quick")
+    assert not torchbp.gradcheck(DroppedWrong.apply, (x, generator), raise_exception=False)
+    assert state(generator) == before
+
+
+def test_a_forward_that_never_gives_the_same_is_noted():
+    calls = iter(range(1000))
+
+    def counted(x):
+        return x.sin() * (1 + next(calls))
+
+    report = torchbp.gradcheck(counted, sample(3))
+    assert [f.severity for f in report.findings] == ["note"]
+    assert "its gradient was not tested" in report.findings[0].message
 
 
 def test_a_backward_that_seeds_numpy_is_found():

@@ -8,11 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from torchbp._random import all_forked
 from torchbp.verify._check import Check, Level, NotApplicable, NothingChecked, Refused, all_checks
 from torchbp.verify.cases import Case
+from torchbp.verify.generators import generators_among, put_back
+from torchbp.verify.held import held
 from torchbp.verify.lost import lost
 from torchbp.verify.modules import left_alone
 from torchbp.verify.raised import (
@@ -180,7 +183,11 @@ def _run_all(
     start = time.perf_counter()
     findings: list[Finding] = []
     capabilities: dict[str, Capability] = {}
-    with _plainly(), left_alone(func):
+    reached = list(held(func, *pytree.tree_leaves((inputs, kwargs))))
+    own = generators_among(reached)
+    # Of a Module a copy is called.
+    modules = [] if isinstance(func, nn.Module) else reached
+    with _plainly(), left_alone(modules), put_back(own):
         torch.manual_seed(seed)  # of a GPU, too, that the function is the first to use
         case, case.given = _build(func, inputs, kwargs, seed=seed, options=options)
         try:

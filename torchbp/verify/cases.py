@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from torchbp import _random
 from torchbp.verify.calls import Calls, Plain
+from torchbp.verify.generators import are_same, generators_among, seed_all, states_of
+from torchbp.verify.held import held
 from torchbp.verify.observed import Observed, observe
 from torchbp.verify.precision import precision
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
@@ -31,6 +33,7 @@ class Case(Sample):
     Attributes:
         options: The arguments of gradcheck.
         calls: Calls made so far.
+        generators: Random generators of the function's own.
         copies_leaves: Whether an input is copied first, for a function that writes in it.
         given: The case in the sample's own precision.
         wrong_here: Whether the gradient is known to be wrong at the sample; its variants' need not be looked at then.
@@ -64,6 +67,7 @@ class Case(Sample):
         self.wrote = 0
         self.bounded, self.stopped = 0, False
         self.given = self
+        self.generators = generators_among(held(func, *self.others.values()))
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Case":
         """Return the case of the same function with other arguments."""
@@ -101,7 +105,7 @@ class Case(Sample):
         others = {i: fixed(x) for i, x in enumerate(self.flat) if isinstance(x, Tensor)}
         flat = self._filled(leaves, others)
         if seeded:
-            _random.seed(self.seed if seed is None else seed)
+            self.reseed(self.seed if seed is None else seed)
         wanted = [leaf.requires_grad for leaf in leaves]
         try:
             return self.invoke(flat, func)
@@ -112,7 +116,13 @@ class Case(Sample):
                 self._note_asked(leaves, wanted)
                 # What runs after a forward, its backward first of all, meets another state each time.
                 self.states_after = _random.states()
-                _random.seed(self.seed + 1 + self.calls.forward)
+                self.own_after = states_of(self.generators)
+                self.reseed(self.seed + 1 + self.calls.forward)
+
+    def reseed(self, seed: int) -> None:
+        """Seed what everybody draws from, and the function's own generators."""
+        _random.seed(seed)
+        seed_all(self.generators, seed)
 
     def _note_asked(self, leaves: Sequence[Tensor], wanted: Sequence[bool]) -> None:
         """Note the name of a leaf that asks for a gradient now, and did not before the call."""
@@ -228,10 +238,11 @@ class Case(Sample):
             result = self.call(leaves)
         outputs = tensors_in(result)
         self.kinds = kinds_in(result)
-        self.first_states = self.states_after
-        _random.seed(self.seed)
+        self.first_states, own = self.states_after, self.own_after
+        self.reseed(self.seed)
         self.draws = not all(_random.equal(_random.states(), self.first_states))
-        _random.seed(self.seed + 1 + self.calls.forward)
+        self.draws |= not are_same(states_of(self.generators), own)
+        self.reseed(self.seed + 1 + self.calls.forward)
         return leaves, outputs
 
     @contextmanager

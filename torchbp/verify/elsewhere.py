@@ -123,7 +123,7 @@ def _without_lines(case: Case, check: str, when: str) -> tuple[bool, Finding | N
     if case.wrote:
         return True, wrote(case, check, when)
     if not _finite(grads):
-        return True, not_finite(case, check, f"{when}, where forward is finite and smooth")
+        return True, not_finite(case, check, when)
     return not any(g.numel() for g in grads), None
 
 

@@ -1,9 +1,7 @@
 """A Module under test: a copy of it, and what a call of it may leave behind."""
 
 import copy
-import functools
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchbp.verify.generators import is_generator
+from torchbp.verify.held import held
 from torchbp.verify.tensors import is_dense
 
 __all__ = ["copied", "left_alone"]
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """Return a deep copy, of what was computed from parameters and is kept as an attribute too.
+    """Return a deep copy, of what was computed from parameters and is kept as an attribute too; generators are shared.
 
     `torch.nn.utils.weight_norm` keeps the weight of the last call so, which ``deepcopy`` refuses.
 
@@ -36,9 +36,10 @@ def copied(module: nn.Module) -> nn.Module:
             "gradcheck: expected initialized parameters, got a lazy Module; call it once before"
         )
     attributes = (x for part in parts for x in vars(part).values() if isinstance(x, Tensor))
-    computed = {id(x): x.detach().clone() for x in attributes if x.grad_fn is not None}
+    memo: dict[int, Any] = {id(x): x for x in held(module) if is_generator(x)}
+    memo |= {id(x): x.detach().clone() for x in attributes if x.grad_fn is not None}
     try:
-        return copy.deepcopy(module, computed)
+        return copy.deepcopy(module, memo)
     except Exception as error:
         raise TypeError(
             f"gradcheck: expected a Module that copy.deepcopy takes, got {type(module).__name__} "
@@ -51,12 +52,12 @@ def _state_of(module: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
-def left_alone(func: Callable[..., Any]) -> Iterator[None]:
-    """Put the buffers and modes of Modules that a function calls back as they were: of a BatchNorm in a lambda."""
-    parts = {part: None for module in _called(func) for part in module.modules()}
+def left_alone(reached: Iterable[Any]) -> Iterator[None]:
+    """Put the buffers and modes of Modules among these back as they were: of a BatchNorm in a lambda."""
+    parts = {part: None for x in reached if isinstance(x, nn.Module) for part in x.modules()}
     was = [(part, part.training, dict(part._buffers)) for part in parts]  # noqa: SLF001
-    held = [b for _, _, buffers in was for b in buffers.values() if b is not None]
-    dense = [b for b in held if not torch.nn.parameter.is_lazy(b) and is_dense(b) and not b.is_meta]
+    kept = [b for _, _, buffers in was for b in buffers.values() if b is not None]
+    dense = [b for b in kept if not torch.nn.parameter.is_lazy(b) and is_dense(b) and not b.is_meta]
     values = [(b, b.detach().clone()) for b in dense]
     try:
         yield
@@ -68,25 +69,3 @@ def left_alone(func: Callable[..., Any]) -> Iterator[None]:
             for buffer, value in values:  # batch_norm writes without a new version
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-
-
-def _called(func: Any) -> Iterator[nn.Module]:
-    """Yield the Modules that a function is a method of, closes over, has for an argument, or names; no copy is made."""
-    if isinstance(func, nn.Module):
-        return  # its copy is called
-    if isinstance(func, functools.partial):
-        yield from _called(func.func)
-        held = [*func.args, *func.keywords.values()]
-    elif inspect.ismethod(func):
-        held = [func.__self__]
-    else:
-        held = []
-    code = getattr(func, "__func__", func)
-    while inspect.isfunction(code):
-        try:
-            seen = inspect.getclosurevars(code)
-            held += [*seen.nonlocals.values(), *seen.globals.values()]
-        except ValueError:  # of a variable that has no value yet
-            pass
-        code = getattr(code, "__wrapped__", None)
-    yield from (x for x in held if isinstance(x, nn.Module))

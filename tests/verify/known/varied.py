@@ -114,6 +114,18 @@ register("written_at_zero", "varied", NormsWritten.apply, Norms.apply, rand((3, 
          trigger="a row of zeros")  # fmt: skip
 
 
+class NormsNaN(Norms):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, y = ctx.saved_tensors
+        return g * x / y
+
+
+register("not_a_number_at_zero", "varied", NormsNaN.apply, Norms.apply, rand((3, 4)), bug="0 / 0 at a kink",
+         trigger="a row of zeros")  # fmt: skip
+
+
 class Steps(Function):
     """The slope of the interval that each element is in."""
 

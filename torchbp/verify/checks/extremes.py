@@ -11,7 +11,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.checks.degenerate import EVERY
 from torchbp.verify.depends import elementwise
 from torchbp.verify.elsewhere import check_lines
-from torchbp.verify.finite import not_a_number, not_finite, not_finite_at
+from torchbp.verify.finite import not_finite, not_finite_at
 from torchbp.verify.lines import STEP, Lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import (
@@ -60,14 +60,14 @@ def _run(case: Case) -> Iterator[Finding]:
             if not accepts(other):
                 continue
             tested = True
-            when = f" where {case.names[which]} is {text}, where forward is finite and smooth"
+            when = f" where {case.names[which]} is {text}"
             found = not_finite(other, NAME, when)
             if found:
                 yield found
                 return
     for other, when, also in _others(case, by_element):
         tested = True
-        found = not_finite(other, NAME, f"{when}, where forward is finite and smooth")
+        found = not_finite(other, NAME, when, kinks=also is _slope_at_zero)
         found = found or (also and also(other, inputs))
         if found:
             yield found
@@ -142,11 +142,6 @@ def _has_one(t: Tensor) -> bool:
 
 def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
     """Compare the gradient of elements that are 0 with a central difference, unless there is a kink."""
-    found = not_a_number(
-        zero, NAME, " where one element is 0, and forward has slopes to either side"
-    )
-    if found:
-        return found
     lines, made = Lines(zero), zero.memo.pop(STEP, None)
     # What depends on whether an element is 0 may be the gradient of others: all move.
     along, step = (made.directions, made.size) if made else (lines.direction(0), SHORT)

@@ -136,6 +136,7 @@ CHECK = Check(
     tests="the jvp agrees with backward and with differences",
     run=_run,
     order=72,
+    needs=("same values",),
     level="full",
     differences=True,
 )
