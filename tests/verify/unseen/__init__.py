@@ -63,6 +63,7 @@ TWENTYFIRST: dict[str, Unseen] = {}
 TWENTYSECOND: dict[str, Unseen] = {}
 TWENTYTHIRD: dict[str, Unseen] = {}
 TWENTYFOURTH: dict[str, Unseen] = {}
+TWENTYSIXTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -88,6 +89,7 @@ SETS = {
     "twenty-second set": TWENTYSECOND,
     "twenty-third set": TWENTYTHIRD,
     "twenty-fourth set": TWENTYFOURTH,
+    "twenty-sixth set": TWENTYSIXTH,
 }
 
 
@@ -285,6 +287,15 @@ def every():
         twentysecond_physics,
         twentysecond_sequences,
         twentysecond_signals,
+        twentysixth_activations,
+        twentysixth_algebra,
+        twentysixth_geometry,
+        twentysixth_layers,
+        twentysixth_losses,
+        twentysixth_places,
+        twentysixth_sequences,
+        twentysixth_signals,
+        twentysixth_tables,
         twentythird_edges,
         twentythird_functions,
         twentythird_layouts,
