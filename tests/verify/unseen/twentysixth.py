@@ -12,7 +12,17 @@ from tests.verify.unseen import TWENTYSIXTH, pair, twentieth
 from tests.verify.unseen.twentieth import check, indices, same, sized
 from tests.verify.unseen.twentyfirst import positive
 
-__all__ = ["add", "add_bare", "check", "flat_memory", "indices", "positive", "same", "sized"]
+__all__ = [
+    "add",
+    "add_bare",
+    "check",
+    "finite",
+    "flat_memory",
+    "indices",
+    "positive",
+    "same",
+    "sized",
+]
 
 add = partial(twentieth.add, into=TWENTYSIXTH, ending="26")
 
@@ -28,3 +38,9 @@ def flat_memory(t):
     n = t.numel()
     there = min(n, t.untyped_storage().nbytes() // t.element_size() - t.storage_offset())
     return F.pad(t.as_strided((there,), (1,), t.storage_offset()), (0, n - there)).view(t.shape)
+
+
+def finite(**tensors):
+    """Refuse infinities and NaN."""
+    for name, t in tensors.items():
+        check(bool(t.isfinite().all()), f"{name}: expected finite numbers")

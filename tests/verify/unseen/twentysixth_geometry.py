@@ -8,7 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import F64, real
-from tests.verify.unseen.twentysixth import add, check, indices, positive, same, sized
+from tests.verify.unseen.twentysixth import add, check, finite, indices, positive, same, sized
 
 
 # Kinetic and potential energy of oscillators of frequency 1.5
@@ -88,10 +88,11 @@ def bent_bonds(wrong):
     def bent(x, triples):
         sized("x", x, None, 3)
         sized("triples", triples, None, 3)
+        finite(x=x)
         indices("triples", triples, len(x))
         for end in (0, 2):
-            apart = (x[triples[:, end]] != x[triples[:, 1]]).any(-1)
-            check(bool(apart.all()), "x: expected atoms at different places")
+            gap = (x[triples[:, end]] - x[triples[:, 1]]).norm(dim=-1)
+            check(bool((gap >= 1e-3).all()), "x: expected atoms apart")
         return Bent.apply(x, triples)
 
     return bent
@@ -150,6 +151,7 @@ def barycentric(wrong):
     def coordinates(p, corners):
         sized("p", p, None, 2)
         sized("corners", corners, len(p), 3, 2)
+        finite(p=p, corners=corners)
         a, b, c = corners.unbind(1)
         check(bool((cross(b - a, c - a) != 0).all()), "corners: expected triangles with an area")
         return Barycentric.apply(p, corners)
@@ -210,7 +212,8 @@ def ewald(wrong):
         sized("x", x, None, 3)
         sized("q", q, len(x))
         _, r, _ = pairs(x.detach(), slice(None))
-        check(bool((r > 0).all()), "x: expected particles at different places")
+        check(bool((r >= 1e-3).all()), "x: expected particles apart")
+        finite(x=x, q=q)
         return Ewald.apply(x, q)
 
     return energy
@@ -295,7 +298,7 @@ def haversine(wrong):
     def distance(p, q):
         sized("p", p, None, 2)
         same(p, q)
-        check(bool((p.isfinite() & q.isfinite()).all()), "expected finite angles")
+        finite(p=p, q=q)
         return Distance.apply(p, q)
 
     return distance

@@ -6,7 +6,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import F64, real
-from tests.verify.unseen.twentysixth import add, add_bare, check, flat_memory, sized
+from tests.verify.unseen.twentysixth import add, add_bare, check, finite, flat_memory, sized
 
 
 # Rows of mean 0 and variance 1
@@ -222,6 +222,7 @@ def recomputed_layers(wrong):
         sized("x", x, None, None)
         sized("w", w, None, x.shape[1])
         sized("v", v, None, len(w))
+        finite(x=x, w=w)
         return Layers.apply(x, w, v)
 
     return recomputed
@@ -249,11 +250,12 @@ class RunningScale(nn.Module):
         check(x.ndim >= 1 and x.shape[-1] == 4, "x: expected (*, 4)")
         if not self.training:
             return x * self.gain / self.average
-        scale = (x.square().mean() + 1e-6).sqrt()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = (wide.square().mean() + 1e-6).sqrt()
         new = scale if self.wrong else scale.detach()
         if x.numel():
             self.average = (0.9 * self.average + 0.1 * new).to(self.average.dtype)
-        return x * self.gain / scale
+        return (wide * self.gain / scale).to(torch.promote_types(x.dtype, self.gain.dtype))
 
 
 class AttachedScale(RunningScale):

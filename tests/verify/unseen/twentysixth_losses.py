@@ -5,7 +5,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import F64, real, whole
-from tests.verify.unseen.twentysixth import add, check, indices, positive, same, sized
+from tests.verify.unseen.twentysixth import add, check, finite, indices, positive, same, sized
 
 
 # Energy distance of two samples: 2 E|x - y| - E|x - x'| - E|y - y'|
@@ -132,6 +132,7 @@ def squared_hinge(wrong):
     def loss(f, y):
         same(f, y)
         check(f.ndim >= 1, "f: expected one dimension or more")
+        finite(f=f, y=y)
         return Loss.apply(f, y)
 
     return loss
@@ -213,7 +214,7 @@ def zero_inflated(wrong):
     def loss(logit, mean, count):
         same(logit, mean, count)
         positive("mean", mean)
-        check(bool(logit.isfinite().all()), "logit: expected finite numbers")
+        finite(logit=logit)
         indices("count", count, 1000)
         return Loss.apply(logit, mean, count)
 

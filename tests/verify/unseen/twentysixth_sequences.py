@@ -7,7 +7,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import F64, real
-from tests.verify.unseen.twentysixth import add, check, same, sized
+from tests.verify.unseen.twentysixth import add, check, finite, same, sized
 
 
 # Minimal gated unit with elementwise recurrence
@@ -50,6 +50,7 @@ def minimal_unit(wrong):
         sized("h", h, *a.shape[1:])
         sized("u", u, a.shape[2])
         same(u, v)
+        finite(u=u, v=v)
         return Unit.apply(a, b, u, v, h)
 
     return unit

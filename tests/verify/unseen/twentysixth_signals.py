@@ -90,7 +90,7 @@ def cosine_transform(wrong):
             return grad_x
 
     def transform(x):
-        check(x.ndim >= 1 and x.shape[-1] >= 1, "x: expected a length of 1 or more")
+        check(x.ndim >= 1 and x.numel() >= 1, "x: expected at least one number")
         return Cosine.apply(x)
 
     return transform

@@ -5,7 +5,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import F64, real
-from tests.verify.unseen.twentysixth import add, check, flat_memory, indices, sized
+from tests.verify.unseen.twentysixth import add, check, finite, flat_memory, indices, sized
 
 
 # Catmull-Rom spline through points (K, D) at places from 0 to K - 1
@@ -48,7 +48,7 @@ def spline(wrong):
         sized("points", points, None, None)
         check(len(points) >= 2, "points: expected two or more")
         sized("t", t, None)
-        check(bool(t.isfinite().all()), "t: expected finite places")
+        finite(t=t)
         return Spline.apply(points, t)
 
     return curve
