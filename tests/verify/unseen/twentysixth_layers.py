@@ -239,8 +239,6 @@ add(
 
 # Division by the root mean square, in evaluation by its running average
 class RunningScale(nn.Module):
-    wrong = False
-
     def __init__(self):
         super().__init__()
         self.gain = nn.Parameter(torch.linspace(0.5, 1.5, 4, dtype=F64))
@@ -252,14 +250,18 @@ class RunningScale(nn.Module):
             return x * self.gain / self.average
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = (wide.square().mean() + 1e-6).sqrt()
-        new = scale if self.wrong else scale.detach()
         if x.numel():
-            self.average = (0.9 * self.average + 0.1 * new).to(self.average.dtype)
+            self.follow(scale)
         return (wide * self.gain / scale).to(torch.promote_types(x.dtype, self.gain.dtype))
+
+    def follow(self, scale):
+        with torch.no_grad():
+            self.average.lerp_(scale.to(self.average.dtype), 0.1)
 
 
 class AttachedScale(RunningScale):
-    wrong = True
+    def follow(self, scale):
+        self.average = (0.9 * self.average + 0.1 * scale).to(self.average.dtype)
 
 
 add_bare(
