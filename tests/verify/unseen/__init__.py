@@ -63,6 +63,7 @@ TWENTYFIRST: dict[str, Unseen] = {}
 TWENTYSECOND: dict[str, Unseen] = {}
 TWENTYTHIRD: dict[str, Unseen] = {}
 TWENTYFOURTH: dict[str, Unseen] = {}
+TWENTYFIFTH: dict[str, Unseen] = {}
 TWENTYSIXTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
@@ -89,6 +90,7 @@ SETS = {
     "twenty-second set": TWENTYSECOND,
     "twenty-third set": TWENTYTHIRD,
     "twenty-fourth set": TWENTYFOURTH,
+    "twenty-fifth set": TWENTYFIFTH,
     "twenty-sixth set": TWENTYSIXTH,
 }
 
@@ -258,6 +260,9 @@ def every():
         twentieth_signals,
         twentieth_solvers,
         twentieth_transport,
+        twentyfifth_attention,
+        twentyfifth_elementwise,
+        twentyfifth_losses,
         twentyfirst_attention,
         twentyfirst_colour,
         twentyfirst_finance,

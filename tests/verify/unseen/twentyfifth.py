@@ -1,0 +1,29 @@
+"""Twenty-fifth set: a third volume in the manner of the mutation benchmark, by an author who knew only that benchmark.
+
+The faults come in the proportions in which they were judged to occur in hand-written backwards: some show in any
+sample, most need another layout, size, flag, value, order or mode. `trigger` says which. Facts, neither code nor
+sentences, were taken from these reports: targets that do not sum to 1 (NeMo Automodel pull 2428), segments numbered
+-1 (jax 7538), a denominator clamped in backward only (fairchem pull 1574), a floor that float16 rounds to 0
+(kornia 4623), a graph kept from forward (pytorch 99523), two factors of a scale's gradient (pytorch pull 42034).
+"""
+
+from functools import partial
+
+from tests.verify.unseen import TWENTYFIFTH, pair, twentieth
+from tests.verify.unseen.twentieth import check, indices, same, sized
+from tests.verify.unseen.twentyfirst import positive
+
+__all__ = ["add", "add_bare", "check", "indices", "leaf", "positive", "same", "sized"]
+
+add = partial(twentieth.add, into=TWENTYFIFTH, ending="25")
+
+
+def add_bare(name, factory, make, *, bug, trigger="the sample", kwargs=dict):
+    """Add a pair as it is: Modules, functions of complex tensors."""
+    text = f"{bug}; shows with {trigger}"
+    pair(f"{name}_25", factory(True), factory(False), make, text, kwargs, into=TWENTYFIFTH)
+
+
+def leaf(t, grad=True):
+    """The numbers of a tensor without its history."""
+    return t.detach().clone().requires_grad_(grad)
