@@ -99,13 +99,13 @@ def moving_median(wrong):
         @staticmethod
         def forward(ctx, x, width):
             windows = x.unfold(1, width, 1)
-            order = windows.argsort(-1, stable=True)
+            order = windows.argsort(dim=-1, stable=True)
             low, high = (width - 1) // 2, width // 2
             middle = order[..., low : high + 1] if wrong else order[..., low : low + 1]
             start = torch.arange(windows.shape[1], device=x.device)[:, None]
             ctx.save_for_backward((middle + start).flatten(1))
             ctx.length, ctx.share = x.shape[1], middle.shape[-1]
-            return windows.sort(-1, stable=True).values[..., low]
+            return windows.sort(dim=-1, stable=True).values[..., low]
 
         @staticmethod
         def backward(ctx, grad_y):
