@@ -262,6 +262,7 @@ def every():
         twentieth_transport,
         twentyfifth_attention,
         twentyfifth_elementwise,
+        twentyfifth_geometry,
         twentyfifth_layers,
         twentyfifth_losses,
         twentyfifth_sequences,
