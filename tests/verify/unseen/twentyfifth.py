@@ -4,7 +4,7 @@ The faults come in the proportions in which they were judged to occur in hand-wr
 sample, most need another layout, size, flag, value, order or mode. `trigger` says which. Facts, neither code nor
 sentences, were taken from these reports: targets that do not sum to 1 (NeMo Automodel pull 2428), segments numbered
 -1 (jax 7538), a denominator clamped in backward only (fairchem pull 1574), a floor that float16 rounds to 0
-(kornia 4623), a graph kept from forward (pytorch 99523), two factors of a scale's gradient (pytorch pull 42034).
+(kornia 4623).
 """
 
 from functools import partial

@@ -97,39 +97,6 @@ add(
 )
 
 
-# Attention that keeps the scores' logarithm of the sum of exponentials for backward
-def kept_scores(wrong):
-    class Attention(Function):
-        @staticmethod
-        def forward(ctx, q, k, v):
-            s = q @ k.mT / math.sqrt(q.shape[2])
-            ctx.save_for_backward(q, k, v, s.logsumexp(-1, keepdim=True))
-            return s.softmax(-1) @ v
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            q, k, v, lse = ctx.saved_tensors
-            scale = 1 / math.sqrt(q.shape[2])
-            s = q @ k.mT * scale
-            p = (s - lse).exp() if wrong else s.softmax(-1)
-            return tuple(attention_grads(grad_y, p, q, k, v, scale)[1:])
-
-    def attention(q, k, v):
-        heads(q, k, v)
-        return Attention.apply(q, k, v)
-
-    return attention
-
-
-add(
-    "kept_scores_second",
-    kept_scores,
-    lambda: (real(2, 3, 4), real(2, 5, 4, seed=1), real(2, 5, 4, seed=2)),
-    bug="The weights come from forward's logarithm of the sum, which for a second derivative is constant",
-    trigger="double backward, as a penalty on gradients takes it",
-)
-
-
 # Cosine similarities times a learned scale that ends at 100: y = exp(min(s, ln 100)) q k^T of unit rows
 def capped_cosine(wrong):
     class Similarity(Function):
@@ -179,13 +146,14 @@ def image_rotary(wrong):
     def turn(x, a):
         u, v = x[..., 0::2], x[..., 1::2]
         y = u * a.cos() - v * a.sin(), u * a.sin() + v * a.cos()
-        return torch.stack(y, -1).flatten(-2)
+        return torch.stack(y, -1).reshape(x.shape)
 
     class Rotary(Function):
         @staticmethod
         def forward(x):
-            _, h, w, d = x.shape
-            return turn(x.flatten(1, 2), angles(h, w, d // 2, x, w)).view(x.shape)
+            n, h, w, d = x.shape
+            a = angles(h, w, d // 2, x, w)
+            return turn(x.reshape(n, h * w, d), a).reshape(x.shape)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -193,9 +161,9 @@ def image_rotary(wrong):
 
         @staticmethod
         def backward(ctx, grad_y):
-            _, h, w, d = grad_y.shape
+            n, h, w, d = grad_y.shape
             a = angles(h, w, d // 2, grad_y, h if wrong else w)
-            return turn(grad_y.flatten(1, 2), -a).view(grad_y.shape)
+            return turn(grad_y.reshape(n, h * w, d), -a).reshape(grad_y.shape)
 
     def rotary(x):
         sized("x", x, None, None, None, None)
@@ -246,45 +214,4 @@ add(
     lambda: (real(4, 3),),
     bug="Backward divides by the first dimension where forward takes the mean over all tokens",
     trigger="(N, L, E) logits",
-)
-
-
-# Tokens merged in pairs of one each from two halves, weighted by how many tokens each stands for
-def merged_tokens(wrong):
-    class Merged(Function):
-        @staticmethod
-        def forward(ctx, a, b, m, n):
-            ctx.save_for_backward(a, b, m, n)
-            return (m[:, None] * a + n[:, None] * b) / (m + n)[:, None]
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            a, b, m, n = ctx.saved_tensors
-            share = (m / (m + n))[:, None]
-            if wrong:
-                share = share.new_full((1, 1), 0.5)
-            turn = (grad_y * (a - b)).sum(1) / (m + n).square()
-            return grad_y * share, grad_y * (1 - share), turn * n, -turn * m
-
-    def merge(a, b, m, n):
-        sized("a", a, None, None)
-        same(a, b)
-        sized("m", m, len(a))
-        same(m, n)
-        check(bool(((m > 0) & (n > 0)).all()), "m, n: expected positive sizes")
-        return Merged.apply(a, b, m, n)
-
-    return merge
-
-
-def ones(n):
-    return torch.ones(n, dtype=torch.float64)
-
-
-add(
-    "merged_tokens_sizes",
-    merged_tokens,
-    lambda: (real(3, 4), real(3, 4, seed=1), ones(3), ones(3)),
-    bug="Backward gives each token half, which is right for the first merge alone",
-    trigger="tokens that have been merged before",
 )

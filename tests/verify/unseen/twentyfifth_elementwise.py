@@ -1,7 +1,5 @@
 """Elementwise functions."""
 
-import math
-
 import torch
 from torch.autograd import Function
 
@@ -281,36 +279,6 @@ add_bare(
     ),
     bug="The direction of a number is z / |z|, 0 / 0 for a silent bin of a spectrum",
     trigger="z = 0",
-)
-
-
-# A level in decibels: y = 20 log10(x)
-def decibels(wrong):
-    class Decibels(Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(x):
-            return 20 * x.log10()
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs)
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            (x,) = ctx.saved_tensors
-            return grad_y * (8.686 if wrong else 20 / math.log(10)) / x
-
-    return lambda x: Decibels.apply(x)
-
-
-add(
-    "decibels_digits",
-    decibels,
-    lambda: (real(3, 4, positive=True),),
-    bug="Backward has 20 / ln(10) with four digits",
-    trigger="a tolerance below 1e-5",
 )
 
 

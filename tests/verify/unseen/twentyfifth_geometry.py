@@ -207,47 +207,6 @@ add(
 )
 
 
-# Points before a camera: (x, y) / max(z, near)
-def perspective(wrong):
-    class Perspective(Function):
-        @staticmethod
-        def forward(ctx, p, near):
-            ctx.save_for_backward(p)
-            ctx.near = near
-            return p[:, :2] / p[:, 2:].clamp(min=near)
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            (p,) = ctx.saved_tensors
-            z = p[:, 2:].clamp(min=ctx.near)
-            grad_z = -(grad_y * p[:, :2]).sum(1, keepdim=True) / (z * z)
-            if not wrong:
-                grad_z = torch.where(p[:, 2:] >= ctx.near, grad_z, 0)
-            return torch.cat([grad_y / z, grad_z], 1), None
-
-    def project(p, near=0.1):
-        sized("p", p, None, 3)
-        check(near > 0, "near: expected a positive number")
-        return Perspective.apply(p, near)
-
-    return project
-
-
-def before_camera():
-    p = real(4, 3, grad=False)
-    p[:, 2] = p[:, 2].abs() + 1
-    return (leaf(p),)
-
-
-add(
-    "perspective_behind",
-    perspective,
-    before_camera,
-    bug="Backward gives the depth a gradient where it was clamped",
-    trigger="points behind the camera",
-)
-
-
 # The rotation nearest to a 3 x 3 matrix: A = U S V^T, R = U D V^T with D = diag(1, 1, det(U V^T))
 def nearest_rotation(wrong):
     def parts(a):
@@ -294,48 +253,4 @@ add(
     lambda: (leaf(torch.eye(3, dtype=torch.float64) * 2 + real(3, 3) / 2),),
     bug="The singular value that forward's correction turns negative is positive in backward",
     trigger="a matrix of negative determinant",
-)
-
-
-# The potential of charges in pairs, each pair once: E = sum over i < j of q_i q_j / |x_i - x_j|
-def coulomb(wrong):
-    def pairs(x):
-        i, j = torch.triu_indices(len(x), len(x), 1, device=x.device)
-        d = x[i] - x[j]
-        return i, j, d, d.square().sum(1).sqrt()
-
-    class Energy(Function):
-        @staticmethod
-        def forward(ctx, x, q):
-            ctx.save_for_backward(x, q)
-            i, j, _, r = pairs(x)
-            return (q[i] * q[j] / r).sum()
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            x, q = ctx.saved_tensors
-            i, j, d, r = pairs(x)
-            force = -(q[i] * q[j] / r**3)[:, None] * d
-            zero = torch.zeros_like(x)
-            grad_x = zero.index_add(0, i, force).index_add(0, j, -force)
-            grad_q = torch.zeros_like(q).index_add(0, i, q[j] / r)
-            if not wrong:
-                grad_q = grad_q.index_add(0, j, q[i] / r)
-            return grad_y * grad_x, grad_y * grad_q
-
-    def energy(x, q):
-        sized("x", x, None, None)
-        sized("q", q, len(x))
-        check(bool((pairs(x)[3] > 0).all()), "x: expected no two charges at one place")
-        return Energy.apply(x, q)
-
-    return energy
-
-
-add(
-    "coulomb_charges",
-    coulomb,
-    lambda: (real(4, 3), real(4, seed=1, grad=False)),
-    bug="A charge's gradient counts only the pairs in which it comes first",
-    trigger="charges that are fitted",
 )

@@ -58,8 +58,9 @@ def strided_convolution(wrong):
             grad_x = F.conv_transpose1d(grad_y, w, stride=ctx.stride)
             rest = x.shape[2] - grad_x.shape[2]
             grad_x = F.pad(grad_x, (rest, 0) if wrong else (0, rest))
-            windows = x.unfold(2, w.shape[2], ctx.stride)
-            return grad_x, torch.einsum("nol,nilk->oik", grad_y, windows), None
+            windows = x.unfold(2, w.shape[2], ctx.stride).movedim(1, 2)
+            grad_w = grad_y @ windows.reshape(*windows.shape[:2], -1)
+            return grad_x, grad_w.sum(0).reshape(w.shape), None
 
     def convolution(x, w, stride=3):
         sized("x", x, None, None, None)
@@ -99,7 +100,7 @@ def masked_pairs(wrong):
             first, second = x[..., 0::2], x[..., 1::2]
             gap = (first - second) if wrong else torch.where(first >= second, 1, -1)
             grad_x = torch.where(gap >= 0, grad_y, 0), torch.where(gap < 0, grad_y, 0)
-            return torch.stack(grad_x, -1).flatten(-2)
+            return torch.stack(grad_x, -1).reshape(x.shape)
 
     def largest(x):
         check(x.ndim >= 1 and x.shape[-1] % 2 == 0, "x: expected an even last dimension")
@@ -115,83 +116,6 @@ add(
     lambda: (real(3, 4),),
     bug="Backward looks at a difference, which of two infinities is NaN: neither gets a gradient",
     trigger="two neighbours that are both inf or both masked by -inf",
-)
-
-
-# The sub-pixel rearrangement: (N, C r r, H, W) to (N, C, H r, W r)
-def pixel_shuffle(wrong):
-    class Shuffle(Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(x, r):
-            return F.pixel_shuffle(x, r)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.r = inputs[1]
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            r = ctx.r
-            n, c, h, w = grad_y.shape
-            parts = grad_y.reshape(n, c, h // r, r, w // r, r)
-            order = (0, 1, 5, 3, 2, 4) if wrong else (0, 1, 3, 5, 2, 4)
-            return parts.permute(order).reshape(n, c * r * r, h // r, w // r), None
-
-    def shuffle(x, r=2):
-        sized("x", x, None, None, None, None)
-        check(r >= 1 and x.shape[1] % (r * r) == 0, "x: expected channels that r * r divides")
-        return Shuffle.apply(x, r)
-
-    return shuffle
-
-
-add(
-    "pixel_shuffle_order",
-    pixel_shuffle,
-    lambda: (real(2, 4, 2, 3),),
-    bug="Backward takes the place within a block's column for that within its row",
-    trigger="any grad_output but one that is constant in each block",
-)
-
-
-# A weight of given norm along one dimension: w = g v / |v|, the norm over the others
-def normed_weight(wrong):
-    class Weight(Function):
-        @staticmethod
-        def forward(ctx, v, g, dim):
-            ctx.save_for_backward(v, g)
-            ctx.dim = dim
-            return g * v / v.square().sum(1 - dim, keepdim=True).sqrt()
-
-        @staticmethod
-        def backward(ctx, grad_w):
-            v, g = ctx.saved_tensors
-            over = 1 if wrong else 1 - ctx.dim
-            norm = v.square().sum(1 - ctx.dim, keepdim=True).sqrt()
-            unit = v / norm
-            along = (grad_w * unit).sum(over, keepdim=True)
-            grad_v = g / norm * (grad_w - unit * along)
-            return grad_v, (grad_w * unit).sum(1 - ctx.dim, keepdim=True), None
-
-    def weight(v, g, dim=0):
-        sized("v", v, None, None)
-        check(dim in (0, 1), "dim: expected 0 or 1")
-        sized("g", g, *(v.shape[0], 1) if dim == 0 else (1, v.shape[1]))
-        square = v.square().sum(1 - dim)
-        check(bool(((square > 0) & square.isfinite()).all()), "v: expected norms that are numbers")
-        return Weight.apply(v, g, dim)
-
-    return weight
-
-
-add(
-    "normed_weight_dimension",
-    normed_weight,
-    lambda: (real(3, 4), real(3, 1, seed=1)),
-    bug="Backward projects along the default dimension, whichever was asked for",
-    trigger="dim=1, as for the embedding of a tied head",
 )
 
 
@@ -261,7 +185,7 @@ def blur(wrong):
                 ends = ends.index_add(1, ends.new_zeros(1, dtype=torch.long), full[:, :1])
                 last = torch.full((1,), x.shape[1] - 1, device=x.device)
                 grad_x = grad_x + ends.index_add(1, last, full[:, -1:])
-            return grad_x, torch.einsum("nl,nlk->k", grad_y, p.unfold(1, 3, 1))
+            return grad_x, (grad_y[..., None] * p.unfold(1, 3, 1)).sum((0, 1))
 
     def filtered(x, w):
         sized("x", x, None, None)
@@ -279,77 +203,37 @@ add(
 )
 
 
-# A gate whose halves lie along a chosen dimension: y = a b
-def bilinear_gate(wrong):
-    class Gate(Function):
+# Energies of bands of some width: y_b = sum of x^2 in band b
+def band_energies(wrong):
+    class Energies(Function):
         @staticmethod
-        def forward(ctx, x, dim):
+        def forward(ctx, x, width):
             ctx.save_for_backward(x)
-            ctx.dim = dim
-            a, b = x.chunk(2, dim)
-            return a * b
+            ctx.width = width
+            bands = x.square().split(width)
+            y = torch.zeros(len(bands), device=x.device, dtype=None if wrong else x.dtype)
+            for i, band in enumerate(bands):
+                y[i] = band.sum()
+            return y
 
         @staticmethod
         def backward(ctx, grad_y):
             (x,) = ctx.saved_tensors
-            a, b = x.chunk(2, ctx.dim)
-            parts = grad_y * b, grad_y * a
-            if wrong:
-                return torch.cat(parts, -1).view(x.shape), None
-            return torch.cat(parts, ctx.dim), None
+            band = torch.arange(len(x), device=x.device) // ctx.width
+            return 2 * x * grad_y.to(x.dtype)[band], None
 
-    def gate(x, dim=-1):
-        check(-x.ndim <= dim < x.ndim, "dim: expected a dimension of x")
-        check(x.shape[dim] % 2 == 0, "x: expected an even size")
-        return Gate.apply(x, dim)
+    def energies(x, width=3):
+        sized("x", x, None)
+        check(width >= 1, "width: expected a number of at least 1")
+        return Energies.apply(x, width)
 
-    return gate
+    return energies
 
 
 add(
-    "bilinear_gate_dimension",
-    bilinear_gate,
-    lambda: (real(2, 4, 3),),
-    bug="Backward puts the halves together along the last dimension, and the view hides it",
-    trigger="channels in another dimension than the last, as in the sample",
-    kwargs=lambda: {"dim": 1},
-)
-
-
-# Layer norm without gain over channels that come first: (N, C, L), the norm over C
-def channel_norm(wrong):
-    class Norm(Function):
-        @staticmethod
-        def parts(x, eps):
-            centred = x - x.mean(1, keepdim=True)
-            return centred, (centred.square().mean(1, keepdim=True) + eps).rsqrt()
-
-        @staticmethod
-        def forward(ctx, x, eps):
-            ctx.save_for_backward(x)
-            ctx.eps = eps
-            centred, r = Norm.parts(x, eps)
-            return centred * r
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            (x,) = ctx.saved_tensors
-            centred, r = Norm.parts(x, ctx.eps)
-            n = centred * r
-            g = grad_y - (0 if wrong else grad_y.mean(1, keepdim=True))
-            return r * (g - n * (grad_y * n).mean(1, keepdim=True)), None
-
-    def norm(x, eps=1e-5):
-        sized("x", x, None, None, None)
-        check(eps > 0, "eps: expected a positive number")
-        return Norm.apply(x, eps)
-
-    return norm
-
-
-add(
-    "channel_norm_mean",
-    channel_norm,
-    lambda: (real(2, 4, 3),),
-    bug="The mean's part of the gradient was left out with the gain that made it non-zero",
+    "band_energies_dtype",
+    band_energies,
+    lambda: (real(8),),
+    bug="The result is made in torch's default dtype, into which float64 numbers are written",
+    trigger="float64 x",
 )

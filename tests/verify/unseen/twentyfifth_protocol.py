@@ -7,7 +7,6 @@ from torch.autograd import Function
 from tests.verify.unseen import real
 from tests.verify.unseen.twentieth import HALF
 from tests.verify.unseen.twentyfifth import add, add_bare, check, same, sized
-from tests.verify.unseen.twentysecond import read
 
 
 # A product of complex spectra, which a kernel computes
@@ -48,129 +47,6 @@ add_bare(
     lambda: (spectrum(0), spectrum(1)),
     bug="The kernel is given grad_output's address, where a lazy conjugation has not been carried out",
     trigger="a grad_output that is the view conj() of another tensor",
-)
-
-
-# A scaled shift y = x + s t with its own rule for vmap
-def scaled_shift(wrong):
-    class Shift(Function):
-        @staticmethod
-        def forward(x, s, t):
-            return x + s * t
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs[1:])
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            s, t = ctx.saved_tensors
-            return grad_y, grad_y * t, grad_y * s
-
-        @staticmethod
-        def vmap(info, in_dims, x, s, t):
-            def front(a, d):
-                return a.expand(info.batch_size, *a.shape) if d is None else a.movedim(d, 0)
-
-            if wrong:
-                first = next(d for d in in_dims if d is not None)
-                in_dims = [None if d is None else first for d in in_dims]
-            return Shift.apply(*(front(a, d) for a, d in zip((x, s, t), in_dims, strict=True))), 0
-
-    def shift(x, s, t):
-        same(x, s, t)
-        return Shift.apply(x, s, t)
-
-    return shift
-
-
-add(
-    "scaled_shift_dimensions",
-    scaled_shift,
-    lambda: (real(3, 3), real(3, 3, seed=1), real(3, 3, seed=2)),
-    bug="The rule for vmap takes all batched inputs to have the first one's batch dimension",
-    trigger="vmap over different dimensions",
-)
-
-
-# Cartesian from polar coordinates: (r cos a, r sin a)
-def from_polar(wrong):
-    class FromPolar(Function):
-        @staticmethod
-        def forward(r, a):
-            return r * a.cos(), r * a.sin()
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs)
-            ctx.save_for_forward(*inputs)
-
-        @staticmethod
-        def backward(ctx, grad_x, grad_y):
-            r, a = ctx.saved_tensors
-            grad_r = grad_x * a.cos() + grad_y * a.sin()
-            return grad_r, r * (grad_y * a.cos() - grad_x * a.sin())
-
-        @staticmethod
-        def jvp(ctx, tangent_r, tangent_a):
-            r, a = ctx.saved_tensors
-            turn = r * tangent_a
-            tangent_x = tangent_r * a.cos() - turn * a.sin()
-            return tangent_x, tangent_r * a.sin() + turn * (a.sin() if wrong else a.cos())
-
-    def cartesian(r, a):
-        same(r, a)
-        return FromPolar.apply(r, a)
-
-    return cartesian
-
-
-add(
-    "from_polar_tangent",
-    from_polar,
-    lambda: (real(3, 4), real(3, 4, seed=1)),
-    bug="The rule for forward mode has the sine twice in the second output",
-    trigger="forward mode",
-)
-
-
-# A black box y = sin(x) x^2 whose gradient autograd finds
-def black_box(wrong):
-    def function(x):
-        return x.sin() * x * x
-
-    class Box(Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            if not wrong:
-                return function(x)
-            with torch.enable_grad():
-                ctx.x = x.detach().requires_grad_()
-                ctx.y = function(ctx.x)
-            return ctx.y.detach()
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            second = torch.is_grad_enabled()
-            if wrong:
-                return torch.autograd.grad(
-                    ctx.y, ctx.x, grad_y, retain_graph=True, create_graph=second
-                )
-            with torch.enable_grad():
-                (x,) = ctx.saved_tensors
-                x = x.view_as(x) if second else x.detach().requires_grad_()
-                return torch.autograd.grad(function(x), x, grad_y, create_graph=second)
-
-    return lambda x: Box.apply(x)
-
-
-add(
-    "black_box_second",
-    black_box,
-    lambda: (real(3, 4),),
-    bug="The graph was recorded in forward, from a detached copy of x",
-    trigger="double backward",
 )
 
 
@@ -341,38 +217,6 @@ add(
 )
 
 
-# Silu of (N, L, D)
-def strided_silu(wrong):
-    class Silu(Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x * x.sigmoid()
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            (x,) = ctx.saved_tensors
-            if wrong:
-                grad_y = read(grad_y, (grad_y.stride(0), grad_y.shape[2], grad_y.stride(2)))
-            s = x.sigmoid()
-            return grad_y * s * (1 + x * (1 - s))
-
-    def silu(x):
-        sized("x", x, None, None, None)
-        return Silu.apply(x)
-
-    return silu
-
-
-add(
-    "strided_silu_middle",
-    strided_silu,
-    lambda: (real(2, 3, 4),),
-    bug="The kernel is given the outer and the inner stride of grad_output, but not the middle one",
-    trigger="a grad_output with N and L exchanged in memory",
-)
-
-
 # A scale for each channel, with a fast way where the data needs no gradient
 def channel_scale(wrong):
     class Scale(Function):
@@ -405,37 +249,39 @@ add(
 )
 
 
-# Energies of bands of some width: y_b = sum of x^2 in band b
-def band_energies(wrong):
-    class Energies(Function):
+# A softmax along the first dimension with its own rule for vmap
+def column_softmax(wrong):
+    class Softmax(Function):
         @staticmethod
-        def forward(ctx, x, width):
+        def forward(x, dim):
+            return x.softmax(dim)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            x, ctx.dim = inputs
             ctx.save_for_backward(x)
-            ctx.width = width
-            bands = x.square().split(width)
-            y = torch.zeros(len(bands), device=x.device, dtype=None if wrong else x.dtype)
-            for i, band in enumerate(bands):
-                y[i] = band.sum()
-            return y
 
         @staticmethod
         def backward(ctx, grad_y):
             (x,) = ctx.saved_tensors
-            band = torch.arange(len(x), device=x.device) // ctx.width
-            return 2 * x * grad_y.to(x.dtype)[band], None
+            p = x.softmax(ctx.dim)
+            return p * (grad_y - (p * grad_y).sum(ctx.dim, keepdim=True)), None
 
-    def energies(x, width=3):
-        sized("x", x, None)
-        check(width >= 1, "width: expected a number of at least 1")
-        return Energies.apply(x, width)
+        @staticmethod
+        def vmap(info, in_dims, x, dim):
+            return Softmax.apply(x.movedim(in_dims[0], 0), dim if wrong else dim + 1), 0
 
-    return energies
+    def softmax(x):
+        check(x.ndim >= 1, "x: expected one dimension at least")
+        return Softmax.apply(x, 0)
+
+    return softmax
 
 
 add(
-    "band_energies_dtype",
-    band_energies,
-    lambda: (real(8),),
-    bug="The result is made in torch's default dtype, into which float64 numbers are written",
-    trigger="float64 x",
+    "column_softmax_batch",
+    column_softmax,
+    lambda: (real(3, 4),),
+    bug="The rule for vmap keeps the number of the dimension, which is now the batch's",
+    trigger="vmap",
 )

@@ -68,7 +68,7 @@ def smoothing(wrong):
             k = w.shape[0]
             padded = torch.nn.functional.pad(grad_y, (k - 1, k - 1))
             grad_x = padded.unfold(-1, k, 1) @ (w if wrong else w.flip(0))
-            grad_w = (grad_y[..., None] * x.unfold(-1, k, 1)).flatten(0, -2).sum(0)
+            grad_w = (grad_y[..., None] * x.unfold(-1, k, 1)).sum_to_size(k)
             return grad_x, grad_w
 
     def smooth(x, w):
@@ -299,42 +299,4 @@ add(
     lambda: (real(2, 4), leaf(real(2, 4, seed=1).sigmoid()), torch.tensor([4, 4])),
     bug="The state's gradient is multiplied by the padding's gates on its way back",
     trigger="rows of several lengths",
-)
-
-
-# The orthonormal cosine transform of the last dimension
-def cosine_transform(wrong):
-    class Transform(Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def matrix(like, n, scaled):
-            i = torch.arange(n, dtype=like.dtype, device=like.device)
-            c = (math.pi / n * i[:, None] * (i + 0.5)).cos() * math.sqrt(2 / n)
-            return torch.cat([c[:1] / math.sqrt(2), c[1:]]) if scaled else c
-
-        @staticmethod
-        def forward(x):
-            return x @ Transform.matrix(x, x.shape[-1], True).mT
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            pass
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            return grad_y @ Transform.matrix(grad_y, grad_y.shape[-1], not wrong)
-
-    def transform(x):
-        check(x.ndim >= 1 and x.shape[-1] >= 1, "x: expected (..., L)")
-        return Transform.apply(x)
-
-    return transform
-
-
-add(
-    "cosine_transform_constant",
-    cosine_transform,
-    lambda: (real(3, 4),),
-    bug="The constant row's other scale is forgotten in the inverse",
 )
