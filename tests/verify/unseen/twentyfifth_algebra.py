@@ -142,10 +142,12 @@ def log_product(wrong):
         def backward(ctx, grad_y):
             a, b = ctx.saved_tensors
             terms = a[:, :, None] + b
-            y = terms.logsumexp(1, keepdim=True)
-            if not wrong:
-                y = torch.where(y == -math.inf, 0, y)
-            g = grad_y[:, None] * (terms - y).exp()
+            if wrong:
+                g = grad_y[:, None] * (terms - terms.logsumexp(1, keepdim=True)).exp()
+            else:
+                nothing = (terms == -math.inf).all(1, keepdim=True)
+                share = torch.where(nothing, 0, terms).softmax(1)
+                g = torch.where(nothing, 0, grad_y[:, None] * share)
             return g.sum(2), g.sum(0)
 
     def product(a, b):

@@ -239,8 +239,8 @@ def nearest_rotation(wrong):
     def rotation(a):
         check(a.ndim >= 2 and a.shape[-2:] == (3, 3), "a: expected 3 x 3 matrices")
         check(bool(a.isfinite().all()), "a: expected finite numbers")
-        s, sign = torch.linalg.svdvals(a), torch.linalg.det(a).sign()
-        gap = s[..., 1] + s[..., 2] * sign
+        _, s, _, d = parts(a.detach())
+        gap = s[..., 1] + s[..., 2] * d[..., 2]
         check(bool((gap > 1e-3 * s[..., 0]).all()), "a: expected one nearest rotation")
         return Rotation.apply(a)
 

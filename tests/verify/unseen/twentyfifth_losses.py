@@ -52,8 +52,8 @@ def centre_loss(wrong):
         def backward(ctx, grad_y):
             x, t, centres = ctx.saved_tensors
             g = grad_y * 2 * (x - centres[t]) / len(x)
-            zeros = torch.zeros_like(centres)
-            grad_centres = zeros.index_put((t,), -g) if wrong else zeros.index_add(0, t, -g)
+            zeros, pull = torch.zeros_like(centres), -g.to(centres.dtype)
+            grad_centres = zeros.index_put((t,), pull) if wrong else zeros.index_add(0, t, pull)
             return g, None, grad_centres
 
     def loss(x, t, centres):

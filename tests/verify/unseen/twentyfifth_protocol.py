@@ -162,6 +162,7 @@ def unit_quaternion(wrong):
 
     def unit(q):
         check(q.ndim >= 1 and q.shape[-1] == 4, "q: expected (..., 4)")
+        check(bool(wide(q).square().sum(-1).isfinite().all()), "q: expected finite norms")
         return Unit.apply(q)
 
     return unit

@@ -276,9 +276,8 @@ def held_recurrence(wrong):
             grad_x, grad_f = [], []
             for t in reversed(range(x.shape[1])):
                 live = t < lengths
-                g = torch.where(live, grad_y, 0)
-                grad_x.append(g * (1 - f[:, t]))
-                grad_f.append(g * (states[t] - x[:, t]))
+                grad_x.append(torch.where(live, grad_y * (1 - f[:, t]), 0))
+                grad_f.append(torch.where(live, grad_y * (states[t] - x[:, t]), 0))
                 through = grad_y * f[:, t]
                 grad_y = through if wrong else torch.where(live, through, grad_y)
             return torch.stack(grad_x[::-1], 1), torch.stack(grad_f[::-1], 1), None

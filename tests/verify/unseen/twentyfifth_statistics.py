@@ -155,7 +155,7 @@ def box_cox(wrong):
             return grad_y * x ** (p - 1), (grad_y * slope).sum()
 
     def transform(x, p):
-        check(p.ndim == 0, "p: expected a single number")
+        check(p.ndim == 0 and bool(p.abs() <= 20), "p: expected a single number up to 20")
         positive("x", x)
         return Transform.apply(x, p)
 
@@ -267,7 +267,7 @@ def edge_energy(wrong):
             x, w, edges = ctx.saved_tensors
             i, j = edges
             d = x[i] - x[j]
-            flow = grad_y * 2 * w[:, None] * d
+            flow = (grad_y * 2 * w[:, None] * d).to(x.dtype)
             zeros = torch.zeros_like(x)
             if wrong:
                 adjacency = w.new_zeros(len(x), len(x)).index_put((i, j), w)
