@@ -9,6 +9,7 @@ from torchbp.verify.differences import Slope, one_sided
 from torchbp.verify.lines import Lines
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import Directions, real, signed_like
+from torchbp.verify.tolerance import largest
 
 __all__ = ["not_finite", "not_finite_at"]
 
@@ -21,18 +22,18 @@ def _sides(lines: Lines, direction: Directions, step: float) -> tuple[Slope, Slo
     return one_sided(lambda t: lines.value(direction, t), step, lines.noise)
 
 
-def _are_one(sides: tuple[Slope, Slope]) -> bool:
+def _are_one(sides: tuple[Slope, Slope], typical: float) -> bool:
     """Whether these are one finite slope."""
     (left, left_bound), (right, right_bound) = sides
     size = max(abs(left), abs(right))
     slack = 1e-4 * size + 1e-6 + 2 * (left_bound + right_bound)
-    steep = max(left_bound, right_bound) > 0.05 * size + 1e-3
+    steep = max(left_bound, right_bound) > 0.05 * size + 1e-3 * typical
     return math.isfinite(size) and not steep and abs(left - right) <= slack
 
 
-def _are_known(sides: tuple[Slope, Slope]) -> bool:
+def _are_known(sides: tuple[Slope, Slope], typical: float) -> bool:
     """Whether each is finite, be it another than the other."""
-    return all(math.isfinite(s) and bound <= 0.05 * abs(s) + 1e-3 for s, bound in sides)
+    return all(math.isfinite(s) and bound <= 0.05 * abs(s) + 1e-3 * typical for s, bound in sides)
 
 
 def not_finite(case: Case, check: str, when: str, *, kinks: bool = False) -> Finding | None:
@@ -41,6 +42,8 @@ def not_finite(case: Case, check: str, when: str, *, kinks: bool = False) -> Fin
     With ``kinks`` also one that is NaN where forward has a slope to either side.
     """
     lines = Lines(case)
+    # Differences of large outputs are no closer than this.
+    typical = 1 + max(largest(torch.where(g.isfinite(), g, 0)) for g in case.plain.grads)
     for which, leaf in enumerate(case.leaves):
         if not_finite_at(case, which):
             g = real(case.plain.grads[which]).cpu()
@@ -48,11 +51,11 @@ def not_finite(case: Case, check: str, when: str, *, kinks: bool = False) -> Fin
             d[g.isfinite()] = 0
             for step in (STEP, SHORT):
                 sides = _sides(lines, {which: d}, step)
-                if _are_one(sides):
+                if _are_one(sides, typical):
                     return _finding(
                         case, which, check, f"{when}, where forward is finite and smooth"
                     )
-                if kinks and bool(g.isnan().any()) and _are_known(sides):
+                if kinks and bool(g.isnan().any()) and _are_known(sides, typical):
                     return _finding(
                         case, which, check, f"{when}, and forward has slopes to either side"
                     )

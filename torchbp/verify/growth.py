@@ -249,14 +249,14 @@ class _Search:
     def _apart(self, size: Size) -> bool:
         """Find a part of ``size`` that may change alone, and make two sizes of it."""
         whole = size.places
-        several, split = len(whole) > 2, False
-        parts = [(p,) for p in (whole[0], whole[-1], *(whole[1:2] if len(whole) == 3 else ()))]
-        if self.elementwise:
-            parts = [tuple(p for p in whole if p[1] == whole[0][1])]  # one dimension, of all inputs
-        elif several and (part := of_outputs(self.case, size)):
-            split = part != whole
-            # Of what all share with outputs the first may be a multiple: heads of queries for each of the keys.
-            parts = [part] if split else parts[:1]
+        several = len(whole) > 2
+        along = tuple(p for p in whole if p[1] == whole[0][1])  # one dimension, of all inputs
+        if self.alike and not self.elementwise and len(along) < len(whole):
+            grown = self._grows(Size(size.now, along, size.unit), backward=True)
+            if grown is not None:
+                self._part(size, along, grown)
+                return True
+        parts, split = self._parts(size, along)
         said: list[str] = []
         for part in parts if several else parts[:1]:
             rest = tuple(p for p in whole if p not in part)
@@ -280,12 +280,31 @@ class _Search:
                     self.stands.update(said if len(said) > 1 and len(set(said)) == 1 else ())
                     continue
                 grown = self.growth[size] - found[1]
-            self.growth = {
-                (other if s == size else s): g - grown * (s == size) for s, g in self.growth.items()
-            }
-            self.growth[one] = grown
+            self._part(size, one.places, grown, one.unit)
             return True
         return False
+
+    def _parts(self, size: Size, along: Places) -> tuple[list[Places], bool]:
+        """Return what may be a size of its own, the likeliest first, and whether outputs told so."""
+        whole = size.places
+        if self.elementwise:
+            return [along], False
+        parts = [(p,) for p in (whole[0], whole[-1], *(whole[1:2] if len(whole) == 3 else ()))]
+        part = of_outputs(self.case, size) if len(whole) > 2 else ()
+        if not part:
+            return parts, False
+        # Of what all share with outputs the first may be a multiple: heads of queries for each of the keys.
+        return ([part], True) if part != whole else (parts[:1], False)
+
+    def _part(self, size: Size, places: Places, grown: float, unit: int | None = None) -> None:
+        """Make a size of its own of some places of ``size``."""
+        rest = tuple(p for p in size.places if p not in places)
+        unit = size.unit if unit is None else unit
+        one, other = Size(size.now, places, unit), Size(size.now, rest, unit)
+        self.growth = {
+            (other if s == size else s): g - grown * (s == size) for s, g in self.growth.items()
+        }
+        self.growth[one] = grown
 
     def _alone(self, size: Size, *, twice: bool) -> tuple[Size, float] | None:
         """Return the size, with its unit, if forward takes it larger, and how outputs grow with it.
@@ -337,6 +356,12 @@ class _Search:
         case.memo.setdefault("one more", []).append(other)
         grown = _count(seen.all_outputs) / _count(case.all_outputs)
         return math.log(grown) / math.log(size.more / size.now)
+
+    @property
+    def alike(self) -> bool:
+        """Whether there are several inputs, all of one shape."""
+        shapes = [t.shape for _, t in self.case.arguments]
+        return len(shapes) > 1 == len(set(shapes))
 
     @property
     def elementwise(self) -> bool:

@@ -22,6 +22,7 @@ __all__ = [
     "apart",
     "broadcast",
     "explodes",
+    "negated",
     "one_for_all",
     "resized",
     "same_outputs",
@@ -78,17 +79,16 @@ class Size:
         return [d for i, d, _ in self.places if i == position]
 
 
-def resized(case: Case, sizes: Mapping[Size, int]) -> Case:
+def resized(case: Case, sizes: Mapping[Size, int], moved: float = 0.05) -> Case:
     """Return the case with the dimensions of each size made another.
 
-    Elements are repeated; those of the leaves a little moved, so that there are no ties.
+    Elements are repeated; those of the leaves a little ``moved``, in parts of themselves, so that there are no ties.
     """
-    return _grown(
-        case, {(i, d): times * n for size, n in sizes.items() for i, d, times in size.places}
-    )
+    wanted = {(i, d): times * n for size, n in sizes.items() for i, d, times in size.places}
+    return _grown(case, wanted, moved)
 
 
-def _grown(case: Case, wanted: Mapping[tuple[int, int], int]) -> Case:
+def _grown(case: Case, wanted: Mapping[tuple[int, int], int], moved: float = 0.05) -> Case:
     """Return the case with other sizes, by position in ``flat`` and dimension."""
     generator = case.generator("resize")
 
@@ -101,7 +101,7 @@ def _grown(case: Case, wanted: Mapping[tuple[int, int], int]) -> Case:
                 grown = True
         if grown and i in case.where and t.numel():
             r = uniform(t.shape, generator).to(t.real)
-            t = t * (1 + 0.05 * r) + 0.01 * r * largest(t)
+            t = t * (1 + moved * r) + moved / 5 * r * largest(t)
         return t
 
     other = case.edited(change)
@@ -134,7 +134,13 @@ def apart(case: Case) -> Case:
 
 
 def _times(t: Tensor, factor: float) -> Tensor:
-    return t * (factor if _has_both_signs(t) else abs(factor))
+    return negated(t, factor) if factor < 0 and _has_both_signs(t) else t * abs(factor)
+
+
+def negated(t: Tensor, factor: float) -> Tensor:
+    """Return t times a negative factor; points of a plane are mirrored, for all negated they would be turned only."""
+    plane = t.dim() > 1 and t.shape[-1] == 2 and not t.is_complex()
+    return t * t.new_tensor([factor, -factor]) if plane else t * factor
 
 
 def _has_both_signs(t: Tensor) -> bool:

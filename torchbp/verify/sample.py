@@ -180,6 +180,11 @@ class Sample:
             other._module = copied(self._module).train(training)  # noqa: SLF001  # another of this class
         return other
 
+    def turn(self, training: bool) -> None:
+        """Turn the Module that is called to train or eval mode: of a case that shares it with no other."""
+        if self._module is not None:
+            self._module.train(training)
+
     def with_attributes(self: S, change: Mapping[str, Any]) -> S:
         """Return the case of the same Module with other values of its attributes, or its submodules' (``norm.eps``)."""
         other = self.variant(lambda t: t)

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,9 +40,26 @@ def lacking(case: Case, has: Callable[[type[Function]], bool]) -> str:
     return "" if any(TRANSFORMS.search(_source(module)) for module in beside) else min(lacks)
 
 
-def promised(case: Case, refusal: str) -> bool:
-    """Whether vmap refuses for a value that is read, and a Function has a rule that torch was asked to make of it."""
-    return bool(READS.search(refusal)) and any(f.generate_vmap_rule for f in functions(case))
+def promised(case: Case, error: BaseException) -> bool:
+    """Whether vmap refuses for a value that is read within a Function that torch was asked to make a rule of.
+
+    What reads one before it calls the Function, to see whether it may, refuses by itself.
+    """
+    asked = [f for f in functions(case) if f.generate_vmap_rule]
+    return bool(asked and READS.search(str(error))) and _went_through(error, asked)
+
+
+def _went_through(error: BaseException | None, functions: list[type[Function]]) -> bool:
+    """Whether a method of one of these was being run as ``error``, or what it was raised from, was raised."""
+    methods = [
+        getattr(x, "__func__", x) for f in functions for c in f.__mro__ for x in vars(c).values()
+    ]
+    codes = {x.__code__ for x in methods if inspect.isfunction(x)}
+    while error is not None:
+        if any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def functions(case: Case) -> set[type[Function]]:

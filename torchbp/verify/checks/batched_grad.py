@@ -45,7 +45,7 @@ def _run(case: Case) -> Iterator[Finding]:
         ]
     except Exception as error:
         message = f"check_batched_grad: a batch of grad_outputs raises {reason(error)}"
-        cause = PROMISED if promised(case, reason(error)) else None
+        cause = PROMISED if promised(case, error) else None
         if cause or case.options["check_batched_grad"]:
             yield Finding(check=NAME, severity="wrong", message=message, cause=cause)
         raise Refused(reason(error)) from error

@@ -71,13 +71,16 @@ def _at_points(case: Case, which: int, values: Tensor, slopes: Tensor) -> Iterat
     low, high = torch.minimum(left_near, right_near), torch.maximum(left_near, right_near)
     steepness = torch.maximum(low.abs(), high.abs())
     settled = y.isfinite() & (drift <= 0.05 * steepness + TOLERANCE + noise)
+    # NaN is no slope, whichever it is: enough that those of shorter steps are not steeper.
+    bounded = y.isfinite() & (left_near.abs() <= left.abs() + noise + TOLERANCE)
+    settled |= g.isnan() & bounded & (right_near.abs() <= right.abs() + noise + TOLERANCE)
     settled &= STEPS[1] * SIZE > case.epsilon * POINTS.abs()  # else that rounds the step away
     slack = TOLERANCE * (1 + steepness) + 4 * drift + noise
     wrong = settled & ~((g >= low - slack) & (g <= high + slack))
     # What overflows at 1e12 alone is a smaller domain.
     home = torch.where(g.isfinite(), inside(sample, POINTS), POINTS.abs() < HUGE)
     for i in wrong.nonzero().flatten().tolist()[:FEW]:
-        if _stairs(case, which, float(POINTS[i])):
+        if not bool(g[i].isnan()) and _stairs(case, which, float(POINTS[i])):
             continue
         kink = bool((high - low)[i] > 4 * slack[i])
         p, got = float(POINTS[i]), float(g[i])

@@ -49,8 +49,18 @@ SAME: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _conjugated(v: Tensor) -> Tensor:
+    """Return v as ``conj()`` makes it: in memory the sign of the imaginary part is another."""
+    return v.conj().resolve_conj().conj()
+
+
 def _run(case: Case) -> Iterator[Finding]:
     v, g = case.plain.cotangents, case.plain.grads
+    if any(t.is_complex() for t in v):
+        (got,) = case.vjps([[_conjugated(t) for t in v]])
+        yield from _compare(
+            case, got, g, "a lazy conjugate", "read from memory: resolve_conj first"
+        )
     rows = [t[..., :1] if t.dim() else t for t in v]
     expanded = {
         "expanded, as sum().backward() makes it": [_first(t) for t in v],

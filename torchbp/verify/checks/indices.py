@@ -35,6 +35,7 @@ def _run(case: Case) -> Iterator[Finding]:
         ("some integers are the smallest, others the largest", extreme),
         ("the integers are in another order", _reversed),
         ("all integers are equal", equal),
+        ("all rows of integers are the first", _rows_alike),
         ("a number is one more", _one_more),
         ("of the numbers in order one is there twice, and another lies between", _twice),
         ("a number in order lies between", _between),
@@ -85,6 +86,11 @@ def _reversed(t: Tensor) -> Tensor:
 def equal(t: Tensor) -> Tensor:
     """Return the first of the integers for all."""
     return t.reshape(-1)[:1].expand(t.numel()).clone().view(t.shape)
+
+
+def _rows_alike(t: Tensor) -> Tensor:
+    """Return the first row for all, of integers that may have to differ in a row: an edge, a triangle."""
+    return t[:1].expand_as(t).clone() if t.dim() > 1 else t
 
 
 def _one_more(t: Tensor) -> Tensor:
@@ -147,7 +153,7 @@ def _given_away(t: Tensor, sizes: set[int]) -> Tensor:
 
 
 # What is right is so after a change that is a part of it: another order, a segment that became two.
-IMPLIED = {extreme: _reversed, _twice: _between}
+IMPLIED = {extreme: _reversed, _twice: _between, equal: _rows_alike}
 
 CHECK = Check(
     name=NAME,

@@ -5,14 +5,17 @@ checked.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from torchbp.verify._check import Check
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
+from torchbp.verify.tensors import graph
 from torchbp.verify.tolerance import compare_all
 
 NAME = "modified"
@@ -29,6 +32,23 @@ def _run(case: Case) -> Iterator[Finding]:
     raised = _modify(case, leaves, outputs, inputs)
     if isinstance(raised, tuple):
         yield from _compare(case, raised, "an input")
+    elif len(inputs) > 1 and _keeps_tensors(outputs):
+        yield from islice(_one_by_one(case), 1)
+
+
+def _keeps_tensors(outputs: Sequence[Tensor]) -> bool:
+    """Whether a Function behind the outputs keeps a tensor as an attribute of its ctx."""
+    kept = [getattr(node, "__dict__", {}) for node in graph(outputs)]
+    return any(isinstance(x, Tensor) for x in pytree.tree_leaves(kept))
+
+
+def _one_by_one(case: Case) -> Iterator[Finding]:
+    """Change one input of a call: where all are changed, what is saved of others raises."""
+    for k, name in enumerate(case.names):
+        leaves, outputs = case.graph()
+        raised = _modify(case, leaves, outputs, [leaves[k]])
+        if isinstance(raised, tuple):
+            yield from _compare(case, raised, name)
 
 
 def _spare(case: Case) -> tuple[Case, list[Tensor], tuple[Tensor, ...]]:

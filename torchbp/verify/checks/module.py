@@ -7,11 +7,13 @@ from torch import nn
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
+from torchbp.verify.duals import by_hand
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.modules import copied
 from torchbp.verify.otherwise import differs_otherwise
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
+from torchbp.verify.tolerance import compare_all
 
 NAME = "module"
 
@@ -21,13 +23,32 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("not a Module")
     was = case.func.training
     yield from _state(case, was)
+    if case.steady:
+        yield from _turned(case, was)
     other = case.in_mode(not was)
     yield from _state(case, not was)
     steady = was and case.steady  # in train mode, and so in the other
     if accepts(other) and not _same(case, other) and (steady or other.steady):
-        found = check_lines(other, NAME, f" in {'eval' if was else 'train'} mode")
+        found = check_lines(other, NAME, f" in {_mode(not was)} mode")
         if found:
             yield found
+
+
+def _mode(training: bool) -> str:
+    return "train" if training else "eval"
+
+
+def _turned(case: Case, was: bool) -> Iterator[Finding]:
+    """Turn to the other mode between forward and backward, as an evaluation in between does."""
+    if not by_hand(case):
+        return
+    other = case.in_mode(was)
+    leaves, outputs = other.graph()
+    other.turn(not was)
+    got = other.backward(outputs, leaves, case.plain.cotangents)
+    when = f" where the Module is in {_mode(not was)} mode by then"
+    cause = "backward asks for the mode, not what forward kept of it in ctx"
+    yield from compare_all(NAME, case, got, case.plain.grads, when=when, cause=cause)[:1]
 
 
 def _same(case: Case, other: Case) -> bool:
@@ -50,6 +71,16 @@ def _state(case: Case, training: bool) -> Iterator[Finding]:
     before = {k: v.clone() for k, v in module.state_dict().items()}
     case.calls.count(forward=1, backward=1)
     outputs = [y for y in given.forward_of(module) if y.requires_grad]
+    for name, buffer in module.named_buffers():
+        if buffer.grad_fn is not None:
+            yield Finding(
+                check=NAME,
+                severity="wrong",
+                input=name,
+                message=f"buffer {name} is a part of the graph after forward in {_mode(training)} mode",
+                cause="it holds the graphs of all calls, and the second backward goes through the first: detach it",
+            )
+            return
     torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     parameters = {n for n, _ in module.named_parameters()}
     for name, value in module.state_dict().items():
@@ -59,12 +90,11 @@ def _state(case: Case, training: bool) -> Iterator[Finding]:
             else False
         )
         if not same and (name in parameters or not training):
-            mode = "train" if training else "eval"
             yield Finding(
                 check=NAME,
                 severity="wrong",
                 input=name,
-                message=f"forward and backward in {mode} mode change {name} of the state_dict",
+                message=f"forward and backward in {_mode(training)} mode change {name} of the state_dict",
                 cause="an in-place operation on a parameter"
                 if name in parameters
                 else "a buffer updated in eval mode",

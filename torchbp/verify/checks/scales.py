@@ -14,7 +14,7 @@ from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import APART, accepts, explodes, scaled
+from torchbp.verify.resize import APART, accepts, explodes, negated, scaled
 
 NAME = "scales"
 FACTORS = (2.0**-10, APART, -(2.0**10))
@@ -86,7 +86,7 @@ def _one_sided(case: Case) -> list[int]:
 
 
 def _negated(case: Case, position: int, factor: float) -> Case:
-    return case.edited(lambda i, t: factor * t if i == position else t)
+    return case.edited(lambda i, t: negated(t, factor) if i == position else t)
 
 
 def _closed(case: Case, other: Case, which: int) -> bool:

@@ -1,6 +1,6 @@
 """Sizes beyond the sample: block boundaries, the last partial block; equal ones made unequal; dimensions more."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, combinations, product
@@ -59,6 +59,7 @@ SMALL, PLANE = RUNS[4], 2
 TOGETHER = (RUNS[0], RUNS[2], RUNS[5])
 BLOCK = 33  # which every size reaches at least, where that can be
 FEW = 2
+FAR = 1.0  # by how much rows that are repeated may be moved, in parts of themselves
 LARGEST = 2**16  # elements
 FEWER = 257  # rows, where 2053 or 1025 are too many for what forward makes of them
 STOPPED = "elements of the inputs with which a call did too much"
@@ -287,6 +288,15 @@ def _runs(case: Case, free: list[Size], parted: list[set[Pair]], stay: list[Size
             for size in sizes:
                 reached[size] = max(reached[size], size.within(run.plain))
             yield run
+    yield from _far_apart(case, free, reached)
+
+
+def _far_apart(case: Case, free: list[Size], reached: Mapping[Size, int]) -> Iterator[Run]:
+    """Yield a larger size whose rows are far from each other, where none was taken of rows that are alike."""
+    if any(n >= BLOCK for n in reached.values()):
+        return
+    run = Run(other := resized(case, {size: size.near(BLOCK) for size in free}, FAR), other)
+    yield from [run] if _runs_through(case, run) else []
 
 
 def _alone(case: Case, free: list[Size], refused: list[str], stay: list[Size]) -> Iterator[Run]:

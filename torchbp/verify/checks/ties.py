@@ -83,6 +83,9 @@ def _where_apart(case: Case, ties: list[Tie], side: Case, tied: Case) -> Iterato
             yield undefined
             continue
         found = _at_tie(case, tie, cases)
+        if found:  # what bends much, and has no kink, bends less by less
+            cases = [_nudged(case, [tie], s, NUDGE / 32) for s in ((0,), (1,), (), (0, 1))]
+            found = _at_tie(case, tie, cases, NUDGE / 32)
         if found:
             yield found
             return
@@ -144,7 +147,7 @@ def _coincident(case: Case, inputs: list[int]) -> Iterator[Finding]:
         return  # they have to differ
 
 
-def _nudged(case: Case, ties: list[Tie], sides: tuple[int, ...]) -> Case:
+def _nudged(case: Case, ties: list[Tie], sides: tuple[int, ...], by: float = NUDGE) -> Case:
     """Return the case with each pair tied, and then the first, the second or both of the two a little more."""
     flat = [leaf.clone().reshape(-1) for leaf in case.leaves]
     for tie in ties:
@@ -152,7 +155,7 @@ def _nudged(case: Case, ties: list[Tie], sides: tuple[int, ...]) -> Case:
         flat[j][m] = flat[i][k]
         for side in sides:
             which, place = tie[side]
-            flat[which][place] += _nudge(case.leaves[i], k)
+            flat[which][place] += _nudge(case.leaves[i], k, by)
     new = {
         at: f.view_as(case.leaves[i])
         for i, (at, f) in enumerate(zip(case.where, flat, strict=True))
@@ -160,8 +163,8 @@ def _nudged(case: Case, ties: list[Tie], sides: tuple[int, ...]) -> Case:
     return case.edited(new.get, parameters=True)
 
 
-def _nudge(leaf: Tensor, place: int) -> float:
-    return NUDGE * max(float(leaf.reshape(-1)[place].abs()), 2.0**-10)
+def _nudge(leaf: Tensor, place: int, by: float) -> float:
+    return by * max(float(leaf.reshape(-1)[place].abs()), 2.0**-10)
 
 
 def _flat(grads: Sequence[Tensor]) -> Tensor:
@@ -176,7 +179,7 @@ def _starts(case: Case) -> dict[int, int]:
     return dict(zip(real, [0, *ends], strict=False))
 
 
-def _at_tie(case: Case, tie: Tie, cases: list[Case]) -> Finding | None:
+def _at_tie(case: Case, tie: Tie, cases: list[Case], by: float = NUDGE) -> Finding | None:
     """Compare the gradient at the tie with those of one, of the other, of none and of both a little more."""
     one, other, tied, both = cases
     outputs = zip(*(c.kept[1] for c in (one, other, tied, both)), strict=True)
@@ -190,7 +193,7 @@ def _at_tie(case: Case, tie: Tie, cases: list[Case]) -> Finding | None:
         v[number].reshape(-1)[place] = 1.0
         grads = [c.vjps([v])[0] for c in (one, other, tied)]
         left, right, got = map(_flat, grads)
-        step = _nudge(case.leaves[tie[0][0]], tie[0][1])
+        step = _nudge(case.leaves[tie[0][0]], tie[0][1], by)
         rise = max(float((t - y).detach().reshape(-1)[place].abs()) for t in (a, b, up))
         if max(rise, float(bends.max())) > JUMP * step * max(map(largest, (left, right))):
             continue  # a label, perhaps

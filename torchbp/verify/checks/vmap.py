@@ -24,6 +24,9 @@ NAME = "vmap"
 UNSUPPORTED = re.compile("does not have vmap support|must override the setup_context")
 
 
+CAUSE = (
+    "the vmap rule: in_dims or the batch dimension of the output, or a function that mixes samples"
+)
 MOST = 16  # samples of a batch
 
 Looped = Callable[
@@ -69,7 +72,7 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _refusal(case: Case, refused: Sequence[str]) -> Iterator[Finding]:
     """Raise Refused for what vmap was refused with, if it was; yield a finding where a rule was promised."""
-    if refused and promised(case, refused[0]):
+    if refused and case.memo.get(PROMISED):
         yield Finding(
             check=NAME, severity="wrong", message=f"vmap raises {refused[0]}", cause=PROMISED
         )
@@ -191,12 +194,14 @@ def _batch(
         values, grads = reduce(torch.vmap, reversed(levels), both)(*batched)
     except Exception as error:  # a refusal; forward alone may do
         refused = [reason(error)]
+        case.memo[PROMISED] = promised(case, error)
         once, *more = levels
         if more or UNSUPPORTED.search(str(error)) or not by_hand(case):
             return [], refused * 2
         try:
             values = torch.vmap(forward, once)(*batched)
         except Exception as first:
+            case.memo[PROMISED] = promised(case, first)
             return [], [reason(first), *refused]
     pairs = [
         *(("the value of", f"output {k}", y, 0, k) for k, y in enumerate(values)),
@@ -205,6 +210,9 @@ def _batch(
     found = []
     for what, name, got, kind, k in pairs:
         expected = torch.stack([parts()[kind][k] for parts in known.values()])
+        if not _is_batched(got, expected, known):
+            found.append(_misshapen(what, name, got, when))
+            continue
         wrong = compare(
             NAME,
             name,
@@ -213,10 +221,27 @@ def _batch(
             rounding(case, expected) * (largest(expected) + 1 / 16),
             what=what,
             when=when,
-            cause="the vmap rule: in_dims or the batch dimension of the output, or a function that mixes samples",
+            cause=CAUSE,
         )
         found += [wrong] if wrong else []
     return found, refused
+
+
+def _is_batched(got: Tensor, expected: Tensor, known: Mapping[tuple[int, ...], Looped]) -> bool:
+    """Whether the batch has the places of which a loop's results are known, each of the shape of those."""
+    levels = len(next(iter(known)))
+    places = all(all(k < n for k, n in zip(at, got.shape, strict=False)) for at in known)
+    return got.dim() >= levels and places and got.shape[levels:] == expected.shape[1:]
+
+
+def _misshapen(what: str, name: str, got: Tensor, when: str) -> Finding:
+    return Finding(
+        check=NAME,
+        severity="wrong",
+        input=name,
+        message=f"{what} {name} has shape {tuple(got.shape)}{when}, which is not a batch of what a loop gives",
+        cause=CAUSE,
+    )
 
 
 def _gradients(case: Case, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
