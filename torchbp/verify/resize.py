@@ -197,14 +197,19 @@ def _magnitudes(n: int, both: bool) -> Tensor:
     return by * torch.where((turn % 2 == 1) & both, -1.0, 1.0)
 
 
-def with_zeros(case: Case) -> Case:
-    """Return the case with a 0 in each real input of several elements; the same one each time."""
-    return _with_one_at(case, 0.0, lambda t: t.numel() > 1)
+def with_zeros(case: Case, times: float = 0.0) -> Case:
+    """Return the case with a 0 in each real input of several elements, or one so many times as large.
+
+    The same one each time.
+    """
+    return _with_one_at(case, (0.0, times), lambda t: t.numel() > 1)
 
 
 def with_ones(case: Case) -> Case:
     """Return the case with a 1 in each real input of elements between 0 and 1; the same one each time."""
-    return _with_one_at(case, 1.0, lambda t: t.numel() > 1 and bool(t.min() > 0 and t.max() < 1))
+    return _with_one_at(
+        case, (1.0, 0.0), lambda t: t.numel() > 1 and bool(t.min() > 0 and t.max() < 1)
+    )
 
 
 def with_zero(case: Case, position: int) -> Case:
@@ -216,8 +221,10 @@ def with_zero(case: Case, position: int) -> Case:
     return case.memo["zero", position]
 
 
-def _with_one_at(case: Case, value: float, takes: Callable[[Tensor], Any]) -> Case:
-    """Return the case with one element ``value`` in each real input that ``takes`` says, itself where there is none.
+def _with_one_at(case: Case, value: tuple[float, float], takes: Callable[[Tensor], Any]) -> Case:
+    """Return the case with one element another in each real input that ``takes`` says, itself where there is none.
+
+    The first of ``value`` is added to the element times the second.
 
     Each is in another place: equal elements of two inputs may be a kink.
     """
@@ -232,7 +239,8 @@ def _with_one_at(case: Case, value: float, takes: Callable[[Tensor], Any]) -> Ca
             if i not in where:
                 return t
             flat = t.clone().reshape(-1)
-            flat[-1 - where.index(i) % t.numel()] = value
+            k = -1 - where.index(i) % t.numel()
+            flat[k] = value[0] + value[1] * flat[k]
             return flat.view(t.shape)
 
         case.memo["one at", value] = case.edited(change) if where else case

@@ -41,7 +41,10 @@ class Used:
 def used(case: Case) -> Used:
     """Return what such a call gives; the same one each time."""
     if "used" not in case.memo:
-        case.memo["used"] = called_on(case, _with_values_of(case, _leaves(case)))
+        leaves = _with_values_of(case, _leaves(case))
+        for leaf in leaves:  # as in all steps but the first
+            leaf.grad = torch.zeros_like(leaf)
+        case.memo["used"] = called_on(case, leaves)
     return case.memo["used"]
 
 

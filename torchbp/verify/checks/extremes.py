@@ -1,6 +1,8 @@
 """Extremes: where forward is finite and smooth, so is the gradient: large inputs, all zero, one 0, one 1."""
 
 import math
+import re
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,6 +25,7 @@ from torchbp.verify.resize import (
     with_zeros,
     within_limits,
 )
+from torchbp.verify.source import speaks
 from torchbp.verify.tensors import real, scale_of
 
 NAME = "extremes"
@@ -32,6 +35,10 @@ SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     f"{LARGE:g} times as large": lambda t: t * LARGE,
     "all zero": torch.zeros_like,
 }
+TINY = 2.0**-40
+LARGEST = re.compile(
+    r"\b(a?max|a?min)\("
+)  # of the sample, perhaps, beside which something is nothing
 SHORT = 2.0**-14  # step
 SIDES = 4.0  # times as far on one side of 0 as on the other
 
@@ -100,13 +107,31 @@ def _others(
     factor, limited = within_limits(case)
     if limited:
         yield limited, f" for inputs {factor:g} times as large", None
-    if by_element:
-        return  # see `edges`
+    if by_element:  # see `edges`
+        yield from _tiny(case) if speaks(case, LARGEST) else ()
+        return
     zero, one = with_zeros(case), with_ones(case)
     if zero is not case and accepts(zero):
         yield zero, " where one element is 0", _slope_at_zero
+    elif zero is not case:
+        yield from _tiny(case)
     if one is not case and accepts(one):
         yield one, " where one element is 1", _beside_ones
+
+
+def _tiny(
+    case: Case,
+) -> Iterator[tuple[Case, str, Callable[[Case, list[int]], Finding | None]]]:
+    """Yield the case with one element close to 0, where 0 is refused: what lies below a floor."""
+    other = with_zeros(case, TINY)
+    if accepts(other):
+        # A step is a part of what an element holds, not of what is typical.
+        other.memo["steps"] = [
+            torch.minimum(scale_of(leaf.cpu()), real(leaf).cpu().abs() + sys.float_info.min)
+            for leaf in other.leaves
+        ]
+        when = f" where one element is {TINY:g} times as large"
+        yield other, when, lambda there, _: check_lines(there, NAME, when, beyond=False)
 
 
 def _beside_ones(one: Case, _: list[int]) -> Finding | None:

@@ -28,7 +28,10 @@ KEPT = "kept from a call of which no gradient was recorded"
 def _run(case: Case) -> Iterator[Finding]:
     leaves, got = used(case).leaves, used(case).grads
     when = " after new values were written in the same memory"
-    yield from compare_all(NAME, case, got, case.plain.grads, when=when, cause=CAUSE)[:1]
+    yield from (
+        _gathered(case, leaves)
+        or compare_all(NAME, case, got, case.plain.grads, when=when, cause=CAUSE)[:1]
+    )
     yield from _asked(case)
     made = silent(case)
     if isinstance(made, Silent) and not any(_differing(case, made.outputs)):
@@ -40,6 +43,21 @@ def _run(case: Case) -> Iterator[Finding]:
         after = case.backward(case.forward(leaves), leaves, case.plain.cotangents)
         when = " after a call under torch.no_grad"
         yield from compare_all(NAME, case, after, case.plain.grads, when=when, cause=KEPT)[:1]
+
+
+def _gathered(case: Case, leaves: Sequence[Tensor]) -> list[Finding]:
+    """Say of which input backward itself wrote to the `.grad`, which torch.autograd.grad leaves alone."""
+    return [
+        Finding(
+            check=NAME,
+            severity="wrong",
+            input=name,
+            message=f"backward writes to the .grad of {name}",
+            cause="a gradient that is added up there is lost to torch.autograd.grad, hooks and whoever clips it",
+        )
+        for name, leaf in zip(case.names, leaves, strict=True)
+        if leaf.grad is not None and bool(leaf.grad.any())
+    ][:1]
 
 
 def _asked(case: Case) -> Iterator[Finding]:

@@ -83,7 +83,7 @@ def _where_apart(case: Case, ties: list[Tie], side: Case, tied: Case) -> Iterato
             yield undefined
             continue
         found = _at_tie(case, tie, cases)
-        if found:  # what bends much, and has no kink, bends less by less
+        if found and found.expected is None:  # what bends much, and has no kink, bends less by less
             cases = [_nudged(case, [tie], s, NUDGE / 32) for s in ((0,), (1,), (), (0, 1))]
             found = _at_tie(case, tie, cases, NUDGE / 32)
         if found:
