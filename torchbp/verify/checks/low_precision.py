@@ -116,6 +116,14 @@ def _far(case: Case) -> Iterator[Finding]:
         outputs, same = low.plain.outputs, exact.plain.outputs
         finite = all(bool(y.isfinite().all()) for y in (*outputs, *same))
         forward = max(map(rounded_norm_error, outputs, same))
+        if finite and where and forward > GROSS:
+            yield Finding(
+                check=NAME,
+                severity="wrong",
+                message=f"the output in float32{where} is off by {forward:.2g} of its norm, and so is its gradient; "
+                "in float64 nothing changes",
+                cause="squares are taken from each other, |x|² + |y|² - 2xy or E[x²] - E[x]²: square the differences",
+            )
         if finite and forward < LOST:
             expected = exact.vjps([[v.double() for v in low.plain.cotangents]])[0]
             if max(map(largest, expected)) > EXPLODES * (1 + max(map(largest, case.plain.grads))):
