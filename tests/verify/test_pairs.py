@@ -17,6 +17,7 @@ MORE = {
     # Points of `edges` are asked for one by one where forward refuses them together.
     "internal_rate_periods_21": 91,
     "inverse_transform_start_21": 104,
+    "knotted_interval_26": 110,
 }
 NEED_COMPILE = {
     "compile_path_wrong",

@@ -299,4 +299,5 @@ add(
     lambda: (real(5, positive=True), real(5, seed=1)),
     bug="Newton's method asks for the largest step, which an empty tensor does not have",
     trigger="an empty tensor",
+    missed="forward raises, loudly",
 )

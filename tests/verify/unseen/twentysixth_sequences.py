@@ -68,6 +68,7 @@ add(
     ),
     bug="The first state gets no gradient",
     trigger="a first state that requires one",
+    missed="a note: an input whose gradient is None, which may be meant",
 )
 
 
@@ -208,6 +209,7 @@ add(
     lambda: (real(4, 3),),
     bug="A place that no segment reaches has -inf - -inf in its shares",
     trigger="forbidden segments, scores of -inf",
+    missed="NaN is what most backwards give beside what is -inf",
 )
 
 
