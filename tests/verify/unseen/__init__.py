@@ -65,6 +65,7 @@ TWENTYTHIRD: dict[str, Unseen] = {}
 TWENTYFOURTH: dict[str, Unseen] = {}
 TWENTYFIFTH: dict[str, Unseen] = {}
 TWENTYSIXTH: dict[str, Unseen] = {}
+TWENTYSEVENTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -92,6 +93,7 @@ SETS = {
     "twenty-fourth set": TWENTYFOURTH,
     "twenty-fifth set": TWENTYFIFTH,
     "twenty-sixth set": TWENTYSIXTH,
+    "twenty-seventh set": TWENTYSEVENTH,
 }
 
 
@@ -307,6 +309,16 @@ def every():
         twentysixth_sequences,
         twentysixth_signals,
         twentysixth_tables,
+        twentyseventh_activations,
+        twentyseventh_attention,
+        twentyseventh_classes,
+        twentyseventh_experts,
+        twentyseventh_layers,
+        twentyseventh_losses,
+        twentyseventh_norms,
+        twentyseventh_protocol,
+        twentyseventh_sequences,
+        twentyseventh_steps,
         twentythird_edges,
         twentythird_functions,
         twentythird_layouts,
