@@ -4,6 +4,7 @@ import torch
 from torch.autograd import Function
 
 from tests.verify.unseen import F64, real
+from tests.verify.unseen.twentyfourth import memory
 from tests.verify.unseen.twentyseventh import add, check, positive, same, sized
 
 
@@ -276,4 +277,37 @@ add(
     lambda: (real(4, 3), real(3, seed=1, positive=True)),
     bug="The constant's share is 1 less the other one, which rounds to nothing",
     trigger="x above 37 (17 in float32), with a small k such as exp(-40)",
+)
+
+
+# max(x + b, 0)², as a kernel that is given the strides of its output
+def squared_relu(wrong):
+    class Squared(Function):
+        @staticmethod
+        def forward(ctx, x, b):
+            ctx.save_for_backward(x, b)
+            return (x + b).clamp(min=0).square()
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            x, b = ctx.saved_tensors
+            if wrong:
+                grad_y = memory(grad_y, *x.stride())
+            g = 2 * grad_y * (x + b).clamp(min=0)
+            return g, g.sum(0)
+
+    def activation(x, b):
+        sized("x", x, None, None)
+        sized("b", b, x.shape[1])
+        return Squared.apply(x, b)
+
+    return activation
+
+
+add(
+    "squared_relu_strides",
+    squared_relu,
+    lambda: (real(3, 4), real(4, seed=1)),
+    bug="Backward reads grad_output with the strides of x",
+    trigger="y.sum(), or x and grad_output of which one is transposed",
 )

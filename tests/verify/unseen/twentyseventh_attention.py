@@ -84,3 +84,43 @@ add(
     bug="Backward's mask is causal, but knows no documents",
     trigger="two documents or more",
 )
+
+
+# Attention to the places within a window, and to the first few of all
+def windowed(wrong):
+    class Attention(Function):
+        @staticmethod
+        def forward(ctx, q, k, v, reach, first):
+            ctx.save_for_backward(q, k, v)
+            ctx.reach, ctx.first = reach, first
+            return weights(q, k, reach, first) @ v
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            q, k, v = ctx.saved_tensors
+            p = weights(q, k, ctx.reach, 0 if wrong else ctx.first)
+            grad_p = grad_y @ v.T
+            grad_s = p * (grad_p - (grad_p * p).sum(1, keepdim=True)) / q.shape[1] ** 0.5
+            return grad_s @ k, grad_s.T @ q, p.T @ grad_y, None, None
+
+    def weights(q, k, reach, first):
+        place = torch.arange(len(q), device=q.device)
+        seen = ((place - place[:, None]).abs() <= reach) | (place < first)
+        return (q @ k.T / q.shape[1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(1)
+
+    def attention(q, k, v, reach=1, first=0):
+        sized("q", q, None, None)
+        same(q, k, v)
+        check(reach >= 0 and first >= 0, "reach, first: expected no negative numbers")
+        return Attention.apply(q, k, v, reach, first)
+
+    return attention
+
+
+add(
+    "windowed_first",
+    windowed,
+    lambda: tuple(real(4, 3, seed=i) for i in range(3)),
+    bug="Backward's mask has the window, not the first places, which all see",
+    trigger="first=1 or more",
+)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from tests.verify.unseen import real
+from tests.verify.unseen.twentieth import HALF
 from tests.verify.unseen.twentyseventh import add, check, indices, sized
 
 
@@ -172,4 +173,38 @@ add(
     lambda: (real(3, 4), torch.tensor([0, 2, 1])),
     bug="Backward knows no weights of the classes",
     trigger="weights given",
+)
+
+
+# Log-probabilities, computed in float32 where x is of a half type
+def log_probabilities(wrong):
+    def wide(t):
+        return t.float() if t.dtype in HALF else t
+
+    class Log(Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return wide(x).log_softmax(1).to(x.dtype)
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            (x,) = ctx.saved_tensors
+            total = (grad_y if wrong else wide(grad_y)).sum(1, keepdim=True)
+            return (wide(grad_y) - wide(x).softmax(1) * total).to(x.dtype)
+
+    def log(x):
+        sized("x", x, None, None)
+        return Log.apply(x)
+
+    return log
+
+
+add(
+    "log_probabilities_total",
+    log_probabilities,
+    lambda: (real(3, 4),),
+    bug="Backward sums grad_output up in its own type, in which the total may be infinite",
+    trigger="float16, and a row of grad_output whose sum is above 65504, as with a loss scale",
+    own=True,
 )

@@ -91,12 +91,12 @@ def drop_path(wrong):
         def forward(ctx, x, z, kept, p):
             ctx.save_for_backward(kept)
             ctx.p = p
-            return x + z * (kept / (1 - p)).to(z.dtype)[:, None]
+            return x + z * (kept.to(z.dtype) / (1 - p))[:, None]
 
         @staticmethod
         def backward(ctx, grad_y):
             (kept,) = ctx.saved_tensors
-            factor = (kept / (1 - ctx.p)).to(grad_y.dtype)[:, None]
+            factor = (kept.to(grad_y.dtype) / (1 - ctx.p))[:, None]
             grad_z = grad_y.detach().mul_(factor) if wrong else grad_y * factor
             return grad_y, grad_z, None, None
 
@@ -189,4 +189,81 @@ add(
     lambda: (real(2, 3, 5), real(3, 2, seed=1)),
     bug="Backward gives kernel o the channel o % C, which is right for one kernel a channel",
     trigger="two kernels for each channel",
+)
+
+
+# Convolution that keeps the length: of K - 1 zeros one more at the end where K is even
+def same_length(wrong):
+    class Same(Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            return F.conv1d(padded(x, w.shape[2]), w)
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            x, w = ctx.saved_tensors
+            k = w.shape[2]
+            before = (k - 1) // 2 if wrong else k // 2
+            grad_x = F.conv1d(F.pad(grad_y, (before, k - 1 - before)), w.flip(2).transpose(0, 1))
+            grad_w = torch.einsum("nol,nclk->ock", grad_y, padded(x, k).unfold(2, k, 1))
+            return grad_x, grad_w
+
+    def padded(x, k):
+        return F.pad(x, ((k - 1) // 2, k // 2))
+
+    def convolution(x, w):
+        sized("x", x, None, None, None)
+        sized("w", w, None, x.shape[1], None)
+        return Same.apply(x, w)
+
+    return convolution
+
+
+add(
+    "same_length_even",
+    same_length,
+    lambda: (real(2, 2, 5), real(3, 2, 3, seed=1)),
+    bug="Backward pads grad_output as forward pads x, where it should be the other way round",
+    trigger="an even number of taps",
+)
+
+
+# The mean over time and the deviation, whose square is at least 1e-3, side by side
+def statistics_pool(wrong):
+    floor = 1e-3
+
+    def spread(x):
+        c = x - x.mean(2, keepdim=True)
+        return c, c.square().mean(2, keepdim=True)
+
+    class Pool(Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return torch.cat([x.mean(2), spread(x)[1].clamp(min=floor).sqrt()[..., 0]], 1)
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            (x,) = ctx.saved_tensors
+            c, v = spread(x)
+            grad_mean, grad_s = grad_y[..., None].chunk(2, 1)
+            grad_s = grad_s / v.clamp(min=floor).sqrt()
+            if not wrong:
+                grad_s = torch.where(v > floor, grad_s, 0)
+            return (grad_mean + grad_s * c) / x.shape[2]
+
+    def pool(x):
+        sized("x", x, None, None, None)
+        return Pool.apply(x)
+
+    return pool
+
+
+add(
+    "statistics_pool_floor",
+    statistics_pool,
+    lambda: (real(2, 3, 5),),
+    bug="Backward lets the gradient through where forward holds the variance at its floor",
+    trigger="a channel that is almost constant",
 )

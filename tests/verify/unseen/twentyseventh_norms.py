@@ -151,3 +151,51 @@ add_bare(
     bug="What backward computes anew moves the running mean a second time",
     trigger="buffers compared before and after backward",
 )
+
+
+# x by the root of its mean square, with a rule for forward mode
+def mean_square_norm(wrong):
+    tiny = 1e-6
+
+    class Norm(Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + tiny)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            return through(*ctx.saved_tensors, grad_y)
+
+        @staticmethod
+        def jvp(ctx, tangent_x):
+            (x,) = ctx.saved_tensors
+            if wrong:
+                return tangent_x * torch.rsqrt(x.square().mean(-1, keepdim=True) + tiny)
+            return through(x, tangent_x)  # the Jacobian is symmetric
+
+    def through(x, t):
+        r = torch.rsqrt(x.square().mean(-1, keepdim=True) + tiny)
+        y = x * r
+        return r * (t - y * (y * t).mean(-1, keepdim=True))
+
+    def norm(x):
+        check(x.ndim >= 1 and x.shape[-1] >= 1, "x: expected one feature at least")
+        return Norm.apply(x)
+
+    return norm
+
+
+add(
+    "mean_square_tangent",
+    mean_square_norm,
+    lambda: (real(3, 4),),
+    bug="The rule for forward mode takes the root for a constant",
+    trigger="forward mode",
+)
