@@ -122,5 +122,6 @@ add(
     windowed,
     lambda: tuple(real(4, 3, seed=i) for i in range(3)),
     bug="Backward's mask has the window, not the first places, which all see",
-    trigger="first=1 or more",
+    trigger="first=1 or more, as in the sample",
+    kwargs=lambda: {"first": 1},
 )

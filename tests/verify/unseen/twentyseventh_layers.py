@@ -152,7 +152,8 @@ add(
     lookup,
     lambda: (real(5, 3), torch.tensor([[1, 4, 0], [4, 2, 0]])),
     bug="Backward compares with a padding row that is counted from the table's end",
-    trigger="padding=-1",
+    trigger="padding=-1, as in the sample",
+    kwargs=lambda: {"padding": -1},
 )
 
 
