@@ -66,6 +66,7 @@ TWENTYFOURTH: dict[str, Unseen] = {}
 TWENTYFIFTH: dict[str, Unseen] = {}
 TWENTYSIXTH: dict[str, Unseen] = {}
 TWENTYSEVENTH: dict[str, Unseen] = {}
+TWENTYEIGHTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -94,6 +95,7 @@ SETS = {
     "twenty-fifth set": TWENTYFIFTH,
     "twenty-sixth set": TWENTYSIXTH,
     "twenty-seventh set": TWENTYSEVENTH,
+    "twenty-eighth set": TWENTYEIGHTH,
 }
 
 
@@ -271,6 +273,13 @@ def every():
         twentyfifth_protocol,
         twentyfifth_sequences,
         twentyfifth_statistics,
+        twentyeighth_algebra,
+        twentyeighth_functions,
+        twentyeighth_geometry,
+        twentyeighth_physics,
+        twentyeighth_points,
+        twentyeighth_selection,
+        twentyeighth_statistics,
         twentyfirst_attention,
         twentyfirst_colour,
         twentyfirst_finance,
