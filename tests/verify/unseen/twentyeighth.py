@@ -25,6 +25,7 @@ __all__ = [
     "one_dtype",
     "positive",
     "read",
+    "regular",
     "same",
     "sized",
 ]
@@ -49,6 +50,12 @@ def one_dtype(*tensors):
 def finite(name, t):
     """Refuse infinities and NaN."""
     check(bool(t.isfinite().all()), f"{name}: expected finite numbers")
+
+
+def regular(matrix):
+    """Refuse a matrix that is singular, or nearly so."""
+    worst = 1e-2 / torch.finfo(matrix.dtype).eps
+    check(bool(torch.linalg.cond(matrix) < worst), "expected a regular system")
 
 
 def logarithm_ratio(u):

@@ -6,11 +6,11 @@ from torch.autograd import Function
 from tests.verify.unseen import real
 from tests.verify.unseen.twentyeighth import (
     add,
-    add_bare,
     check,
     indices,
     one_dtype,
     positive,
+    regular,
     sized,
 )
 
@@ -24,6 +24,7 @@ def sylvester(wrong):
             rows = torch.eye(n, dtype=c.dtype, device=c.device)
             columns = torch.eye(m, dtype=c.dtype, device=c.device)
             whole = torch.kron(a.contiguous(), columns) + torch.kron(rows, b.mT.contiguous())
+            regular(whole)
             x = torch.linalg.solve(whole, c.reshape(-1)).view(n, m)
             ctx.save_for_backward(a, b, x)
             return x
@@ -64,6 +65,7 @@ def cayley(wrong):
         def forward(ctx, a):
             ctx.save_for_backward(a)
             one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+            regular(one + a)
             return 2 * torch.linalg.inv(one + a) - one
 
         @staticmethod
@@ -115,7 +117,9 @@ def ridge(wrong):
         @staticmethod
         def forward(ctx, x, y, penalty):
             one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-            w = torch.linalg.solve(x.mT @ x + penalty * one, x.mT @ y)
+            matrix = x.mT @ x + penalty * one
+            regular(matrix)
+            w = torch.linalg.solve(matrix, x.mT @ y)
             ctx.save_for_backward(x, y, penalty, w)
             return w
 
@@ -243,7 +247,9 @@ def weighted_squares(wrong):
     class WeightedSquares(Function):
         @staticmethod
         def forward(ctx, x, w, y):
-            beta = torch.linalg.solve(x.mT @ (w[:, None] * x), x.mT @ (w * y))
+            matrix = x.mT @ (w[:, None] * x)
+            regular(matrix)
+            beta = torch.linalg.solve(matrix, x.mT @ (w * y))
             ctx.save_for_backward(x, w, y, beta)
             return beta
 
@@ -276,42 +282,4 @@ add(
     lambda: (real(6, 2), real(6, positive=True, seed=1), real(6, seed=2)),
     bug="For a design that is not trained backward takes the normal equations without weights",
     trigger="a design that requires no gradient",
-)
-
-
-# An operator's expectation in a state, Re <s, H s>
-def expectation(wrong):
-    class Expectation(Function):
-        @staticmethod
-        def forward(ctx, h, s):
-            ctx.save_for_backward(h, s)
-            return torch.vdot(s, h @ s).real.clone()
-
-        @staticmethod
-        def backward(ctx, grad_e):
-            h, s = ctx.saved_tensors
-            grad_s = 2 * (h @ s) if wrong else h @ s + h.mH @ s
-            return grad_e * torch.outer(s, s.conj()), grad_e * grad_s
-
-    def expect(h, s):
-        sized("s", s, None)
-        sized("h", h, len(s), len(s))
-        one_dtype(h, s)
-        return Expectation.apply(h, s)
-
-    return expect
-
-
-def observable():
-    h = torch.complex(real(3, 3, grad=False), real(3, 3, seed=1, grad=False))
-    s = torch.complex(real(3, seed=2, grad=False), real(3, seed=3, grad=False))
-    return ((h + h.mH) / 2).requires_grad_(), s.requires_grad_()
-
-
-add_bare(
-    "expectation_hermitian",
-    expectation,
-    observable,
-    bug="The state's gradient is 2 H s, whatever the operator",
-    trigger="an operator that is not Hermitian",
 )

@@ -1,4 +1,4 @@
-"""Special functions, filters, complex numbers."""
+"""Special functions, filters, transforms, complex numbers."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch.autograd import Function
 
 from tests.verify.unseen import real
-from tests.verify.unseen.twentyeighth import add, add_bare, check, finite, one_dtype
+from tests.verify.unseen.twentyeighth import add, add_bare, check, finite, one_dtype, sized
 
 
 # Lambert's W on x >= 0: the w of w exp(w) = x
@@ -274,4 +274,42 @@ add(
     lambda: (real(3, 4),),
     bug="The rule for forward mode does not divide by the root of the length",
     trigger="forward mode",
+)
+
+
+# An operator's expectation in a state, Re <s, H s>
+def expectation(wrong):
+    class Expectation(Function):
+        @staticmethod
+        def forward(ctx, h, s):
+            ctx.save_for_backward(h, s)
+            return torch.vdot(s, h @ s).real.clone()
+
+        @staticmethod
+        def backward(ctx, grad_e):
+            h, s = ctx.saved_tensors
+            grad_s = 2 * (h @ s) if wrong else h @ s + h.mH @ s
+            return grad_e * torch.outer(s, s.conj()), grad_e * grad_s
+
+    def expect(h, s):
+        sized("s", s, None)
+        sized("h", h, len(s), len(s))
+        one_dtype(h, s)
+        return Expectation.apply(h, s)
+
+    return expect
+
+
+def observable():
+    h = torch.complex(real(3, 3, grad=False), real(3, 3, seed=1, grad=False))
+    s = torch.complex(real(3, seed=2, grad=False), real(3, seed=3, grad=False))
+    return ((h + h.mH) / 2).requires_grad_(), s.requires_grad_()
+
+
+add_bare(
+    "expectation_hermitian",
+    expectation,
+    observable,
+    bug="The state's gradient is 2 H s, whatever the operator",
+    trigger="an operator that is not Hermitian",
 )

@@ -1,10 +1,10 @@
-"""Rotations, cameras, rays, sets of points."""
+"""Rotations, cameras, rays, triangles, splats."""
 
 import torch
 from torch.autograd import Function
 
 from tests.verify.unseen import real
-from tests.verify.unseen.twentyeighth import add, check, finite, one_dtype, positive, sized
+from tests.verify.unseen.twentyeighth import add, check, finite, one_dtype, positive, same, sized
 
 
 # A rotation's quaternion, by the largest of its four numbers
@@ -223,4 +223,91 @@ add(
     lambda: (real(2, 4), real(5, 3, seed=1)),
     bug="The rule for vmap takes the first camera for the whole batch",
     trigger="vmap over cameras",
+)
+
+
+# Interpolation over a triangle seen in perspective: weights w, depths z, values v at its corners
+def perspective(wrong):
+    class Perspective(Function):
+        @staticmethod
+        def forward(ctx, w, z, v):
+            ctx.save_for_backward(w, z, v)
+            share = w / z
+            return (share * v).sum(-1) / share.sum(-1)
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            w, z, v = ctx.saved_tensors
+            share = w / z
+            total = share.sum(-1, keepdim=True)
+            part = share / total
+            y = (part * v).sum(-1, keepdim=True)
+            grad_part = grad_y[..., None] * (v - y)
+            by_z = -grad_y[..., None] * v if wrong else -grad_part
+            return grad_part / z / total, by_z * part / z, grad_y[..., None] * part
+
+    def interpolate(w, z, v):
+        sized("w", w, None, 3)
+        same(w, z, v)
+        one_dtype(w, z, v)
+        positive("w", w)
+        positive("z", z)
+        return Perspective.apply(w, z, v)
+
+    return interpolate
+
+
+add(
+    "perspective_depth",
+    perspective,
+    lambda: (real(4, 3, positive=True), real(4, 3, positive=True, seed=1), real(4, 3, seed=2)),
+    bug="The depths' gradient leaves the sum of the shares out",
+)
+
+
+# What widening a splat's covariance (a, b; b, c) by s must take from its opacity
+def compensation(wrong):
+    class Compensation(Function):
+        @staticmethod
+        def forward(ctx, cov, s):
+            ctx.save_for_backward(cov)
+            ctx.s = s
+            a, b, c = cov.unbind(-1)
+            return ((a * c - b * b) / ((a + s) * (c + s) - b * b)).sqrt()
+
+        @staticmethod
+        def backward(ctx, grad_r):
+            (cov,) = ctx.saved_tensors
+            (a, b, c), s = cov.unbind(-1), ctx.s
+            before, after = a * c - b * b, (a + s) * (c + s) - b * b
+            half = grad_r * (before / after).sqrt() / 2
+            by_a, by_b, by_c = c / before, -2 * b / before, a / before
+            if not wrong:
+                by_a, by_c = by_a - (c + s) / after, by_c - (a + s) / after
+                by_b = by_b + 2 * b / after
+            return torch.stack([half * by_a, half * by_b, half * by_c], -1), None
+
+    def compensate(cov, s=0.3):
+        sized("cov", cov, None, 3)
+        check(s > 0, "expected s > 0")
+        finite("cov", cov)
+        a, b, c = cov.unbind(-1)
+        fits = (a > 0) & (c > 0) & (a * c - b * b > 0)
+        check(bool(fits.all()), "expected positive definite matrices")
+        return Compensation.apply(cov, s)
+
+    return compensate
+
+
+def covariances():
+    a, c = real(4, positive=True, grad=False) + 0.5, real(4, positive=True, seed=1, grad=False)
+    b = 0.8 * (a * c).sqrt() * torch.tanh(real(4, seed=2, grad=False))
+    return torch.stack([a, b, c], -1).requires_grad_()
+
+
+add(
+    "compensation_widened",
+    compensation,
+    lambda: (covariances(),),
+    bug="The widened matrix's determinant is taken for constant",
 )

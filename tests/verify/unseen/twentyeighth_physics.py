@@ -1,4 +1,4 @@
-"""Options, smiles, steps, slopes, splats, fields."""
+"""Options, smiles, steps, slopes, fields, forces."""
 
 import math
 
@@ -8,6 +8,7 @@ from torch.autograd import Function
 from tests.verify.unseen import real
 from tests.verify.unseen.twentyeighth import (
     add,
+    add_bare,
     check,
     finite,
     logarithm_ratio,
@@ -204,93 +205,6 @@ add(
 )
 
 
-# What widening a splat's covariance (a, b; b, c) by s must take from its opacity
-def compensation(wrong):
-    class Compensation(Function):
-        @staticmethod
-        def forward(ctx, cov, s):
-            ctx.save_for_backward(cov)
-            ctx.s = s
-            a, b, c = cov.unbind(-1)
-            return ((a * c - b * b) / ((a + s) * (c + s) - b * b)).sqrt()
-
-        @staticmethod
-        def backward(ctx, grad_r):
-            (cov,) = ctx.saved_tensors
-            (a, b, c), s = cov.unbind(-1), ctx.s
-            before, after = a * c - b * b, (a + s) * (c + s) - b * b
-            half = grad_r * (before / after).sqrt() / 2
-            by_a, by_b, by_c = c / before, -2 * b / before, a / before
-            if not wrong:
-                by_a, by_c = by_a - (c + s) / after, by_c - (a + s) / after
-                by_b = by_b + 2 * b / after
-            return torch.stack([half * by_a, half * by_b, half * by_c], -1), None
-
-    def compensate(cov, s=0.3):
-        sized("cov", cov, None, 3)
-        check(s > 0, "expected s > 0")
-        finite("cov", cov)
-        a, b, c = cov.unbind(-1)
-        fits = (a > 0) & (c > 0) & (a * c - b * b > 0)
-        check(bool(fits.all()), "expected positive definite matrices")
-        return Compensation.apply(cov, s)
-
-    return compensate
-
-
-def covariances():
-    a, c = real(4, positive=True, grad=False) + 0.5, real(4, positive=True, seed=1, grad=False)
-    b = 0.8 * (a * c).sqrt() * torch.tanh(real(4, seed=2, grad=False))
-    return torch.stack([a, b, c], -1).requires_grad_()
-
-
-add(
-    "compensation_widened",
-    compensation,
-    lambda: (covariances(),),
-    bug="The widened matrix's determinant is taken for constant",
-)
-
-
-# Interpolation over a triangle seen in perspective: weights w, depths z, values v at its corners
-def perspective(wrong):
-    class Perspective(Function):
-        @staticmethod
-        def forward(ctx, w, z, v):
-            ctx.save_for_backward(w, z, v)
-            share = w / z
-            return (share * v).sum(-1) / share.sum(-1)
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            w, z, v = ctx.saved_tensors
-            share = w / z
-            total = share.sum(-1, keepdim=True)
-            part = share / total
-            y = (part * v).sum(-1, keepdim=True)
-            grad_part = grad_y[..., None] * (v - y)
-            by_z = -grad_y[..., None] * v if wrong else -grad_part
-            return grad_part / z / total, by_z * part / z, grad_y[..., None] * part
-
-    def interpolate(w, z, v):
-        sized("w", w, None, 3)
-        same(w, z, v)
-        one_dtype(w, z, v)
-        positive("w", w)
-        positive("z", z)
-        return Perspective.apply(w, z, v)
-
-    return interpolate
-
-
-add(
-    "perspective_depth",
-    perspective,
-    lambda: (real(4, 3, positive=True), real(4, 3, positive=True, seed=1), real(4, 3, seed=2)),
-    bug="The depths' gradient leaves the sum of the shares out",
-)
-
-
 # The periodic solution of -u'' = f with mean 0
 def periodic_poisson(wrong):
     def solve(f, mean):
@@ -309,7 +223,7 @@ def periodic_poisson(wrong):
             return solve(grad_u, 1.0 if wrong else 0.0)
 
     def potential(f):
-        check(f.ndim >= 1 and f.shape[-1] >= 1, "expected rows of a number or more")
+        check(f.ndim >= 1 and f.numel() >= 1, "expected rows of a number or more")
         return Poisson.apply(f)
 
     return potential
@@ -320,4 +234,41 @@ add(
     periodic_poisson,
     lambda: (real(2, 6),),
     bug="Backward divides by 1 where the wave number is 0, so that the mean stays",
+)
+
+
+# The forces on a chain of springs, which harden as they are stretched
+def chain_forces(wrong):
+    class Forces(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stiffness = torch.nn.Parameter(torch.tensor([0.8, 0.3], dtype=F64))
+
+        def forward(self, x):
+            sized("x", x, None)
+            if x.dtype != self.stiffness.dtype:
+                raise TypeError(f"x: expected {self.stiffness.dtype}, got {x.dtype}")
+            if not wrong:
+                bend = x[1:] - x[:-1]
+                pull = self.stiffness[0] * bend + self.stiffness[1] * bend**3
+                none = torch.zeros_like(x[:1])
+                return torch.cat([pull, none]) - torch.cat([none, pull])
+            recording = torch.is_grad_enabled()
+            with torch.enable_grad():
+                y = x if x.requires_grad else x.detach().requires_grad_()
+                bend = y[1:] - y[:-1]
+                energy = (self.stiffness[0] / 2 * bend**2 + self.stiffness[1] / 4 * bend**4).sum()
+                graph = recording and self.training
+                (slope,) = torch.autograd.grad(energy, y, create_graph=graph)
+            return -slope
+
+    return Forces()
+
+
+add_bare(
+    "chain_forces_eval",
+    chain_forces,
+    lambda: (real(5),),
+    bug="The forces are the energy's gradient, with a graph only in training",
+    trigger="evaluation",
 )
