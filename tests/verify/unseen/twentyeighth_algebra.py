@@ -221,8 +221,9 @@ def trilinear(wrong):
             rows = grad_t.reshape(len(a), -1)
             first, second = (c, b) if wrong else (b, c)
             columns = (first[:, None] * second).reshape(-1, a.shape[1])
-            grad_b = torch.einsum("ijk,ir,kr->jr", grad_t, a, c)
-            return rows @ columns, grad_b, torch.einsum("ijk,ir,jr->kr", grad_t, a, b)
+            part = grad_t[..., None] * a[:, None, None]
+            grad_b, grad_c = (part * c).sum((0, 2)), (part * b[:, None]).sum((0, 1))
+            return rows @ columns, grad_b, grad_c
 
     def build(a, b, c):
         sized("a", a, None, None)

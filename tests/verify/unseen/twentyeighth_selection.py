@@ -236,7 +236,7 @@ def neighbour_features(wrong):
             if wrong:
                 grad_y = read(grad_y, f.stride())
             rows = w[..., None] * grad_y[:, None]
-            grad_f = torch.zeros_like(f).index_add(0, index.flatten(), rows.flatten(0, 1))
+            grad_f = torch.zeros_like(f).index_add(0, index.flatten(), rows.reshape(-1, f.shape[1]))
             return grad_f, (f[index] * grad_y[:, None]).sum(-1), None
 
     def interpolate(f, w, index):
