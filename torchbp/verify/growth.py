@@ -276,6 +276,8 @@ class _Search:
                 # Keys, perhaps, that may be more than queries, and not less.
                 found = self._alone(other, twice=False) if first else None
                 if not found:
+                    if not several:  # what is one for each may be two; the sample's sizes stay
+                        self._grows(replace(other, unit=size.now), backward=True)
                     said += [self.said] if first else []
                     self.stands.update(said if len(said) > 1 and len(set(said)) == 1 else ())
                     continue

@@ -83,7 +83,8 @@ def _ask(
 def _domains(leaf: Tensor, values: Tensor) -> Iterator[Tensor]:
     """Yield which of ``values`` may be in an input's domain, the widest first.
 
-    All; those of its sign, if it has one; of them those that are not smaller; those between its elements.
+    All; those of its sign, if it has one, and 0; without 0; of them those that are not smaller; those between its
+    elements.
     """
     low, high = float(leaf.min()), float(leaf.max())
     yield torch.ones_like(values, dtype=torch.bool)
@@ -91,8 +92,10 @@ def _domains(leaf: Tensor, values: Tensor) -> Iterator[Tensor]:
     if low < 0 < high:
         yield own
         yield own
+        yield own
     else:
         own &= values.isfinite()
+        yield own | (values == 0)
         yield own
         yield own & (values.abs() >= min(abs(low), abs(high)))
     yield (values >= low) & (values <= high)

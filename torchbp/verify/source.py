@@ -4,7 +4,7 @@ import inspect
 import re
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torchbp.verify.cases import Case
 from torchbp.verify.tensors import graph
 
-__all__ = ["PROMISED", "functions", "lacking", "promised", "speaks"]
+__all__ = ["PROMISED", "codes_of", "functions", "lacking", "promised", "speaks"]
 
 PROMISED = "generate_vmap_rule promises a rule, and a tensor's value decides what is computed"
 # What vmap says of a value that is read into Python.
@@ -49,12 +49,16 @@ def promised(case: Case, error: BaseException) -> bool:
     return bool(asked and READS.search(str(error))) and _went_through(error, asked)
 
 
+def codes_of(functions: Iterable[type[Function]]) -> set[types.CodeType]:
+    """Return the code of the methods of these."""
+    classes = [c for f in functions for c in f.__mro__]
+    methods = [getattr(x, "__func__", x) for c in classes for x in vars(c).values()]
+    return {x.__code__ for x in methods if inspect.isfunction(x)}
+
+
 def _went_through(error: BaseException | None, functions: list[type[Function]]) -> bool:
     """Whether a method of one of these was being run as ``error``, or what it was raised from, was raised."""
-    methods = [
-        getattr(x, "__func__", x) for f in functions for c in f.__mro__ for x in vars(c).values()
-    ]
-    codes = {x.__code__ for x in methods if inspect.isfunction(x)}
+    codes = codes_of(functions)
     while error is not None:
         if any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__)):
             return True

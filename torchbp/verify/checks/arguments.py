@@ -9,7 +9,7 @@ tried where the name of the argument says that there is none.
 
 import math
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -24,13 +24,14 @@ from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs, scaled
 from torchbp.verify.tensors import counts, signed_like
-from torchbp.verify.tolerance import largest
+from torchbp.verify.tolerance import compare_all, largest
 
 NAME = "arguments"
 MOST = 4  # arguments alone, beside all real numbers at once and all others at once
 EACH = 2  # other values of one, that forward takes
 TRIED = 4  # calls for those
 LARGER = (8.0, 2.0)  # times, the inputs of what says nothing in the sample
+CLOSE = 1.0625  # times, where no other value is taken
 UNTAKEN = "returned an incorrect number of gradients"  # torch says of a backward
 # Names of a norm's order, of which 1 and infinity are special.
 NORM = re.compile("p|ord|order|norm|norm_type|power")
@@ -38,11 +39,31 @@ NORM = re.compile("p|ord|order|norm|norm_type|power")
 
 def _run(case: Case) -> Iterator[Finding]:
     values = options(case)
+    nothing: list[Values] = []  # what says nothing in the sample
+    tested = yield from _others(case, values, _tries(case, values), nothing)
+    if tested is None:
+        return
+    if not tested:  # what lies between two bounds
+        close = [{i: CLOSE * x} for i, x in values.items() if type(x) is float and x]
+        tested = yield from _others(case, values, [[change] for change in close[:EACH]], nothing)
+        if tested is None:
+            return
+    idle = {i: x for change in reversed(nothing) for i, x in change.items()}
+    tested = (yield from _beyond(case, values, idle)) or tested
+    if tested and case.runs_again:
+        yield from _left_behind(case)
+    if tested is False:
+        raise NotApplicable("no number, flag or word among the arguments that may be another")
+
+
+def _others(
+    case: Case, values: Values, tries: Iterable[list[Values]], nothing: list[Values]
+) -> Generator[Finding, None, bool | None]:
+    """Try other values; return whether there were such, ``None`` once one is wrong. Add what says ``nothing``."""
     asking = _asking(case)
     tested = False
     right: list[Values] = []
-    nothing: list[Values] = []  # what says nothing in the sample
-    for some in _tries(case, values):
+    for some in tries:
         accepted = 0
         for change in some:
             if _is_part(change, right):
@@ -63,15 +84,20 @@ def _run(case: Case) -> Iterator[Finding]:
             found = check_lines(other, NAME, _when(case, values, change))
             if found and _counts(other, found, change):
                 yield found
-                return
+                return None
             if not found:
                 right.append(change)
             if len(change) > 1:
                 break
-    idle = {i: x for change in reversed(nothing) for i, x in change.items()}
-    tested |= yield from _beyond(case, values, idle)
-    if not tested:
-        raise NotApplicable("no number, flag or word among the arguments that may be another")
+    return tested
+
+
+def _left_behind(case: Case) -> list[Finding]:
+    """Compare the gradient of the first call's graph with what it was before calls with other arguments."""
+    (got,) = case.vjps([case.plain.cotangents])
+    when = " after another call with other arguments"
+    cause = "a number kept by the class, or outside of it, where the next call puts its own: keep it in ctx"
+    return compare_all(NAME, case, got, case.plain.grads, when=when, cause=cause)[:1]
 
 
 def _when(case: Case, values: Values, change: Values) -> str:

@@ -7,8 +7,10 @@ are left in peace.
 """
 
 import logging
+import sys
+import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
 from torchbp.verify.report import Finding
+from torchbp.verify.source import codes_of, functions
 from torchbp.verify.tensors import graph, tensors_in
 from torchbp.verify.tolerance import compare, compare_all, largest, rounding
 
@@ -131,19 +134,25 @@ def _fresh_code(case: Case) -> Callable[..., tuple[Tensor, ...]]:
 
 
 class _Reads(TorchDispatchMode):
-    """Counts the floating-point values that are read into Python."""
+    """Counts the floating-point values that are read into Python while some code runs."""
 
     only_watches = True  # torchbp runs under it as without
-    count = 0
+
+    def __init__(self, codes: Set[types.CodeType]) -> None:
+        super().__init__()
+        self.codes = codes
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():  # noqa: SLF001
-            self.count += 1
+            frames = traceback.walk_stack(sys._getframe())  # noqa: SLF001  # documented, and the only way
+            self.count += any(frame.f_code in self.codes for frame, _ in frames)
         return func(*args, **(kwargs or {}))
 
 
 def _reads(case: Case) -> int:
-    with _Reads() as reads:
+    """Return how many are read within a Function: what is read before, to see whether it may be called, is loud."""
+    with _Reads(codes_of(functions(case))) as reads:
         case.forward(case.fresh())
     return reads.count
 

@@ -14,7 +14,8 @@ from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 
 NAME = "counts"
-MANY = 9  # tensors more, which only one that takes any number takes
+MANY = 8  # tensors more still, which only one that takes any number takes
+PAIR = 2  # a scale and a shift for each layer
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -26,7 +27,7 @@ def _run(case: Case) -> Iterator[Finding]:
         other = case.of(more, kwargs)
         if accepts(other):
             tested = True
-            found = check_lines(other, NAME, " with one tensor more")
+            found = check_lines(other, NAME, " with more tensors")
             if found:
                 yield found
                 return
@@ -49,8 +50,10 @@ def _longer(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
     if inspect.Parameter.VAR_POSITIONAL in kinds and args and isinstance(args[-1], Tensor):
         another = _another(args[-1])
         # One that hands on what it is given, as a decorator does, takes as many as what is behind it.
-        if accepts(case.of((*args, *[another] * MANY), kwargs)):
-            yield (*args, another)
+        for more in (1, PAIR):
+            if accepts(case.of((*args, *[another] * (MANY + more)), kwargs)):
+                yield (*args, *[another] * more)
+                return
 
 
 def _another(t: Tensor) -> Tensor:

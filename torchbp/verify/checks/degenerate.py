@@ -26,6 +26,7 @@ EVERY = "every input is zero"
 ZERO = 2  # inputs that are 0, one at a time
 QUATERNION = re.compile("quat", re.IGNORECASE)
 AXIS = "rows lie along the first axis"
+LAST, SPACE = "a row lies along the last axis", 3
 
 
 def _equal_rows(t: Tensor) -> Tensor:
@@ -80,6 +81,13 @@ def _first_axis(t: Tensor) -> Tensor:
     return t
 
 
+def _last_axis(t: Tensor) -> Tensor:
+    """Return t with all but the last element of its first row 0."""
+    t = t.clone()
+    t.view(-1, t.shape[-1])[:1, :-1] = 0
+    return t
+
+
 def _samples(case: Case, inputs: list[int]) -> Iterator[tuple[str, Case]]:
     # A batch of square matrices comes first: behind others it is a convolution's weight.
     square = {i for i in inputs if _is_square(case.flat[i])}
@@ -99,11 +107,18 @@ def _samples(case: Case, inputs: list[int]) -> Iterator[tuple[str, Case]]:
 
 
 def _along_axis(case: Case, inputs: list[int], samples: dict[str, Case]) -> dict[str, Case]:
-    """Return rows along the first axis for what speaks of quaternions, or refuses an input of zeros."""
+    """Return rows along the first axis for what speaks of quaternions, or refuses an input of zeros.
+
+    And along the last, which is that of a lens.
+    """
+    last = [i for i in inputs if case.flat[i].dim() and case.flat[i].shape[-1] == SPACE]
+    found = {}
+    if last:
+        found[LAST] = case.edited(lambda i, t: _last_axis(t) if i in last else t)
     zero = (other for what, other in samples.items() if what.endswith("is 0"))
-    if not speaks(case, QUATERNION) and all(map(accepts, zero)):
-        return {}
-    return {AXIS: case.edited(lambda i, t: _first_axis(t) if i in inputs else t)}
+    if speaks(case, QUATERNION) or not all(map(accepts, zero)):
+        found[AXIS] = case.edited(lambda i, t: _first_axis(t) if i in inputs else t)
+    return found
 
 
 def _pair(case: Case, inputs: list[int]) -> tuple[int, int] | None:

@@ -72,8 +72,13 @@ def _at_points(case: Case, which: int, values: Tensor, slopes: Tensor) -> Iterat
     steepness = torch.maximum(low.abs(), high.abs())
     settled = y.isfinite() & (drift <= 0.05 * steepness + TOLERANCE + noise)
     # NaN is no slope, whichever it is: enough that those of shorter steps are not steeper.
-    bounded = y.isfinite() & (left_near.abs() <= left.abs() + noise + TOLERANCE)
-    settled |= g.isnan() & bounded & (right_near.abs() <= right.abs() + noise + TOLERANCE)
+    flat, known = zip(*(
+        (near.abs() <= far.abs() + noise + TOLERANCE, near.isfinite())
+        for near, far in ((left_near, left), (right_near, right))
+    ), strict=True)  # fmt: skip
+    # At the end of the domain there is one side.
+    bounded = (flat[0] | ~known[0]) & (flat[1] | ~known[1]) & (known[0] | known[1])
+    settled |= g.isnan() & y.isfinite() & bounded
     settled &= STEPS[1] * SIZE > case.epsilon * POINTS.abs()  # else that rounds the step away
     slack = TOLERANCE * (1 + steepness) + 4 * drift + noise
     wrong = settled & ~((g >= low - slack) & (g <= high + slack))

@@ -29,6 +29,7 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("no integer input")
     sizes = {n for _, t in case.arguments for n in t.shape}
     known = set(case.memo.get(KNOWN, ()))
+    given_away = partial(_given_away, sizes=sizes)
     known |= {IMPLIED[change] for change in known & IMPLIED.keys()}
     tested = False
     for when, change in (
@@ -40,8 +41,10 @@ def _run(case: Case) -> Iterator[Finding]:
         ("of the numbers in order one is there twice, and another lies between", _twice),
         ("a number in order lies between", _between),
         ("one of the numbers in order is left out", _left_out),
+        ("the first of the numbers in order is not 0", _from_later),
+        ("some integers are 0", _some_zero),
         ("the first of the numbers occurs once", _once),
-        ("the first share is the second's too", partial(_given_away, sizes=sizes)),
+        ("the first share is the second's too", given_away),
     ):
         if change in known:
             tested = True
@@ -52,9 +55,9 @@ def _run(case: Case) -> Iterator[Finding]:
         tested = True
         found = check_lines(other, NAME, f" where {when}")
         # An element that no output depends on, since a later one was written to its place: indices must differ. Not
-        # so what somebody has whose share is 0.
-        shares = found and "share" in when
-        if found and (shares or not (found.expected == 0 and 0 < abs(found.got or 0) < inf)):
+        # so what somebody has whose share is 0, nor what lies before the first.
+        nothing = found and change in (_from_later, given_away)
+        if found and (nothing or not (found.expected == 0 and 0 < abs(found.got or 0) < inf)):
             yield found
             return
         if change in IMPLIED and not found:
@@ -131,6 +134,22 @@ def _left_out(t: Tensor) -> Tensor:
     if bool((flat[1:] < flat[:-1]).any()) or flat[0] == flat[-1]:
         return t
     flat[flat == flat[flat > flat[0]][0]] = flat[0].clone()  # CUDA takes no part of flat itself
+    return flat.view(t.shape)
+
+
+def _from_later(t: Tensor) -> Tensor:
+    """Return offsets, integers in order from 0 on, that begin with 1."""
+    if t.dim() != 1 or len(t) < 3 or t[0] != 0 or t[1] < 2 or bool((t[1:] <= t[:-1]).any()):
+        return t
+    return torch.cat([t[:1] + 1, t[1:]])
+
+
+def _some_zero(t: Tensor) -> Tensor:
+    """Return counts, of which none is 0, with every third 0."""
+    if t.numel() < 2 or bool((t <= 0).any()):
+        return t
+    flat = t.reshape(-1).clone()
+    flat[::3] = 0
     return flat.view(t.shape)
 
 

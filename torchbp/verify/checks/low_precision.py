@@ -208,10 +208,12 @@ def _loss_scale(case: Case) -> Iterator[Finding]:
     low = in_dtype(wide, torch.float16)[0]
     if not _runs(low):
         return
-    room = torch.finfo(torch.float16).max / (8 * max([SMALL, *map(largest, low.plain.grads)]))
+    positive = [v.abs() for v in low.plain.cotangents]  # a row's may add up
+    (plain,) = low.vjps([positive])
+    room = torch.finfo(torch.float16).max / (1.5 * max([SMALL, *map(largest, plain)]))
     scale = 2.0 ** math.floor(math.log2(min(LOSS_SCALE, room)))
-    (got,) = low.vjps([[scale * v for v in low.plain.cotangents]])
-    for name, g, small in zip(low.names, got, low.plain.grads, strict=True):
+    (got,) = low.vjps([[scale * v for v in positive]])
+    for name, g, small in zip(low.names, got, plain, strict=True):
         if not _is_finite(g):
             where = f"float16 for grad_output {scale:g} times as large, a loss scale, at shapes {wide.shapes}"
             yield _overflow(name, where, float("inf"), scale * largest(small))

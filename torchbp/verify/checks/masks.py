@@ -34,6 +34,8 @@ def _run(case: Case) -> Iterator[Finding]:
         "the mask keeps nothing": _changed(case, masks, torch.zeros_like),
         "what the mask takes out is 0 or 10000": _hidden(case, flipped, masks),
     }
+    if not accepts(flipped):
+        tries["one less of each row is kept"] = _changed(case, masks, _one_less)
     tested = False
     for when, other in tries.items():
         if other is None or not accepts(other):
@@ -94,6 +96,14 @@ def _rows_alike(mask: Tensor) -> Tensor:
     mask = mask.clone()
     mask[0], mask[-1] = 0, 1
     return mask
+
+
+def _one_less(mask: Tensor) -> Tensor:
+    """Return the mask without the first of each row's that it keeps, where there are others."""
+    kept = mask != 0
+    first = kept & (kept.cumsum(-1) == 1) if mask.dim() else ~kept
+    several = kept.sum(-1, keepdim=True) > 1 if mask.dim() else kept
+    return torch.where(first & several, torch.zeros_like(mask), mask)
 
 
 def _half_flipped(mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,9 @@ A single number may be a limit, though, within which nothing is then. Where noth
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
@@ -20,7 +23,6 @@ NAME = "scales"
 FACTORS = (2.0**-10, APART, -(2.0**10))
 ROOT = 1 / 32  # takes what is between -1 and 1 near its bounds
 EXPLODES = 1e14  # times as large outputs: out of the sample's domain
-NEGATED = (-APART, -1.0)  # times as large: of two inputs; of one the latter
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -50,12 +52,42 @@ def _tries(case: Case) -> Iterator[tuple[Case, str]]:
     near = None if larger else _near_bounds(case)
     if near and accepts(near):
         yield near, " for inputs near -1 and 1"
-    one_sided = _one_sided(case)[: len(NEGATED)]
-    for which, factor in zip(one_sided, NEGATED[-len(one_sided) :], strict=False):
-        other = _negated(case, case.where[which], factor)
-        if accepts(other) and not _closed(case, other, which):
+    if not larger:
+        yield from _turned(case)
+    for some, factor in _to_negate(_one_sided(case)):
+        other = _negated(case, [case.where[i] for i in some], factor)
+        if accepts(other) and not any(_closed(case, other, i) for i in some):
             by = "negated" if factor == -1 else f"{factor:g} times as large"
-            yield other, f" where {case.names[which]} is {by}"
+            names = " and ".join(case.names[i] for i in some)
+            yield other, f" where {names} {'are' if len(some) > 1 else 'is'} {by}"
+
+
+def _to_negate(one_sided: list[int]) -> Iterator[tuple[list[int], float]]:
+    """Yield which leaves of one sign to negate, and the factor: the first, which is larger too, the rest, all."""
+    first, rest = one_sided[:1], one_sided[1:]
+    if first:
+        yield first, -APART if rest else -1.0
+    if rest:
+        yield rest, -1.0
+        yield one_sided, -1.0
+
+
+def _turned(case: Case) -> Iterator[tuple[Case, str]]:
+    """Yield the case with two rows of its square matrices negated, which leaves a rotation one."""
+    square = [i for i, t in case.arguments if i in case.where and _is_square(t)]
+    other = case.edited(lambda i, t: _two_negated(t) if i in square else t)
+    if square and accepts(other):
+        yield other, " where two rows of each matrix are negated"
+
+
+def _is_square(t: Tensor) -> bool:
+    return t.dim() > 1 and t.shape[-1] == t.shape[-2] > 2
+
+
+def _two_negated(t: Tensor) -> Tensor:
+    sign = torch.ones_like(t[..., :1])
+    sign[..., :2, :] = -1
+    return t * sign
 
 
 def _near_bounds(case: Case) -> Case | None:
@@ -85,8 +117,8 @@ def _one_sided(case: Case) -> list[int]:
     ]
 
 
-def _negated(case: Case, position: int, factor: float) -> Case:
-    return case.edited(lambda i, t: negated(t, factor) if i == position else t)
+def _negated(case: Case, positions: list[int], factor: float) -> Case:
+    return case.edited(lambda i, t: negated(t, factor) if i in positions else t)
 
 
 def _closed(case: Case, other: Case, which: int) -> bool:

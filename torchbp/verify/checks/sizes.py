@@ -57,7 +57,9 @@ SCALED = {RUNS[2]: -(2.0**10), RUNS[4]: 2.0**-10, RUNS[5]: 0.0}
 SMALL, PLANE = RUNS[4], 2
 # Rows in which what is equal in the sample stays so.
 TOGETHER = (RUNS[0], RUNS[2], RUNS[5])
+GROUPED = 4  # a size that may hold several groups
 BLOCK = 33  # which every size reaches at least, where that can be
+OTHERS = 1 / APART  # beside which what else there is is larger
 FEW = 2
 FAR = 1.0  # by how much rows that are repeated may be moved, in parts of themselves
 LARGEST = 2**16  # elements
@@ -270,11 +272,11 @@ def _runs(case: Case, free: list[Size], parted: list[set[Pair]], stay: list[Size
             sizes = {size: size.near(sizes[first[size.now]]) for size in sizes}
         if indexed and any(new < size.now for size, new in sizes.items()):
             continue  # an index may point at what is gone
-        factor, varied = SCALED.get(row, 1.0) if ran else 1.0, VARIED.get(row)
+        factor, varied = _how(case, row) if ran else (1.0, VARIED.get(row))
         failed: dict[str, Run] = {}
         run = _largest_that_runs(case, sizes, factor, varied, failed)
         if run and run.scale:
-            case.memo.setdefault("scaled", set()).add(SCALED[row])
+            case.memo.setdefault("scaled", set()).add(factor)
         run = run or _largest_that_runs(case, sizes, failed=failed)
         if run:
             ran = True
@@ -289,6 +291,29 @@ def _runs(case: Case, free: list[Size], parted: list[set[Pair]], stay: list[Size
                 reached[size] = max(reached[size], size.within(run.plain))
             yield run
     yield from _far_apart(case, free, reached)
+    yield from _one_less(case, free)
+
+
+def _how(case: Case, row: tuple[int, ...]) -> tuple[float, Varied | None]:
+    """Return at which scale to run a row, and what is another there; of numbers without indices every other input."""
+    several = len(case.leaves) > 1 and all(t.is_floating_point() for _, t in case.arguments)
+    if row == RUNS[1] and several:
+        return OTHERS, None
+    return SCALED.get(row, 1.0), VARIED.get(row)
+
+
+def _one_less(case: Case, free: list[Size]) -> Iterator[Run]:
+    """Yield the largest size that may not be one more, one less: the last group need not be full."""
+    arguments = case.arguments
+    taken = {(i, d) for size in free for i, d, times in size.places if size.unit == times == 1}
+    sizes = {n for i, t in arguments for d, n in enumerate(t.shape) if (i, d) not in taken}
+    n = max(sizes, default=0)
+    if n < GROUPED:
+        return
+    places = tuple((i, d, 1) for i, t in arguments for d, m in enumerate(t.shape) if m == n)
+    other = resized(case, {Size(n, places): n - 1})
+    run = Run(other, other, near=True, chance=True)
+    yield from [run] if _runs_through(case, run) else []
 
 
 def _far_apart(case: Case, free: list[Size], reached: Mapping[Size, int]) -> Iterator[Run]:
@@ -408,6 +433,9 @@ def _at(case: Case, sizes: dict[Size, int], factor: float, varied: Varied | None
         return Run(
             uneven(plain, next(iter(sizes))), plain, ", for slices of very unequal magnitude"
         )
+    if factor == OTHERS:
+        smaller = scaled(plain, factor, range(0, len(plain.leaves), 2))
+        return Run(smaller, plain, f", for every other input {factor:g} times as large")
     times = f", for inputs {factor:g} times as large" if factor != 1 else ""
     return Run(scaled(plain, factor), plain, times)
 

@@ -67,6 +67,7 @@ def _run(case: Case) -> Iterator[Finding]:
             break  # whatever the dimensions
     if n > 1 and not refused and not torchs:
         yield from _one_batched(case, here, there, looped)
+        yield from _last_batched(case, here, there, looped) if by_rule else ()
     yield from _refusal(case, refused)
 
 
@@ -89,6 +90,20 @@ def _one_batched(
     batched = [torch.stack([there[0], here[0], there[0], there[0]], last), *here[1:]]
     when = " under vmap with one input batched"
     return _batch(case, batched, ((last, *others),), {(1,): looped[0]}, when)[0]
+
+
+def _last_batched(
+    case: Case, here: list[Tensor], there: list[Tensor], looped: Sequence[Looped]
+) -> list[Finding]:
+    """Batch the last input alone, by as many as the first has rows: a rule may take these for the batch."""
+    size = here[0].shape[0] if here[0].dim() else 0
+    if not 1 < size <= MOST:
+        return []
+    last = torch.stack([(there[-1], here[-1])[k % 2] for k in range(size)])
+    dims = (*[None] * (len(here) - 1), 0)
+    known = {(k,): looped[0] for k in range(1, size, 2)}
+    when = f" under vmap with the last input alone batched, over {size} samples"
+    return _batch(case, [*here[:-1], last], (dims,), known, when)[0]
 
 
 def _other_batches(
