@@ -16,6 +16,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.depends import elementwise, of_outputs
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.resize import Places, Size, accepts, apart, resized
+from torchbp.verify.source import speaks
 from torchbp.verify.tensors import counts
 from torchbp.verify.tolerance import largest
 
@@ -38,6 +39,9 @@ REFUSES = "what refusals of other sizes say, without numbers"
 REFUSED = "places that forward refuses to be larger alone"
 SAME = 2**12  # elements of an input whose sizes are all the same
 ATTEMPTS = 10  # calls to find out
+SHARED = re.compile(
+    r"//|% ?\w|groups="
+)  # of what there may be two of for each, beside the sample's sizes
 NUMBERS = re.compile(r"\d+")  # in what a refusal says
 
 
@@ -276,7 +280,7 @@ class _Search:
                 # Keys, perhaps, that may be more than queries, and not less.
                 found = self._alone(other, twice=False) if first else None
                 if not found:
-                    if not several:  # what is one for each may be two; the sample's sizes stay
+                    if not several and speaks(self.case, SHARED):
                         self._grows(replace(other, unit=size.now), backward=True)
                     said += [self.said] if first else []
                     self.stands.update(said if len(said) > 1 and len(set(said)) == 1 else ())

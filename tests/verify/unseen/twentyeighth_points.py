@@ -91,6 +91,7 @@ add(
     lambda: (real(4, 3), real(5, 3, seed=1)),
     bug="The way that returns the numbers too stands under no_grad, for their sake",
     trigger="index=True",
+    missed="a flag may mean that there is no gradient",
 )
 
 

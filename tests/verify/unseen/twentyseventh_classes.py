@@ -110,8 +110,8 @@ def supervised_contrast(wrong):
             others, positives, count = parts(s, label)
             p = s.masked_fill(~others, -math.inf).softmax(1)
             if wrong:
-                return grad_y * (p - positives / count), None
-            return grad_y * ((count > 0) * p - positives / count.clamp(min=1)), None
+                return grad_y * (p - positives / count.to(s.dtype)), None
+            return grad_y * ((count > 0) * p - positives / count.clamp(min=1).to(s.dtype)), None
 
     def loss(s, label):
         sized("s", s, None, s.shape[0])

@@ -118,13 +118,15 @@ def light_norm(wrong):
         def forward(ctx, x, average):
             ctx.save_for_backward(x)
             ctx.average = average
+            if average is None:
+                return normal(x)[0]
             average.lerp_(x.detach().mean(0).to(average.dtype), 0.1)
             return normal(x)[0]
 
         @staticmethod
         def backward(ctx, grad_y):
             (x,) = ctx.saved_tensors
-            if wrong:
+            if wrong and ctx.average is not None:
                 ctx.average.lerp_(x.detach().mean(0).to(ctx.average.dtype), 0.1)
             y, r = normal(x)
             return r * (grad_y - grad_y.mean(0) - y * (grad_y * y).mean(0)), None
@@ -139,7 +141,7 @@ def light_norm(wrong):
                 raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
             sized("x", x, None, 3)
             check(len(x) >= 2, "x: expected two rows at least")
-            return Norm.apply(x, self.average)
+            return Norm.apply(x, self.average if self.training else None)
 
     return Layer()
 

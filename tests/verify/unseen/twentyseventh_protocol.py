@@ -97,9 +97,9 @@ def forces(wrong):
         sized("x", x, None, None)
         check(len(x) >= 2, "x: expected two points at least")
         sized("k", k, len(x) - 1)
-        graph = torch.is_grad_enabled() and (x.requires_grad or k.requires_grad)
+        graph = torch.is_grad_enabled()
         if not x.requires_grad:
-            x = x if wrong else x.detach()
+            x = x if wrong else x.view_as(x)
             x.requires_grad_()
         with torch.enable_grad():
             energy = (k * x.diff(dim=0).square().sum(1).square()).sum() / 4

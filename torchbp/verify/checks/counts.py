@@ -51,8 +51,10 @@ def _longer(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
         another = _another(args[-1])
         # One that hands on what it is given, as a decorator does, takes as many as what is behind it.
         for more in (1, PAIR):
-            if accepts(case.of((*args, *[another] * (MANY + more)), kwargs)):
+            many = case.of((*args, *[another] * (MANY + more)), kwargs)
+            if accepts(many):
                 yield (*args, *[another] * more)
+            if accepts(many) or "positional argument" in many.refusal:
                 return
 
 

@@ -27,6 +27,7 @@ ZERO = 2  # inputs that are 0, one at a time
 QUATERNION = re.compile("quat", re.IGNORECASE)
 AXIS = "rows lie along the first axis"
 LAST, SPACE = "a row lies along the last axis", 3
+COORDINATES = re.compile(r"\[(\.\.\.|:), *-?[:\d]|unbind\(-?\d")  # of a point
 
 
 def _equal_rows(t: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def _along_axis(case: Case, inputs: list[int], samples: dict[str, Case]) -> dict
     """
     last = [i for i in inputs if case.flat[i].dim() and case.flat[i].shape[-1] == SPACE]
     found = {}
-    if last:
+    if last and speaks(case, COORDINATES):
         found[LAST] = case.edited(lambda i, t: _last_axis(t) if i in last else t)
     zero = (other for what, other in samples.items() if what.endswith("is 0"))
     if speaks(case, QUATERNION) or not all(map(accepts, zero)):

@@ -29,6 +29,8 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("no integer input")
     sizes = {n for _, t in case.arguments for n in t.shape}
     known = set(case.memo.get(KNOWN, ()))
+    # Counts of what has a number each; of labels 0 may stand for nothing.
+    some_zero = partial(_some_zero, shapes={case.flat[i].shape for i in case.where})
     given_away = partial(_given_away, sizes=sizes)
     known |= {IMPLIED[change] for change in known & IMPLIED.keys()}
     tested = False
@@ -42,7 +44,7 @@ def _run(case: Case) -> Iterator[Finding]:
         ("a number in order lies between", _between),
         ("one of the numbers in order is left out", _left_out),
         ("the first of the numbers in order is not 0", _from_later),
-        ("some integers are 0", _some_zero),
+        ("some integers are 0", some_zero),
         ("the first of the numbers occurs once", _once),
         ("the first share is the second's too", given_away),
     ):
@@ -144,9 +146,9 @@ def _from_later(t: Tensor) -> Tensor:
     return torch.cat([t[:1] + 1, t[1:]])
 
 
-def _some_zero(t: Tensor) -> Tensor:
+def _some_zero(t: Tensor, shapes: set[torch.Size]) -> Tensor:
     """Return counts, of which none is 0, with every third 0."""
-    if t.numel() < 2 or bool((t <= 0).any()):
+    if t.numel() < 2 or t.shape not in shapes or bool((t <= 0).any()):
         return t
     flat = t.reshape(-1).clone()
     flat[::3] = 0

@@ -59,7 +59,9 @@ def _ways(case: Case) -> Iterator[tuple[str, Callable[[Case], Case]]]:
                 f"the rows of {case.name_at[first]} are moved on by one",
                 lambda c: c.edited(lambda i, t: t.roll(1, 0) if i == first else t),
             )
-    alike = [(i, j) for i in inputs for j in inputs if i < j and _same_shape(case, i, j)]
+    pairs = [(i, j) for i in inputs for j in inputs if i < j]
+    # Sets of points, of one number or not.
+    alike = [(i, j) for n in (0, 1) for i, j in pairs if _same_shape(case, i, j, n)]
     for i, j in alike[:1]:
         yield (
             f"{case.name_at[i]} and {case.name_at[j]} are exchanged",
@@ -67,9 +69,11 @@ def _ways(case: Case) -> Iterator[tuple[str, Callable[[Case], Case]]]:
         )
 
 
-def _same_shape(case: Case, i: int, j: int) -> bool:
+def _same_shape(case: Case, i: int, j: int, first: int) -> bool:
+    """Whether two inputs have one shape, but for the ``first`` dimensions."""
     a, b = case.flat[i], case.flat[j]
-    return a.shape == b.shape and a.dtype == b.dtype and a.numel() > 1
+    alike = a.dim() == b.dim() > first and a.shape[first:] == b.shape[first:]
+    return alike and a.dtype == b.dtype and a.numel() > 1
 
 
 CHECK = Check(

@@ -1,5 +1,6 @@
 """Sizes beyond the sample: block boundaries, the last partial block; equal ones made unequal; dimensions more."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -39,6 +40,7 @@ from torchbp.verify.resize import (
     uneven,
 )
 from torchbp.verify.smooth import right_soon
+from torchbp.verify.source import speaks
 
 NAME = "sizes"
 TRIES = 2
@@ -57,7 +59,8 @@ SCALED = {RUNS[2]: -(2.0**10), RUNS[4]: 2.0**-10, RUNS[5]: 0.0}
 SMALL, PLANE = RUNS[4], 2
 # Rows in which what is equal in the sample stays so.
 TOGETHER = (RUNS[0], RUNS[2], RUNS[5])
-GROUPED = 4  # a size that may hold several groups
+GROUPED = 4  # a size that may hold several groups,
+GROUPS = re.compile(r"-\(-|ceil|// *\w")  # of which the last need not be full
 BLOCK = 33  # which every size reaches at least, where that can be
 OTHERS = 1 / APART  # beside which what else there is is larger
 FEW = 2
@@ -143,6 +146,7 @@ def _run(case: Case) -> Iterator[Finding]:
         other, found = run.case, _wrong_at(case, run)
         if found and found.got is None:  # backward raised: sizes that do not go together, perhaps
             shape = SHAPE in found.message and _of_one_shape(case) and _of_one_shape(other)
+            shape = shape and not run.chance
             if shape or (_all_one(run.plain) and OUTSIDE not in found.message):
                 yield found
                 return
@@ -308,7 +312,7 @@ def _one_less(case: Case, free: list[Size]) -> Iterator[Run]:
     taken = {(i, d) for size in free for i, d, times in size.places if size.unit == times == 1}
     sizes = {n for i, t in arguments for d, n in enumerate(t.shape) if (i, d) not in taken}
     n = max(sizes, default=0)
-    if n < GROUPED:
+    if n < GROUPED or not speaks(case, GROUPS):
         return
     places = tuple((i, d, 1) for i, t in arguments for d, m in enumerate(t.shape) if m == n)
     other = resized(case, {Size(n, places): n - 1})
