@@ -22,6 +22,7 @@ from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, resized, within_limits
 from torchbp.verify.source import functions
+from torchbp.verify.tensors import uniform
 from torchbp.verify.tolerance import largest
 
 NAME = "low_precision"
@@ -116,7 +117,7 @@ def _far(case: Case) -> Iterator[Finding]:
         outputs, same = low.plain.outputs, exact.plain.outputs
         finite = all(bool(y.isfinite().all()) for y in (*outputs, *same))
         forward = max(map(rounded_norm_error, outputs, same))
-        if finite and where and forward > GROSS:
+        if finite and where and forward > GROSS and _loses(case, exact, moving, forward):
             yield Finding(
                 check=NAME,
                 severity="wrong",
@@ -134,6 +135,34 @@ def _far(case: Case) -> Iterator[Finding]:
         return
 
 
+def _loses(case: Case, exact: Case, moving: Sequence[int], forward: float) -> bool:
+    """Whether an output that is off by ``forward`` is made of differences, which are lost, and of no more than them.
+
+    What several inputs that may each move alone are multiplied with is rounded. Of an output of 0 all is.
+    """
+    pairs = [(i, g) for i, g in zip(case.where, case.plain.grads, strict=True) if i in moving]
+    together = len(moving) == 1 or any(_sum(g)[0] > 1e-6 * _sum(g)[1] for _, g in pairs)
+    size = max(map(largest, case.leaves))
+    made = max(map(largest, exact.plain.outputs)) > SMALL * size
+    return together and made and forward > 64 * _by_rounding(exact)
+
+
+def _sum(g: Tensor) -> tuple[float, float]:
+    """Return by how much a gradient's elements add up to something, and what they are taken as positive."""
+    return abs(float(g.double().sum())), float(g.double().abs().sum())
+
+
+def _by_rounding(exact: Case) -> float:
+    """Return how far the outputs move, in parts of their norm, as inputs are rounded otherwise in float32."""
+    eps, generator = torch.finfo(torch.float32).eps, exact.generator("rounded otherwise")
+
+    def rounded(t: Tensor) -> Tensor:
+        return t * (1 + eps * (2 * uniform(t.shape, generator).to(t) - 1))
+
+    other = exact.variant(lambda t: rounded(t) if t.is_floating_point() else t)
+    return max(map(rounded_norm_error, other.forward(other.fresh()), exact.plain.outputs))
+
+
 def _moved(case: Case, offset: float, moving: Sequence[int]) -> Case:
     """Return the case with some inputs moved alike."""
     return case.edited(lambda i, t: t + offset if i in moving else t)
@@ -143,11 +172,11 @@ def _without_origin(case: Case) -> list[int]:
     """Return the inputs that may move alike: all, or those whose own gradients add up to nothing. It costs no call."""
     pairs = zip(case.where, case.plain.grads, strict=True)
     grads = {i: g.double() for i, g in pairs if i < case.size}
-    sums = {i: (float(g.sum()), float(g.abs().sum())) for i, g in grads.items()}
-    rise, size = (sum(parts) for parts in zip(*sums.values(), strict=True)) if sums else (0, 0)
-    if abs(rise) <= 1e-6 * size:
+    rise = abs(sum(float(g.sum()) for g in grads.values()))
+    sums = {i: _sum(g) for i, g in grads.items()}
+    if rise <= 1e-6 * sum(size for _, size in sums.values()):
         return list(sums)
-    return [i for i, (rise, size) in sums.items() if abs(rise) <= 1e-6 * size and size > 0]
+    return [i for i, (rise, size) in sums.items() if rise <= 1e-6 * size and size > 0]
 
 
 def _without_origin_nearby(case: Case, moving: Sequence[int]) -> bool:
