@@ -117,14 +117,8 @@ def _far(case: Case) -> Iterator[Finding]:
         outputs, same = low.plain.outputs, exact.plain.outputs
         finite = all(bool(y.isfinite().all()) for y in (*outputs, *same))
         forward = max(map(rounded_norm_error, outputs, same))
-        if finite and where and forward > GROSS and _loses(case, exact, moving, forward):
-            yield Finding(
-                check=NAME,
-                severity="wrong",
-                message=f"the output in float32{where} is off by {forward:.2g} of its norm, and so is its gradient; "
-                "in float64 nothing changes",
-                cause="squares are taken from each other, |x|² + |y|² - 2xy or E[x²] - E[x]²: square the differences",
-            )
+        if finite and where and forward > GROSS:
+            yield from _lost(case, low, exact, moving, where)
         if finite and forward < LOST:
             expected = exact.vjps([[v.double() for v in low.plain.cotangents]])[0]
             if max(map(largest, expected)) > EXPLODES * (1 + max(map(largest, case.plain.grads))):
@@ -135,16 +129,27 @@ def _far(case: Case) -> Iterator[Finding]:
         return
 
 
-def _loses(case: Case, exact: Case, moving: Sequence[int], forward: float) -> bool:
-    """Whether an output that is off by ``forward`` is made of differences, which are lost, and of no more than them.
+def _lost(
+    case: Case, low: Case, exact: Case, moving: Sequence[int], where: str
+) -> Iterator[Finding]:
+    """Say where an output that is made of differences has lost them, by more than rounding of the inputs explains.
 
     What several inputs that may each move alone are multiplied with is rounded. Of an output of 0 all is.
     """
-    pairs = [(i, g) for i, g in zip(case.where, case.plain.grads, strict=True) if i in moving]
-    together = len(moving) == 1 or any(_sum(g)[0] > 1e-6 * _sum(g)[1] for _, g in pairs)
-    size = max(map(largest, case.leaves))
-    made = max(map(largest, exact.plain.outputs)) > SMALL * size
-    return together and made and forward > 64 * _by_rounding(exact)
+    sums = [_sum(g) for i, g in zip(case.where, case.plain.grads, strict=True) if i in moving]
+    if len(sums) > 1 and all(rise <= 1e-6 * size for rise, size in sums):
+        return
+    least = SMALL * max(map(largest, case.leaves))
+    pairs = zip(low.plain.outputs, exact.plain.outputs, strict=True)
+    forward = max((rounded_norm_error(y, e) for y, e in pairs if largest(e) > least), default=0.0)
+    if forward > GROSS and forward > 64 * _by_rounding(exact):
+        yield Finding(
+            check=NAME,
+            severity="wrong",
+            message=f"the output in float32{where} is off by {forward:.2g} of its norm, and so is its gradient; "
+            "in float64 nothing changes",
+            cause="squares are taken from each other, |x|² + |y|² - 2xy or E[x²] - E[x]²: square the differences",
+        )
 
 
 def _sum(g: Tensor) -> tuple[float, float]:
