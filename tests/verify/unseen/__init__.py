@@ -67,6 +67,7 @@ TWENTYFIFTH: dict[str, Unseen] = {}
 TWENTYSIXTH: dict[str, Unseen] = {}
 TWENTYSEVENTH: dict[str, Unseen] = {}
 TWENTYEIGHTH: dict[str, Unseen] = {}
+TWENTYNINTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -96,6 +97,7 @@ SETS = {
     "twenty-sixth set": TWENTYSIXTH,
     "twenty-seventh set": TWENTYSEVENTH,
     "twenty-eighth set": TWENTYEIGHTH,
+    "twenty-ninth set": TWENTYNINTH,
 }
 
 
@@ -299,6 +301,13 @@ def every():
         twentyfourth_losses,
         twentyfourth_promises,
         twentyfourth_signals,
+        twentyninth_elementwise,
+        twentyninth_geometry,
+        twentyninth_indices,
+        twentyninth_layers,
+        twentyninth_losses,
+        twentyninth_sequences,
+        twentyninth_values,
         twentysecond_activations,
         twentysecond_algebra,
         twentysecond_attention,
