@@ -284,5 +284,5 @@ add(
     membrane_current,
     lambda: (real(3, 4),),
     bug="Forward knows the quotient's limit, backward's is 0 / 0 there and a difference of like numbers near it",
-    trigger="x = 0 and x near it, such as 1e-7",
+    trigger="x = 0 and x near it, such as 1e-12",
 )

@@ -80,8 +80,8 @@ def general_loss(wrong):
             (x,) = ctx.saved_tensors
             if ctx.shape == 2 and not wrong:
                 return grad_y * x, None
-            d = abs(ctx.shape - 2)
-            return grad_y * x * (x * x / d + 1) ** (ctx.shape / 2 - 1), None
+            power = (ctx.shape / 2 - 1) * torch.log1p(x * x / abs(ctx.shape - 2))
+            return grad_y * x * power.exp(), None
 
     def loss(x, shape=1.0):
         check(-4 <= shape <= 4, "shape: expected a number from -4 to 4")
@@ -96,9 +96,8 @@ add(
     "general_loss_square",
     general_loss,
     lambda: (real(3, 4),),
-    kwargs=lambda: {"shape": 2.0},
-    bug="Forward knows the shape 2 apart, backward divides by its distance from 2: infinity to the power 0 is right",
-    trigger="a residual of 0, whose square by 0 is NaN",
+    bug="Forward knows the shape 2 apart, backward takes the power by the logarithm, which is 0 times infinity",
+    trigger="shape=2; the default is 1",
 )
 
 
