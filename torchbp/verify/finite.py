@@ -32,8 +32,11 @@ def _are_one(sides: tuple[Slope, Slope], typical: float) -> bool:
 
 
 def _are_known(sides: tuple[Slope, Slope], typical: float) -> bool:
-    """Whether each is finite, be it another than the other."""
-    return all(math.isfinite(s) and bound <= 0.05 * abs(s) + 1e-3 * typical for s, bound in sides)
+    """Whether each is finite, be it another than the other; or the only one, at the end of the domain."""
+    there = [side for side in sides if not math.isnan(side[0])]
+    return bool(there) and all(
+        math.isfinite(s) and bound <= 0.05 * abs(s) + 1e-3 * typical for s, bound in there
+    )
 
 
 def not_finite(case: Case, check: str, when: str, *, kinks: bool = False) -> Finding | None:
@@ -49,6 +52,8 @@ def not_finite(case: Case, check: str, when: str, *, kinks: bool = False) -> Fin
             g = real(case.plain.grads[which]).cpu()
             d = real(signed_like(leaf, case.generator(check))).cpu() * lines.scales[which]
             d[g.isfinite()] = 0
+            if kinks:  # into the domain, if that ends there
+                d = torch.where(real(leaf).cpu() == 0, d.abs(), d)
             for step in (STEP, SHORT):
                 sides = _sides(lines, {which: d}, step)
                 if _are_one(sides, typical):

@@ -83,22 +83,24 @@ def _ask(
 def _domains(leaf: Tensor, values: Tensor) -> Iterator[Tensor]:
     """Yield which of ``values`` may be in an input's domain, the widest first.
 
-    All; those of its sign, if it has one, and 0; without 0; of them those that are not smaller; those between its
-    elements.
+    All; those of its sign, if it has one, and 0; without 0; of them those that are not smaller; those of a probability;
+    those between its elements.
     """
     low, high = float(leaf.min()), float(leaf.max())
-    yield torch.ones_like(values, dtype=torch.bool)
     own = inside(leaf, values)
+    larger = own
+    yield torch.ones_like(values, dtype=torch.bool)
     if low < 0 < high:
-        yield own
-        yield own
         yield own
     else:
         own &= values.isfinite()
         yield own | (values == 0)
-        yield own
-        yield own & (values.abs() >= min(abs(low), abs(high)))
-    yield (values >= low) & (values <= high)
+        larger = own & (values.abs() >= min(abs(low), abs(high)))
+    yield own
+    yield larger
+    between = (values >= low) & (values <= high)
+    yield (values >= 0) & (values <= 1) if 0 <= low <= high <= 1 else between
+    yield between
 
 
 def _ask_for(

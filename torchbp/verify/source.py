@@ -13,18 +13,25 @@ from torch.autograd import Function
 from torchbp.verify.cases import Case
 from torchbp.verify.tensors import graph
 
-__all__ = ["PROMISED", "codes_of", "functions", "lacking", "promised", "speaks"]
+__all__ = ["PROMISED", "codes_of", "compared", "functions", "lacking", "promised", "speaks"]
 
 PROMISED = "generate_vmap_rule promises a rule, and a tensor's value decides what is computed"
 # What vmap says of a value that is read into Python.
 READS = re.compile(r"data-dependent control flow|\.item\(\)|inplace arithmetic")
 
+COMPARED = re.compile(r"[!=]= *(-?\d+(?:\.\d*)?)\b")
 TRANSFORMS = re.compile(r"functorch|forward_ad|torch\.func\b|is_batched|is_dual")
 
 
 def speaks(case: Case, of: re.Pattern[str]) -> bool:
     """Whether the function that was given, or an autograd.Function of which its outputs come, says so, or does so."""
     return any(of.search(_source(part)) for part in _parts(case))
+
+
+def compared(case: Case) -> list[float]:
+    """Return the numbers that the function's source compares something with for equality."""
+    found = [n for part in _parts(case) for n in COMPARED.findall(_source(part))]
+    return list(dict.fromkeys(map(float, found)))
 
 
 def lacking(case: Case, has: Callable[[type[Function]], bool]) -> str:

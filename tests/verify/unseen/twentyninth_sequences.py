@@ -249,6 +249,7 @@ add(
     kwargs=lambda: {"taps": [0.5, 0.3, -0.2]},
     bug="Backward reads the caller's list, not what it held",
     trigger="a list that is changed between forward and backward",
+    missed="the caller's list is not changed between forward and backward",
 )
 
 

@@ -23,6 +23,7 @@ from torchbp.verify.options import NEVER_NEGATIVE, Values, nearby, options, othe
 from torchbp.verify.raised import BackwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs, scaled
+from torchbp.verify.source import compared
 from torchbp.verify.tensors import counts, signed_like
 from torchbp.verify.tolerance import compare_all, largest
 
@@ -221,6 +222,9 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
         yield [*([moved | counted] if numbers else []), *_all_or_each(moved)]
         if signed := {i: -x for i, x in reals.items() if not NEVER_NEGATIVE.search(_name(case, i))}:
             yield [signed]
+        special = [n for n in compared(case) if n not in (0.0, *reals.values())]
+        for i in islice(reals, MOST):
+            yield [{i: n} for n in special[:TRIED]]
         # Of several one half at a time: where all are 0 a product of them hides what each does.
         zero = [i for i, x in reals.items() if x]
         for half in (zero[: len(zero) // 2], zero[len(zero) // 2 :]):

@@ -11,7 +11,9 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.checks.masks import is_mask
+from torchbp.verify.duals import by_hand
 from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.finite import not_finite
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 from torchbp.verify.tensors import uniform
@@ -39,6 +41,9 @@ def _run(case: Case) -> Iterator[Finding]:
         tested = True
         names = " and ".join(case.name_at[i] for i in chosen)
         found = check_lines(other, NAME, f" where {names} {what}")
+        if not found and change is _with_zeros and (both := _zeros_too(other, [*chosen])):
+            when = f" where {names} {what}, and inputs are 0 there"
+            found = not_finite(both, NAME, when, kinks=by_hand(case))
         if found:
             yield found
             return
@@ -70,6 +75,14 @@ def _with_zeros(t: Tensor) -> Tensor:
     flat = t.clone().reshape(-1)
     flat[1::2] = 0
     return flat.view(t.shape)
+
+
+def _zeros_too(case: Case, zeros: list[int]) -> Case | None:
+    """Return the case with what has the shape of a constant that holds zeros 0 where that is, if forward takes it."""
+    like = {case.flat[i].shape: case.flat[i] == 0 for i in zeros}
+    leaves = [i for i in case.where if i < case.size and case.flat[i].shape in like]
+    other = case.edited(lambda i, t: torch.where(like[t.shape], 0, t) if i in leaves else t)
+    return other if leaves and accepts(other) else None
 
 
 def _barred(t: Tensor) -> Tensor:

@@ -71,19 +71,25 @@ def _at_points(case: Case, which: int, values: Tensor, slopes: Tensor) -> Iterat
     low, high = torch.minimum(left_near, right_near), torch.maximum(left_near, right_near)
     steepness = torch.maximum(low.abs(), high.abs())
     settled = y.isfinite() & (drift <= 0.05 * steepness + TOLERANCE + noise)
+    # At the end of the domain there is one side: the gradient is its slope, or 0, or between.
+    known = left_near.isfinite(), right_near.isfinite()
+    end = known[0] ^ known[1]
+    far, near = (torch.where(known[0], a, b) for a, b in ((left, right), (left_near, right_near)))
+    settled |= end & y.isfinite() & ((far - near).abs() <= 0.05 * near.abs() + TOLERANCE + noise)
+    low, high = low.where(~end, near.clamp(max=0)), high.where(~end, near.clamp(min=0))
+    drift, steepness = drift.where(~end, (far - near).abs()), steepness.where(~end, near.abs())
     # NaN is no slope, whichever it is: enough that those of shorter steps are not steeper.
-    flat, known = zip(*(
-        (near.abs() <= far.abs() + noise + TOLERANCE, near.isfinite())
-        for near, far in ((left_near, left), (right_near, right))
-    ), strict=True)  # fmt: skip
-    # At the end of the domain there is one side.
+    flat = [
+        b.abs() <= a.abs() + noise + TOLERANCE for a, b in ((left, left_near), (right, right_near))
+    ]
     bounded = (flat[0] | ~known[0]) & (flat[1] | ~known[1]) & (known[0] | known[1])
     settled |= g.isnan() & y.isfinite() & bounded
     settled &= STEPS[1] * SIZE > case.epsilon * POINTS.abs()  # else that rounds the step away
     slack = TOLERANCE * (1 + steepness) + 4 * drift + noise
+    slope = near.where(end, right_near)
     wrong = settled & ~((g >= low - slack) & (g <= high + slack))
     # What overflows at 1e12 alone is a smaller domain.
-    home = torch.where(g.isfinite(), inside(sample, POINTS), POINTS.abs() < HUGE)
+    home = torch.where(g.isfinite(), inside(sample, POINTS) | end, POINTS.abs() < HUGE)
     for i in wrong.nonzero().flatten().tolist()[:FEW]:
         if not bool(g[i].isnan()) and _stairs(case, which, float(POINTS[i])):
             continue
@@ -92,7 +98,7 @@ def _at_points(case: Case, which: int, values: Tensor, slopes: Tensor) -> Iterat
         expected = (
             f"between {float(low[i]):.4g} and {float(high[i]):.4g}"
             if kink
-            else f"{float(right_near[i]):.4g}"
+            else f"{float(slope[i]):.4g}"
         )
         name = case.names[which]
         yield Finding(
@@ -101,8 +107,8 @@ def _at_points(case: Case, which: int, values: Tensor, slopes: Tensor) -> Iterat
             input=name,
             message=f"grad of {name} at the value {p:g} is {got:.4g}, expected {expected}",
             got=got,
-            expected=float(right_near[i]),
-            ratio=got / float(right_near[i]) if right_near[i] else None,
+            expected=float(slope[i]),
+            ratio=got / float(slope[i]) if slope[i] else None,
             cause="NaN or infinity made in backward: an overflow, 0 · inf, or NaN through where"
             if not torch.isfinite(g[i])
             else "outside of the subgradient at a kink"
