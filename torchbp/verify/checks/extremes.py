@@ -27,6 +27,7 @@ from torchbp.verify.resize import (
 )
 from torchbp.verify.source import speaks
 from torchbp.verify.tensors import real, scale_of
+from torchbp.verify.tolerance import largest
 
 NAME = "extremes"
 
@@ -36,6 +37,7 @@ SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     "all zero": torch.zeros_like,
 }
 TINY = 2.0**-40
+STEEP = 1e12  # times as large gradients as the sample's
 LARGEST = re.compile(
     r"\b(a?max|a?min)\("
 )  # of the sample, perhaps, beside which something is nothing
@@ -75,7 +77,7 @@ def _run(case: Case) -> Iterator[Finding]:
     for other, when, also in _others(case, by_element):
         tested = True
         found = not_finite(other, NAME, when, kinks=also is _slope_at_zero)
-        found = found or (also and also(other, inputs))
+        found = found or (also and also(case, other, inputs))
         if found:
             yield found
             return
@@ -102,7 +104,7 @@ def _is_balanced(t: Tensor) -> bool:
 
 def _others(
     case: Case, by_element: bool
-) -> Iterator[tuple[Case, str, Callable[[Case, list[int]], Finding | None] | None]]:
+) -> Iterator[tuple[Case, str, Callable[[Case, Case, list[int]], Finding | None] | None]]:
     """Yield the case with inputs as large as a limit allows, or one element 0 or 1, and what else is tested there."""
     factor, limited = within_limits(case)
     if limited:
@@ -121,7 +123,7 @@ def _others(
 
 def _tiny(
     case: Case,
-) -> Iterator[tuple[Case, str, Callable[[Case, list[int]], Finding | None]]]:
+) -> Iterator[tuple[Case, str, Callable[[Case, Case, list[int]], Finding | None]]]:
     """Yield the case with one element close to 0, where 0 is refused: what lies below a floor."""
     other = with_zeros(case, TINY)
     if accepts(other):
@@ -131,10 +133,10 @@ def _tiny(
             for leaf in other.leaves
         ]
         when = f" where one element is {TINY:g} times as large"
-        yield other, when, lambda there, _: check_lines(there, NAME, when, beyond=False)
+        yield other, when, lambda _, there, __: check_lines(there, NAME, when, beyond=False)
 
 
-def _beside_ones(one: Case, _: list[int]) -> Finding | None:
+def _beside_ones(_: Case, one: Case, __: list[int]) -> Finding | None:
     """Compare the gradient of the others where every other element of the last row is 1: products of 1 - p are 0 then.
 
     What is 1 stays so: it may be the end of the domain.
@@ -165,8 +167,10 @@ def _has_one(t: Tensor) -> bool:
     )
 
 
-def _slope_at_zero(zero: Case, inputs: list[int]) -> Finding | None:
+def _slope_at_zero(case: Case, zero: Case, inputs: list[int]) -> Finding | None:
     """Compare the gradient of elements that are 0 with a central difference, unless there is a kink."""
+    if max(map(largest, zero.plain.grads)) > STEEP * (1 + max(map(largest, case.plain.grads))):
+        return None  # what is divided by its norm, or eps, twice: no step is short enough
     lines, made = Lines(zero), zero.memo.pop(STEP, None)
     # What depends on whether an element is 0 may be the gradient of others: all move.
     along, step = (made.directions, made.size) if made else (lines.direction(0), SHORT)
