@@ -15,9 +15,7 @@ FORWARDS, BACKWARDS = 90, 148  # calls that a right twin takes at most
 MORE = {
     "three_layers_exercise_18": 122,  # eight inputs, half of them weights, masks or targets
     # Points of `edges` are asked for one by one where forward refuses them together.
-    "internal_rate_periods_21": 94,
-    "inverse_transform_start_21": 112,
-    "knotted_interval_26": 112,
+    "inverse_transform_start_21": 104,
     # Its images stay small: larger ones are tried one size at a time.
     "deformable_attention_corners_17": 98,
 }

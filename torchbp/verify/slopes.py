@@ -13,6 +13,7 @@ from torchbp.verify.resize import Size, accepts, resized
 __all__ = ["Slopes", "evaluate", "inside", "slopes"]
 
 LARGEST = 2**16  # elements
+PATIENCE = 2  # refusals
 
 Slopes = dict[int, tuple[Tensor, Tensor]]  # value and slope of each input at what is asked of it
 
@@ -52,7 +53,8 @@ def _together(wide: Case, chosen: list[int], asked: Tensor, home: Tensor) -> Slo
 
 def _apart(wide: Case, chosen: list[int], asked: Tensor, block: int) -> Slopes | None:
     """Return the same from several calls, each value and what lies beside it in one and the same place."""
-    parts = [_ask(wide, chosen, part) for part in asked.split(block)]
+    widest = [0]
+    parts = [_ask(wide, chosen, part, widest=widest) for part in asked.split(block)]
     found: Slopes = {}
     for which in chosen:
         pairs = [part[which] for part in parts if part is not None]
@@ -63,19 +65,27 @@ def _apart(wide: Case, chosen: list[int], asked: Tensor, block: int) -> Slopes |
 
 
 def _ask(
-    wide: Case, chosen: list[int], values: Tensor, home: Tensor | None = None
+    wide: Case,
+    chosen: list[int],
+    values: Tensor,
+    home: Tensor | None = None,
+    widest: list[int] | None = None,
 ) -> Slopes | None:
     """Return what one call says of ``values``, given to each input in a part of its own; ``None`` where it refuses.
 
     The other inputs stay as they are there, or are what they are at ``home``. Where forward refuses it is asked for
-    fewer: a deviation is positive, a probability no larger than 1.
+    fewer: a deviation is positive, a probability no larger than 1. What is taken is kept as the ``widest`` domain, from
+    which the next call goes on.
     """
+    widest = [0] if widest is None else widest
     tried = []
-    for some in zip(*(_domains(wide.leaves[i], values) for i in chosen), strict=True):
+    domains = zip(*(_domains(wide.leaves[i], values) for i in chosen), strict=True)
+    for number, some in enumerate(domains):
         asked = dict(zip(chosen, some, strict=True))
-        if not any(all(map(torch.equal, some, others)) for others in tried):
+        if number >= widest[0] and not any(all(map(torch.equal, some, o)) for o in tried):
             tried.append(some)
             if found := _ask_for(wide, asked, values, home):
+                widest[0] = number
                 return found
     return None
 
@@ -166,29 +176,50 @@ def _repeated(case: Case, size: Size, by: int) -> Case:
 
 def _one_place(case: Case, which: int, asked: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Return the same of one input of a sample that cannot be longer, or whose function refuses some of the values."""
-    parts = [evaluate(case, which, part) for part in asked.split(block)]
+    refusals = [0]
+    parts = [evaluate(case, which, part, refusals) for part in asked.split(block)]
     return torch.cat([y for y, _ in parts]), torch.cat([g for _, g in parts])
 
 
-def evaluate(case: Case, which: int, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Return value and slope at each point, as many in one call as the leaf has elements; NaN where forward refuses."""
+def evaluate(
+    case: Case, which: int, points: Tensor, refusals: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return value and slope at each point, as many in one call as the leaf has elements; NaN where forward refuses.
+
+    Where it refuses, those that are no further than the sample are asked for, or each alone; after some ``refusals``
+    nothing else.
+    """
     leaf = case.leaves[which]
+    refusals = [0] if refusals is None else refusals
     values, gradients = [], []
     for part in points.split(leaf.numel()):
-        other = _placed(case, which, part)
-        try:
-            leaves, outputs = other.kept
-            grads = other.backward(outputs, leaves, [torch.ones_like(y) for y in outputs])
-            y, g = outputs[0].detach(), grads[which]
-        except ForwardRaised:  # those that are no further than the sample, then one by one
+        found = None
+        if refusals[0] < PATIENCE or len(part) == 1:
+            found = _at(case, which, part)
+            refusals[0] += found is None
+        if found is None:
             within = ((part >= float(leaf.min())) & (part <= float(leaf.max()))).nonzero().flatten()
             y, g = torch.full_like(part, torch.nan), torch.full_like(part, torch.nan)
             for some in within.split(max(1, len(within)) if len(within) < len(part) else 1):
                 if len(some) > 0 and len(part) > 1:
                     y[some], g[some] = evaluate(case, which, part[some])
-        values.append(y.reshape(-1)[: len(part)].double().cpu())
-        gradients.append(g.reshape(-1)[: len(part)].double().cpu())
+            found = y, g
+        values.append(found[0])
+        gradients.append(found[1])
     return torch.cat(values), torch.cat(gradients)
+
+
+def _at(case: Case, which: int, points: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return value and slope at points that one call takes, nothing where forward refuses."""
+    try:
+        other = _placed(case, which, points)
+        leaves, outputs = other.kept
+        grads = other.backward(outputs, leaves, [torch.ones_like(y) for y in outputs])
+    except ForwardRaised:
+        return None
+    n = len(points)
+    y, g = outputs[0].detach().reshape(-1), grads[which].reshape(-1)
+    return y[:n].double().cpu(), g[:n].double().cpu()
 
 
 def _placed(case: Case, which: int, points: Tensor) -> Case:
