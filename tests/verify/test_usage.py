@@ -777,6 +777,20 @@ def test_generators_of_the_functions_own_draw_the_same_in_each_call(generator):
         def forward(self, x):
             return self.function.apply(x, self.generator)
 
+    class Called:
+        def __init__(self, function):
+            self.function, self.generator = function, generator
+
+        def __call__(self, x):
+            return self.function.apply(x, self.generator)
+
+    class Within:
+        def __init__(self, function):
+            self.function = function
+
+        def __call__(self, x):
+            return self.function.apply(x, generator)
+
     def closed(function):
         return lambda x: function.apply(x, generator)
 
@@ -785,7 +799,14 @@ def test_generators_of_the_functions_own_draw_the_same_in_each_call(generator):
         return lambda x: 1 * inner(x)
 
     x, before = sample(3, 4), state(generator)
-    for made in (closed, second, Layer, lambda f: functools.partial(f.of, generator=generator)):
+    for made in (
+        closed,
+        second,
+        Layer,
+        Called,
+        Within,
+        lambda f: functools.partial(f.of, generator=generator),
+    ):
         report = torchbp.gradcheck(made(Dropped), (x,), level="quick")
         assert report.capabilities["values"].status == "ok"
         assert not torchbp.gradcheck(made(DroppedWrong), (x,), level="quick", raise_exception=False)

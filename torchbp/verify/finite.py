@@ -42,7 +42,7 @@ def _are_known(sides: tuple[Slope, Slope], typical: float) -> bool:
 def not_finite(case: Case, check: str, when: str, *, kinks: bool = False) -> Finding | None:
     """Return the first gradient that is not finite, of whichever input, though forward is finite and smooth along it.
 
-    With ``kinks`` also one that is NaN where forward has a slope to either side.
+    With ``kinks`` also one that is NaN where forward has a slope to either side, or to the one there is.
     """
     lines = Lines(case)
     # Differences of large outputs are no closer than this.
@@ -62,7 +62,7 @@ def not_finite(case: Case, check: str, when: str, *, kinks: bool = False) -> Fin
                     )
                 if kinks and bool(g.isnan().any()) and _are_known(sides, typical):
                     return _finding(
-                        case, which, check, f"{when}, and forward has slopes to either side"
+                        case, which, check, f"{when}, and forward has a slope to a side"
                     )
     return None
 

@@ -29,7 +29,7 @@ def seed_all(generators: Iterable[Any], value: int) -> None:
     for x in generators:
         if isinstance(x, torch.Generator):
             x.manual_seed(value)
-        elif isinstance(x, random.Random) or hasattr(x, "seed"):
+        elif hasattr(x, "seed"):
             x.seed(value % 2**32)
         else:
             x.bit_generator.state = type(x.bit_generator)(value).state
@@ -56,9 +56,7 @@ def put_back(generators: list[Any]) -> Iterator[None]:
         yield
     finally:
         for x, state in zip(generators, was, strict=True):
-            if isinstance(x, torch.Generator):
-                x.set_state(state)
-            elif isinstance(x, random.Random):
+            if isinstance(x, random.Random):
                 x.setstate(state)
             elif hasattr(x, "set_state"):
                 x.set_state(state)
@@ -67,8 +65,6 @@ def put_back(generators: list[Any]) -> Iterator[None]:
 
 
 def _state(x: Any) -> Any:
-    if isinstance(x, torch.Generator):
-        return x.get_state()
     if isinstance(x, random.Random):
         return x.getstate()
     return x.get_state() if hasattr(x, "get_state") else x.bit_generator.state

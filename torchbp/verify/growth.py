@@ -39,9 +39,8 @@ REFUSES = "what refusals of other sizes say, without numbers"
 REFUSED = "places that forward refuses to be larger alone"
 SAME = 2**12  # elements of an input whose sizes are all the same
 ATTEMPTS = 10  # calls to find out
-SHARED = re.compile(
-    r"//|% ?\w|groups="
-)  # of what there may be two of for each, beside the sample's sizes
+# Of what there may be two for each, beside the sample's sizes.
+SHARED = re.compile(r"//|% ?\w|groups=")
 NUMBERS = re.compile(r"\d+")  # in what a refusal says
 
 

@@ -16,11 +16,12 @@ def held(*given: Any) -> Iterator[Any]:
 
     Functions of the same package that are named, and what Modules have for attributes, are looked into, too.
     """
-    left, seen = [*given, *(v for x in given for v in _attributes(x))], set[int]()
+    left = [*given, *(v for x in given for v in _attributes(x))]
+    seen: dict[int, Any] = {}  # kept, so that no id is another's
     while left:
         x = left.pop()
         if id(x) not in seen:
-            seen.add(id(x))
+            seen[id(x)] = x
             yield x
             left += _parts(x)
 
@@ -41,9 +42,10 @@ def _parts(x: Any) -> list[Any]:
 
 
 def _attributes(x: Any) -> list[Any]:
-    """Return those of an object whose class a user made, to be called or to have a method called."""
-    own = not inspect.isclass(x) and not isinstance(x, nn.Module)
-    return [*getattr(x, "__dict__", {}).values()] if own else []
+    """Return those of an object that is called, or has a method called, and what its class does then."""
+    if inspect.isclass(x) or isinstance(x, nn.Module):
+        return []
+    return [*getattr(x, "__dict__", {}).values(), inspect.getattr_static(type(x), "__call__", None)]
 
 
 def _named(function: Any) -> list[Any]:

@@ -1,9 +1,9 @@
 """torch.compile: the compiled function gives eager's values and gradients; a graph break is a refusal.
 
 Traced with the `aot_eager` backend, which runs all of dynamo and AOTAutograd and generates no code. One case is more
-than a refusal: a function that reads the value of a floating-point input into Python once and so breaks the graph. It
-waits for the device on every call, and vmap cannot follow it. Iterative solvers, which read a residual time and again,
-are left in peace.
+than a refusal: an autograd.Function that reads the value of a floating-point tensor into Python once and so breaks the
+graph. It waits for the device on every call, and vmap cannot follow it. Iterative solvers, which read a residual time
+and again, are left in peace, and so is who reads one before, to see whether the Function may be called.
 """
 
 import logging

@@ -38,9 +38,8 @@ SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 TINY = 2.0**-40
 STEEP = 1e12  # times as large gradients as the sample's
-LARGEST = re.compile(
-    r"\b(a?max|a?min)\("
-)  # of the sample, perhaps, beside which something is nothing
+# Of the sample, perhaps, beside which something is nothing.
+LARGEST = re.compile(r"\b(a?max|a?min)\(")
 SHORT = 2.0**-14  # step
 SIDES = 4.0  # times as far on one side of 0 as on the other
 
