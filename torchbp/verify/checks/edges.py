@@ -2,7 +2,7 @@
 
 At each value forward is differenced to the left and to the right, as many values in one call as fit. The gradient must
 lie between the two slopes: at a kink any subgradient is right, elsewhere there is one value. A value where forward is
-not finite, or refuses, is outside of the function's domain.
+not finite, or refuses, is outside of the function's domain; at its end there is one slope, or 0.
 """
 
 from collections.abc import Iterator
