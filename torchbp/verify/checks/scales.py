@@ -2,10 +2,10 @@
 
 All change together; at one scale only every other one of several, which changes what they are to each other. Inputs
 that are nowhere negative, or nowhere positive, are also taken with the other sign, where forward takes them so:
-coordinates, what came out of a ReLU, a slope; the first alone, and larger at once, for the sign of a sum may turn there,
-then the others, then all. Points of a plane are mirrored. A single number may be a limit, though, within which nothing
-is then. Where nothing larger is taken, what lies between -1 and 1 is taken near those bounds, and two rows of square
-matrices are negated, which leaves a rotation one.
+coordinates, what came out of a ReLU, a slope; the first alone, and larger at once, for the sign of a sum may turn
+there, then the others, then all. Points of a plane are mirrored. A single number may be a limit, though, within which
+nothing is then. Where nothing larger is taken, what lies between -1 and 1 is taken near those bounds, and two rows of
+square matrices are negated, which leaves a rotation one.
 """
 
 from collections.abc import Iterator, Sequence
