@@ -34,6 +34,15 @@ def add(
     pair(f"{name}_{ending}", wrong, right, make, text, kwargs, into=into, missed=missed)
 
 
+def add_bare(
+    name, factory, make, *, bug, trigger="the sample", kwargs=dict, missed="", into, ending
+):
+    """Add a pair as it is: Modules, functions of complex tensors or several dtypes, functions under autocast."""
+    text = f"{bug}; shows with {trigger}"
+    made = factory(True), factory(False)
+    pair(f"{name}_{ending}", *made, make, text, kwargs, into=into, missed=missed)
+
+
 def real_only(function):
     @wraps(function)
     def call(*args, **kwargs):

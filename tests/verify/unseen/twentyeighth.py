@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from tests.verify.unseen import TWENTYEIGHTH, pair, twentieth
+from tests.verify.unseen import TWENTYEIGHTH, twentieth
 from tests.verify.unseen.twentieth import check, indices, same, sized
 from tests.verify.unseen.twentyfirst import positive
 from tests.verify.unseen.twentysecond import read
@@ -31,12 +31,7 @@ __all__ = [
 ]
 
 add = partial(twentieth.add, into=TWENTYEIGHTH, ending="28")
-
-
-def add_bare(name, factory, make, *, bug, trigger="the sample", kwargs=dict):
-    """Add a pair as it is: functions of complex tensors."""
-    text = f"{bug}; shows with {trigger}"
-    pair(f"{name}_28", factory(True), factory(False), make, text, kwargs, into=TWENTYEIGHTH)
+add_bare = partial(twentieth.add_bare, into=TWENTYEIGHTH, ending="28")
 
 
 def one_dtype(*tensors):

@@ -9,19 +9,14 @@ sentences, were taken from these reports: targets that do not sum to 1 (NeMo Aut
 
 from functools import partial
 
-from tests.verify.unseen import TWENTYFIFTH, pair, twentieth
+from tests.verify.unseen import TWENTYFIFTH, twentieth
 from tests.verify.unseen.twentieth import check, indices, same, sized
 from tests.verify.unseen.twentyfirst import positive
 
 __all__ = ["add", "add_bare", "check", "indices", "leaf", "positive", "same", "sized"]
 
 add = partial(twentieth.add, into=TWENTYFIFTH, ending="25")
-
-
-def add_bare(name, factory, make, *, bug, trigger="the sample", kwargs=dict):
-    """Add a pair as it is: Modules, functions of complex tensors."""
-    text = f"{bug}; shows with {trigger}"
-    pair(f"{name}_25", factory(True), factory(False), make, text, kwargs, into=TWENTYFIFTH)
+add_bare = partial(twentieth.add_bare, into=TWENTYFIFTH, ending="25")
 
 
 def leaf(t, grad=True):

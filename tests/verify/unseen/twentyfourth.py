@@ -10,19 +10,14 @@ from functools import partial
 
 import torch
 
-from tests.verify.unseen import TWENTYFOURTH, pair, twentieth
+from tests.verify.unseen import TWENTYFOURTH, twentieth
 from tests.verify.unseen.twentieth import check, indices, same, sized
 from tests.verify.unseen.twentyfirst import positive
 
 __all__ = ["add", "add_bare", "check", "indices", "memory", "positive", "same", "sized"]
 
 add = partial(twentieth.add, into=TWENTYFOURTH, ending="24")
-
-
-def add_bare(name, factory, make, *, bug, trigger="the sample", kwargs=dict):
-    """Add a pair as it is: Modules, functions of complex tensors, functions under autocast."""
-    text = f"{bug}; shows with {trigger}"
-    pair(f"{name}_24", factory(True), factory(False), make, text, kwargs, into=TWENTYFOURTH)
+add_bare = partial(twentieth.add_bare, into=TWENTYFOURTH, ending="24")
 
 
 def memory(t, *strides):

@@ -8,18 +8,13 @@ from functools import partial
 
 import torch
 
-from tests.verify.unseen import TWENTYNINTH, pair, twentieth
+from tests.verify.unseen import TWENTYNINTH, twentieth
 from tests.verify.unseen.twentieth import check, indices, same, sized
 
 __all__ = ["add", "add_bare", "as_if_contiguous", "bounded", "check", "indices", "same", "sized"]
 
 add = partial(twentieth.add, into=TWENTYNINTH, ending="29")
-
-
-def add_bare(name, factory, make, *, bug, trigger="the sample", kwargs=dict):
-    """Add a pair as it is: Modules, functions of complex tensors."""
-    text = f"{bug}; shows with {trigger}"
-    pair(f"{name}_29", factory(True), factory(False), make, text, kwargs, into=TWENTYNINTH)
+add_bare = partial(twentieth.add_bare, into=TWENTYNINTH, ending="29")
 
 
 def bounded(name, t, low, high):

@@ -7,16 +7,11 @@ sample.
 
 from functools import partial
 
-from tests.verify.unseen import TWENTYSEVENTH, pair, twentieth
+from tests.verify.unseen import TWENTYSEVENTH, twentieth
 from tests.verify.unseen.twentieth import check, indices, same, sized
 from tests.verify.unseen.twentyfirst import positive
 
 __all__ = ["add", "add_bare", "check", "indices", "positive", "same", "sized"]
 
 add = partial(twentieth.add, into=TWENTYSEVENTH, ending="27")
-
-
-def add_bare(name, factory, make, *, bug, trigger="the sample", kwargs=dict):
-    """Add a pair as it is: Modules, and functions whose inputs are of several dtypes."""
-    text = f"{bug}; shows with {trigger}"
-    pair(f"{name}_27", factory(True), factory(False), make, text, kwargs, into=TWENTYSEVENTH)
+add_bare = partial(twentieth.add_bare, into=TWENTYSEVENTH, ending="27")

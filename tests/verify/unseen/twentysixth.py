@@ -8,7 +8,7 @@ from functools import partial
 
 import torch.nn.functional as F
 
-from tests.verify.unseen import TWENTYSIXTH, pair, twentieth
+from tests.verify.unseen import TWENTYSIXTH, twentieth
 from tests.verify.unseen.twentieth import check, indices, same, sized
 from tests.verify.unseen.twentyfirst import positive
 
@@ -25,12 +25,7 @@ __all__ = [
 ]
 
 add = partial(twentieth.add, into=TWENTYSIXTH, ending="26")
-
-
-def add_bare(name, factory, make, *, bug, trigger="the sample", kwargs=dict):
-    """Add a pair as it is: Modules, functions of complex tensors, functions under autocast."""
-    text = f"{bug}; shows with {trigger}"
-    pair(f"{name}_26", factory(True), factory(False), make, text, kwargs, into=TWENTYSIXTH)
+add_bare = partial(twentieth.add_bare, into=TWENTYSIXTH, ending="26")
 
 
 def flat_memory(t):

@@ -10,16 +10,11 @@ flash-linear-attention 871), chunks shorter than the window (flash-linear-attent
 
 from functools import partial
 
-from tests.verify.unseen import TWENTYTHIRD, pair, twentieth
+from tests.verify.unseen import TWENTYTHIRD, twentieth
 from tests.verify.unseen.twentieth import check, indices, same, sized
 from tests.verify.unseen.twentyfirst import positive
 
 __all__ = ["add", "add_bare", "check", "indices", "positive", "same", "sized"]
 
 add = partial(twentieth.add, into=TWENTYTHIRD, ending="23")
-
-
-def add_bare(name, factory, make, *, bug, trigger="the sample", kwargs=dict):
-    """Add a pair as it is: Modules, functions of complex tensors, functions under autocast."""
-    text = f"{bug}; shows with {trigger}"
-    pair(f"{name}_23", factory(True), factory(False), make, text, kwargs, into=TWENTYTHIRD)
+add_bare = partial(twentieth.add_bare, into=TWENTYTHIRD, ending="23")
