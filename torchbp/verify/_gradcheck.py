@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -156,11 +156,12 @@ def _build(
     *,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    generators: Sequence[Any] = (),
 ) -> tuple[Case, Case]:
     """Return the case to check, in float64 where the function accepts that, and the case as given."""
     if isinstance(inputs, Tensor) or not isinstance(inputs, (tuple, list)):
         inputs = (inputs,)
-    given = Case(func, inputs, kwargs, seed=seed, options=options)
+    given = Case(func, inputs, kwargs, seed=seed, options=options, generators=generators)
     case = given.variant(double, parameters=True)
     if all(a.dtype == b.dtype for a, b in zip(case.leaves, given.leaves, strict=True)):
         return given, given
@@ -189,7 +190,7 @@ def _run_all(
     modules = [] if isinstance(func, nn.Module) else reached
     with _plainly(), left_alone(modules), put_back(own):
         torch.manual_seed(seed)  # of a GPU, too, that the function is the first to use
-        case, case.given = _build(func, inputs, kwargs, seed=seed, options=options)
+        case, case.given = _build(func, inputs, kwargs, seed=seed, options=options, generators=own)
         try:
             differentiable = case.differentiable
         except ForwardRaised as error:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from torchbp import _random
 from torchbp.verify.calls import Calls, Plain
-from torchbp.verify.generators import are_same, generators_among, seed_all, states_of
-from torchbp.verify.held import held
+from torchbp.verify.generators import are_same, seed_all, states_of
 from torchbp.verify.observed import Observed, observe
 from torchbp.verify.precision import precision
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, reason
@@ -58,6 +57,7 @@ class Case(Sample):
         *,
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
+        generators: Sequence[Any] = (),
     ) -> None:
         super().__init__(func, inputs, kwargs, seed=seed)
         self.options = dict(options or {})
@@ -67,11 +67,12 @@ class Case(Sample):
         self.wrote = 0
         self.bounded, self.stopped = 0, False
         self.given = self
-        self.generators = generators_among(held(func, *self.others.values()))
+        self.generators = generators
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Case":
         """Return the case of the same function with other arguments."""
-        other = Case(self.func, args, kwargs, seed=self.seed, options=self.options)
+        given = {"seed": self.seed, "options": self.options, "generators": self.generators}
+        other = Case(self.func, args, kwargs, **given)
         other.calls, other.copies_leaves = self.calls, self.copies_leaves
         other.origin = self.origin
         return other

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.autograd import Function
 
+from torchbp.verify.signatures import holdings
+
 __all__ = ["held"]
 
 
@@ -37,7 +39,7 @@ def _parts(x: Any) -> list[Any]:
     if inspect.isfunction(x):
         return [*_named(x), getattr(x, "__wrapped__", None)]
     if inspect.isclass(x) and issubclass(x, (Function, nn.Module)) and _package(x) != "torch":
-        return [getattr(v, "__func__", v) for v in vars(x).values()]
+        return holdings(x)
     return []
 
 

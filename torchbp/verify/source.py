@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd import Function
 
 from torchbp.verify.cases import Case
+from torchbp.verify.signatures import methods_of
 from torchbp.verify.tensors import graph
 
 __all__ = ["PROMISED", "codes_of", "compared", "functions", "lacking", "promised", "speaks"]
@@ -58,9 +59,7 @@ def promised(case: Case, error: BaseException) -> bool:
 
 def codes_of(functions: Iterable[type[Function]]) -> set[types.CodeType]:
     """Return the code of the methods of these."""
-    classes = [c for f in functions for c in f.__mro__]
-    methods = [getattr(x, "__func__", x) for c in classes for x in vars(c).values()]
-    return {x.__code__ for x in methods if inspect.isfunction(x)}
+    return {x.__code__ for f in functions for c in f.__mro__ for x in methods_of(c)}
 
 
 def _went_through(error: BaseException | None, functions: list[type[Function]]) -> bool:
@@ -98,11 +97,8 @@ def _parts(case: Case) -> Iterator[Any]:
 
 def _closed_over(part: Any) -> Iterator[Any]:
     """Yield the functions that a function closes over, or one of a class's methods."""
-    if inspect.isclass(part):
-        methods = [getattr(x, "__func__", x) for x in vars(part).values()]
-    else:
-        methods = [getattr(part, "__wrapped__", None), part]
-    for method in filter(inspect.isfunction, methods):
+    own = [getattr(part, "__wrapped__", None), part]
+    for method in methods_of(part) if inspect.isclass(part) else filter(inspect.isfunction, own):
         yield method
         cells = [cell for cell in method.__closure__ or () if _is_filled(cell)]
         yield from (c.cell_contents for c in cells if inspect.isfunction(c.cell_contents))
@@ -126,8 +122,7 @@ def _source(part: Any) -> str:
     if module.startswith("torch."):
         return ""
     if inspect.isclass(part):
-        methods = [getattr(x, "__func__", x) for x in vars(part).values()]
-        written = [_source(x) for x in methods if inspect.isfunction(x)]
+        written = [_source(x) for x in methods_of(part)]
         return "\n".join([part.__qualname__, part.__doc__ or "", *written])
     try:
         return inspect.getsource(part)

@@ -21,6 +21,7 @@ __all__ = [
     "graph",
     "half",
     "is_dense",
+    "is_square",
     "kinds_in",
     "like",
     "like_mask",
@@ -89,6 +90,11 @@ def scale_of(leaf: Tensor) -> Tensor:
     x = torch.where(x.isfinite(), x, 1.0)
     typical = float(x.median()) if x.numel() else 1.0
     return x.clamp(min=0.1 * typical if typical > 0 else 1.0)
+
+
+def is_square(t: Tensor) -> bool:
+    """Whether ``t`` holds square matrices of two rows or more."""
+    return t.dim() > 1 and t.shape[-1] == t.shape[-2] > 1
 
 
 def real(t: Tensor) -> Tensor:

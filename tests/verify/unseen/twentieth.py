@@ -80,6 +80,12 @@ def check(ok, rule):
         raise ValueError(rule)
 
 
+def finite(**tensors):
+    """Refuse infinities and NaN."""
+    for name, t in tensors.items():
+        check(bool(t.isfinite().all()), f"{name}: expected finite numbers")
+
+
 def same(first, *others):
     """Refuse tensors of several shapes."""
     check(all(t.shape == first.shape for t in others), "expected tensors of one shape")

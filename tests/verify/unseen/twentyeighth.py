@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from tests.verify.unseen import TWENTYEIGHTH, twentieth
-from tests.verify.unseen.twentieth import check, indices, same, sized
+from tests.verify.unseen.twentieth import check, finite, indices, same, sized
 from tests.verify.unseen.twentyfirst import positive
 from tests.verify.unseen.twentysecond import read
 
@@ -40,11 +40,6 @@ def one_dtype(*tensors):
     wide = (torch.float32, torch.float64, torch.complex64, torch.complex128)
     if len(dtypes) > 1 or dtypes - set(wide):
         raise TypeError(f"expected tensors of one dtype, single or double, got {dtypes}")
-
-
-def finite(name, t):
-    """Refuse infinities and NaN."""
-    check(bool(t.isfinite().all()), f"{name}: expected finite numbers")
 
 
 def regular(matrix):

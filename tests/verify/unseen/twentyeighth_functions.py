@@ -27,7 +27,7 @@ def lambert(wrong):
             return grad_w * (w / (x * (1 + w)) if wrong else torch.exp(-w) / (1 + w))
 
     def product_log(x):
-        finite("x", x)
+        finite(x=x)
         check(bool((x >= 0).all()), "expected x >= 0")
         return Lambert.apply(x)
 
@@ -138,7 +138,7 @@ def digamma(wrong):
             return grad_y * slope(x)
 
     def function(x):
-        finite("x", x)
+        finite(x=x)
         check(bool(((x > 0) | (x != x.round())).all()), "expected no pole: 0, -1, -2, ...")
         return Digamma.apply(x)
 

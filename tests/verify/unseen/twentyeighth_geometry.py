@@ -104,7 +104,7 @@ def fisheye(wrong):
         sized("p", p, None, 3)
         sized("k", k)
         one_dtype(p, k)
-        finite("p", p)
+        finite(p=p)
         positive("depth", p[:, 2])
         return Fisheye.apply(p, k) if wrong else image(p, k)
 
@@ -290,7 +290,7 @@ def compensation(wrong):
     def compensate(cov, s=0.3):
         sized("cov", cov, None, 3)
         check(s > 0, "expected s > 0")
-        finite("cov", cov)
+        finite(cov=cov)
         a, b, c = cov.unbind(-1)
         fits = (a > 0) & (c > 0) & (a * c - b * b > 0)
         check(bool(fits.all()), "expected positive definite matrices")

@@ -155,7 +155,7 @@ def implicit_step(wrong):
     def advance(y, k, h=0.1):
         sized("k", k)
         one_dtype(y, k)
-        finite("y", y)
+        finite(y=y)
         positive("k", k)
         check(h > 0, "expected a step h > 0")
         return Step.apply(y, k, h)

@@ -301,7 +301,7 @@ def categorical_projection(wrong):
         sized("reward", reward, len(p))
         one_dtype(p, reward)
         check(p.shape[1] >= 2 and high > low, "expected two atoms or more")
-        finite("reward", reward)
+        finite(reward=reward)
         return Projection.apply(p, reward, gamma, low, high)
 
     return project

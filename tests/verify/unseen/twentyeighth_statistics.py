@@ -49,9 +49,9 @@ def pareto(wrong):
         sized("shape", shape)
         sized("log_scale", log_scale)
         one_dtype(x, shape, log_scale)
-        finite("x", x)
-        finite("shape", shape)
-        finite("log_scale", log_scale)
+        finite(x=x)
+        finite(shape=shape)
+        finite(log_scale=log_scale)
         check(bool((x >= 0).all()), "expected excesses >= 0")
         check(bool((1 + shape * x * torch.exp(-log_scale) > 0).all()), "expected x in the support")
         return (Pareto.apply if wrong else likelihood)(x, shape, log_scale)
@@ -93,7 +93,7 @@ def multivariate_gamma(wrong):
 
     def log_gamma(a, p=3):
         check(p >= 1, "expected p >= 1")
-        finite("a", a)
+        finite(a=a)
         check(bool((a > (p - 1) / 2).all()), "expected a > (p - 1) / 2")
         return MultivariateGamma.apply(a, p)
 
@@ -256,7 +256,7 @@ def proxy_anchor(wrong):
         sized("s", s, None, None)
         sized("label", label, len(s))
         indices("label", label, s.shape[1])
-        finite("s", s)
+        finite(s=s)
         return ProxyAnchor.apply(s, label.long(), alpha, delta)
 
     return loss
@@ -297,7 +297,7 @@ def policy_entropy(wrong):
         same(z, legal)
         if legal.dtype != torch.bool:
             raise TypeError(f"legal: expected bool, got {legal.dtype}")
-        finite("z", z)
+        finite(z=z)
         check(bool(legal.any(-1).all()), "expected a legal action in each row")
         return Entropy.apply(z, legal)
 

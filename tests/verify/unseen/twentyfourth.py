@@ -8,22 +8,12 @@ neither code nor sentences, were taken from these reports: a group's size taken 
 
 from functools import partial
 
-import torch
-
 from tests.verify.unseen import TWENTYFOURTH, twentieth
 from tests.verify.unseen.twentieth import check, indices, same, sized
 from tests.verify.unseen.twentyfirst import positive
+from tests.verify.unseen.twentysecond import read
 
-__all__ = ["add", "add_bare", "check", "indices", "memory", "positive", "same", "sized"]
+__all__ = ["add", "add_bare", "check", "indices", "positive", "read", "same", "sized"]
 
 add = partial(twentieth.add, into=TWENTYFOURTH, ending="24")
 add_bare = partial(twentieth.add_bare, into=TWENTYFOURTH, ending="24")
-
-
-def memory(t, *strides):
-    """What a kernel reads at a matrix's address with these strides; zeros past the memory's end."""
-    rows = torch.arange(t.shape[0], device=t.device)[:, None] * strides[0]
-    place = t.storage_offset() + rows + torch.arange(t.shape[1], device=t.device) * strides[1]
-    size = t.untyped_storage().nbytes() // t.element_size()
-    whole = t.as_strided((size,), (1,), 0)
-    return torch.where(place < size, whole[place.clamp(max=size - 1)], 0)

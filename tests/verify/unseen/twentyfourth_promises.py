@@ -5,7 +5,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import real
-from tests.verify.unseen.twentyfourth import add, check, memory, positive, same, sized
+from tests.verify.unseen.twentyfourth import add, check, positive, read, same, sized
 
 
 # Catmull-Rom spline through the second and third of four points
@@ -128,7 +128,7 @@ def arc_product(wrong):
             if wrong:
                 rows, columns = grad_y.stride()
                 by_columns = rows < columns
-                grad_y = memory(grad_y, *((1, columns) if by_columns else (rows, 1)))
+                grad_y = read(grad_y, (1, columns) if by_columns else (rows, 1))
             return grad_y * (x.atan() + 1 / (x + 1 / x))
 
     def product(x):

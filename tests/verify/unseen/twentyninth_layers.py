@@ -8,9 +8,9 @@ from torch.autograd import Function
 from tests.verify.unseen import real
 from tests.verify.unseen.twentyninth import (
     add,
-    as_if_contiguous,
     bounded,
     check,
+    read_flat,
     sized,
 )
 
@@ -190,7 +190,7 @@ def pixel_shuffle(wrong):
 
         @staticmethod
         def backward(ctx, grad_y):
-            g = as_if_contiguous(grad_y) if wrong else grad_y
+            g = read_flat(grad_y) if wrong else grad_y
             return F.pixel_unshuffle(g, ctx.r), None
 
     def shuffle(x, r=2):
@@ -223,7 +223,7 @@ def depthwise(wrong):
         def backward(ctx, grad_y):
             x, w = ctx.saved_tensors
             if wrong and x.stride(-1) == 1:
-                x = as_if_contiguous(x)
+                x = read_flat(x)
             k, length = w.shape[1], x.shape[2]
             p = F.pad(x, (k - 1, 0))
             late = F.pad(grad_y, (0, k - 1))

@@ -39,3 +39,8 @@ def read(t, strides, start=None):
         places = places[..., None] + torch.arange(n, device=t.device) * step
     numbers = F.pad(t.as_strided((memory,), (1,), 0), (0, 1))
     return numbers[places.clamp(max=memory)]
+
+
+def read_flat(t):
+    """Return what it reads as if the tensor were contiguous."""
+    return read(t, torch.empty(t.shape, device="meta").stride())

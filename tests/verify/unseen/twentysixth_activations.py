@@ -7,7 +7,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import real
-from tests.verify.unseen.twentysixth import add, check, flat_memory, same
+from tests.verify.unseen.twentysixth import add, check, read_flat, same
 
 
 # a erf(b)
@@ -149,7 +149,7 @@ def bump_relu(wrong):
         def backward(ctx, grad_y):
             (x,) = ctx.saved_tensors
             if wrong:
-                x = flat_memory(x)
+                x = read_flat(x)
             u = x.clamp(0, 50)
             return grad_y * (x > 0) * (1 - u * u) * torch.exp(-u * u / 2)
 

@@ -6,7 +6,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import F64, real
-from tests.verify.unseen.twentysixth import add, add_bare, check, finite, flat_memory, sized
+from tests.verify.unseen.twentysixth import add, add_bare, check, finite, read_flat, sized
 
 
 # Rows of mean 0 and variance 1
@@ -94,7 +94,7 @@ def channel_taps(wrong):
             if wrong:
                 if grad_y.stride(-1) != 1:
                     grad_y = grad_y.contiguous()
-                grad_y = flat_memory(grad_y)
+                grad_y = read_flat(grad_y)
             grad_x = sum(nn.functional.pad(w[:, k, None] * grad_y, (k, 2 - k)) for k in range(3))
             grad_w = [(grad_y * x[..., k : k + n]).sum((0, 2)) for k in range(3)]
             return grad_x, torch.stack(grad_w, -1)

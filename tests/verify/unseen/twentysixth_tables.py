@@ -5,7 +5,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import F64, real
-from tests.verify.unseen.twentysixth import add, check, finite, flat_memory, indices, sized
+from tests.verify.unseen.twentysixth import add, check, finite, indices, read_flat, sized
 
 
 # Catmull-Rom spline through points (K, D) at places from 0 to K - 1
@@ -77,7 +77,7 @@ def table(wrong):
             place = x * (len(values) - 1)
             i = place.detach().floor().clamp(max=len(values) - 2).long()
             if wrong:
-                values = flat_memory(values)
+                values = read_flat(values)
             return i, place - i, values[i], values[i + 1]
 
         @staticmethod

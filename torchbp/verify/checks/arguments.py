@@ -41,23 +41,23 @@ NORM = re.compile("p|ord|order|norm|norm_type|power")
 def _run(case: Case) -> Iterator[Finding]:
     values = options(case)
     nothing: list[Values] = []  # what says nothing in the sample
-    tested = yield from _others(case, values, _tries(case, values), nothing)
+    tested = yield from _each_of(case, values, _tries(case, values), nothing)
     if tested is None:
         return
     if not tested:  # what lies between two bounds
         close = [{i: CLOSE * x} for i, x in values.items() if type(x) is float and x]
-        tested = yield from _others(case, values, [[change] for change in close[:EACH]], nothing)
+        tested = yield from _each_of(case, values, [[change] for change in close[:EACH]], nothing)
         if tested is None:
             return
     idle = {i: x for change in reversed(nothing) for i, x in change.items()}
     tested = (yield from _beyond(case, values, idle)) or tested
     if tested and case.runs_again:
         yield from _left_behind(case)
-    if tested is False:
+    if not tested:
         raise NotApplicable("no number, flag or word among the arguments that may be another")
 
 
-def _others(
+def _each_of(
     case: Case, values: Values, tries: Iterable[list[Values]], nothing: list[Values]
 ) -> Generator[Finding, None, bool | None]:
     """Try other values; return whether there were such, ``None`` once one is wrong. Add what says ``nothing``."""

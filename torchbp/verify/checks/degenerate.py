@@ -18,6 +18,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, with_zero
 from torchbp.verify.smooth import COINCIDENT, check_smooth, whether_right
 from torchbp.verify.source import speaks
+from torchbp.verify.tensors import is_square
 from torchbp.verify.together import all_right, no_question
 from torchbp.verify.tolerance import largest
 
@@ -39,7 +40,7 @@ def _equal_rows(t: Tensor) -> Tensor:
     rows = t.shape[-2] if t.dim() > 1 else 0
     if rows > 1:
         t[..., 1, :] = t[..., 0, :]
-    return t if rows == 2 or _is_square(t) else _zero_row(t)
+    return t if rows == 2 or is_square(t) else _zero_row(t)
 
 
 def _zero_row(t: Tensor) -> Tensor:
@@ -52,13 +53,9 @@ def _zero_row(t: Tensor) -> Tensor:
     return t
 
 
-def _is_square(t: Tensor) -> bool:
-    return t.dim() > 1 and t.shape[-1] == t.shape[-2] > 1
-
-
 def _identity(t: Tensor) -> Tensor:
     """Return the identity for square matrices."""
-    if not _is_square(t):
+    if not is_square(t):
         return t
     n = t.shape[-1]
     return torch.eye(n, dtype=t.dtype, device=t.device).expand_as(t).contiguous()
@@ -91,7 +88,7 @@ def _last_axis(t: Tensor) -> Tensor:
 
 def _samples(case: Case, inputs: list[int]) -> Iterator[tuple[str, Case]]:
     # A batch of square matrices comes first: behind others it is a convolution's weight.
-    square = {i for i in inputs if _is_square(case.flat[i])}
+    square = {i for i in inputs if is_square(case.flat[i])}
     alone = any(i == inputs[0] or case.flat[i].dim() == 2 for i in square)
     alone |= any(case.flat[i].shape[-2:-1] == (2,) for i in inputs)
     for what, change in SAMPLES.items():
@@ -193,7 +190,7 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("the output is empty")
     most = max(map(largest, case.plain.grads))
     samples, asked, tested = _left(case, inputs, most)
-    square = any(_is_square(case.flat[i]) for i in inputs)
+    square = any(is_square(case.flat[i]) for i in inputs)
     seen = [case]
     samples.update(_along_axis(case, inputs, samples))
     _keep_precision(case, samples)

@@ -19,6 +19,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import APART, accepts, explodes, negated, scaled
+from torchbp.verify.tensors import is_square
 
 NAME = "scales"
 FACTORS = (2.0**-10, APART, -(2.0**10))
@@ -75,14 +76,10 @@ def _to_negate(one_sided: list[int]) -> Iterator[tuple[list[int], float]]:
 
 def _turned(case: Case) -> Iterator[tuple[Case, str]]:
     """Yield the case with two rows of its square matrices negated, which leaves a rotation one."""
-    square = [i for i, t in case.arguments if i in case.where and _is_square(t)]
+    square = [i for i, t in case.arguments if i in case.where and is_square(t) and t.shape[-1] > 2]
     other = case.edited(lambda i, t: _two_negated(t) if i in square else t)
     if square and accepts(other):
         yield other, " where two rows of each matrix are negated"
-
-
-def _is_square(t: Tensor) -> bool:
-    return t.dim() > 1 and t.shape[-1] == t.shape[-2] > 2
 
 
 def _two_negated(t: Tensor) -> Tensor:
