@@ -459,6 +459,25 @@ def test_whatever_the_default_device_is(tmp_path):
     assert len(read(tmp_path).vectors["gradient_norm"].steps) == 12
 
 
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_whatever_the_default_dtype_is(tmp_path, default):
+    norms = []
+    for dtype in (torch.float32, default):
+        torch.manual_seed(0)
+        model, (x, y) = mlp(), data()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.set_default_dtype(dtype)
+        try:
+            with torchbp.watch(model, optimizer, log_dir=tmp_path / str(dtype)):
+                for _ in range(12):
+                    nn.functional.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        norms.append(read(tmp_path / str(dtype)).vectors["update_norm"].values)
+    np.testing.assert_array_equal(*norms)
+
+
 def test_says_where_no_layer_is_heard():
     model, (x, _) = mlp(), data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -51,6 +51,22 @@ def test_gradient_equals_torch(case, engine):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whatever_the_default_dtype_is(case, dtype):
+    """What is made on the way has a dtype of its own, or that of an input."""
+    f, tensors = case.of_tensors(case.sample(dtype))
+    want = [f(*tensors), *gradients(f, tensors)]
+    before = torch.get_default_dtype()
+    two_roundings = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6, "equal_nan": True}
+    for default in (torch.float64, *HALF):
+        torch.set_default_dtype(default)
+        try:
+            got = [f(*tensors), *gradients(f, tensors)]
+        finally:
+            torch.set_default_dtype(before)
+        torch.testing.assert_close(got, want, **two_roundings)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_gradient_against_float64(case, dtype, engine):

@@ -147,7 +147,7 @@ class Shelf:
 
     def __init__(self, packing: Packing) -> None:
         rows = min(max(_ROOM // packing.width, 2), _ROWS)
-        table = torch.empty(rows, packing.width, device="cpu")
+        table = torch.empty(rows, packing.width, dtype=torch.float32, device="cpu")
         self.packing, self.free, self.filled = packing, rows, 0
         self._values = table.numpy()
         self._blocks = [packing.blocks(row) for row in table]

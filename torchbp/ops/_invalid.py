@@ -44,8 +44,8 @@ def _flags() -> tuple[Callable[[int], int], Callable[[int], int]] | None:
         return None
     both = INVALID | OVERFLOW
     clear(both)
-    torch.full((256,), torch.inf, device="cpu").mul_(0.0)
-    torch.full((256,), 1e30, device="cpu").mul_(1e30)
+    torch.full((256,), torch.inf, dtype=torch.float32, device="cpu").mul_(0.0)
+    torch.full((256,), 1e30, dtype=torch.float32, device="cpu").mul_(1e30)
     raised = test(both)
     clear(both)
     return (test, clear) if raised == both and not test(both) else None

@@ -31,9 +31,8 @@ def skips(extended: Tensor, blank: int) -> Tensor:
     """Return 0 where s may be reached from s - 2, else log 0; (N, L)."""
     before = torch.cat([torch.full_like(extended[:, :2], blank), extended[:, :-2]], 1)
     before = before[:, : extended.shape[1]]
-    return torch.zeros(extended.shape, device=extended.device).masked_fill(
-        (extended == blank) | (extended == before), _NEVER
-    )
+    nothing = torch.zeros(extended.shape, dtype=torch.float32, device=extended.device)
+    return nothing.masked_fill((extended == blank) | (extended == before), _NEVER)
 
 
 def forward_sums(emissions: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,7 @@ def gradient_as_kernels_take_it(grad_y: Tensor, x: Tensor) -> Tensor:
 
 
 def ones(x: Tensor) -> Tensor:  # (N, C, *) -> (C,) float32
-    return torch.ones(x.shape[1], device=x.device)
+    return torch.ones(x.shape[1], dtype=torch.float32, device=x.device)
 
 
 def half_group_norm(

@@ -161,7 +161,7 @@ def _by_rows(
             None if t is None else t.view(s)
             for t, s in zip(grads, (x.shape, shape, shape), strict=True)
         )
-    w = torch.ones(width) if w is None else w
+    w = x.new_ones(width, dtype=torch.float32) if w is None else w
     _, mean, rstd = torch.native_layer_norm(flat, width, w, w, eps)
     grad_x = grad_weight = grad_bias = None
     if need[0]:
