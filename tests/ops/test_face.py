@@ -5,6 +5,7 @@ import doctest
 import inspect
 import io
 import pickle
+from itertools import product
 
 import pytest
 import torch
@@ -117,8 +118,7 @@ def test_no_tensors(op):
     """A list, a number or ``None`` for the first tensor: an exception of torch's type, which hides none of ours."""
     if op.torchs is None:
         pytest.skip("torch has none")
-    sample = next(iter(op.samples(make())))
-    for given in ([1.0, 2.0], 1.5, None):
+    for sample, given in product(op.samples(make()), ([1.0, 2.0], 1.5, None)):
         raised = []
         for function in (op.torchs, op.function):
             with pytest.raises((TypeError, AttributeError)) as error:

@@ -24,7 +24,9 @@ def is_identity(op: str, x: Tensor, p: float, training: bool) -> bool:
     """Check the arguments; return whether nothing is to be dropped."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(wrong(op, "p in [0, 1]", p, "p is a probability"))
-    if p == 0.0 or not training or x.numel() == 0:
+    if p == 0.0 or not training:
+        return x.dim() >= 0  # of what is no tensor it is asked, too
+    if x.numel() == 0:
         return True
     if x.dtype not in _NOTHING and not (x.is_floating_point() or x.is_complex()):
         raise RuntimeError(wrong(op, "floating-point input", x.dtype, "cast it first"))

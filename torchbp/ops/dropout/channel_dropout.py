@@ -161,7 +161,7 @@ def dropout3d(
 
     Raises:
         ValueError: ``p`` is outside ``[0, 1]``.
-        RuntimeError: ``input`` is of integers; ``inplace`` on a leaf that requires grad.
+        RuntimeError: ``input`` has no dimension or is of integers; ``inplace`` on a leaf that requires grad.
 
     Example:
         >>> import torch
@@ -176,6 +176,9 @@ def dropout3d(
         rule = "input of shape (N, C, D, H, W) or (C, D, H, W)"
         message = wrong("dropout3d", rule, shape(input), "it is taken as (C, *)")
         warnings.warn(message, UserWarning, stacklevel=3)
+    if input.dim() < 1 and not is_identity("dropout3d", input, p, training):
+        rule = "input of at least 1 dimension"
+        raise RuntimeError(wrong("dropout3d", rule, shape(input), "for other shapes: dropout"))
     return _drop("dropout3d", input, p, training, inplace, 2 if input.dim() == 5 else 1)
 
 

@@ -69,7 +69,8 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
 
 
 def _check_indices(target: Tensor, positions: tuple[int, ...]) -> None:
-    if target.shape != positions:
+    alone = len(positions) == 0 and target.shape == (1,)  # torch takes it as one of ()
+    if target.shape != positions and not alone:
         rows = positions and target.dim() and target.shape[0] != positions[0]
         rule = f"a target of shape {positions}, or of the logits' with probabilities"
         message = wrong(NAME, rule, shape(target), "pass one index for each position")

@@ -60,6 +60,7 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample((make.normal(5, 3), frozen, make.labels(5, classes=4)), name="frozen-weight")
     yield Sample((data, w, make.labels(5, classes=4)), name="data-input")
     yield Sample((make.normal(5, 3), w, make.labels(5, classes=4).to(torch.uint8)), name="uint8")
+    yield Sample((make.normal(3), w, make.labels(1, classes=4)), name="one-in-a-row")
 
 
 def errors(make: Make) -> Iterator[Sample]:

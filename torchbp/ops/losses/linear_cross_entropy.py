@@ -222,8 +222,8 @@ def linear_cross_entropy(
         input: Hidden states ``(D,)``, ``(N, D)`` or ``(N, L, ..., D)``, floating point.
         linear_weight: ``(C, D)``, of the dtype of ``input``; that of the embedding where they are tied. Or
             ``(C, d1, ..., D)`` for a loss of several dimensions, which goes through the logits.
-        target: Class indices of the shape of ``input`` without ``D``, int64 or uint8; or probabilities of the logits'
-            shape, floating point. Where they require grad, the loss goes through the logits.
+        target: Class indices of the shape of ``input`` without ``D``, ``()`` or ``(1,)`` for one, int64 or uint8; or
+            probabilities of the logits' shape, floating point. Where they require grad, it goes through the logits.
         linear_bias: ``(C,)``, or ``(C, d1, ...)``.
         weight: A factor of each class, ``(C,)``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``; the mean is weighted.
