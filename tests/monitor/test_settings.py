@@ -207,8 +207,9 @@ def test_a_closure_counts_where_the_step_begins(tmp_path):
     np.testing.assert_allclose(norms(tmp_path, "update_norm"), updates, rtol=1e-4)
 
 
+@pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("first", [True, False], ids=["user's hooks first", "ours first"])
-def test_optimizers_inside_backward(tmp_path, first):
+def test_optimizers_inside_backward(tmp_path, first, given):
     model = mlp()
     each = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
 
@@ -222,7 +223,7 @@ def test_optimizers_inside_backward(tmp_path, first):
 
     if first:
         attach()
-    monitor = torchbp.watch(model, log_dir=tmp_path)
+    monitor = torchbp.watch(model, each.values() if given else None, log_dir=tmp_path)
     if not first:
         attach()
     want = []
@@ -231,6 +232,48 @@ def test_optimizers_inside_backward(tmp_path, first):
         loss_of(model).backward()
     monitor.close()
     np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+
+
+def test_an_optimizer_that_leaves_backward(tmp_path):
+    """Inside of it in the first three steps, behind it from then on."""
+    model, want = mlp(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(*_):
+        optimizer.step()
+        optimizer.zero_grad()
+
+    last = next(iter(model.parameters()))  # whose gradient comes last
+    hook = last.register_post_accumulate_grad_hook(step)
+    with torchbp.watch(model, optimizer, log_dir=tmp_path) as monitor:
+        for k in range(6):
+            want.append(true_norms(model))
+            if k == 3:
+                hook.remove()
+            loss_of(model).backward()
+            if k >= 3:
+                step()
+        assert monitor.step == 6
+    np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+
+
+def test_groups_may_be_added_on_the_way(tmp_path):
+    """As layers are that begin to learn later; and of optimizers that take turns, each has its own number."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model[2:].parameters(), lr=0.1)
+    other = torch.optim.SGD([{"params": [p]} for p in model[2:].parameters()], lr=0.3)
+    with torchbp.watch(model, [optimizer, other], log_dir=tmp_path):
+        for k in range(6):
+            if k == 2:
+                optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.2})
+            model.zero_grad()
+            loss_of(model).backward()
+            (optimizer if k < 4 else other).step()
+    rates = read(tmp_path).vectors["learning_rate"]
+    assert rates.names == tuple(f"group {i}" for i in range(4))
+    one, two = [0.1, np.nan, np.nan, np.nan], [0.1, 0.2, np.nan, np.nan]
+    np.testing.assert_allclose(rates.values[:4], [one, one, two, two], rtol=1e-6)
+    assert (norms(tmp_path) > 0).all()
 
 
 def test_two_optimizers_of_one_backward_make_one_step(tmp_path):

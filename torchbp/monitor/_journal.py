@@ -55,7 +55,7 @@ class Journal:
         self._writer = writer
         self._make_layout, self._with_absent = Layout, with_absent
         self._about = about
-        self._layouts: dict[tuple[str, int], Layout] = {}
+        self._layouts: dict[tuple[str, int, int], Layout] = {}
         self._said: list[Verdict] = []
         self._judged = False
         self._range: tuple[Any, Any, int] | None = None
@@ -177,7 +177,7 @@ class Journal:
         self._writer.close()
 
     def _layout(self, quantity: Quantity, layers: Layers, size: int) -> "Layout":
-        key = (quantity.name, id(layers))
+        key = (quantity.name, id(layers), size)  # groups may be added on the way
         if key not in self._layouts:
             names = tuple(f"group {i}" for i in range(size))
             kinds: tuple[str, ...] = ()

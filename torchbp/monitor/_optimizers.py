@@ -19,7 +19,7 @@ Optimizer = torch.optim.Optimizer
 
 
 class Optimizers:
-    """Calls ``before`` and ``after`` a step, unless that is made inside a backward.
+    """Calls ``before`` and ``after`` a step, unless that is made inside a backward: no optimizer ends a step there.
 
     Remembers, of every optimizer's parameters, the first gradient there was when a step ended. A second
     optimizer's step finds it as it was. Gradients that came of a backward since are tensors of their own,
@@ -47,6 +47,7 @@ class Optimizers:
         self._catalogue, self._meter = catalogue, meter
         self._before, self._after, self._found = before, after, found
         self._known: dict[int, weakref.ref[Optimizer]] = {}
+        self._inside: set[int] = set()  # those that last stepped inside a backward
         self._stepped: dict[int, weakref.ref[Tensor]] = {}
         self._hooks: list[RemovableHandle] = []
         for optimizer in given:
@@ -55,7 +56,7 @@ class Optimizers:
             self._hooks.append(register_optimizer_step_pre_hook(self._discover))
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._known) - len(self._inside)
 
     def members(self) -> set[int]:
         """Return the indices of the parameters that one of them has."""
@@ -104,7 +105,12 @@ class Optimizers:
         self._hooks += [pre, optimizer.register_step_post_hook(self._after_step)]
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
-        if not in_backward():
+        if in_backward():
+            self._inside.add(id(optimizer))
+        else:
+            if id(optimizer) in self._inside:
+                self._found()
+                self._inside.remove(id(optimizer))
             closure = kwargs.get("closure") is not None or any(a is not None for a in args[1:])
             self._before(optimizer, closure)
 
