@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import torchbp
 from tests.device import DEVICE
@@ -507,6 +507,9 @@ def test_fx_traces_through_a_forward_of_ones_own():
 
 
 @pytest.mark.heavy
+@pytest.mark.filterwarnings(
+    "ignore:The tensor attributes:UserWarning"
+)  # of torch's recurrent layers
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export(constructed, strict):
     module, inputs = constructed_on_device(constructed)
@@ -522,6 +525,65 @@ def test_export(constructed, strict):
         tensors_of(exported.module()(*copy.deepcopy(args))),
         tensors_of(module(*copy.deepcopy(args))),
     )
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The tensor attributes:UserWarning"
+)  # of torch's recurrent layers
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("training", [False, True])
+def test_export_records_torchs_ops(strict, training):
+    model = nn.Sequential(
+        nn.Conv1d(3, 4, 3),
+        nn.BatchNorm1d(4),
+        nn.GELU(),
+        nn.Dropout(),
+        nn.Linear(8, 6),
+        nn.LSTM(6, 5, batch_first=True),
+    )
+    x, graphs = torch.randn(2, 3, 10), []
+    for converted in (False, True):
+        model = torchbp.convert(model) if converted else model
+        exported = torch.export.export(model.train(training), (x,), strict=strict)
+        graphs.append([str(n.target) for n in exported.graph.nodes if n.op == "call_function"])
+    theirs, ours = graphs
+    assert ours == theirs
+    assert "aten.lstm.input" in ours
+
+
+def test_export_of_any_batch(op):
+    """No size of the sample's stays in the program as a bound, where none does in torch's."""
+    sample = op.benchmark(make(torch.float32), 300)
+    leaves, structure = tree_flatten((sample.args, sample.kwargs))
+    places = [i for i, a in enumerate(leaves) if isinstance(a, Tensor)]
+    tensors = [leaves[i].detach() for i in places]
+    rows = [bool(t.dim()) and len(t) == len(tensors[0]) for t in tensors]
+    batch = torch.export.Dim("batch", min=2)
+
+    def called(function, *given):
+        filled = leaves.copy()
+        for i, t in zip(places, given, strict=True):
+            filled[i] = t
+        args, kwargs = tree_unflatten(filled, structure)
+        return function(*args, **kwargs)
+
+    def exported(function):
+        module = nn.Module()
+        module.forward = lambda *given: called(function, *given)
+        dims = (tuple({0: batch} if row else None for row in rows),)
+        return torch.export.export(module, tuple(tensors), dynamic_shapes=dims).module()
+
+    try:
+        exported(op.torchs or op.reference)
+    except Exception as error:  # of whatever type
+        pytest.skip(f"torch's own can't: {type(error).__name__}")
+    program = exported(op.function)
+    more = [torch.cat([t, t, t]) if row else t for t, row in zip(tensors, rows, strict=True)]
+    torch.manual_seed(0)
+    got = program(*more)
+    torch.manual_seed(0)
+    if not op.random:
+        torch.testing.assert_close(got, called(op.function, *more))
 
 
 @pytest.mark.slow

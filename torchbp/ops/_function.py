@@ -50,8 +50,8 @@ __all__ = [
     "overwrite",
     "plain",
     "public",
+    "recorded",
     "scale_fresh",
-    "script_traced",
     "transforms_active",
     "undifferentiated",
     "unviewed",
@@ -68,6 +68,8 @@ _HALF = (torch.bfloat16, torch.float16)
 # What a class has that does not answer for torch's ops itself, as fake and distributed tensors do.
 _PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 _EVERY = Tensor.__torch_function__.__func__  # pyright: ignore[reportFunctionMemberAccess]
+# Torch's own (2.13) of the first two can't be exported, of the last computes other numbers once it is decomposed.
+_FORMULAS_IN_EXPORTS = ("ctc_loss", "gaussian_nll_loss", "multilabel_margin_loss")
 _formula_only = False
 
 
@@ -310,7 +312,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     own, as quantized and masked ones do: it knows torch's functions, by identity. What is passed on to others is, as
     torch does it, what has no default by place, and what is not the default by name. Where no tensor is given for one,
     torch's error is raised.
-    ``torch.jit.trace`` records torch's own, too: what it saves runs where there is no Python.
+    ``torch.jit.trace`` and ``torch.export`` record torch's own, too: what they save runs where there is no Python, for
+    any size, and is what others look for in a graph.
     """
     own = getattr(torch.nn.functional, function.__name__, None)
     strided = torch.strided
@@ -322,7 +325,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
         given = tuple(named.values())
         if own is not None:
             if not beyond_torch & chosen.keys():
-                if script_traced():
+                if recorded(function.__name__):
                     return own(*needed, **chosen)
                 # A class may take a bias by place alone, as layers pass it.
                 if any(map(_answers, given)):
@@ -338,7 +341,10 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     other = "(isinstance({0}, Tensor) and ({0}.layout is not strided or {0}.is_nested))"
     special = [other.format(t) for t in tensors(function)] if own is not None else []
     if own is not None:
-        special.append("(not is_dynamo_compiling() and is_script_tracing())")  # script_traced
+        # recorded: where dynamo does not ask, an export has a mode, which has_torch_function finds
+        special.append(
+            "(compiler._is_exporting_flag if is_dynamo_compiling() else is_script_tracing())"
+        )
     dispatch = wraps(function)(
         written_out(
             f"""
@@ -353,6 +359,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             elsewhere=elsewhere,
             function=function,
             instead=_instead(function, passed_on),
+            compiler=torch.compiler,
             is_dynamo_compiling=is_dynamo_compiling,
             is_script_tracing=is_script_tracing,
             has_torch_function=has_torch_function_variadic,
@@ -563,9 +570,13 @@ def visible_in_backward(x: Tensor) -> bool:
     )
 
 
-def script_traced() -> bool:
-    """Whether ``torch.jit.trace`` records; dynamo, which could not ask, is told that it does not."""
-    return not is_dynamo_compiling() and is_script_tracing()
+def recorded(name: str = "") -> bool:
+    """Whether ``torch.export`` or ``torch.jit.trace`` records torch's own op of a name.
+
+    Dynamo could not ask of the latter; that of torch 2.11 answers ``is_exporting()`` with True wherever it traces.
+    """
+    exported = torch.compiler._is_exporting_flag and name not in _FORMULAS_IN_EXPORTS
+    return exported or (not is_dynamo_compiling() and is_script_tracing())
 
 
 def _is_fake() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchbp.ops._function import fused, in_float32, is_half
 from torchbp.ops._one_kernel import in_one_kernel
-from torchbp.ops.kernels import MANY
+from torchbp.ops.kernels import many
 
 __all__ = [
     "FEW",
@@ -52,7 +52,7 @@ def in_pieces(
         The formula's value in the first tensor's own dtype.
     """
     first = tensors[0]
-    if first.is_cuda or first.numel() >= MANY:
+    if first.is_cuda or many(first):
         made = in_one_kernel(formula, *tensors)
         if made is not None:
             return made
@@ -116,7 +116,7 @@ def separable(*tensors: Tensor) -> bool:
     """Whether an elementwise formula of ``tensors`` is worth evaluating piece by piece, and can be."""
     first = tensors[0]
     least = _LARGE_HALF if is_half(first) else _LARGE
-    return first.numel() >= least and first.is_cpu and alike(*tensors)
+    return many(first, least) and first.is_cpu and alike(*tensors)
 
 
 def alike(*tensors: Tensor) -> bool:

@@ -23,7 +23,7 @@ from torchbp.ops._pieces import (
     writable,
     written,
 )
-from torchbp.ops.kernels import MANY, SUM, in_one_loop
+from torchbp.ops.kernels import MANY, SUM, in_one_loop, many
 
 __all__ = [
     "FEW",
@@ -94,7 +94,7 @@ def reduced(
         negative: Whether the values count with the other sign: a mean is then the quotient by -N, one kernel less.
     """
     first = tensors[0]
-    if reduction != "none" and (first.is_cuda or first.numel() >= MANY):
+    if reduction != "none" and (first.is_cuda or many(first)):
         loss = reduced_in_one_kernel(formula, reduction, *tensors)
         if loss is not None:
             return -loss if negative else loss
@@ -120,7 +120,7 @@ def reduced_in_one_kernel(
 ) -> Tensor | None:
     """Return what :func:`reduced` does where ``formula`` is one kernel, or one loop; else ``None``."""
     first = tensors[0]
-    if not (first.is_cuda or first.numel() >= MANY):
+    if not (first.is_cuda or many(first)):
         return None
     values = in_one_kernel(formula, *tensors, summed=reduction != "none")
     if values is None or reduction == "none":

@@ -30,7 +30,7 @@ from torchbp.ops.activations._infinities import (
     limited,
     mended,
 )
-from torchbp.ops.kernels import MANY, in_one_loop, looped
+from torchbp.ops.kernels import MANY, in_one_loop, looped, many
 
 __all__ = ["gated", "halves", "halves_in_one_loop"]
 
@@ -152,7 +152,7 @@ class GatedFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int, gate: str, finite: bool | None) -> Tensor:
-        if x.numel() >= 2 * MANY:
+        if many(x, 2 * MANY):
             y = in_one_loop(partial(_times, _GATES[gate].formula), *x.unsafe_chunk(2, dim))
             if y is not None:
                 return y

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchbp.ops._function import followed, fused, is_half, modes_active, visible
 from torchbp.ops._invalid import FEW, at_hand, at_hand_of_all, quiet, sound
 from torchbp.ops._one_kernel import in_one_kernel
-from torchbp.ops.kernels import MANY, half_in_one_loop, in_one_loop
+from torchbp.ops.kernels import MANY, half_in_one_loop, in_one_loop, many
 from torchbp.ops.kernels import at_hand as compiled
 
 __all__ = [
@@ -78,7 +78,7 @@ def value(
     On a GPU, and in half precision where it has been compiled, ``formula``, the same, in one kernel, of what is no
     further out than -1000: at ∞ it is right. With ``loop`` in float32, too; with ``loop=False`` on a GPU alone.
     """
-    if loop is not False and isinstance(x, Tensor) and x.numel() >= MANY:
+    if loop is not False and isinstance(x, Tensor) and many(x):
         one = in_one_loop if loop else half_in_one_loop
         y = one(partial(_of_bounded_below, formula), x)
         if y is not None:

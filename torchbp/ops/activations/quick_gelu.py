@@ -36,7 +36,7 @@ from torchbp.ops.activations._infinities import (
     value,
     with_limits,
 )
-from torchbp.ops.kernels import MANY
+from torchbp.ops.kernels import MANY, many
 
 __all__ = ["QuickGELU", "QuickGELUFunction", "quick_gelu"]
 
@@ -52,7 +52,7 @@ class QuickGELUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, finite: bool | None) -> Tensor:  # x, y: (*)
-        if x.is_cuda or x.numel() >= MANY:
+        if x.is_cuda or many(x):
             return value(_value, x, finite, _formula, loop=True)
         return limited(_value(x), x, finite)
 

@@ -23,6 +23,7 @@ from torchbp.ops.kernels._loop import SUM as SUM
 from torchbp.ops.kernels._loop import half_in_one_loop as half_in_one_loop
 from torchbp.ops.kernels._loop import in_one_loop as in_one_loop
 from torchbp.ops.kernels._loop import looped as looped
+from torchbp.ops.kernels._loop import many as many
 from torchbp.ops.kernels._rows import over_batch as over_batch
 from torchbp.ops.kernels._rows import over_batch_backward as over_batch_backward
 from torchbp.ops.kernels._rows import over_groups as over_groups
@@ -45,6 +46,7 @@ __all__ = [
     "in_one_loop",
     "listed",
     "looped",
+    "many",
     "of_all_threads",
     "over_batch",
     "over_batch_backward",

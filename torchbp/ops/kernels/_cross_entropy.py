@@ -8,7 +8,7 @@ from torch import Tensor
 from torchbp.ops._function import as_dtype, visible
 from torchbp.ops.kernels import _library
 from torchbp.ops.kernels._by_hand import NAMES, Loop, Run, taken, wide
-from torchbp.ops.kernels._loop import MANY
+from torchbp.ops.kernels._loop import many
 from torchbp.ops.kernels._softmax import call, row_loop
 
 __all__ = [
@@ -41,7 +41,7 @@ _GRADIENT = row_loop(
 def takes_logits(x: Tensor) -> bool:
     """Whether ``x`` is as the loops take logits, (N, C), where nobody differentiates; they may not be compiled."""
     return (
-        x.numel() >= MANY
+        many(x)
         and _library.at_hand()
         and x.dim() == 2
         and x.dtype in NAMES

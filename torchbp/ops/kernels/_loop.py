@@ -28,7 +28,7 @@ from torchbp.ops.kernels._layout import (
 )
 from torchbp.ops.kernels._layout import ROWS as IN_ROWS
 
-__all__ = ["MANY", "ROWS", "SUM", "half_in_one_loop", "in_one_loop", "looped"]
+__all__ = ["MANY", "ROWS", "SUM", "half_in_one_loop", "in_one_loop", "looped", "many"]
 
 MANY = 1 << 14  # elements; for fewer the call costs as much as the loop
 SUM = "sum"
@@ -59,7 +59,7 @@ def in_one_loop(
         A tensor, or for several ``outputs`` a tuple of them.
     """
     first = tensors[0]
-    if not isinstance(first, Tensor) or first.numel() < MANY or not _library.at_hand():
+    if not isinstance(first, Tensor) or not many(first) or not _library.at_hand():
         return None
     known = identity(formula)
     if known is None:
@@ -143,14 +143,20 @@ def _lengths(
 def half_in_one_loop(formula: Callable[..., Any], *tensors: Tensor) -> Any:
     """Do as :func:`in_one_loop` in half precision alone: in float32 torch's own kernel takes as long."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or first.numel() < MANY or first.dtype not in HALF:
+    if not isinstance(first, Tensor) or not many(first) or first.dtype not in HALF:
         return None
     return in_one_loop(formula, *tensors)
 
 
+def many(x: Tensor, least: int = MANY) -> bool:
+    """Whether ``x`` has so many elements; not where it may have any number of them, which an export is not to fix."""
+    n = x.numel()
+    return type(n) is int and n >= least
+
+
 def looped(*tensors: Tensor) -> bool:
     """Whether :func:`in_one_loop` takes ``tensors``; the formula may still not have been compiled."""
-    return tensors[0].numel() >= MANY and _library.at_hand() and laid_out(tensors) is not None
+    return many(tensors[0]) and _library.at_hand() and laid_out(tensors) is not None
 
 
 class _Into(NamedTuple):

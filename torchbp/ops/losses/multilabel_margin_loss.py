@@ -42,6 +42,7 @@ from torchbp.ops._function import (
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import REDUCTIONS, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, square, stored
+from torchbp.ops.kernels import many
 from torchbp.ops.losses._margin_pairs import pair_gradient, pair_values, pairs_at_hand
 
 __all__ = ["MultiLabelMarginLoss", "MultiLabelMarginLossFunction", "multilabel_margin_loss"]
@@ -182,7 +183,7 @@ def multilabel_margin_loss(
     else:
         rows, targets = torch.atleast_2d(input), torch.atleast_2d(target)
     try:
-        if target.numel() > _FEW or is_half(input):
+        if many(target, _FEW + 1) or is_half(input):
             _check_indices(target, rows.shape[-1])
         loss = _multilabel_margin_loss(rows, targets, reduction)
     except RuntimeError:  # torch's kernel has looked at few indices

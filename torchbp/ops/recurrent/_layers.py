@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
-from torchbp.ops._function import script_traced
+from torchbp.ops._function import recorded
 from torchbp.ops.dropout.dropout import dropout
 from torchbp.ops.recurrent._recurrence import Sizes
 
@@ -62,7 +62,7 @@ def cell(
     states: int,
 ) -> Any:
     """Run a cell's Module form: states of zeros by default, and input without a batch dimension."""
-    if script_traced():
+    if recorded():
         return _as_torchs(module, input, hx)
     if states == 1 and isinstance(hx, (tuple, list)):
         got = type(hx).__name__
@@ -100,7 +100,7 @@ def layers(layer: Layer, module: nn.RNNBase, input: Any, hx: Any) -> tuple[Any, 
     Returns:
         What the Module returns: output, final states.
     """
-    if script_traced():
+    if recorded():
         return _as_torchs(module, input, hx)
     if isinstance(input, PackedSequence):
         output, final = _packed(layer, module, input, hx)
@@ -151,7 +151,7 @@ def _padded(
 
 
 def _as_torchs(module: nn.Module, *inputs: Any) -> Any:
-    """Run torch's own forward, one op for any length: of ours ``torch.jit.trace`` would note so many steps."""
+    """Run torch's own forward, one op for any length: of ours a trace or an export would note so many steps."""
     own = next(c for c in type(module).__mro__ if c.__module__.startswith("torch.nn."))
     return own.forward(module, *inputs)
 
