@@ -15,6 +15,7 @@ from torchbp.ops._function import kernel, transforms_active
 from torchbp.ops.normalization import _half_groups
 
 __all__ = [
+    "CHANNELS_LAST",
     "as_kernels_take_it",
     "batch_norm_backward",
     "gradient_as_kernels_take_it",
@@ -27,7 +28,7 @@ __all__ = [
     "sizes",
 ]
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _batch_norm_backward = kernel("native_batch_norm_backward")
 group_norm_backward = kernel("native_group_norm_backward")
 
@@ -46,7 +47,7 @@ def as_kernels_take_it(x: Tensor, last: Sequence[int] = (4,)) -> Tensor:
     if transforms_active():  # vmap cannot tell the latter
         return x.contiguous()
     dims = x.dim()
-    kept = dims in last and x.is_contiguous(memory_format=_CHANNELS_LAST[dims])
+    kept = dims in last and x.is_contiguous(memory_format=CHANNELS_LAST[dims])
     return x if kept else x.contiguous()
 
 
