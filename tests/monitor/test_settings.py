@@ -310,6 +310,42 @@ def test_plain_updates_without_any_optimizer(tmp_path):
     np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
 
 
+class Spectral(nn.Module):
+    """Multiplies frequencies, as Fourier neural operators do."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width, 5, dtype=torch.complex64) / width)
+
+    def forward(self, x):
+        frequencies = torch.einsum("nif,iof->nof", torch.fft.rfft(x), self.weight)
+        return torch.fft.irfft(frequencies, x.shape[-1])
+
+
+@pytest.mark.parametrize("width", [4, 64], ids=["small", "large"])  # packed, and by themselves
+def test_complex_parameters(tmp_path, width):
+    torch.manual_seed(0)
+    model = nn.Sequential(Spectral(width), nn.GELU(), Spectral(width), nn.Conv1d(width, 1, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    norms_of = lambda tensors: [t.cdouble().norm().item() for t in tensors]  # noqa: E731
+    want, weights, updates = [], [], []
+    with torchbp.watch(model, optimizer, log_dir=tmp_path) as monitor:
+        for _ in range(4):
+            optimizer.zero_grad()
+            (model(torch.randn(8, width, 8)) - 1).square().mean().backward()
+            before = [p.detach().clone() for p in model.parameters()]
+            want.append(norms_of(p.grad for p in model.parameters()))
+            optimizer.step()
+            weights.append(norms_of(before))
+            updates.append(norms_of(p - b for p, b in zip(model.parameters(), before, strict=True)))
+    assert monitor.verdicts == []
+    np.testing.assert_allclose(norms(tmp_path), want, rtol=1e-5)
+    np.testing.assert_allclose(norms(tmp_path, "weight_norm"), weights, rtol=1e-5)
+    np.testing.assert_allclose(norms(tmp_path, "update_norm"), updates, rtol=1e-4)
+    assert (norms(tmp_path, "error_signal") > 0).all()
+    assert (norms(tmp_path, "gradient_zeros") <= 0.2).all()  # of the real frequencies' other parts
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant):
         super().__init__()

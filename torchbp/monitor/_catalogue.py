@@ -52,7 +52,7 @@ class Catalogue:
                 if id(parameter) not in seen:  # tied weights count where they stand first
                     seen.add(id(parameter))
                     self._owner.append(place)
-                    self._sizes.append(parameter.numel())
+                    self._sizes.append(parameter.numel() * (1 + parameter.is_complex()))
                     self._matrices.append(parameter.ndim >= 2)
                     self._parameter_names.append(f"{path}.{key}".lstrip("."))
                     self.parameters.append(weakref.ref(parameter))

@@ -212,13 +212,15 @@ def _there(what: str, references: _References) -> dict[int, Tensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard, and the values of a sparse gradient."""
+    """Return this rank's shard, the values of a sparse gradient, and of a complex number its two parts."""
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
     if tensor.layout != torch.strided:
         tensor = tensor.coalesce().values()
-    return tensor.detach()
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return not isinstance(tensor, DTensor) and tensor.layout == torch.strided
+    strided = not isinstance(tensor, DTensor) and tensor.layout == torch.strided
+    return strided and not tensor.is_complex()

@@ -14,7 +14,6 @@ from torchbp.monitor._quantity import precise
 __all__ = ["norms", "root", "root_mean"]
 
 _LEAST, _MOST = 1e-12, 1e18
-_WIDE = {torch.float64, torch.complex128}
 
 
 def norms(bundle: Bundle | Table) -> Tensor | NDArray[np.floating[Any]]:
@@ -29,7 +28,7 @@ def norms(bundle: Bundle | Table) -> Tensor | NDArray[np.floating[Any]]:
     cpu = tensors[0].is_cpu
     if len(tensors) == 1 and tensors[0].numel() <= 1 << 17 and not cpu:
         return torch.linalg.vector_norm(tensors[0], dtype=precise(tensors[0])).reshape(1)
-    dtype = torch.float64 if any(t.dtype in _WIDE for t in tensors) else torch.float32
+    dtype = torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
     found = list(torch._foreach_norm(tensors, 2, dtype=dtype))  # noqa: SLF001  # nothing public is as fast
     if cpu and dtype is torch.float32:
         for i, norm in enumerate(map(float, found)):
