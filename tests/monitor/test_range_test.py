@@ -125,11 +125,36 @@ def test_suggests_nothing_where_the_loss_never_falls():
     assert "never falls" in str(test)
 
 
+def test_batches_that_scatter_are_no_fall():
+    """Of labels drawn by lot hardly ever a rate is suggested; of those that can be learnt none of the first."""
+    found = {"lot": [], "learnt": []}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        x = torch.randn(1024, 8)
+        for name, y in (("lot", torch.randint(2, (1024,))), ("learnt", (x[:, 0] > 0).long())):
+            model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+            batches = list(zip(x.split(8), y.split(8), strict=True))
+            optimizer = torch.optim.Adam(model.parameters())
+            test = torchbp.lr_range_test(model, optimizer, batches, nn.functional.cross_entropy)
+            found[name].append(test.suggestion)
+    assert sum(rate is not None for rate in found["lot"]) <= 1
+    assert min(found["learnt"]) > 1e-3
+
+
+def test_says_where_the_last_rate_is_the_best():
+    model, batches, loss = quadratic(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    test = torchbp.lr_range_test(model, optimizer, batches, loss, end=0.1)
+    assert test.lowest == test.rates[-1]
+    assert str(test).endswith("the last: where it diverges lies beyond")
+    assert "and diverges" in str(torchbp.lr_range_test(model, optimizer, batches, loss))
+
+
 def test_is_shown_in_tensorboard(training, tmp_path):
     pytest.importorskip("matplotlib")
     model, optimizer, batches = training
     test = torchbp.lr_range_test(
-        model, optimizer, batches, nn.functional.mse_loss, steps=15, log_dir=tmp_path
+        model, optimizer, batches, nn.functional.mse_loss, steps=60, log_dir=tmp_path
     )
     run = read(tmp_path)
     np.testing.assert_allclose(run.scalars["lr_range_test/loss"].values, test.losses, rtol=1e-6)

@@ -19,6 +19,7 @@ from torchbp._random import forked
 __all__ = ["RangeTest", "lr_range_test"]
 
 _LEAST = 10  # steps before a rise of the loss may end the test: the first losses scatter
+_FALLEN = 4.0  # standard deviations of the smoothed loss, below where it began: less may be the batches' doing
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class RangeTest:
         rates: float64 ``(S,)``: the learning rate of each step, of the first parameter group.
         losses: float64 ``(S,)``: the batch's loss before that step.
         smoothed: float64 ``(S,)``: ``losses`` under a centred triangular window.
-        suggestion: The rate where the smoothed loss falls most steeply over log(rate); None where it never falls.
+        suggestion: The rate where the smoothed loss falls most steeply over log(rate), of those that took it below its
+            beginning by more than batches scatter; None where none does.
         lowest: The rate of the lowest smoothed loss; above it training begins to diverge.
     """
 
@@ -42,11 +44,15 @@ class RangeTest:
     def __str__(self) -> str:
         head = f"learning rates {self.rates[0]:.1e} to {self.rates[-1]:.1e} in {len(self.rates)} steps: "
         if self.suggestion is None:
-            return head + "the loss never falls; raise end=, or look for a vanished gradient"
-        return (
-            head
-            + f"try {self.suggestion:.1e}; the loss is lowest at {self.lowest:.1e} and diverges beyond"
-        )
+            return (
+                head
+                + "the loss never falls by more than batches scatter; raise end= or steps=, take larger batches, "
+                "or look for a vanished gradient"
+            )
+        head += f"try {self.suggestion:.1e}; the loss is lowest at {self.lowest:.1e}"
+        if self.lowest == self.rates[-1]:
+            return head + ", the last: where it diverges lies beyond"
+        return head + " and diverges beyond"
 
     def plot(self, axes: Any = None) -> Any:
         """Draw the losses over the rates, with the suggestion, and return the axes.
@@ -232,10 +238,15 @@ def _judged(rates: NDArray[np.float64], losses: NDArray[np.float64], steps: int)
     padded = np.pad(losses, reach, mode="edge")
     smoothed = np.convolve(padded, window / window.sum(), mode="valid").astype(np.float64)
     least = int(smoothed.argmin())
+    # At first the rate is too low to matter: from one loss to the next it is another batch, no more.
+    first = losses[: max(len(losses) // 4, _LEAST // 2)]
+    share = np.sqrt(np.square(window).sum()) / window.sum()
+    scatter = np.diff(first).std() / np.sqrt(2) * share if len(first) > 1 else 0.0
+    below = smoothed[1 : least + 1] < np.median(first) - _FALLEN * scatter
     suggestion = None
-    if least > 0:
+    if below.any():
         slopes = np.diff(smoothed[: least + 1]) / np.diff(np.log(rates[: least + 1]))
-        steepest = int(slopes.argmin())
+        steepest = int(np.where(below, slopes, np.inf).argmin())
         suggestion = float(np.sqrt(rates[steepest] * rates[steepest + 1]))
     return RangeTest(rates, losses, smoothed, suggestion, float(rates[least]))
 
