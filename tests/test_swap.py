@@ -6,6 +6,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 
 import torchbp
 from torchbp.swap import report, twins
@@ -65,6 +67,24 @@ def test_converts_in_place_and_reverts():
     assert all(
         torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True)
     )
+
+
+def test_reverts_what_is_parametrized():
+    model = torchbp.convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    for layer in (model[0], model[2]):
+        weight_norm(layer)
+    twin = copy.deepcopy(model)
+    assert len(report(model).hand_written) == 3
+    x = torch.randn(3, 4)
+    want = model(x)
+    torchbp.revert(model)
+    assert report(model).hand_written == ()
+    torch.testing.assert_close(model(x), want)
+    assert len(report(twin).hand_written) == 3
+    assert not any(issubclass(type(m), torchbp.nn.Linear) for m in model)
+    remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), want)
 
 
 def test_the_root_itself_is_converted():

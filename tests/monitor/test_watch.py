@@ -420,6 +420,20 @@ def test_what_is_no_model_is_refused():
         torchbp.watch(nn.Linear)
 
 
+@pytest.mark.parametrize("given", ["adam", 3, "parameters", "scheduler"])
+def test_what_is_no_optimizer_is_refused(given, tmp_path):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if given == "parameters":
+        given = model.parameters()
+    if given == "scheduler":
+        given = [torch.optim.lr_scheduler.StepLR(optimizer, 3), given]
+    with pytest.raises(TypeError, match=r"watch: expected a torch\.optim\.Optimizer, or several"):
+        torchbp.watch(model, given, log_dir=tmp_path / "run")
+    assert count_hooks(model, optimizer) == 0
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("rank", "writes"), [("auto", False), (0, False), (1, True)])
 def test_one_rank_writes(tmp_path, monkeypatch, rank, writes):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

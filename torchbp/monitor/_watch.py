@@ -52,7 +52,7 @@ def watch(
         The monitor; also a context manager that closes it.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``optimizer`` none.
         OSError: ``log_dir`` can't be written; no hook was attached.
         ValueError: ``log_dir`` and ``writer`` both; a period below 1; a share that is not above 0;
             no trainable layer.
@@ -85,13 +85,7 @@ def watch(
     if share is not None and not share > 0:
         message = f"watch: expected share > 0 or None, got {share}; 0.01 is 1 % of the time"
         raise ValueError(message)
-    if optimizer is None:
-        optimizers: list[torch.optim.Optimizer] = []
-    elif isinstance(optimizer, torch.optim.Optimizer):
-        optimizers = [optimizer]
-    else:
-        optimizers = list(optimizer)
-    optimizers = [_inner(optimizer) for optimizer in optimizers]
+    optimizers = _optimizers(optimizer)
     if isinstance(layers, str):
         layers = [layers]
     Catalogue(model, layers)  # refuses before anything is written
@@ -107,6 +101,19 @@ def watch(
         share=share,
         layers=layers,
     )
+
+
+def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
+    if given is None:
+        return []
+    several = isinstance(given, Iterable) and not isinstance(given, torch.optim.Optimizer)
+    optimizers = [_inner(optimizer) for optimizer in (given if several else [given])]
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            got = type(optimizer).__name__
+            message = f"watch: expected a torch.optim.Optimizer, or several, got {got}; pass the optimizer itself"
+            raise TypeError(message)
+    return optimizers
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

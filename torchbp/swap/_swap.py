@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.parametrize import is_parametrized
 
 from torchbp.ops._op import all_ops
 from torchbp.swap import _transformers
@@ -142,7 +143,7 @@ def report(model: nn.Module) -> Report:
     hand_written, convertible, left = [], [], []
     for name, module in model.named_modules():
         kind = type(module)
-        if kind in ours or _transformers.original(module) is not None:
+        if _without_parametrizations(module) in ours or _transformers.original(module) is not None:
             hand_written.append((name, kind.__name__))
         elif (reason := _reason_to_leave(module)) is None:
             convertible.append((name, kind.__name__))
@@ -171,7 +172,17 @@ def _twin(module: nn.Module) -> type[nn.Module] | None:
 
 def _original(module: nn.Module) -> type[nn.Module] | None:
     """Return the class that a torchbp layer takes the place of."""
-    return _originals().get(type(module)) or _transformers.original(module)
+    kind = _originals().get(_without_parametrizations(module))
+    if kind is not None and is_parametrized(module):
+        # The class of torch's making holds the properties of the parametrized; copies of the layer share it.
+        own = {k: v for k, v in vars(type(module)).items() if k not in {"__dict__", "__weakref__"}}
+        return type(type(module).__name__, (kind,), own)
+    return kind or _transformers.original(module)
+
+
+def _without_parametrizations(module: nn.Module) -> type[nn.Module]:
+    """Return a layer's class, or that over which ``torch.nn.utils.parametrize`` has put one of its own."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
 
 
 @cache
