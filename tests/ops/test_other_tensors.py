@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -79,3 +80,32 @@ def test_distributed_tensors_beyond_torch(name, mesh):
     ours = outcome(lambda t: distribute_tensor(t, mesh, [Shard(0)]))
     for a, b in zip(ours, outcome(torch.clone), strict=True):
         torch.testing.assert_close(a.full_tensor(), b)
+
+
+class Named(Tensor):
+    """Takes every function of torch's, and none of ours."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        assert not getattr(func, "__module__", "").startswith("torchbp")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's
+def test_a_class_that_takes_all_of_torchs_functions(case):
+    """They are called as torch's own signatures, built in or not, will have it."""
+    own = getattr(torch.nn.functional, case.op.name, None)
+    if own is None:
+        pytest.skip("torch has none")
+    sample = with_args(case.sample(), Tensor.detach)
+    if case.op.name == "l1_loss" and "weight" in sample.kwargs:
+        pytest.skip("torch (2.13) loses the weight on the way to the class")
+    try:
+        torch.manual_seed(1)
+        want = one_tensor(own(*sample.args, **sample.kwargs))
+    except (TypeError, RuntimeError):
+        pytest.skip("torch's own does not take it")
+    as_named = lambda t: t.as_subclass(Named) if t.is_floating_point() else t  # noqa: E731
+    got = case.call(with_args(sample, as_named))
+    torch.testing.assert_close(got.as_subclass(Tensor), want, equal_nan=True)

@@ -191,11 +191,11 @@ def test_messages_say_what_to_do():
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
-@pytest.mark.parametrize("name", ["relu", "linear", "layer_norm"])
+@pytest.mark.parametrize("name", ["relu", "gelu", "linear", "layer_norm"])
 def test_nested_tensors_are_torchs_own(name, layout):
     """A nested batch, as in a padded-free transformer, trains as with torch's functions."""
     w, b = torch.randn(4, 4, requires_grad=True, device=DEVICE), torch.randn(4, device=DEVICE)
-    rest = {"relu": (), "linear": (w, b), "layer_norm": ((4,), b + 3, b)}[name]
+    rest = {"linear": (w, b), "layer_norm": ((4,), b + 3, b)}.get(name, ())
     grads = []
     for functional in (F, torch.nn.functional):
         rows = [

@@ -177,7 +177,7 @@ _gelu = entry(GELUFunction, again=GELUFunction.forward)
 
 
 @public
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     r"""Gaussian error linear unit, elementwise: :math:`y = x \Phi(x)`.
 
     Args:
@@ -209,7 +209,7 @@ class GELU(nn.GELU):
     __module__ = "torchbp.nn"
 
     def forward(self, input: Tensor) -> Tensor:
-        return gelu(input, self.approximate)
+        return gelu(input, approximate=self.approximate)
 
 
 def _all_samples(make: Make) -> Iterator[Sample]:
