@@ -29,7 +29,10 @@ __all__ = ["Listener"]
 _Role = tuple[Callable[[], nn.Module | None], int | None, str | None, bool]
 _NONE: _Role = (lambda: None), None, None, False
 
-_SILENT = "the model runs without its layers: it is scripted, or a CUDA graph has captured them"
+_SILENT = (
+    "the model runs without its layers: it is scripted, a CUDA graph has captured them, or their parameters are read "
+    "by another module, as a ParameterList's are"
+)
 
 _is_compiling = torch.compiler.is_compiling
 
