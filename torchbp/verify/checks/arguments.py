@@ -39,16 +39,17 @@ NORM = re.compile("p|ord|order|norm|norm_type|power")
 
 
 def _run(case: Case) -> Iterator[Finding]:
+    yield from islice(_found(case), 1)
+
+
+def _found(case: Case) -> Iterator[Finding]:
+    """Yield what is wrong, in the order of what is tried: who has the first need not go on."""
     values = options(case)
     nothing: list[Values] = []  # what says nothing in the sample
     tested = yield from _each_of(case, values, _tries(case, values), nothing)
-    if tested is None:
-        return
     if not tested:  # what lies between two bounds
         close = [{i: CLOSE * x} for i, x in values.items() if type(x) is float and x]
         tested = yield from _each_of(case, values, [[change] for change in close[:EACH]], nothing)
-        if tested is None:
-            return
     idle = {i: x for change in reversed(nothing) for i, x in change.items()}
     tested = (yield from _beyond(case, values, idle)) or tested
     if tested and case.runs_again:
@@ -59,8 +60,8 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _each_of(
     case: Case, values: Values, tries: Iterable[list[Values]], nothing: list[Values]
-) -> Generator[Finding, None, bool | None]:
-    """Try other values; return whether there were such, ``None`` once one is wrong. Add what says ``nothing``."""
+) -> Generator[Finding, None, bool]:
+    """Try other values; return whether there were such. Add what says ``nothing``."""
     asking = _asking(case)
     tested = False
     right: list[Values] = []
@@ -85,7 +86,6 @@ def _each_of(
             found = check_lines(other, NAME, _when(case, values, change))
             if found and _counts(other, found, change):
                 yield found
-                return None
             if not found:
                 right.append(change)
             if len(change) > 1:
@@ -98,7 +98,7 @@ def _left_behind(case: Case) -> list[Finding]:
     (got,) = case.vjps([case.plain.cotangents])
     when = " after another call with other arguments"
     cause = "a number kept by the class, or outside of it, where the next call puts its own: keep it in ctx"
-    return compare_all(NAME, case, got, case.plain.grads, when=when, cause=cause)[:1]
+    return compare_all(NAME, case, got, case.plain.grads, when=when, cause=cause)
 
 
 def _when(case: Case, values: Values, change: Values) -> str:

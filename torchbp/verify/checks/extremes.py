@@ -4,6 +4,8 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,12 +46,17 @@ SHORT = 2.0**-14  # step
 SIDES = 4.0  # times as far on one side of 0 as on the other
 
 
+class Sample(NamedTuple):
+    """The case at an extreme: ``when`` says at which, ``also`` is asked there beside whether gradients are finite."""
+
+    case: Case
+    when: str
+    also: Callable[[Case], Finding | None] = lambda _: None
+    kinks: bool = False  # whether forward may have a kink there
+
+
 def _run(case: Case) -> Iterator[Finding]:
-    inputs = [
-        i
-        for i, (name, leaf) in enumerate(zip(case.names, case.leaves, strict=True))
-        if not leaf.is_complex() and leaf.numel() and not name.startswith("parameter")
-    ]
+    inputs = _inputs(case)
     by_element = len(elementwise(case)) == len(case.leaves)
     tested = _is_known(case)
     for text, change in [*SAMPLES.items()][tested:]:
@@ -73,15 +80,23 @@ def _run(case: Case) -> Iterator[Finding]:
             if found:
                 yield found
                 return
-    for other, when, also in _others(case, by_element):
+    for sample in _samples(case, by_element):
         tested = True
-        found = not_finite(other, NAME, when, kinks=also is _slope_at_zero)
-        found = found or (also and also(case, other, inputs))
-        if found:
+        found = not_finite(sample.case, NAME, sample.when, kinks=sample.kinks)
+        if found := found or sample.also(sample.case):
             yield found
             return
     if not tested:
         raise NotApplicable("forward is finite at no extreme")
+
+
+def _inputs(case: Case) -> list[int]:
+    """Return which leaves are real arguments."""
+    return [
+        i
+        for i, (name, leaf) in enumerate(zip(case.names, case.leaves, strict=True))
+        if not leaf.is_complex() and leaf.numel() and not name.startswith("parameter")
+    ]
 
 
 def _is_known(case: Case) -> bool:
@@ -101,28 +116,26 @@ def _is_balanced(t: Tensor) -> bool:
     return not (low > 0 and high > 0) or max(low, high) < SIDES * min(low, high)
 
 
-def _others(
-    case: Case, by_element: bool
-) -> Iterator[tuple[Case, str, Callable[[Case, Case, list[int]], Finding | None] | None]]:
-    """Yield the case with inputs as large as a limit allows, or one element 0 or 1, and what else is tested there."""
+def _samples(case: Case, by_element: bool) -> Iterator[Sample]:
+    """Yield the case with inputs as large as a limit allows, or one element 0 or 1."""
     factor, limited = within_limits(case)
     if limited:
-        yield limited, f" for inputs {factor:g} times as large", None
+        yield Sample(limited, f" for inputs {factor:g} times as large")
     if by_element:  # see `edges`
         yield from _tiny(case) if speaks(case, LARGEST) else ()
         return
     zero, one = with_zeros(case), with_ones(case)
     if zero is not case and accepts(zero):
-        yield zero, " where one element is 0", _slope_at_zero
+        steepest = max(map(largest, case.plain.grads))
+        slope = partial(_slope_at_zero, steepest=steepest)
+        yield Sample(zero, " where one element is 0", slope, kinks=True)
     elif zero is not case:
         yield from _tiny(case)
     if one is not case and accepts(one):
-        yield one, " where one element is 1", _beside_ones
+        yield Sample(one, " where one element is 1", _beside_ones)
 
 
-def _tiny(
-    case: Case,
-) -> Iterator[tuple[Case, str, Callable[[Case, Case, list[int]], Finding | None]]]:
+def _tiny(case: Case) -> Iterator[Sample]:
     """Yield the case with one element close to 0, where 0 is refused: what lies below a floor."""
     other = with_zeros(case, TINY)
     if accepts(other):
@@ -132,10 +145,10 @@ def _tiny(
             for leaf in other.leaves
         ]
         when = f" where one element is {TINY:g} times as large"
-        yield other, when, lambda _, there, __: check_lines(there, NAME, when, beyond=False)
+        yield Sample(other, when, lambda there: check_lines(there, NAME, when, beyond=False))
 
 
-def _beside_ones(_: Case, one: Case, __: list[int]) -> Finding | None:
+def _beside_ones(one: Case) -> Finding | None:
     """Compare the gradient of the others where every other element of the last row is 1: products of 1 - p are 0 then.
 
     What is 1 stays so: it may be the end of the domain.
@@ -166,15 +179,15 @@ def _has_one(t: Tensor) -> bool:
     )
 
 
-def _slope_at_zero(case: Case, zero: Case, inputs: list[int]) -> Finding | None:
+def _slope_at_zero(zero: Case, steepest: float) -> Finding | None:
     """Compare the gradient of elements that are 0 with a central difference, unless there is a kink."""
-    if max(map(largest, zero.plain.grads)) > STEEP * (1 + max(map(largest, case.plain.grads))):
+    if max(map(largest, zero.plain.grads)) > STEEP * (1 + steepest):
         return None  # what is divided by its norm, or eps, twice: no step is short enough
     lines, made = Lines(zero), zero.memo.pop(STEP, None)
     # What depends on whether an element is 0 may be the gradient of others: all move.
     along, step = (made.directions, made.size) if made else (lines.direction(0), SHORT)
     directions = dict(along)
-    for i in inputs:
+    for i in _inputs(zero):
         at_zero = real(zero.leaves[i].cpu()).reshape(-1) == 0
         directions[i] = torch.where(at_zero, directions[i].abs(), directions[i])
     got = lines.along(directions)

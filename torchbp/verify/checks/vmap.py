@@ -1,10 +1,10 @@
 """vmap: a batch of inputs gives what a loop gives, forward and per-sample gradients, in any batch dimension."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cache, reduce
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,24 @@ Looped = Callable[
 ]  # outputs and gradients, of a call that may be spared
 
 
+class Refusal(NamedTuple):
+    """What vmap was refused with, and whether torch had been asked to make a rule for that."""
+
+    why: str
+    promised: bool = False
+
+    @property
+    def unsupported(self) -> bool:
+        """Whether it is so whatever the dimensions."""
+        return bool(UNSUPPORTED.search(self.why))
+
+
 def _run(case: Case) -> Iterator[Finding]:
+    yield from next(filter(None, _batches(case)), [])
+
+
+def _batches(case: Case) -> Iterator[list[Finding]]:
+    """Yield what is wrong of one batch after another: who has one that is need not go on."""
     rule = lacking(case, _may_be_batched)
     if rule:
         raise Refused(f"{rule} has no rule for vmap, or no setup_context")
@@ -46,39 +63,51 @@ def _run(case: Case) -> Iterator[Finding]:
     ]
     # A rule by hand is met at one level only.
     by_rule = any(f.vmap is not Function.vmap for f in functions(case))
-    found, refused = ([], [""]) if by_rule else _nested(case, here, there, looped)
-    if not found and not refused:
-        return  # right in all ways at once
-    if refused and UNSUPPORTED.search(refused[0]):
-        raise Refused(refused[0])
+    refused: list[Refusal] = []
+    if not by_rule:
+        found, refused = _nested(case, here, there, looped)
+        if not found and not refused:
+            return  # right in all ways at once
+        if refused and refused[0].unsupported:
+            raise Refused(refused[0].why)
     torchs = bool(refused) and not by_hand(case)  # whose rules refuse the same in any dimension
-    for dims in [(0,) * n] if torchs else _in_dims(case):
-        batched = [torch.stack([a, b], d) for a, b, d in zip(here, there, dims, strict=True)]
-        known = {(i,): parts for i, parts in enumerate(looped)}
-        found, refused = _batch(case, batched, (dims,), known, f" under vmap with in_dims={dims}")
-        if refused and by_rule:
-            found += islice(_other_batches(case, here, there, looped, dims), 1)
-        yield from found
-        if found:
-            return
-        if not refused if n > 1 else len(refused) > 1:
-            break  # one batch of several inputs is enough; what refuses one input in one dimension does in another
-        if refused and UNSUPPORTED.search(refused[0]):
-            break  # whatever the dimensions
+    refused = yield from _along(
+        case, here, there, looped, dims=[(0,) * n] if torchs else _in_dims(case), by_rule=by_rule
+    )
     if n > 1 and not refused and not torchs:
-        yield from _one_batched(case, here, there, looped)
-        yield from _last_batched(case, here, there, looped) if by_rule else ()
-    yield from _refusal(case, refused)
-
-
-def _refusal(case: Case, refused: Sequence[str]) -> Iterator[Finding]:
-    """Raise Refused for what vmap was refused with, if it was; yield a finding where a rule was promised."""
-    if refused and case.memo.get(PROMISED):
-        yield Finding(
-            check=NAME, severity="wrong", message=f"vmap raises {refused[0]}", cause=PROMISED
-        )
+        yield _one_batched(case, here, there, looped)
+        yield _last_batched(case, here, there, looped) if by_rule else []
+    if refused and refused[0].promised:
+        message = f"vmap raises {refused[0].why}"
+        yield [Finding(check=NAME, severity="wrong", message=message, cause=PROMISED)]
     elif refused:
-        raise Refused(refused[0])
+        raise Refused(refused[0].why)
+
+
+def _along(
+    case: Case,
+    here: list[Tensor],
+    there: list[Tensor],
+    looped: Sequence[Looped],
+    *,
+    dims: Sequence[tuple[int, ...]],
+    by_rule: bool,
+) -> Generator[list[Finding], None, list[Refusal]]:
+    """Batch all inputs along some dimensions, then others where that leaves a question; return what refused last."""
+    refused: list[Refusal] = []
+    for along in dims:
+        batched = [torch.stack([a, b], d) for a, b, d in zip(here, there, along, strict=True)]
+        known = {(i,): parts for i, parts in enumerate(looped)}
+        found, refused = _batch(case, batched, (along,), known, f" under vmap with in_dims={along}")
+        if refused and by_rule:
+            found += islice(_other_batches(case, here, there, looped, along), 1)
+        yield found
+        # One batch of several inputs is enough; what refuses one input in one dimension does in another.
+        if not refused if len(here) > 1 else len(refused) > 1:
+            break
+        if refused and refused[0].unsupported:
+            break
+    return refused
 
 
 def _one_batched(
@@ -133,7 +162,7 @@ def _may_be_batched(function: type[Function]) -> bool:
 
 def _nested(
     case: Case, here: list[Tensor], there: list[Tensor], looped: Sequence[Looped]
-) -> tuple[list[Finding], list[str]]:
+) -> tuple[list[Finding], list[Refusal]]:
     """Ask for batches of batches, which saves a call: along the last dimension, and the first of what is left.
 
     Of several inputs the first alone is batched a second time.
@@ -184,8 +213,8 @@ def _batch(
     levels: tuple[tuple[int | None, ...], ...],
     known: Mapping[tuple[int, ...], Looped],
     when: str,
-) -> tuple[list[Finding], list[str]]:
-    """Compare forward, then per-sample gradients, with a loop; return the findings, and why it refuses, forward first.
+) -> tuple[list[Finding], list[Refusal]]:
+    """Compare forward, then per-sample gradients, with a loop; return the findings, and the refusals, forward first.
 
     Args:
         case: The function, at its sample.
@@ -203,21 +232,19 @@ def _batch(
         pulled: tuple[Any, ...] = torch.func.vjp(forward, *leaves)
         return pulled[0], pulled[1](case.plain.cotangents)
 
-    refused: list[str] = []
+    refused: list[Refusal] = []
     grads: tuple[Tensor, ...] = ()
     try:
         values, grads = reduce(torch.vmap, reversed(levels), both)(*batched)
     except Exception as error:  # a refusal; forward alone may do
-        refused = [reason(error)]
-        case.memo[PROMISED] = promised(case, error)
+        refused = [Refusal(reason(error), promised(case, error))]
         once, *more = levels
-        if more or UNSUPPORTED.search(str(error)) or not by_hand(case):
+        if more or refused[0].unsupported or not by_hand(case):
             return [], refused * 2
         try:
             values = torch.vmap(forward, once)(*batched)
         except Exception as first:
-            case.memo[PROMISED] = promised(case, first)
-            return [], [reason(first), *refused]
+            return [], [Refusal(reason(first), promised(case, first)), *refused]
     pairs = [
         *(("the value of", f"output {k}", y, 0, k) for k, y in enumerate(values)),
         *(("grad of", case.names[k], g, 1, k) for k, g in enumerate(grads)),
