@@ -68,6 +68,7 @@ TWENTYSIXTH: dict[str, Unseen] = {}
 TWENTYSEVENTH: dict[str, Unseen] = {}
 TWENTYEIGHTH: dict[str, Unseen] = {}
 TWENTYNINTH: dict[str, Unseen] = {}
+THIRTIETH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -98,6 +99,7 @@ SETS = {
     "twenty-seventh set": TWENTYSEVENTH,
     "twenty-eighth set": TWENTYEIGHTH,
     "twenty-ninth set": TWENTYNINTH,
+    "thirtieth set": THIRTIETH,
 }
 
 
@@ -246,6 +248,13 @@ def every():
         thirteenth_powers,
         thirteenth_scans,
         thirteenth_sequences,
+        thirtieth_elementwise,
+        thirtieth_geometry,
+        thirtieth_indices,
+        thirtieth_layers,
+        thirtieth_losses,
+        thirtieth_protocol,
+        thirtieth_sequences,
         transforms,
         twelfth_attention,
         twelfth_geometry,
