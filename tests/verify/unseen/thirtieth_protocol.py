@@ -93,11 +93,7 @@ def cube(wrong):
         def vmap(info, in_dims, x):
             return Cube.apply(x), in_dims[0]
 
-    def function(x):
-        bounded("x", x, -30, 30)
-        return Cube.apply(x)
-
-    return function
+    return lambda x: Cube.apply(x)
 
 
 add(
