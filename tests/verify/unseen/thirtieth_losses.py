@@ -178,8 +178,10 @@ def effective_size(wrong):
             (x,) = ctx.saved_tensors
             p = x.softmax(-1)
             total = p.square().sum(-1, keepdim=True)
+            # Σ p² - p_i, which would lose its digits where one weight prevails
+            rest = (p[..., None, :] * (p[..., None, :] - p[..., None])).sum(-1)
             slope = p if wrong else 2 * p
-            return grad_y[..., None] * slope * (total - p) / total.square()
+            return grad_y[..., None] * slope * rest / total.square()
 
     def size(x):
         check(x.ndim >= 1 and x.shape[-1] > 0, "x: expected one sample at least")
