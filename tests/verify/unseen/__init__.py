@@ -69,6 +69,7 @@ TWENTYSEVENTH: dict[str, Unseen] = {}
 TWENTYEIGHTH: dict[str, Unseen] = {}
 TWENTYNINTH: dict[str, Unseen] = {}
 THIRTIETH: dict[str, Unseen] = {}
+THIRTYFIRST: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -100,6 +101,7 @@ SETS = {
     "twenty-eighth set": TWENTYEIGHTH,
     "twenty-ninth set": TWENTYNINTH,
     "thirtieth set": THIRTIETH,
+    "thirty-first set": THIRTYFIRST,
 }
 
 
@@ -255,6 +257,11 @@ def every():
         thirtieth_losses,
         thirtieth_protocol,
         thirtieth_sequences,
+        thirtyfirst_attention,
+        thirtyfirst_layers,
+        thirtyfirst_losses,
+        thirtyfirst_physics,
+        thirtyfirst_sequences,
         transforms,
         twelfth_attention,
         twelfth_geometry,
