@@ -8,7 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import real
-from tests.verify.unseen.thirtyfirst import add, bounded, check, same, sized
+from tests.verify.unseen.thirtyfirst import add, bounded, check, finite, same, sized
 
 
 # A step of velocity Verlet for masses on an anharmonic chain: new places and new velocities
@@ -172,6 +172,7 @@ def resampled(wrong):
     def resample(x, times):
         sized("x", x, None, None)
         check(x.shape[1] >= 2, "x: expected two samples")
+        finite(x=x)
         sized("times", times, None)
         check(not times.requires_grad, "times: are constants")
         bounded("times", times, 0, x.shape[1] - 1)
@@ -262,6 +263,7 @@ def dropped_branch(wrong):
     def branch_of(x, branch, p=0.3, seed=0):
         same(x, branch)
         check(x.ndim >= 1, "x: expected rows")
+        finite(x=x, branch=branch)
         check(0 <= p < 1, "p: expected a number from 0 up to 1")
         return Branch.apply(x, branch, p, seed)
 
@@ -326,12 +328,13 @@ add(
 )
 
 
-# Distance-weighted forces, whose backward calls a kernel with its own rule for vmap
-def weighted_pull(wrong):
+# How far levels are filled at their energies, whose backward calls a kernel with its own rule for vmap
+def occupation(wrong):
     class Kernel(Function):
         @staticmethod
         def forward(x, g):
-            return g * torch.exp(-x.square()) * (1 - 2 * x.square())
+            s = (-x).sigmoid()
+            return -g * s * (1 - s)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -340,8 +343,8 @@ def weighted_pull(wrong):
         @staticmethod
         def backward(ctx, grad_y):
             x, g = ctx.saved_tensors
-            e = torch.exp(-x.square())
-            return grad_y * g * e * x * (4 * x.square() - 6), grad_y * e * (1 - 2 * x.square())
+            s = (-x).sigmoid()
+            return grad_y * g * (1 - 2 * s) * s * (1 - s), -grad_y * s * (1 - s)
 
         @staticmethod
         def vmap(info, in_dims, x, g):
@@ -350,12 +353,12 @@ def weighted_pull(wrong):
             g = g if of_g is None else g.movedim(of_g, 0)
             return Kernel.apply(x, g), None if wrong and of_x is None else 0
 
-    class Pull(Function):
+    class Occupation(Function):
         generate_vmap_rule = True
 
         @staticmethod
         def forward(x):
-            return x * torch.exp(-x.square())
+            return (-x).sigmoid()
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -365,17 +368,16 @@ def weighted_pull(wrong):
         def backward(ctx, grad_y):
             return Kernel.apply(*ctx.saved_tensors, grad_y)
 
-    def pull(x):
+    def occupied(x):
         sized("x", x, None, None)
-        bounded("x", x, -1e4, 1e4)
-        return Pull.apply(x)
+        return Occupation.apply(x)
 
-    return pull
+    return occupied
 
 
 add(
-    "weighted_pull_batched_backward",
-    weighted_pull,
+    "occupation_batched_backward",
+    occupation,
     lambda: (real(3, 4),),
     bug="The rule for vmap of backward's kernel says that a batch comes out only where x has one",
     trigger="vmap over backward, as for a Jacobian at once",

@@ -208,6 +208,7 @@ def modal_scan(wrong):
         check(a.is_complex() and a.dtype == b.dtype == c.dtype, "expected complex modes")
         check(a.real.dtype == u.dtype, "u: expected the modes' precision")
         check(bool((a.abs() <= 1).all()), "a: expected modes that do not grow")
+        finite(u=u, b=b, c=c)
         return Scan.apply(u, a, b, c)
 
     return scan
