@@ -380,5 +380,5 @@ add(
     occupation,
     lambda: (real(3, 4),),
     bug="The rule for vmap of backward's kernel says that a batch comes out only where x has one",
-    trigger="vmap over backward, as for a Jacobian at once",
+    trigger="vmap over the vjp of one input, as jacrev has it",
 )
