@@ -31,7 +31,7 @@ __all__ = [
     "without_numbers",
 ]
 
-MOST = 3  # sizes of the sample that are looked at
+MOST = 5  # sizes of the sample that are looked at
 LATER = 2  # sizes that may change alone, beside them
 LARGER = "which case of other sizes was seen with larger inputs"
 TIED = "sizes of integers of several dimensions stay"

@@ -9,7 +9,8 @@ tried where the name of the argument says that there is none.
 
 import math
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -215,7 +216,7 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
         if i not in reals and (ys := others(case, x, _name(case, i)))
     }
     if reals:
-        moved = {i: nearby(x) for i, x in reals.items()}
+        moved = _apart(reals)
         # Beside integer inputs whole numbers are such integers, too: a class that is ignored.
         counted = {i: ys[0] for i, ys in rest.items() if type(values[i]) is int}
         numbers = any(counts(t) for _, t in case.arguments) and counted
@@ -239,6 +240,16 @@ def _tries(case: Case, values: Values) -> Iterator[list[Values]]:
             yield [{i: p} for p in (math.inf, 1.0) if p != x and p not in rest.get(i, ())]
         elif type(x) is int and x > 1 and i in rest:
             yield [{i: 4 * x}]
+
+
+def _apart(reals: Mapping[int | str, float]) -> Values:
+    """Return other numbers, of which no two are equal: what is so in the sample may have to be, or not."""
+    seen: Counter[float] = Counter()
+    moved: Values = {}
+    for i, x in reals.items():
+        moved[i] = nearby(x) + seen[x] / 16
+        seen[x] += 1
+    return moved
 
 
 def _name(case: Case, i: int | str) -> str:

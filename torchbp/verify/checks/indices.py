@@ -6,6 +6,7 @@ labels in order hide a sort.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from math import inf
 
 import torch
@@ -21,11 +22,21 @@ NAME = "indices"
 KNOWN = "what integers were right with at another size"
 REORDERED = "integers that are right in another order"
 KINDS = (torch.int64, torch.int32)
+CODES = torch.int8  # no index: what it holds are levels, of which all may occur
 
 
 def _run(case: Case) -> Iterator[Finding]:
+    yield from islice(_found(case), 1)
+
+
+def _found(case: Case) -> Iterator[Finding]:
+    codes = case.edited(lambda _, t: _all_codes(t) if t.dtype == CODES else t)
+    tested = any(t.dtype == CODES for _, t in case.arguments) and accepts(codes)
+    if tested:
+        found = check_lines(codes, NAME, " where 8-bit integers are the smallest and the largest")
+        yield from [found] if found else []
     integers = [i for i, t in case.arguments if t.dtype in KINDS and t.numel()]
-    if not integers:
+    if not (integers or tested):
         raise NotApplicable("no integer input")
     sizes = {n for _, t in case.arguments for n in t.shape}
     known = set(case.memo.get(KNOWN, ()))
@@ -33,7 +44,6 @@ def _run(case: Case) -> Iterator[Finding]:
     some_zero = partial(_some_zero, shapes={case.flat[i].shape for i in case.where})
     given_away = partial(_given_away, sizes=sizes)
     known |= {IMPLIED[change] for change in known & IMPLIED.keys()}
-    tested = False
     for when, change in (
         ("some integers are the smallest, others the largest", extreme),
         ("the integers are in another order", _reversed),
@@ -46,7 +56,7 @@ def _run(case: Case) -> Iterator[Finding]:
         ("the first of the numbers in order is not 0", _from_later),
         ("some integers are 0", some_zero),
         ("the first of the numbers occurs once", _once),
-        ("the first share is the second's too", given_away),
+        ("one share is its neighbour's too", given_away),
     ):
         if change in known:
             tested = True
@@ -61,7 +71,6 @@ def _run(case: Case) -> Iterator[Finding]:
         nothing = found and change in (_from_later, given_away)
         if found and (nothing or not (found.expected == 0 and 0 < abs(found.got or 0) < inf)):
             yield found
-            return
         if change in IMPLIED and not found:
             known.add(IMPLIED[change])
         if change in (extreme, _reversed) and not found:
@@ -80,6 +89,14 @@ def note_order(case: Case, one: Case, other: Case) -> None:
 def with_integers(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
     """Return the case with its integers changed."""
     return case.edited(lambda _, t: change(t) if t.dtype in KINDS and t.numel() else t)
+
+
+def _all_codes(t: Tensor) -> Tensor:
+    """Return the largest and the smallest number of that type by turns, but for every third, which stays."""
+    flat = t.reshape(-1).clone()
+    info = torch.iinfo(t.dtype)
+    flat[::3], flat[1::3] = info.max, info.min
+    return flat.view(t.shape)
 
 
 def _reversed(t: Tensor) -> Tensor:
@@ -165,11 +182,15 @@ def extreme(t: Tensor) -> Tensor:
 
 
 def _given_away(t: Tensor, sizes: set[int]) -> Tensor:
-    """Return shares, integers that sum to a size, with the first added to the second: somebody has none."""
-    if t.dim() != 1 or len(t) < 2 or t[0] == 0 or bool((t < 0).any()) or int(t.sum()) not in sizes:
+    """Return shares, integers that sum to a size, of which one is added to the next: somebody has none.
+
+    Neither the first nor the last, where there are others.
+    """
+    if t.dim() != 1 or len(t) < 2 or bool((t < 0).any()) or int(t.sum()) not in sizes:
         return t
+    k = min(1, len(t) - 2)
     other = t.clone()
-    other[0], other[1] = 0, t[0] + t[1]
+    other[k], other[k + 1] = 0, t[k] + t[k + 1]
     return other
 
 

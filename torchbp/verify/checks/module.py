@@ -1,5 +1,6 @@
 """Modules: parameters are left alone, buffers too in eval mode, and the gradient is right in both modes."""
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -11,11 +12,14 @@ from torchbp.verify.duals import by_hand
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.modules import copied
 from torchbp.verify.otherwise import differs_otherwise
+from torchbp.verify.raised import BackwardRaised, reason
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs
+from torchbp.verify.source import speaks
 from torchbp.verify.tolerance import compare_all
 
 NAME = "module"
+TRAINING = re.compile(r"\btrain(ing)?\b")
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -28,10 +32,15 @@ def _run(case: Case) -> Iterator[Finding]:
     other = case.in_mode(not was)
     yield from _state(case, not was)
     steady = was and case.steady  # in train mode, and so in the other
-    if accepts(other) and not _same(case, other) and (steady or other.steady):
-        found = check_lines(other, NAME, f" in {_mode(not was)} mode")
-        if found:
-            yield found
+    if not accepts(other):
+        return
+    if _same(case, other):
+        if speaks(case, TRAINING):
+            yield from _called_again(other, f" of a second call in {_mode(not was)} mode")
+    elif (steady or other.steady) and (
+        found := check_lines(other, NAME, f" in {_mode(not was)} mode")
+    ):
+        yield found
 
 
 def _mode(training: bool) -> str:
@@ -49,6 +58,17 @@ def _turned(case: Case, was: bool) -> Iterator[Finding]:
     when = f" where the Module is in {_mode(not was)} mode by then"
     cause = "backward asks for the mode, not what forward kept of it in ctx"
     yield from compare_all(NAME, case, got, case.plain.grads, when=when, cause=cause)[:1]
+
+
+def _called_again(case: Case, when: str) -> list[Finding]:
+    """Compare the gradient of a second call, after the first one's backward: something may be kept with its graph."""
+    cause = "kept from the first call with its graph: keep it detached, or compute it again"
+    try:
+        got = case.vjp(case.plain.cotangents)
+    except BackwardRaised as error:
+        message = f"backward{when} raised {reason(error.__cause__ or error)}"
+        return [Finding(check=NAME, severity="wrong", message=message, cause=cause)]
+    return compare_all(NAME, case, got, case.plain.grads, when=when, cause=cause)[:1]
 
 
 def _same(case: Case, other: Case) -> bool:

@@ -53,6 +53,8 @@ RUNS: tuple[tuple[int, ...], ...] = (
     (32, 128, 33, 3, 2),
     (64, 192, 5, 2, 3),
 )
+# One row, or one column: what is squeezed away, or broadcast, where others are more.
+SINGLE: tuple[tuple[int, ...], ...] = ((1, 3, 1, 4, 1), (3, 1, 4, 1, 2))
 # Rows that are run at other scales at once, which saves calls; at 0 slices are of very unequal magnitude.
 SCALED = {RUNS[2]: -(2.0**10), RUNS[4]: 2.0**-10, RUNS[5]: 0.0}
 # Multiples of 32, and slices that are smaller, are in another row too: what this one alone has is a third size.
@@ -348,10 +350,11 @@ def _alone(case: Case, free: list[Size], refused: list[str], stay: list[Size]) -
 
 def _rows(case: Case, free: list[Size]) -> list[tuple[int, ...]]:
     """Return the rows to run: of one size or two all but that of small inputs, for which others do as well."""
+    rows = [*RUNS, *(SINGLE if len(free) > 1 else ())]
     if len(free) > PLANE:
-        return list(RUNS)
+        return rows
     case.memo.setdefault("scaled", set()).add(SCALED[SMALL])
-    return [row for row in RUNS if row != SMALL]
+    return [row for row in rows if row != SMALL]
 
 
 def _left(
