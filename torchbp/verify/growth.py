@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 MOST = 5  # sizes of the sample that are looked at
+SURE = 3  # of them; of others backward has to agree, for forward may take them by chance
 LATER = 2  # sizes that may change alone, beside them
 LARGER = "which case of other sizes was seen with larger inputs"
 TIED = "sizes of integers of several dimensions stay"
@@ -118,12 +119,13 @@ class _Search:
         # A size of 1 may be a batch, a step or a channel of which the sample has one only.
         sizes = [*[n for n in places if n > 1][:MOST], *([1] if 1 in places else ())]
         free = [n for n in sizes if n not in self.fixed]
-        for some in dict.fromkeys((tuple(free), tuple(n for n in free if n > 1))):
+        large = [n for n in free if n > 1]
+        for some in dict.fromkeys((tuple(free), tuple(large), tuple(large[:SURE]))):
             if some and self._at_once([Size(n, places[n]) for n in some]):
                 sizes = [n for n in sizes if n not in some]
                 break
-        for n in sizes:
-            self._together(n, places)
+        for k, n in enumerate(sizes):
+            self._together(n, places, backward=k >= SURE)
         alone = 0
         for size in list(self.growth):
             if alone < LATER and size.places == places[size.now]:
@@ -153,6 +155,8 @@ class _Search:
         """
         same, kept = max(size.now for size in sizes) + 1, self.case.memo.setdefault("one more", [])
         other, outputs, new = self._same(sizes, same)
+        if other and len(sizes) > SURE and not self._has_gradient(other):
+            return False
         if other is None:
             may_divide = same % 2 and any(size.now == 1 for size in sizes)
             even = self._same(sizes, same + 1)[0] if may_divide else None
@@ -195,12 +199,19 @@ class _Search:
                 break  # refused, and so are the sizes
         return None, [], new
 
+    def _has_gradient(self, other: Case) -> bool:
+        seen = apart(other) if self.case.memo.get(LARGER) is other else other
+        try:
+            return bool(seen.plain)
+        except BackwardRaised:
+            return False
+
     def _exceeds_1(self, step: int = 1) -> bool:
         """Whether inputs, every ``step``-th of them, are beyond the domain of a probability, a cosine."""
         which = [i for i in self.case.where[::step] if i < self.case.size]
         return all(largest(self.case.flat[i]) > 1 for i in which)
 
-    def _together(self, n: int, places: Mapping[int, Places]) -> None:
+    def _together(self, n: int, places: Mapping[int, Places], *, backward: bool) -> None:
         """Find what of the dimensions of size ``n`` may change together: all of them, or the first or last alone."""
         whole = places[n]
         multiples = tuple(
@@ -220,7 +231,7 @@ class _Search:
         for size in tries:
             if size.unit > 1 and said in self.stands:
                 continue
-            grown = self._grows(size)
+            grown = self._grows(size, backward=backward)
             if grown is not None:
                 if not self._is_broadcast(size, places):
                     self.growth[size] = grown

@@ -13,6 +13,10 @@ from torchbp.verify.tolerance import compare
 
 __all__ = ["culprit"]
 
+ANOTHER = (
+    "another call gives another gradient, or fails: backward draws random numbers, reads what was not written, "
+    "or what was kept of this call"
+)
 SMOOTH = 0.02  # of how far the slope is off: where both sides differ by less, one will do
 
 
@@ -41,8 +45,11 @@ def culprit(lines: Lines, number: int, check: str, when: str = "") -> Finding | 
     value, settled = lines.along_element(which, index)
     if not _in_detail(lines, which, index, value):
         return None
+    cause = None
     if lines.elsewhere and not _stands(lines, which, index, value):
-        return None
+        if _stands(lines, which, index, value, roundings=0):
+            return None
+        cause = ANOTHER
     g = lines.grads[which]
     truth, known = real(g).clone(), torch.zeros_like(real(g), dtype=torch.bool)
     truth[index], known[index] = value, settled
@@ -55,6 +62,7 @@ def culprit(lines: Lines, number: int, check: str, when: str = "") -> Finding | 
         known=like_mask(known, g),
         when=f"{when} (found by halving a random direction; others may be wrong too)",
         leaf=lines.case.leaves[which],
+        cause=cause,
     )
 
 
@@ -78,10 +86,11 @@ def _in_detail(lines: Lines, which: int, index: int, value: float) -> bool:
     return not abs(slope - value * size) > 0.25 * off
 
 
-def _stands(lines: Lines, which: int, index: int, value: float) -> bool:
+def _stands(lines: Lines, which: int, index: int, value: float, roundings: float = 16.0) -> bool:
     """Return whether what is wrong is more than what rounding of the inputs makes of the gradient.
 
-    A matrix may be singular at another size, a pole near at another scale.
+    A matrix may be singular at another size, a pole near at another scale. Without ``roundings``, whether it is so in
+    another call.
     """
     generator = lines.case.generator("stands")
     moved = []
@@ -89,7 +98,7 @@ def _stands(lines: Lines, which: int, index: int, value: float) -> bool:
         r = signed_like(leaf.real, generator)
         if not leaf.is_complex():
             r *= (scale != 0).view(r.shape).to(r)  # what stays may be at the end of the domain
-        moved.append((leaf * (1 + 16 * torch.finfo(leaf.dtype).eps * r)).requires_grad_())
+        moved.append((leaf * (1 + roundings * torch.finfo(leaf.dtype).eps * r)).requires_grad_())
     try:
         grads = lines.case.backward(lines.case.forward(moved), moved, lines.case.plain.cotangents)
     except (ForwardRaised, BackwardRaised):

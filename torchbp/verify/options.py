@@ -136,7 +136,7 @@ def others(case: Case, x: Any, name: str = "") -> list[Any]:
         if name and x in {-1, 0, 1} and not INDEX.search(name):
             return [n for n in (-1, 1, 0) if n != x]  # a sign
         return [x + 1] if x > most else [int(integers[0].flatten()[0])] if x == -100 else []
-    return [0, -2] if x == -1 else [x + 1, x - 1]
+    return [0, -2] if x == -1 else list(dict.fromkeys([x + 1, x - 1, 0])) if x else [1, -1]
 
 
 def _other_tuples(x: tuple[Any, ...]) -> list[Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchbp.verify.cases import Case
 from torchbp.verify.growth import fits, free_sizes
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
-from torchbp.verify.resize import Size, accepts, resized
+from torchbp.verify.resize import Size, accepts
 
 __all__ = ["Slopes", "evaluate", "inside", "slopes"]
 
@@ -153,18 +153,17 @@ def _longer(case: Case, chosen: list[int], most: int) -> Case | None:
     shape = case.leaves[chosen[0]].shape
     by = -(-most // shape.numel())
     for size in (s for s in free_sizes(case) if s.of(case.where[chosen[0]])):
-        sizes = {size: size.now * by}
-        if not fits(case, sizes, LARGEST):
+        if not fits(case, {size: size.now * by}, LARGEST):
             continue
-        for wide in (resized(case, sizes), _repeated(case, size, by)):
-            same = {wide.leaves[i].shape for i in chosen}
-            if accepts(wide) and same == {wide.all_outputs[0].shape}:
-                return wide
+        wide = _repeated(case, size, by)
+        same = {wide.leaves[i].shape for i in chosen}
+        if accepts(wide) and same == {wide.all_outputs[0].shape}:
+            return wide
     return None
 
 
 def _repeated(case: Case, size: Size, by: int) -> Case:
-    """Return the case with a dimension ``by`` times as long, its values as they are: moved, they may leave a bound."""
+    """Return the case with a dimension ``by`` times as long, its values as they are."""
 
     def repeat(i: int, t: Tensor) -> Tensor:
         for d in size.of(i):

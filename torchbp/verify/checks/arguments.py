@@ -30,7 +30,7 @@ from torchbp.verify.tolerance import compare_all, largest
 
 NAME = "arguments"
 MOST = 4  # arguments alone, beside all real numbers at once and all others at once
-EACH = 2  # other values of one, that forward takes
+EACH = 3  # other values of one, that forward takes
 TRIED = 4  # calls for those
 LARGER = (8.0, 2.0)  # times, the inputs of what says nothing in the sample
 CLOSE = 1.0625  # times, where no other value is taken
@@ -176,11 +176,11 @@ def _says_nothing(values: Values, change: Values, nothing: Sequence[Values]) -> 
 def _counts(case: Case, found: Finding, change: Values) -> bool:
     """Whether what was found is a fault; where forward is flat a gradient may be a straight-through estimator's.
 
-    A slope of 0 makes none of it, nor does a part of the input that is not read.
+    A factor of 0 makes none of it, nor a power or a number of steps, nor does a part of the input that is not read.
     """
     if UNTAKEN in found.message:  # a default that backward leaves no place for, and says so
         return False
-    zero = all(type(x) is float and x == 0 for x in change.values())
+    zero = all(x == 0 and type(x) is not bool for x in change.values())
     return _has_slope(found) or zero or not _is_flat(case, found)
 
 

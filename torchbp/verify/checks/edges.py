@@ -2,11 +2,14 @@
 
 At each value forward is differenced to the left and to the right, as many values in one call as fit. The gradient must
 lie between the two slopes: at a kink any subgradient is right, elsewhere there is one value. A value where forward is
-not finite, or refuses, is outside of the function's domain; at its end there is one slope, or 0.
+not finite, or refuses, is outside of the function's domain; at its end there is one slope, or 0. Numbers among the
+arguments are values too; of two inputs of which only the difference counts, it has the values: the other is 0.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +17,9 @@ from torch import Tensor
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.depends import elementwise
+from torchbp.verify.options import options
 from torchbp.verify.report import Finding
+from torchbp.verify.resize import accepts
 from torchbp.verify.slopes import evaluate, inside, slopes
 from torchbp.verify.tensors import graph
 
@@ -22,51 +27,110 @@ NAME = "edges"
 HUGE = 1e12
 MAGNITUDES = (0.0, 1.0, 1e-8, 0.5, 3.0, 6.0, 30.0, 800.0, 1e4, HUGE)
 OPTIONS: Any = {"dtype": torch.float64, "device": "cpu"}  # whatever the default is
-POINTS = torch.tensor([sign * m for m in MAGNITUDES for sign in (1, -1)], **OPTIONS)
-SIZE = POINTS.abs().clamp(min=1.0).sqrt()
-STEPS = (2.0**-12, 2.0**-15)  # times SIZE
+STEPS = (2.0**-12, 2.0**-15)  # times the root of the value, or 1
 SIDES = [(h, sign) for h in STEPS for sign in (-1, 1)]
 FAR = (1e6, 1e10)  # where a gradient that has a limit at infinity has about reached it
 BEYOND = torch.tensor([torch.inf, -torch.inf, *FAR, *(-x for x in FAR)], **OPTIONS)
 # So close to 0 that the gradient is that at 0: what takes large numbers from each other shows at one in four.
 TINY = torch.tensor([(-1) ** k * 1e-17 * 1.7**k for k in range(16)], **OPTIONS)
-# All that is asked of an input: the points, what lies beside them, what is tiny, and what is far away.
-ASKED = torch.cat([POINTS, *(POINTS + sign * h * SIZE for h, sign in SIDES), TINY, BEYOND])
-# A point, and what lies beside it: one place.
-HOME = torch.arange(len(ASKED), device="cpu") % len(POINTS)
-HOME[len(POINTS) * (1 + len(SIDES)) : -len(BEYOND)] = 0
 TOLERANCE = 1e-3
 FEW = 2  # points that are looked at more closely
+MOST = 3  # numbers among the arguments
 # What torch sums in steps of one, up from what is below 0: from -1e12 for hours.
 SERIES = ("Polygamma", "SpecialZeta")
+
+
+class _Points(NamedTuple):
+    """What is asked of an input.
+
+    Attributes:
+        at: The values.
+        size: Of each, that of which steps are a part.
+    """
+
+    at: Tensor
+    size: Tensor
+
+    @property
+    def asked(self) -> Tensor:
+        """The values, what lies beside them, what is tiny, and what is far away."""
+        beside = (self.at + sign * h * self.size for h, sign in SIDES)
+        return torch.cat([self.at, *beside, TINY, BEYOND])
+
+    @property
+    def home(self) -> Tensor:
+        """For each that is asked the place of a value: its own, for what lies beside it."""
+        home = torch.arange(len(self.asked), device="cpu") % len(self.at)
+        home[len(self.at) * (1 + len(SIDES)) : -len(BEYOND)] = 0
+        return home
 
 
 def _run(case: Case) -> Iterator[Finding]:
     chosen = elementwise(case)
     if not chosen:
         raise NotApplicable("no input that is worked on element by element")
+    points = _points(case)
     summed = any(n.name().startswith(SERIES) for n in graph(case.kept[1]))
-    asked = ASKED.where(ASKED > -1e5, torch.nan) if summed else ASKED
-    found_at, together = slopes(case, chosen, asked, HOME, len(POINTS))
+    asked = points.asked.where(points.asked > -1e5, torch.nan) if summed else points.asked
+    base = _at_difference(case, chosen)
+    found_at, together = slopes(base, chosen, asked, points.home, len(points.at))
     for which, (y, g) in found_at.items():
         n, tiny = len(BEYOND), g[-len(BEYOND) - len(TINY) : -len(BEYOND)]
-        found = list(_at_points(case, which, y[: -n - len(TINY)], g[: -n - len(TINY)]))
+        home = inside(case.leaves[which], points.at)
+        found = list(
+            _at_points(base, which, points, home, y[: -n - len(TINY)], g[: -n - len(TINY)])
+        )
         yield from found
         if together and not found:
             defined = y[-n - len(TINY) : -n].isfinite()
-            yield from _at_tiny(case, which, y, g[: len(POINTS)], tiny.where(defined, g[0]))
+            g_points = g[: len(points.at)]
+            yield from _at_tiny(case, which, points, y, g_points, tiny.where(defined, g[0]))
         yield from _at_infinity(case, which, y[-n:], g[-n:])
 
 
-def _at_points(case: Case, which: int, values: Tensor, slopes: Tensor) -> Iterator[Finding]:
-    """Compare the gradient at each point with the slopes to its left and right."""
-    y, *beside = values.split(len(POINTS))
-    g = slopes[: len(POINTS)]
-    sample = case.leaves[which]
-    left, right, left_near, right_near = (
-        (there - y) / (sign * h * SIZE) for there, (h, sign) in zip(beside, SIDES, strict=True)
+def _points(case: Case) -> _Points:
+    """Return the values that every input is given, of either sign, those of the arguments among them."""
+    given = [abs(x) for x in options(case).values() if type(x) is float and math.isfinite(x)]
+    own = [x for x in dict.fromkeys(given) if x not in MAGNITUDES and x < HUGE]
+    magnitudes = (*MAGNITUDES, *own[:MOST])
+    at = torch.tensor([sign * m for m in magnitudes for sign in (1, -1)], **OPTIONS)
+    return _Points(at, at.abs().clamp(min=1.0).sqrt())
+
+
+def _at_difference(case: Case, chosen: list[int]) -> Case:
+    """Return the case with two inputs 0, of which the difference alone counts: what one is given is that.
+
+    But for the last two elements, which keep what shows the domain.
+    """
+    pairs = (
+        (i, j)
+        for i, j in combinations(chosen, 2)
+        if torch.equal(case.plain.grads[i], -case.plain.grads[j])
     )
-    noise = 8 * case.epsilon * y.abs() / (STEPS[1] * SIZE)
+    if not (pair := next(pairs, None)):
+        return case
+    where = [case.where[i] for i in pair]
+    other = case.edited(lambda i, t: _mostly_zero(t) if i in where else t)
+    return other if accepts(other) else case
+
+
+def _mostly_zero(t: Tensor) -> Tensor:
+    flat = torch.zeros_like(t, memory_format=torch.contiguous_format).reshape(-1)
+    flat[-2], flat[-1] = t.min(), t.max()
+    return flat.view(t.shape)
+
+
+def _at_points(
+    case: Case, which: int, points: _Points, home: Tensor, values: Tensor, slopes: Tensor
+) -> Iterator[Finding]:
+    """Compare the gradient at each point with the slopes to its left and right; what is not at ``home`` is a note."""
+    at, size = points
+    y, *beside = values.split(len(at))
+    g = slopes[: len(at)]
+    left, right, left_near, right_near = (
+        (there - y) / (sign * h * size) for there, (h, sign) in zip(beside, SIDES, strict=True)
+    )
+    noise = 8 * case.epsilon * y.abs() / (STEPS[1] * size)
     drift = torch.maximum((left - left_near).abs(), (right - right_near).abs())
     low, high = torch.minimum(left_near, right_near), torch.maximum(left_near, right_near)
     steepness = torch.maximum(low.abs(), high.abs())
@@ -84,17 +148,17 @@ def _at_points(case: Case, which: int, values: Tensor, slopes: Tensor) -> Iterat
     ]
     bounded = (flat[0] | ~known[0]) & (flat[1] | ~known[1]) & (known[0] | known[1])
     settled |= g.isnan() & y.isfinite() & bounded
-    settled &= STEPS[1] * SIZE > case.epsilon * POINTS.abs()  # else that rounds the step away
+    settled &= STEPS[1] * size > case.epsilon * at.abs()  # else that rounds the step away
     slack = TOLERANCE * (1 + steepness) + 4 * drift + noise
     slope = near.where(end, right_near)
     wrong = settled & ~((g >= low - slack) & (g <= high + slack))
     # What overflows at 1e12 alone is a smaller domain.
-    home = torch.where(g.isfinite(), inside(sample, POINTS) | end, POINTS.abs() < HUGE)
+    home = torch.where(g.isfinite(), home | end, at.abs() < HUGE)
     for i in wrong.nonzero().flatten().tolist()[:FEW]:
-        if not bool(g[i].isnan()) and _stairs(case, which, float(POINTS[i])):
+        if not bool(g[i].isnan()) and _stairs(case, which, float(at[i]), float(g[i])):
             continue
         kink = bool((high - low)[i] > 4 * slack[i])
-        p, got = float(POINTS[i]), float(g[i])
+        p, got = float(at[i]), float(g[i])
         expected = (
             f"between {float(low[i]):.4g} and {float(high[i]):.4g}"
             if kink
@@ -119,11 +183,11 @@ def _at_points(case: Case, which: int, values: Tensor, slopes: Tensor) -> Iterat
 
 
 def _at_tiny(
-    case: Case, which: int, values: Tensor, slopes: Tensor, tiny: Tensor
+    case: Case, which: int, points: _Points, values: Tensor, slopes: Tensor, tiny: Tensor
 ) -> Iterator[Finding]:
     """Compare the gradient close to 0 with that at 0, where forward has one and the same slope to both sides."""
-    y, below, above = (float(values[k * len(POINTS)]) for k in (0, 3, 4))
-    h = STEPS[1] * float(SIZE[0])
+    y, below, above = (float(values[k * len(points.at)]) for k in (0, 3, 4))
+    h = STEPS[1] * float(points.size[0])
     left, right, got = (y - below) / h, (above - y) / h, float(slopes[0])
     slack = TOLERANCE * (1 + abs(got)) + 8 * case.epsilon * abs(y) / h
     off = (tiny - got).abs()
@@ -144,23 +208,28 @@ def _at_tiny(
     )
 
 
-def _stairs(case: Case, which: int, point: float) -> bool:
+def _stairs(case: Case, which: int, point: float, gradient: float) -> bool:
     """Return whether in far shorter steps the slopes are others: those were over the steps of a function like round.
 
+    Or whether the gradient is another, and one of the slopes, where the point stands alone: of the largest of several.
     All are of one element, for which the other inputs are the same.
     """
 
     def value(at: float) -> float:
         return float(evaluate(case, which, torch.tensor([at], **OPTIONS))[0])
 
-    y, h = value(point), STEPS[1] * max(1.0, abs(point)) ** 0.5
+    y, g = (float(t) for t in evaluate(case, which, torch.tensor([point], **OPTIONS)))
+    h = STEPS[1] * max(1.0, abs(point)) ** 0.5
     near = h / 64
     noise = 8 * case.epsilon * abs(y) / near
     slopes = [
         ((value(point + sign * near) - y) / near, (value(point + sign * h) - y) / h)
         for sign in (-1, 1)
     ]
-    return any(abs(a - b) > 0.05 * abs(b) + TOLERANCE + noise for a, b in slopes)
+    alone = any(abs(g - b) <= TOLERANCE * (1 + abs(b)) + noise for _, b in slopes)
+    return (alone and abs(g - gradient) > TOLERANCE * (1 + abs(g))) or any(
+        abs(a - b) > 0.05 * abs(b) + TOLERANCE + noise for a, b in slopes
+    )
 
 
 def _at_infinity(case: Case, which: int, values: Tensor, grads: Tensor) -> Iterator[Finding]:

@@ -186,7 +186,7 @@ def _given_away(t: Tensor, sizes: set[int]) -> Tensor:
 
     Neither the first nor the last, where there are others.
     """
-    if t.dim() != 1 or len(t) < 2 or bool((t < 0).any()) or int(t.sum()) not in sizes:
+    if t.dim() != 1 or len(t) < 2 or bool((t <= 0).any()) or int(t.sum()) not in sizes:
         return t
     k = min(1, len(t) - 2)
     other = t.clone()

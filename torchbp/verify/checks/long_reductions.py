@@ -34,7 +34,7 @@ LARGEST_AT_ONCE = 2**22
 STEPS = (1, 4)  # times as much as a call may do elsewhere: a loop of as many steps, two calls of it
 OFF = 0.02  # of the norm: rounding of 2048 addends in another order stays below it
 SINGLE = 1e-3  # of the norm, in float32
-LOST = 0.25  # of what the rows but the large one add: a sum that stalls loses most of it
+LOST = 0.2  # of what the rows but the large one add: a sum that stalls loses most of it
 DTYPES = (torch.bfloat16, torch.float16)  # the second where the first is refused
 
 Lengths = tuple[int, ...]

@@ -23,6 +23,7 @@ from torchbp.verify.tensors import is_square
 
 NAME = "scales"
 FACTORS = (2.0**-10, APART, -(2.0**10))
+LESS = (4.0, 2.0)  # where APART is refused
 ROOT = 1 / 32  # takes what is between -1 and 1 near its bounds
 EXPLODES = 1e14  # times as large outputs: out of the sample's domain
 
@@ -47,10 +48,12 @@ def _tries(case: Case) -> Iterator[tuple[Case, str]]:
             larger |= abs(factor) > 1
             continue
         chosen = range(0, len(case.leaves), 2 if factor == APART else 1)
-        other = scaled(case, factor, chosen)
-        if accepts(other):
-            larger |= abs(factor) > 1
-            yield other, _when(case, chosen, factor)
+        for times in (factor, *(LESS if factor == APART else ())):
+            other = scaled(case, times, chosen)
+            if accepts(other):
+                larger |= abs(factor) > 1
+                yield other, _when(case, chosen, times)
+                break
     near = None if larger else _near_bounds(case)
     if near and accepts(near):
         yield near, " for inputs near -1 and 1"

@@ -49,18 +49,18 @@ RUNS: tuple[tuple[int, ...], ...] = (
     (2053, 31, 2, 3, 5),
     (33, 1025, 3, 2, 4),
     (127, 129, 4, 5, 2),
-    (1, 1, 1, 1, 1),
     (32, 128, 33, 3, 2),
     (64, 192, 5, 2, 3),
 )
-# One row, or one column: what is squeezed away, or broadcast, where others are more.
+# One row, or one column: what is squeezed away, or broadcast, where others are more. If these are right, all 1 is, too.
 SINGLE: tuple[tuple[int, ...], ...] = ((1, 3, 1, 4, 1), (3, 1, 4, 1, 2))
+ONES = (1, 1, 1, 1, 1)
 # Rows that are run at other scales at once, which saves calls; at 0 slices are of very unequal magnitude.
-SCALED = {RUNS[2]: -(2.0**10), RUNS[4]: 2.0**-10, RUNS[5]: 0.0}
+SCALED = {RUNS[2]: -(2.0**10), RUNS[3]: 2.0**-10, RUNS[4]: 0.0}
 # Multiples of 32, and slices that are smaller, are in another row too: what this one alone has is a third size.
-SMALL, PLANE = RUNS[4], 2
+SMALL, PLANE = RUNS[3], 2
 # Rows in which what is equal in the sample stays so.
-TOGETHER = (RUNS[0], RUNS[2], RUNS[5])
+TOGETHER = (RUNS[0], RUNS[2], RUNS[4])
 GROUPED = 4  # a size that may hold several groups,
 GROUPS = re.compile(r"-\(-|ceil|// *\w")  # of which the last need not be full
 BLOCK = 33  # which every size reaches at least, where that can be
@@ -143,7 +143,7 @@ def _run(case: Case) -> Iterator[Finding]:
     parted: list[set[Pair]] = []  # by larger runs
     later = [run for run in nearby[1:] if _may_wait(case, run)]
     nearby = [run for run in nearby if run not in later]
-    runs = chain(_runs(case, free, parted, stay), _alone(case, free, refused, stay))
+    runs = chain(_runs(case, free, parted, stay, refused), _alone(case, free, refused, stay))
     for run in chain(nearby, runs, _not_yet(case, later, parted)):
         other, found = run.case, _wrong_at(case, run)
         if found and found.got is None:  # backward raised: sizes that do not go together, perhaps
@@ -264,20 +264,22 @@ def _is_alone(case: Case, other: Case, size: Size) -> bool:
     return another == {(i, d) for i, d, _ in size.places}
 
 
-def _runs(case: Case, free: list[Size], parted: list[set[Pair]], stay: list[Size]) -> Iterator[Run]:
+def _runs(
+    case: Case, free: list[Size], parted: list[set[Pair]], stay: list[Size], refused: list[str]
+) -> Iterator[Run]:
     integers = [t for _, t in case.arguments if not (t.is_floating_point() or t.is_complex())]
     indexed = bool(integers)
     # What an integer reaches is the end of something: of a box, of a row. A slice that ends beyond is not refused.
     ends = {int(t.max()) for t in integers if t.numel()}
     ran, free = False, [size for size in free if size not in stay]
     reached = dict.fromkeys(free, 0)
+    single = 0
     for row in _rows(case, free) if free else ():
-        sizes = {size: size.near(n) for size, n in zip(free, row, strict=False)}
-        if row in TOGETHER:
-            first = {size.now: size for size in reversed(free)}
-            sizes = {size: size.near(sizes[first[size.now]]) for size in sizes}
+        sizes = _at_row(free, row)
         if indexed and any(new < size.now for size, new in sizes.items()):
             continue  # an index may point at what is gone
+        if row == ONES and single == len(SINGLE) and not refused:
+            continue
         factor, varied = _how(case, row) if ran else (1.0, VARIED.get(row))
         failed: dict[str, Run] = {}
         run = _largest_that_runs(case, sizes, factor, varied, failed)
@@ -286,6 +288,7 @@ def _runs(case: Case, free: list[Size], parted: list[set[Pair]], stay: list[Size
         run = run or _largest_that_runs(case, sizes, failed=failed)
         if run:
             ran = True
+            single += row in SINGLE
             parted.append(_parted(case, run.plain))
             for size in free:
                 reached[size] = max(reached[size], size.within(run.plain))
@@ -298,6 +301,15 @@ def _runs(case: Case, free: list[Size], parted: list[set[Pair]], stay: list[Size
             yield run
     yield from _far_apart(case, free, reached)
     yield from _one_less(case, free)
+
+
+def _at_row(free: list[Size], row: tuple[int, ...]) -> dict[Size, int]:
+    """Return what each size is in a row."""
+    sizes = {size: size.near(n) for size, n in zip(free, row, strict=False)}
+    if row in TOGETHER:
+        first = {size.now: size for size in reversed(free)}
+        sizes = {size: size.near(sizes[first[size.now]]) for size in sizes}
+    return sizes
 
 
 def _how(case: Case, row: tuple[int, ...]) -> tuple[float, Varied | None]:
@@ -350,7 +362,7 @@ def _alone(case: Case, free: list[Size], refused: list[str], stay: list[Size]) -
 
 def _rows(case: Case, free: list[Size]) -> list[tuple[int, ...]]:
     """Return the rows to run: of one size or two all but that of small inputs, for which others do as well."""
-    rows = [*RUNS, *(SINGLE if len(free) > 1 else ())]
+    rows = [*RUNS, *(SINGLE if len(free) > 1 else ()), ONES]
     if len(free) > PLANE:
         return rows
     case.memo.setdefault("scaled", set()).add(SCALED[SMALL])

@@ -75,7 +75,7 @@ def _batches(case: Case) -> Iterator[list[Finding]]:
         case, here, there, looped, dims=[(0,) * n] if torchs else _in_dims(case), by_rule=by_rule
     )
     if n > 1 and not refused and not torchs:
-        yield _one_batched(case, here, there, looped)
+        yield _one_batched(case, here, there, looped, by_rule=by_rule)
         yield _last_batched(case, here, there, looped) if by_rule else []
     if refused and refused[0].promised:
         message = f"vmap raises {refused[0].why}"
@@ -98,9 +98,12 @@ def _along(
     for along in dims:
         batched = [torch.stack([a, b], d) for a, b, d in zip(here, there, along, strict=True)]
         known = {(i,): parts for i, parts in enumerate(looped)}
-        found, refused = _batch(case, batched, (along,), known, f" under vmap with in_dims={along}")
+        when = f" under vmap with in_dims={along}"
+        apart = by_rule and along != dims[0]  # grad_output lies along another dimension than that
+        found, refused = _batch(case, batched, (along,), known, when, several=apart)
         if refused and by_rule:
-            found += islice(_other_batches(case, here, there, looped, along), 1)
+            others = _other_batches(case, here, there, looped, along, several=apart)
+            found += islice(others, 1)
         yield found
         # One batch of several inputs is enough; what refuses one input in one dimension does in another.
         if not refused if len(here) > 1 else len(refused) > 1:
@@ -111,14 +114,20 @@ def _along(
 
 
 def _one_batched(
-    case: Case, here: list[Tensor], there: list[Tensor], looped: Sequence[Looped]
+    case: Case,
+    here: list[Tensor],
+    there: list[Tensor],
+    looped: Sequence[Looped],
+    *,
+    by_rule: bool,
 ) -> list[Finding]:
     """Batch one input alone; the others are shared."""
     last, others = here[0].dim(), [None] * (len(here) - 1)
     # What is known is neither first, last nor in the middle, of which a rule might make all.
     batched = [torch.stack([there[0], here[0], there[0], there[0]], last), *here[1:]]
     when = " under vmap with one input batched"
-    return _batch(case, batched, ((last, *others),), {(1,): looped[0]}, when)[0]
+    levels = ((last, *others),)
+    return _batch(case, batched, levels, {(1,): looped[0]}, when, several=by_rule)[0]
 
 
 def _last_batched(
@@ -141,6 +150,8 @@ def _other_batches(
     there: list[Tensor],
     looped: Sequence[Looped],
     dims: tuple[int, ...],
+    *,
+    several: bool,
 ) -> Iterator[Finding]:
     """Yield what is wrong where the batch is as large as a dimension: a rule that mistakes them raises elsewhere."""
     sizes = {n for leaf in here for n in leaf.shape if 2 < n <= MOST}
@@ -151,7 +162,7 @@ def _other_batches(
         ]
         known = {(k,): looped[k % 2] for k in range(size)}
         when = f" under vmap with in_dims={dims} over {size} samples"
-        yield from _batch(case, batched, (dims,), known, when)[0]
+        yield from _batch(case, batched, (dims,), known, when, several=several)[0]
 
 
 def _may_be_batched(function: type[Function]) -> bool:
@@ -213,6 +224,8 @@ def _batch(
     levels: tuple[tuple[int | None, ...], ...],
     known: Mapping[tuple[int, ...], Looped],
     when: str,
+    *,
+    several: bool = False,
 ) -> tuple[list[Finding], list[Refusal]]:
     """Compare forward, then per-sample gradients, with a loop; return the findings, and the refusals, forward first.
 
@@ -222,20 +235,22 @@ def _batch(
         levels: What is batched along which dimension, for each vmap, the outermost first.
         known: What a loop gives, at those places of the batch of which it is known.
         when: The condition, for the message.
+        several: Whether grad_output is a batch too, of equal ones, along the first dimension.
     """
 
     def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
         outputs = tensors_in(case.call(leaves, seeded=False))
         return tuple(outputs[i] for i in case.differentiable)
 
-    def both(*leaves: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        pulled: tuple[Any, ...] = torch.func.vjp(forward, *leaves)
-        return pulled[0], pulled[1](case.plain.cotangents)
+    def both(*given: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        pulled: tuple[Any, ...] = torch.func.vjp(forward, *given[: len(batched)])
+        return pulled[0], pulled[1](given[len(batched) :])
 
     refused: list[Refusal] = []
     grads: tuple[Tensor, ...] = ()
     try:
-        values, grads = reduce(torch.vmap, reversed(levels), both)(*batched)
+        v, given = _grad_outputs(case, batched, levels, several=several)
+        values, grads = reduce(torch.vmap, reversed(given), both)(*batched, *v)
     except Exception as error:  # a refusal; forward alone may do
         refused = [Refusal(reason(error), promised(case, error))]
         once, *more = levels
@@ -267,6 +282,17 @@ def _batch(
         )
         found += [wrong] if wrong else []
     return found, refused
+
+
+def _grad_outputs(
+    case: Case, batched: list[Tensor], levels: tuple[tuple[int | None, ...], ...], *, several: bool
+) -> tuple[list[Tensor], list[tuple[int | None, ...]]]:
+    """Return the grad_outputs of a batch, and what is batched along which dimension with them."""
+    v = list(case.plain.cotangents)
+    if several:
+        n = next(t.shape[d] for t, d in zip(batched, levels[0], strict=True) if d is not None)
+        v = [torch.stack([t] * n) for t in v]
+    return v, [(*level, *[0 if several else None] * len(v)) for level in levels]
 
 
 def _is_batched(got: Tensor, expected: Tensor, known: Mapping[tuple[int, ...], Looped]) -> bool:
