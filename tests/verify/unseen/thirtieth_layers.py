@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 
-from tests.verify.unseen import F64, real, whole
+from tests.verify.unseen import F64, outside_autocast, real, whole
 from tests.verify.unseen.thirtieth import add, add_bare, bounded, check, indices, sized
 
 
@@ -320,6 +320,7 @@ class Tied(nn.Module):
         self.wrong = wrong
         self.table = nn.Parameter(real(6, 3, seed=5, grad=False))
 
+    @outside_autocast
     def forward(self, token):
         check(token.ndim >= 1 and token.numel() > 0, "token: expected one token at least")
         indices("token", token, len(self.table))
