@@ -13,7 +13,7 @@ __all__ = ["elementwise", "of_outputs"]
 
 
 def elementwise(case: Case) -> list[int]:
-    """Return the leaves whose element k alone output element k depends on: their gradient is a slope times grad_output.
+    """Return the leaves whose element k alone element k of every output depends on: a slope times grad_output.
 
     For two random grad_outputs v and w that is so exactly where the gradients g and h fulfil g w = h v. Where they are
     0 throughout, nothing tells that it is element k of another argument that counts beside it.
@@ -24,9 +24,9 @@ def elementwise(case: Case) -> list[int]:
 
 
 def _elementwise(case: Case) -> list[int]:
-    if len(case.plain.outputs) != 1:
+    y, *others = case.plain.outputs
+    if any(other.shape != y.shape for other in others):
         return []
-    y, v = case.plain.outputs[0], case.plain.cotangents[0]
     alike = [
         i
         for i, leaf in enumerate(case.leaves)
@@ -34,12 +34,14 @@ def _elementwise(case: Case) -> list[int]:
     ]
     if not alike:
         return []
-    (w,) = case.cotangents((y,), "elementwise")
-    (other,) = case.vjps([[w]])
+    v, w = case.plain.cotangents[0], case.cotangents((y,), "elementwise")[0]
+    grads, other = case.plain.grads, case.vjps([[w] * (1 + len(others))])[0]
+    if others:  # which get the same
+        grads = case.vjps([[v] * (1 + len(others))])[0]
     slack = 1e-9 if case.epsilon < 1e-12 else 1e-4
     sole = len(case.arguments) == 1
-    told = [i for i in alike if sole or bool(case.plain.grads[i].any())]
-    return [i for i in told if _proportional(case.plain.grads[i], v, other[i], w, slack)]
+    told = [i for i in alike if sole or bool(grads[i].any())]
+    return [i for i in told if _proportional(grads[i], v, other[i], w, slack)]
 
 
 def _proportional(g: Tensor, v: Tensor, h: Tensor, w: Tensor, slack: float) -> bool:

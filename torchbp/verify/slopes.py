@@ -1,4 +1,7 @@
-"""Value and slope at chosen values, of inputs that a function works on element by element: many in one call."""
+"""Value and slope at chosen values, of inputs that a function works on element by element: many in one call.
+
+Of several outputs those of their sum.
+"""
 
 from collections.abc import Iterator
 
@@ -134,7 +137,7 @@ def _ask_for(
     for k, (which, some) in enumerate(asked.items()):
         y, g = (
             t.detach().reshape(-1)[k * n : (k + 1) * n].double().cpu()
-            for t in (outputs[0], grads[which])
+            for t in (sum(outputs), grads[which])
         )
         found[which] = y.where(some, torch.nan), g.where(some, torch.nan)
     return found
@@ -217,7 +220,7 @@ def _at(case: Case, which: int, points: Tensor) -> tuple[Tensor, Tensor] | None:
     except ForwardRaised:
         return None
     n = len(points)
-    y, g = outputs[0].detach().reshape(-1), grads[which].reshape(-1)
+    y, g = sum(outputs).detach().reshape(-1), grads[which].reshape(-1)
     return y[:n].double().cpu(), g[:n].double().cpu()
 
 

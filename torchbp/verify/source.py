@@ -14,13 +14,23 @@ from torchbp.verify.cases import Case
 from torchbp.verify.signatures import methods_of
 from torchbp.verify.tensors import graph
 
-__all__ = ["PROMISED", "codes_of", "compared", "functions", "lacking", "promised", "speaks"]
+__all__ = [
+    "PROMISED",
+    "bounds",
+    "codes_of",
+    "compared",
+    "functions",
+    "lacking",
+    "promised",
+    "speaks",
+]
 
 PROMISED = "generate_vmap_rule promises a rule, and a tensor's value decides what is computed"
 # What vmap says of a value that is read into Python.
 READS = re.compile(r"data-dependent control flow|\.item\(\)|inplace arithmetic")
 
 COMPARED = re.compile(r"[!=]= *(-?\d+(?:\.\d*)?)\b")
+BOUND = re.compile(r"[<>]=? *(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\b")
 TRANSFORMS = re.compile(r"functorch|forward_ad|torch\.func\b|is_batched|is_dual")
 
 
@@ -32,6 +42,12 @@ def speaks(case: Case, of: re.Pattern[str]) -> bool:
 def compared(case: Case) -> list[float]:
     """Return the numbers that the function's source compares something with for equality."""
     found = [n for part in _parts(case) for n in COMPARED.findall(_source(part))]
+    return list(dict.fromkeys(map(float, found)))
+
+
+def bounds(case: Case) -> list[float]:
+    """Return the numbers that the function's source says something is more or less than."""
+    found = [n for part in _parts(case) for n in BOUND.findall(_source(part))]
     return list(dict.fromkeys(map(float, found)))
 
 

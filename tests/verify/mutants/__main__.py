@@ -1,6 +1,7 @@
 """`make mutants`: the share of mechanical changes to hand-written backward passes that gradcheck sees.
 
 make mutants ARGS="--seed 1 --count 100 --ops gelu layer_norm --verbose"
+make mutants ARGS="--twins --count 700"
 """
 
 import argparse
@@ -8,6 +9,7 @@ import random
 import sys
 from collections import Counter
 
+from tests.verify.mutants import twins
 from tests.verify.mutants.changes import changes
 from tests.verify.mutants.running import home, outcome_of, warm
 from tests.verify.mutants.sources import file_of, gradient_functions
@@ -40,17 +42,26 @@ def sampled(seed, count, names=()):
     return chosen
 
 
+def _outcomes(args):
+    if args.twins:
+        for change in twins.sampled(args.seed, args.count):
+            yield change.function, change, twins.outcome_of(change)
+    else:
+        for name, change in sampled(args.seed, args.count, args.ops):
+            yield name, change, outcome_of(name, change)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--ops", nargs="+", default=(), choices=sorted(all_ops()), metavar="NAME")
+    parser.add_argument("--twins", action="store_true", help="change right twins, not ops")
     parser.add_argument("--verbose", action="store_true", help="a line for every change")
     args = parser.parse_args()
     counts = Counter()
     warm()
-    for k, (name, change) in enumerate(sampled(args.seed, args.count, args.ops)):
-        outcome = outcome_of(name, change)
+    for k, (name, change, outcome) in enumerate(_outcomes(args)):
         counts[outcome.kind] += 1
         if args.verbose or outcome.kind not in ("caught", "loud", "equal"):
             print(f"{k} {outcome.kind}: {name}: {change}\n    {outcome.detail}", flush=True)

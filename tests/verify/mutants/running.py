@@ -20,7 +20,7 @@ from tests.verify.mutants.sources import file_of, importers
 from torchbp.ops._op import all_ops
 from torchbp.ops._samples import Make
 
-__all__ = ["Outcome", "home", "outcome_of", "warm"]
+__all__ = ["Outcome", "home", "in_a_process", "judged", "outcome_of", "warm"]
 
 SECONDS = 150  # a report takes 0.3 to 0.5 s, the sweep up to 20
 
@@ -55,9 +55,14 @@ def warm():
 
 def outcome_of(name, change, *, seconds=SECONDS):
     """Return what gradcheck, and then the sweep, say of op ``name`` with ``change`` made."""
+    return in_a_process(_outcome, name, change, seconds=seconds)
+
+
+def in_a_process(outcome, *args, seconds=SECONDS):
+    """Return what ``outcome`` does, called with ``args`` and a folder to write in."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(
-        target=_run, args=(theirs, name, change), daemon=True
+        target=_run, args=(theirs, outcome, args), daemon=True
     )
     process.start()
     theirs.close()
@@ -72,15 +77,15 @@ def outcome_of(name, change, *, seconds=SECONDS):
         process.join()
 
 
-def _run(pipe, name, change):
+def _run(pipe, outcome, args):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            outcome = _outcome(name, change, Path(folder))
+            found = outcome(*args, Path(folder))
         except Exception as error:
-            outcome = Outcome("failed", f"{type(error).__name__}: {error}")
-        pipe.send(outcome)
+            found = Outcome("failed", f"{type(error).__name__}: {error}")
+        pipe.send(found)
         pipe.close()
 
 
@@ -88,7 +93,17 @@ def _outcome(name, change, folder):
     right = all_ops()[name]
     try:
         wrong = _with(right, change, folder)
-        sample = next(s for s in right.samples(Make()) if any(t.requires_grad for t in s.tensors()))
+    except Exception as error:
+        return Outcome("loud", f"{type(error).__name__}: {error}"[:120])
+    samples = right.samples(Make())
+    return judged(
+        right, wrong, next(s for s in samples if any(t.requires_grad for t in s.tensors()))
+    )
+
+
+def judged(right, wrong, sample):
+    """Return what gradcheck says of ``wrong`` on a sample; of what it passes, where it differs from ``right``."""
+    try:
         _ordinary(wrong.function, sample)
     except Exception as error:
         return Outcome("loud", f"{type(error).__name__}: {error}"[:120])
@@ -113,7 +128,7 @@ def _ordinary(function, sample):
     torch.manual_seed(0)
     outputs = function(*sample.args, **sample.kwargs)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-    sum(y.sum() for y in outputs if y.requires_grad).backward()
+    sum(y.real.sum() for y in outputs if y.requires_grad).backward()
     for t in sample.tensors():
         t.grad = None
 

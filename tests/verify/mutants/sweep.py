@@ -97,7 +97,7 @@ CHANGES = {
     "0.01": _as_leaf(lambda t: t * 0.0078125),
     "30": _as_leaf(lambda t: t * 32),
     "negative": _as_leaf(lambda t: -t),
-    "whole": _as_leaf(torch.round),
+    "whole": _as_leaf(lambda t: t.clone() if t.is_complex() else t.round()),
     "alike": _as_leaf(lambda t: t[..., :1].expand(t.shape).clone() if t.dim() and t.numel() else t),
     "zero": _as_leaf(torch.zeros_like),
     "complex": _as_leaf(

@@ -3,7 +3,9 @@
 At each value forward is differenced to the left and to the right, as many values in one call as fit. The gradient must
 lie between the two slopes: at a kink any subgradient is right, elsewhere there is one value. A value where forward is
 not finite, or refuses, is outside of the function's domain; at its end there is one slope, or 0. Numbers among the
-arguments are values too; of two inputs of which only the difference counts, it has the values: the other is 0.
+arguments, and bounds in the source, are values too; of two inputs of which only the difference counts, it has the
+values: the other is 0. Of other functions the gradient is looked at where elements are such numbers, if forward is
+smooth there.
 """
 
 import math
@@ -21,7 +23,10 @@ from torchbp.verify.options import options
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
 from torchbp.verify.slopes import evaluate, inside, slopes
+from torchbp.verify.smooth import check_smooth
+from torchbp.verify.source import bounds
 from torchbp.verify.tensors import graph
+from torchbp.verify.tolerance import largest
 
 NAME = "edges"
 HUGE = 1e12
@@ -35,7 +40,7 @@ BEYOND = torch.tensor([torch.inf, -torch.inf, *FAR, *(-x for x in FAR)], **OPTIO
 TINY = torch.tensor([(-1) ** k * 1e-17 * 1.7**k for k in range(16)], **OPTIONS)
 TOLERANCE = 1e-3
 FEW = 2  # points that are looked at more closely
-MOST = 3  # numbers among the arguments
+MOST = 4  # numbers of the function's own
 # What torch sums in steps of one, up from what is below 0: from -1e12 for hours.
 SERIES = ("Polygamma", "SpecialZeta")
 
@@ -68,7 +73,8 @@ class _Points(NamedTuple):
 def _run(case: Case) -> Iterator[Finding]:
     chosen = elementwise(case)
     if not chosen:
-        raise NotApplicable("no input that is worked on element by element")
+        yield from _at_own(case)
+        return
     points = _points(case)
     summed = any(n.name().startswith(SERIES) for n in graph(case.kept[1]))
     asked = points.asked.where(points.asked > -1e5, torch.nan) if summed else points.asked
@@ -90,11 +96,43 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _points(case: Case) -> _Points:
     """Return the values that every input is given, of either sign, those of the arguments among them."""
-    given = [abs(x) for x in options(case).values() if type(x) is float and math.isfinite(x)]
-    own = [x for x in dict.fromkeys(given) if x not in MAGNITUDES and x < HUGE]
+    own = [x for x in _own(case) if x not in MAGNITUDES]
     magnitudes = (*MAGNITUDES, *own[:MOST])
     at = torch.tensor([sign * m for m in magnitudes for sign in (1, -1)], **OPTIONS)
     return _Points(at, at.abs().clamp(min=1.0).sqrt())
+
+
+def _own(case: Case) -> list[float]:
+    """Return the magnitudes of the function's own numbers: arguments, and bounds that its source names."""
+    given = [x for x in options(case).values() if type(x) is float and math.isfinite(x)]
+    return [x for x in dict.fromkeys(map(abs, (*given, *bounds(case)))) if 0 < x < HUGE]
+
+
+def _at_own(case: Case) -> list[Finding]:
+    """Compare the gradient where some elements of the first input are such numbers, and those of its like are 0."""
+    numbers = [sign * x for x in _own(case)[:MOST] for sign in (1, -1)]
+    like = [
+        i
+        for i, t in zip(case.where, case.leaves, strict=True)
+        if i < case.size and not t.is_complex() and t.numel() > 1
+    ]
+    if not (numbers and like):
+        raise NotApplicable("no input that is worked on element by element")
+
+    def change(i: int, t: Tensor) -> Tensor:
+        if i not in like or t.shape != case.flat[like[0]].shape:
+            return t
+        flat = t.clone().reshape(-1)
+        n = min(len(numbers), len(flat) - 1)
+        flat[:n] = flat.new_tensor(numbers[:n]) if i == like[0] else 0
+        return flat.view(t.shape)
+
+    other = case.edited(change)
+    if not accepts(other):
+        raise NotApplicable("forward refuses its own numbers, and works not element by element")
+    when = f" where elements are {', '.join(f'{x:g}' for x in numbers)}"
+    found = check_smooth(other, NAME, when, max(map(largest, case.plain.grads)))
+    return [found] if found else []
 
 
 def _at_difference(case: Case, chosen: list[int]) -> Case:
