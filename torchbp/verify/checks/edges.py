@@ -41,6 +41,7 @@ TINY = torch.tensor([(-1) ** k * 1e-17 * 1.7**k for k in range(16)], **OPTIONS)
 TOLERANCE = 1e-3
 FEW = 2  # points that are looked at more closely
 MOST = 4  # numbers of the function's own
+LARGE = 1e3  # beside which other elements are nothing
 # What torch sums in steps of one, up from what is below 0: from -1e12 for hours.
 SERIES = ("Polygamma", "SpecialZeta")
 
@@ -110,27 +111,26 @@ def _own(case: Case) -> list[float]:
 
 def _at_own(case: Case) -> list[Finding]:
     """Compare the gradient where some elements of the first input are such numbers, and those of its like are 0."""
-    numbers = [sign * x for x in _own(case)[:MOST] for sign in (1, -1)]
-    like = [
-        i
-        for i, t in zip(case.where, case.leaves, strict=True)
-        if i < case.size and not t.is_complex() and t.numel() > 1
-    ]
-    if not (numbers and like):
+    leaves = zip(case.where, case.leaves, strict=True)
+    inputs = [i for i, t in leaves if i < case.size and not t.is_complex() and t.numel() > 1]
+    numbers = [sign * x for x in _own(case)[:MOST] if x < LARGE for sign in (1, -1)]
+    if not (numbers and inputs):
         raise NotApplicable("no input that is worked on element by element")
+    first = case.flat[inputs[0]]
+    at = torch.tensor(numbers[: first.numel() - 1], **OPTIONS)
+    at = at[inside(first, at)].to(first)
 
     def change(i: int, t: Tensor) -> Tensor:
-        if i not in like or t.shape != case.flat[like[0]].shape:
+        if i not in inputs or t.shape != first.shape:
             return t
         flat = t.clone().reshape(-1)
-        n = min(len(numbers), len(flat) - 1)
-        flat[:n] = flat.new_tensor(numbers[:n]) if i == like[0] else 0
+        flat[: len(at)] = at if i == inputs[0] else 0
         return flat.view(t.shape)
 
     other = case.edited(change)
     if not accepts(other):
         raise NotApplicable("forward refuses its own numbers, and works not element by element")
-    when = f" where elements are {', '.join(f'{x:g}' for x in numbers)}"
+    when = f" where elements are {', '.join(f'{x:g}' for x in at.tolist())}"
     found = check_smooth(other, NAME, when, max(map(largest, case.plain.grads)))
     return [found] if found else []
 
