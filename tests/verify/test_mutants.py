@@ -5,7 +5,7 @@ import ast
 import pytest
 import torch
 
-from tests.verify.mutants import sweep
+from tests.verify.mutants import sweep, twins
 from tests.verify.mutants.__main__ import sampled
 from tests.verify.mutants.changes import changed, changes
 from tests.verify.mutants.running import home, outcome_of, warm
@@ -35,6 +35,21 @@ def test_change_is_seen(op, function, kind, check):
     outcome = outcome_of(op, change)
     assert outcome.kind == "caught", (str(change), outcome)
     assert outcome.detail.startswith(check), (str(change), outcome)
+
+
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA cannot be used in a forked process")
+def test_change_to_a_right_twin_is_seen():
+    own = twins.changes_of("twentyninth_losses", "normal_score.Score.backward")
+    outcome = twins.outcome_of(next(c for c in own if c.kind == "operand dropped"))
+    assert outcome.kind == "caught", outcome
+    assert outcome.detail.startswith("values"), outcome
+
+
+def test_sample_of_twins_has_one_change_of_each():
+    chosen = twins.sampled(0, 60)
+    assert chosen == twins.sampled(0, 60) != twins.sampled(1, 60)
+    assert len({(c.module, c.function) for c in chosen}) == 60
+    assert len({c.kind for c in chosen}) > 20
 
 
 def test_what_is_not_changed_differs_nowhere():

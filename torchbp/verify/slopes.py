@@ -4,6 +4,7 @@ Of several outputs those of their sum.
 """
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ def _ask_for(
     for k, (which, some) in enumerate(asked.items()):
         y, g = (
             t.detach().reshape(-1)[k * n : (k + 1) * n].double().cpu()
-            for t in (sum(outputs), grads[which])
+            for t in (reduce(torch.add, outputs), grads[which])
         )
         found[which] = y.where(some, torch.nan), g.where(some, torch.nan)
     return found
@@ -220,7 +221,7 @@ def _at(case: Case, which: int, points: Tensor) -> tuple[Tensor, Tensor] | None:
     except ForwardRaised:
         return None
     n = len(points)
-    y, g = sum(outputs).detach().reshape(-1), grads[which].reshape(-1)
+    y, g = reduce(torch.add, outputs).detach().reshape(-1), grads[which].reshape(-1)
     return y[:n].double().cpu(), g[:n].double().cpu()
 
 

@@ -250,3 +250,22 @@ register("no_grad_other", "hidden", Untracked.call, Sine.apply, rand((3, 4)), bu
          trigger="torch.no_grad")  # fmt: skip
 register("given_twice", "hidden", ProductOnce.apply, Product.apply, rand((4, 3), (4, 3)), bug="one gradient is dropped",
          trigger="both inputs are one tensor")  # fmt: skip
+
+
+pair("fourth_size", lambda x, w: torch.einsum("abc,dc->abd", x, w), rand((2, 3, 5), (4, 5)), "rows beyond 32 left out",
+     "more than 32 rows of a fourth size",
+     slope_of=lambda x, w: torch.einsum("abc,dc->abd", x, w * (torch.arange(len(w)) < 32)[:, None]))  # fmt: skip
+
+
+def pooled(x, scores):
+    return (scores.softmax(1)[..., None] * x).sum(1)
+
+
+def pooled_squeezed(g, x, scores):
+    a = scores.softmax(1)
+    along = (x @ g[..., None]).squeeze()
+    return a[..., None] * g[:, None], a * (along - (a * along).sum(-1, keepdim=True))
+
+
+pair("one_place", pooled, rand((3, 4, 5), (3, 4)), "squeezed without saying where", "sequences of one place",
+     pull=pooled_squeezed)  # fmt: skip

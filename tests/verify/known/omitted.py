@@ -75,6 +75,42 @@ def by_output(g, x, slope):
     return torch.where(leaky(x, slope) > 0, g, slope * g), None
 
 
+def affine(x, weight, bias):
+    y = x.sin() if weight is None else x.sin() * weight
+    return y if bias is None else y + bias
+
+
+def weighted_bias(g, x, weight, bias):
+    grad_x = g * x.cos() * (1 if weight is None else weight)
+    grad_weight = None if weight is None else (g * x.sin()).sum(0)
+    return (
+        grad_x,
+        grad_weight,
+        None if bias is None else (g if weight is None else g * weight).sum(0),
+    )
+
+
+def above(x, threshold, value):
+    return torch.where(x > threshold, x, value)
+
+
+def power(x, n):
+    return torch.linalg.matrix_power(x, n)
+
+
+def power_of_one_at_least(g, x, n):
+    total = left = g
+    for _ in range(1, n):
+        left = x.mT @ left
+        total = total @ x.mT + left
+    return total, None
+
+
+def beyond_both(e, width):
+    d = e.abs()
+    return torch.where(d < width, e.square(), 2 * width * d - width * width).sum()
+
+
 def largest(g, x, k):
     at = x.topk(k, -1).indices
     return torch.zeros_like(x).scatter(-1, at[..., :2], g[..., :2]), None
@@ -85,6 +121,19 @@ pair("bias_given", bias, rand((4, 3), (3, 5)), "the bias's gradient is a mean", 
 pair("mask_given", attention, rand((4, 3), (4, 3)), "the mask left out", "a mask",
      slope_of=lambda q, k, mask: attention(q, k, None),
      like=lambda f: lambda q, k, mask=None: f(q, k, mask))  # fmt: skip
+pair("both_given", affine, rand((3, 4)), "the bias's gradient times the weight", "a weight and a bias",
+     pull=weighted_bias, like=lambda f: lambda x, weight=None, bias=None: f(x, weight, bias))  # fmt: skip
+pair("both_taken", affine, rand((3, 4), (4,), (4,)), "a factor where there is neither", "no weight and no bias",
+     slope_of=lambda x, *two: affine(x, *two) * (1.1 if two == (None, None) else 1),
+     like=lambda f: lambda x, weight=None, bias=None: f(x, weight, bias))  # fmt: skip
+pair("threshold_by_output", above, rand((3, 4)), "looks at the output", "a value above the threshold",
+     pull=lambda g, x, threshold, value: (g * (above(x, threshold, value) > threshold), None, None),
+     like=lambda f: lambda x, threshold=0.0, value=0.0: f(x, threshold, value))  # fmt: skip
+pair("power_of_none", power, rand((3, 3)), "the gradient of one factor", "n=0", pull=power_of_one_at_least,
+     like=lambda f: lambda x, n=2: f(x, n))  # fmt: skip
+pair("width_met", beyond_both, rand((3, 4)), "the slopes of both sides, added", "an element of 0.75, the width",
+     pull=lambda g, e, width: (g * 2 * e.sign() * (e.abs() * (e.abs() <= width) + width * (e.abs() >= width)), None),
+     like=lambda f: lambda e, width=0.75: f(e, width))  # fmt: skip
 pair("scale_given", scaled, rand((4, 3), (5, 3)), "always the usual scale", "another scale",
      slope_of=lambda q, k, scale: scaled(q, k, None),
      like=lambda f: lambda q, k, scale=None: f(q, k, scale))  # fmt: skip

@@ -29,7 +29,7 @@ from torchbp.verify.tensors import counts, signed_like
 from torchbp.verify.tolerance import compare_all, largest
 
 NAME = "arguments"
-MOST = 4  # arguments alone, beside all real numbers at once and all others at once
+MOST = 8  # arguments alone, beside all real numbers at once and all others at once
 EACH = 3  # other values of one, that forward takes
 TRIED = 4  # calls for those
 LARGER = (8.0, 2.0)  # times, the inputs of what says nothing in the sample

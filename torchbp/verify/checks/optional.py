@@ -7,8 +7,9 @@ output is another. Where that has a gradient of its own, it is tested too.
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from torchbp.verify.source import speaks
 from torchbp.verify.tensors import uniform
 
 NAME = "optional"
-MOST = 3  # arguments
+MOST = 5  # arguments
 TRIED = 6  # values of each
 NEVER = {"device", "dtype", "generator", "layout", "memory_format", "name", "out", "requires_grad"}
 MASK = re.compile("mask|keep|valid")
@@ -51,25 +52,35 @@ NUMBERS = (
 NEVER |= {"reduce", "size_average"}  # torch's old words for `reduction`
 
 
+class _Given(NamedTuple):
+    """What was given for None, and whether it has a gradient of its own."""
+
+    value: Any
+    has_gradient: bool
+
+
 def _run(case: Case) -> Iterator[Finding]:
+    yield from islice(_found(case), 1)
+
+
+def _found(case: Case) -> Iterator[Finding]:
+    """Yield what is wrong, in the order of what is tried: who has the first need not go on."""
     tested = False
-    for at in _given(case)[:MOST]:
-        other = case.without(at)
+    for some in _to_leave_out(_given(case)[:MOST]):
+        other = reduce(Case.without, some, case)
         if other.where and accepts(other) and not same_outputs(case, other):
             tested = True
-            found = check_lines(other, NAME, f" where {case.name_at[at]} is None")
-            if found:
-                yield found
-                return
+            names = " and ".join(case.name_at[at] for at in some)
+            found = check_lines(
+                other, NAME, f" where {names} {'are' if len(some) > 1 else 'is'} None"
+            )
+            yield from [found] if found else []
+    together: dict[str | int, _Given] = {}  # what is right alone
     for slot in _slots(case)[:MOST]:
         name = slot if isinstance(slot, str) else case.name_at[slot]
         meant = _meant(case, slot)
         for value in islice(filter(meant, _values(case, name)), TRIED):
-            if isinstance(slot, str):
-                other = case.with_argument(slot, value)
-                at = other.size - 1
-            else:
-                other, at = case.replaced({slot: value}), slot
+            other, at = _with(case, slot, value)
             asked = _asked(other, at, value)
             if not accepts(asked) or same_outputs(case, asked) or _written(asked):
                 continue
@@ -79,10 +90,40 @@ def _run(case: Case) -> Iterator[Finding]:
             found = found or _with_others(case, other, name)
             if found and found.got is not None:  # what backward refuses was not meant
                 yield found
-                return
+            if not found:
+                together[slot] = _Given(value, at in asked.where and "steps" not in asked.memo)
             break
+    if len(together) > 1:
+        yield from _all_given(case, together)
     if not tested:
         raise NotApplicable("no argument that may be None and something else")
+
+
+def _to_leave_out(given: list[int]) -> list[tuple[int, ...]]:
+    """Return what is left out: each alone, then all."""
+    return [*((at,) for at in given), *([tuple(given)] if len(given) > 1 else [])]
+
+
+def _with(case: Case, slot: str | int, value: Any) -> tuple[Case, int]:
+    """Return the case with one of what is None given, and where that is in ``flat``."""
+    if isinstance(slot, str):
+        other = case.with_argument(slot, value)
+        return other, other.size - 1
+    return case.replaced({slot: value}), slot
+
+
+def _all_given(case: Case, values: Mapping[str | int, _Given]) -> list[Finding]:
+    """Look at the case with all of them given; those without a place of their own follow the others."""
+    other, wanted = case, []
+    for slot in sorted(values, key=lambda s: isinstance(s, str)):
+        other, at = _with(other, slot, values[slot].value)
+        wanted += [at] if values[slot].has_gradient else []
+    other = other.asking(wanted)
+    if not accepts(other):
+        return []
+    names = " and ".join(s if isinstance(s, str) else case.name_at[s] for s in values)
+    found = check_lines(other, NAME, f" where {names} are given")
+    return [found] if found and found.got is not None else []
 
 
 def _with_others(case: Case, other: Case, name: str) -> Finding | None:
