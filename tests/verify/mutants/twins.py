@@ -71,7 +71,6 @@ def changes_of(module, method):
 
 def sampled(seed, count):
     """Return ``count`` changes, one to a method, evenly over kinds; none to what tells the twins apart."""
-    unseen.every()  # here, once, not in every child
     draw = random.Random(seed)
     methods = [(file.path.stem, name) for file in _files() for name in file.functions]
     draw.shuffle(methods)
@@ -88,6 +87,7 @@ def sampled(seed, count):
 
 def outcome_of(change):
     """Return what gradcheck, and then the sweep, say of the right twin with ``change`` made."""
+    unseen.every()  # here, once, not in every child
     return in_a_process(_outcome, change)
 
 
