@@ -14,6 +14,7 @@ from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.cases import Case
 from torchbp.verify.checks.indices import KNOWN, equal, extreme, note_order, with_integers
 from torchbp.verify.checks.pairing import PAIRED, paired
+from torchbp.verify.depends import elementwise
 from torchbp.verify.dimensions import wider
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.growth import (
@@ -361,8 +362,12 @@ def _alone(case: Case, free: list[Size], refused: list[str], stay: list[Size]) -
 
 
 def _rows(case: Case, free: list[Size]) -> list[tuple[int, ...]]:
-    """Return the rows to run: of one size or two all but that of small inputs, for which others do as well."""
-    rows = [*RUNS, *(SINGLE if len(free) > 1 else ()), ONES]
+    """Return the rows to run: of one size or two all but that of small inputs, for which others do as well.
+
+    What works element by element squeezes nothing.
+    """
+    squeezes = len(free) > 1 and len(elementwise(case)) < len(case.leaves)
+    rows = [*RUNS, *(SINGLE if squeezes else ()), ONES]
     if len(free) > PLANE:
         return rows
     case.memo.setdefault("scaled", set()).add(SCALED[SMALL])
