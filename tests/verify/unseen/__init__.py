@@ -70,6 +70,7 @@ TWENTYEIGHTH: dict[str, Unseen] = {}
 TWENTYNINTH: dict[str, Unseen] = {}
 THIRTIETH: dict[str, Unseen] = {}
 THIRTYFIRST: dict[str, Unseen] = {}
+THIRTYTHIRD: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -102,6 +103,7 @@ SETS = {
     "twenty-ninth set": TWENTYNINTH,
     "thirtieth set": THIRTIETH,
     "thirty-first set": THIRTYFIRST,
+    "thirty-third set": THIRTYTHIRD,
 }
 
 
@@ -262,6 +264,12 @@ def every():
         thirtyfirst_losses,
         thirtyfirst_physics,
         thirtyfirst_sequences,
+        thirtythird_elementwise,
+        thirtythird_layers,
+        thirtythird_losses,
+        thirtythird_places,
+        thirtythird_protocol,
+        thirtythird_sequences,
         transforms,
         twelfth_attention,
         twelfth_geometry,
