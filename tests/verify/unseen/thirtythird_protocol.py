@@ -158,7 +158,7 @@ def watched_gain(wrong):
             x, gain = ctx.saved_tensors
             if wrong:
                 seen.append(grad_y.detach())
-            return grad_y * gain, (grad_y * x).reshape(-1, len(gain)).sum(0)
+            return grad_y * gain, (grad_y * x).sum_to_size(gain.shape)
 
     def function(x, gain):
         check(x.ndim >= 1, "x: expected channels last")

@@ -338,7 +338,7 @@ def ring_energy(wrong):
             force = k * stretch
             before = force.roll(1) if wrong else force.roll(1, -1)
             g = grad_y[..., None]
-            return g * (before - force), (g * stretch.square() / 2).reshape(-1, len(k)).sum(0)
+            return g * (before - force), (g * stretch.square() / 2).sum_to_size(k.shape)
 
     def function(x, k):
         check(x.ndim >= 1, "x: expected places")
