@@ -30,6 +30,7 @@ from torchbp.verify.tolerance import largest
 
 NAME = "edges"
 HUGE = 1e12
+EXPLODES = HUGE**2.5  # more than a square
 MAGNITUDES = (0.0, 1.0, 1e-8, 0.5, 3.0, 6.0, 30.0, 800.0, 1e4, HUGE)
 OPTIONS: Any = {"dtype": torch.float64, "device": "cpu"}  # whatever the default is
 STEPS = (2.0**-12, 2.0**-15)  # times the root of the value, or 1
@@ -190,8 +191,8 @@ def _at_points(
     slack = TOLERANCE * (1 + steepness) + 4 * drift + noise
     slope = near.where(end, right_near)
     wrong = settled & ~((g >= low - slack) & (g <= high + slack))
-    # What overflows at 1e12 alone is a smaller domain.
-    home = torch.where(g.isfinite(), home | end, at.abs() < HUGE)
+    # What overflows at 1e12 alone is a smaller domain, and what explodes there.
+    home = torch.where(g.isfinite(), (home | end) & (y.abs() < EXPLODES), at.abs() < HUGE)
     for i in wrong.nonzero().flatten().tolist()[:FEW]:
         if not bool(g[i].isnan()) and _stairs(case, which, float(at[i]), float(g[i])):
             continue
