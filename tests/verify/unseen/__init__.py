@@ -71,6 +71,7 @@ TWENTYNINTH: dict[str, Unseen] = {}
 THIRTIETH: dict[str, Unseen] = {}
 THIRTYFIRST: dict[str, Unseen] = {}
 THIRTYTHIRD: dict[str, Unseen] = {}
+THIRTYSECOND: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -104,6 +105,7 @@ SETS = {
     "thirtieth set": THIRTIETH,
     "thirty-first set": THIRTYFIRST,
     "thirty-third set": THIRTYTHIRD,
+    "thirty-second set": THIRTYSECOND,
 }
 
 
@@ -264,6 +266,11 @@ def every():
         thirtyfirst_losses,
         thirtyfirst_physics,
         thirtyfirst_sequences,
+        thirtysecond_attention,
+        thirtysecond_layers,
+        thirtysecond_losses,
+        thirtysecond_physics,
+        thirtysecond_sequences,
         thirtythird_elementwise,
         thirtythird_layers,
         thirtythird_losses,
