@@ -10,7 +10,7 @@ from tests.verify.unseen import THIRTYSECOND, twentieth
 from tests.verify.unseen.twentieth import check, finite, indices, same, sized
 from tests.verify.unseen.twentyfirst import positive
 from tests.verify.unseen.twentyninth import bounded
-from tests.verify.unseen.twentysecond import read, read_flat
+from tests.verify.unseen.twentysecond import read_flat
 
 __all__ = [
     "add",
@@ -20,7 +20,6 @@ __all__ = [
     "finite",
     "indices",
     "positive",
-    "read",
     "read_flat",
     "same",
     "sized",

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import Function
 
 from tests.verify.unseen import real
-from tests.verify.unseen.thirtysecond import add, bounded, check, same, sized
+from tests.verify.unseen.thirtysecond import add, bounded, check, finite, same, sized
 
 
 def softmax_back(p, grad_p):
@@ -47,6 +47,7 @@ def window_groups(wrong):
         sized("v", v, b, k.shape[1], n, None)
         check(heads % k.shape[1] == 0, "q: expected a multiple of k's heads")
         check(window >= 1, "window: expected 1 at least")
+        finite(q=q, k=k, v=v)
         return Attend.apply(q, k, v, window)
 
     return attention
@@ -95,6 +96,7 @@ def key_blocks(wrong):
         sized("q", q, None, None, None)
         sized("k", k, q.shape[0], None, q.shape[2])
         sized("v", v, q.shape[0], k.shape[1], None)
+        finite(q=q, k=k, v=v)
         return Attend.apply(q, k, v)
 
     return attention
@@ -315,6 +317,7 @@ def gated_output(wrong):
     def attention(q, k, v, gate):
         sized("q", q, None, None, None)
         same(q, k, v, gate)
+        finite(q=q, k=k, v=v)
         return Gated.apply(q, k, v, gate)
 
     return attention

@@ -221,7 +221,7 @@ add_bare(
     "merged_branches_eval",
     merged_branches,
     lambda: (real(2, 2, 5),),
-    bug="In eval the branches are merged under no_grad: the parameters have no gradient",
+    bug="In eval the branches are merged under no_grad: the kernels have no gradient",
     trigger="eval(), as when a frozen teacher's last block is fine-tuned",
 )
 
@@ -532,7 +532,7 @@ add(
 # Graph attention: a softmax over each node's incoming edges
 def graph_attention(wrong):
     def shares(h, a, b, source, target):
-        pre = h[source] @ a + h[target] @ b
+        pre = (h[source] * a + h[target] * b).sum(-1)
         e = torch.where(pre > 0, pre, 0.2 * pre)
         top = torch.full((len(h),), -math.inf, dtype=h.dtype, device=h.device)
         top = top.scatter_reduce(0, target, e.detach(), "amax")

@@ -8,7 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import real, whole
-from tests.verify.unseen.thirtysecond import add, bounded, check, indices, same, sized
+from tests.verify.unseen.thirtysecond import add, bounded, check, finite, indices, same, sized
 
 
 # Batch-hard triplet loss, the mean over anchors that have a positive and a negative
@@ -150,8 +150,8 @@ def biweight(wrong):
 
         @staticmethod
         def forward(r, c):
-            inside = (1 - (r / c).square()).clamp(min=0)
-            return c * c / 6 * (1 - inside**3)
+            w = (r / c).square().clamp(max=1)
+            return c * c / 6 * w * (3 - 3 * w + w * w)  # 1 - (1 - w)^3
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -321,6 +321,7 @@ def soft_kendall(wrong):
         sized("x", x, None)
         same(x, y)
         check(len(x) >= 2, "x: expected two numbers at least")
+        finite(x=x, y=y)
         upper = torch.triu_indices(len(x), len(x), 1, device=x.device)
         i, j = upper[0], upper[1]
         value = torch.tanh((x[i] - x[j]) * (y[i] - y[j])).mean()

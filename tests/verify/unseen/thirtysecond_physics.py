@@ -256,6 +256,7 @@ def coulomb(wrong):
         sized("x", x, None, 3)
         sized("q", q, x.shape[0])
         bounded("x", x, -1e4, 1e4)
+        bounded("q", q, -1e4, 1e4)
         return Energy.apply(x, q)
 
     return energy
@@ -266,7 +267,7 @@ add(
     coulomb,
     lambda: (real(4, 3), real(4, seed=1)),
     bug="The forces' vmap rule computes once where positions are shared, for the first grad_output",
-    trigger="vmap over the backward: is_grads_batched, jacrev",
+    trigger="vmap over the backward: torch.func.vjp, jacrev",
 )
 
 
@@ -384,6 +385,7 @@ def bottleneck(wrong):
         sized("x", x, None, None)
         sized("a", a, x.shape[1], None)
         sized("b", b, a.shape[1], x.shape[1])
+        finite(x=x, a=a, b=b)
         return Bottleneck.apply(x, a, b)
 
     return block
@@ -422,7 +424,8 @@ def bernoulli(wrong):
             decay = torch.exp(-x.abs())
             below = -torch.expm1(-x.abs())  # 1 - exp(-|x|)
             value = torch.where(x > 0, x * decay, -x) / below
-            return value, (1 - x - value) * torch.where(x > 0, decay, -1) / below
+            other = x.abs() * torch.where(x > 0, 1, decay) / below  # the function at -x
+            return value, (1 - other) * torch.where(x > 0, decay, -1) / below
 
         @staticmethod
         @once_differentiable

@@ -33,13 +33,14 @@ def automaton(wrong):
         @staticmethod
         def backward(ctx, grad_y):
             x, w1, w2 = ctx.saved_tensors
-            p = kept[x.shape] if wrong else perceive(x)
-            pre = torch.einsum("mp,bphw->bmhw", w1, p)
-            grad_w2 = torch.einsum("bchw,bmhw->cm", grad_y, pre.relu())
-            grad_h = torch.einsum("cm,bchw->bmhw", w2, grad_y) * (pre > 0)
-            grad_w1 = torch.einsum("bmhw,bphw->mp", grad_h, p)
-            g, gy, gx = torch.einsum("mp,bmhw->bphw", w1, grad_h).chunk(3, 1)
-            return grad_y + g + slope(gy, (2, 3), -1) + slope(gx, (3, 2), -1), grad_w1, grad_w2
+            with torch.autocast(x.device.type, enabled=False):
+                p = kept[x.shape] if wrong else perceive(x)
+                pre = torch.einsum("mp,bphw->bmhw", w1, p)
+                grad_w2 = torch.einsum("bchw,bmhw->cm", grad_y, pre.relu())
+                grad_h = torch.einsum("cm,bchw->bmhw", w2, grad_y) * (pre > 0)
+                grad_w1 = torch.einsum("bmhw,bphw->mp", grad_h, p)
+                g, gy, gx = torch.einsum("mp,bmhw->bphw", w1, grad_h).chunk(3, 1)
+                return grad_y + g + slope(gy, (2, 3), -1) + slope(gx, (3, 2), -1), grad_w1, grad_w2
 
     def step(x, w1, w2):
         sized("x", x, None, None, None, None)
@@ -172,7 +173,7 @@ def squared_projection(wrong):
             g = 2 * grad_y * (x @ w)
             grad_w = x.mT @ g
             if wrong:
-                step = grad_w.abs() * 2.0**-24 + 1e-30
+                step = 2.0 ** (grad_w.abs().clamp(min=1e-30).log2().floor() - 23)
                 grad_w = (grad_w / step + torch.rand_like(grad_w)).floor() * step
             return g @ w.mT, grad_w
 
@@ -349,7 +350,7 @@ def cost_volume(wrong):
             key = (y.shape, y.dtype, y.device)
             if key not in buffers:
                 buffers[key] = torch.empty_like(y)
-            return buffers[key].copy_(y).view(y.shape)
+            return buffers[key].copy_(y).detach()
 
         @staticmethod
         def backward(ctx, grad_y):
