@@ -95,10 +95,11 @@ def _collected_by_hand() -> Iterator[None]:
 
 
 def _call(case: Case, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[StorageWeakRef]]:
-    """Return the gradients, copied, and what was allocated for them and before."""
+    """Return the gradients, copied, and what was allocated for them and before, grad_output included."""
     with _Allocations() as allocations:
         outputs = case.forward(leaves)
-        grads = case.backward(outputs, leaves, case.plain.cotangents)
+        own = [v.clone() for v in case.plain.cotangents]  # which backward may keep, too
+        grads = case.backward(outputs, leaves, own)
     return tuple(g.detach().clone() for g in grads), list(allocations.storages.values())
 
 

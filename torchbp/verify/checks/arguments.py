@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
+from torchbp.verify.afterwards import afterwards
 from torchbp.verify.asking import given_unasked
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
@@ -26,7 +27,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, same_outputs, scaled
 from torchbp.verify.source import compared
 from torchbp.verify.tensors import counts, signed_like
-from torchbp.verify.tolerance import compare_all, largest
+from torchbp.verify.tolerance import largest
 
 NAME = "arguments"
 MOST = 8  # arguments alone, beside all real numbers at once and all others at once
@@ -53,8 +54,7 @@ def _found(case: Case) -> Iterator[Finding]:
         tested = yield from _each_of(case, values, [[change] for change in close[:EACH]], nothing)
     idle = {i: x for change in reversed(nothing) for i, x in change.items()}
     tested = (yield from _beyond(case, values, idle)) or tested
-    if tested and case.runs_again:
-        yield from _left_behind(case)
+    yield from afterwards(case, NAME, "arguments") if tested else ()
     if not tested:
         raise NotApplicable("no number, flag or word among the arguments that may be another")
 
@@ -92,14 +92,6 @@ def _each_of(
             if len(change) > 1:
                 break
     return tested
-
-
-def _left_behind(case: Case) -> list[Finding]:
-    """Compare the gradient of the first call's graph with what it was before calls with other arguments."""
-    (got,) = case.vjps([case.plain.cotangents])
-    when = " after another call with other arguments"
-    cause = "a number kept by the class, or outside of it, where the next call puts its own: keep it in ctx"
-    return compare_all(NAME, case, got, case.plain.grads, when=when, cause=cause)
 
 
 def _when(case: Case, values: Values, change: Values) -> str:

@@ -1,10 +1,11 @@
 """Long reductions: a gradient summed over many rows in bfloat16 or float16 does not stall.
 
-A running sum in bfloat16 stops growing at 256 addends of its own size: 256 + 1 rounds to 256. The sample is lengthened
-to 2048 along each dimension that an input lacks, whose gradient is then a sum over it: a bias over rows; to 1024 where
-a call of so many is too much, or where two dimensions, over which different inputs are summed, are long at once. It is
-made positive so that nothing cancels. Where outputs have both signs all the same, as those of a norm have, grad_output
-has theirs as well: what a weight is multiplied with has no other.
+A running sum in bfloat16 stops growing at 256 addends of its own size: 256 + 1 rounds to 256. The sample is
+lengthened to 2048 along each dimension that an input lacks, whose gradient is then a sum over it: a bias over rows;
+to 1024 where a call of so many is too much, or where two dimensions, over which different inputs are summed, are long
+at once. It is made positive so that nothing cancels, negative where that leaves nothing: a slope below 0. Where
+outputs have both signs all the same, as those of a norm have, grad_output has theirs as well: what a weight is
+multiplied with has no other.
 """
 
 from collections.abc import Iterator, Mapping
@@ -103,9 +104,15 @@ def _right_at_once(case: Case) -> bool:
     return all(some and max(some) <= OFF for some in errors)
 
 
-def _positive(case: Case, sizes: Mapping[Size, int]) -> Case:
-    positive = case.variant(lambda t: t.abs() if t.is_floating_point() else t, parameters=True)
-    return resized(positive, sizes)
+def _positive(case: Case, sizes: Mapping[Size, int], *, negative: bool = False) -> Case:
+    """Return the case at other sizes, all numbers positive; or negative, where they have both signs."""
+
+    def signed(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        return -t.abs() if negative and bool((t > 0).any() and (t < 0).any()) else t.abs()
+
+    return resized(case.variant(signed, parameters=True), sizes)
 
 
 def _compare(case: Case, size: Size, summed: list[int], dtype: torch.dtype) -> Finding | None:
@@ -130,7 +137,11 @@ def _stalled(
     long = size.near(length)
     longer = _positive(case, {size: long})
     longer.bounded = steps
-    errors = _errors(longer, (long,), dtype)
+    errors, negative = _errors(longer, (long,), dtype), False
+    if errors and not _has_gradient(longer, (long,), dtype, summed):
+        longer, negative = _positive(case, {size: long}, negative=True), True
+        longer.bounded = steps
+        errors = _errors(longer, (long,), dtype)
     low, off = in_dtype(longer, dtype)[0], _off(case)
     worst = _worst(low, summed, errors, off)
     signed = bool(errors) and errors[worst] <= off and _has_both_signs(in_dtype(longer, dtype)[1])
@@ -142,7 +153,7 @@ def _stalled(
     if _share_lost(longer, long, dtype, worst, signed=signed) < LOST:
         return None  # off in other ways: what a product or a softmax of 2048 terms rounds
     few = size.near(length // SHORT)
-    shorter = _positive(case, {size: few})
+    shorter = _positive(case, {size: few}, negative=negative)
     short = _errors(shorter, (few,), dtype, LARGE * long, signed=signed)
     if not short or errors[worst] < 4 * short[worst]:
         return None  # as bad at a short length: conditioning, no stall
@@ -159,6 +170,11 @@ def _stalled(
         if torchs
         else "a running sum kept in low precision stalls: sum in float32",
     )
+
+
+def _has_gradient(long: Case, lengths: Lengths, dtype: torch.dtype, summed: list[int]) -> bool:
+    grads = _large_first(in_dtype(long, dtype)[1], lengths)
+    return all(bool(grads[i].any()) for i in summed)
 
 
 def _off(case: Case) -> float:

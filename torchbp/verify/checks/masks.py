@@ -5,6 +5,7 @@ out may be anything: where forward is the same, the gradient must be finite.
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +33,10 @@ def _run(case: Case) -> Iterator[Finding]:
         "half of the mask is flipped": flipped,
         "rows of the mask keep nothing, or all": _changed(flipped, masks, _rows_alike),
         "the mask keeps nothing": _changed(case, masks, torch.zeros_like),
-        "what the mask takes out is 0 or 10000": _hidden(case, flipped, masks),
     }
+    if hidden := _hidden(case, flipped, masks):
+        tries["what the mask takes out is 0 or 10000"] = hidden.far
+        tries["what the mask takes out is NaN"] = hidden.unwritten
     if not accepts(flipped):
         tries["one less of each row is kept"] = _changed(case, masks, _one_less)
     tested = False
@@ -42,7 +45,8 @@ def _run(case: Case) -> Iterator[Finding]:
             continue
         tested = True
         found = not_finite(other, NAME, f" where {when}")
-        found = found or check_lines(other, NAME, f" where {when}")
+        if not found and "NaN" not in when:
+            found = check_lines(other, NAME, f" where {when}")
         if found:
             yield found
             return
@@ -64,8 +68,15 @@ def _changed(case: Case, masks: list[int], change: Callable[[Tensor], Tensor]) -
     return case.edited(lambda i, t: change(t) if i in masks else t)
 
 
-def _hidden(case: Case, flipped: Case, masks: list[int]) -> Case | None:
-    """Return the case with other values where forward does not look at them, behind a mask of the input's shape."""
+class _Hidden(NamedTuple):
+    """The case with other values where forward does not look at them: zeros and large ones, or what is no number."""
+
+    far: Case
+    unwritten: Case
+
+
+def _hidden(case: Case, flipped: Case, masks: list[int]) -> _Hidden | None:
+    """Return the case with other values behind a mask of the input's shape."""
     for base in (case, flipped):
         for i in masks:
             mask = base.flat[i] != 0
@@ -73,21 +84,21 @@ def _hidden(case: Case, flipped: Case, masks: list[int]) -> Case | None:
                 k for k, t in zip(base.where, base.leaves, strict=True) if t.shape == mask.shape
             ):
                 for hidden in (~mask, mask):
-                    other = _behind(base, k, hidden)
+                    count = hidden.reshape(-1).cumsum(0).view(hidden.shape)
+                    other = _behind(base, k, hidden, torch.where(count % 2 == 0, FAR, 0.0))
                     if (
                         hidden.any()
                         and not hidden.all()
                         and accepts(other)
                         and same_outputs(base, other)
                     ):
-                        return other
+                        nothing = torch.full(hidden.shape, torch.nan)
+                        return _Hidden(other, _behind(base, k, hidden, nothing))
     return None
 
 
-def _behind(case: Case, which: int, hidden: Tensor) -> Case:
-    count = hidden.reshape(-1).cumsum(0).view(hidden.shape)
-    far = torch.where(count % 2 == 0, FAR, 0.0)
-    return case.edited(lambda i, t: torch.where(hidden, far.to(t), t) if i == which else t)
+def _behind(case: Case, which: int, hidden: Tensor, values: Tensor) -> Case:
+    return case.edited(lambda i, t: torch.where(hidden, values.to(t), t) if i == which else t)
 
 
 def _rows_alike(mask: Tensor) -> Tensor:

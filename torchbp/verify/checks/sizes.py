@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from torchbp.verify._check import Check, NotApplicable, Refused
+from torchbp.verify.afterwards import afterwards
 from torchbp.verify.cases import Case
 from torchbp.verify.checks.indices import KNOWN, equal, extreme, note_order, with_integers
 from torchbp.verify.checks.pairing import PAIRED, paired
@@ -168,6 +169,7 @@ def _run(case: Case) -> Iterator[Finding]:
             out = explodes(case, there, times)
             yield replace(found, severity="note") if out else found
             return
+    yield from afterwards(case, NAME, "sizes")
     if refused:
         raise Refused(refused[0])
 

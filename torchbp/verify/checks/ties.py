@@ -9,6 +9,7 @@ Where many gradients are 0, as a selection's are, all elements are made equal, t
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -116,12 +117,14 @@ def _neighbours(case: Case, which: int) -> list[Tie]:
 
 
 def _across(case: Case, inputs: list[int]) -> list[Tie]:
-    """Return the first elements of the first two inputs of one shape."""
-    for i in inputs:
-        for j in inputs:
-            if i < j and case.leaves[i].shape == case.leaves[j].shape and case.leaves[i].numel():
-                return [((i, 0), (j, 0))]
-    return []
+    """Return the first elements of the first two inputs of one shape, or of which one is broadcast to the other."""
+    pairs = [(i, j) for i, j in combinations(inputs, 2) if case.leaves[i].numel()]
+    shapes = {i: case.leaves[i].shape for i in inputs}
+    alike = [(i, j) for i, j in pairs if shapes[i] == shapes[j]]
+    rows = [
+        (i, j) for i, j in pairs if len(shapes[j]) > 0 and shapes[i][-len(shapes[j]) :] == shapes[j]
+    ]
+    return [((i, 0), (j, 0)) for i, j in (alike or rows)[:1]]
 
 
 def _coincident(case: Case, inputs: list[int]) -> Iterator[Finding]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from torchbp.verify._check import Check
 from torchbp.verify.cases import Case
 from torchbp.verify.report import Finding
@@ -14,6 +16,7 @@ CAUSE = "state shared between calls: something kept on the class, the module or 
 def _run(case: Case) -> Iterator[Finding]:
     other = case.nearby
     v, expected = other.plain.cotangents, other.plain.grads  # alone, before any mixing
+    yield from _overwritten(case)
     here, mine = case.kept if case.runs_again else case.graph()
     there, its = other.kept if case.runs_again else other.graph()
     first = case.backward(mine, here, case.plain.cotangents, retain_graph=True)
@@ -22,6 +25,20 @@ def _run(case: Case) -> Iterator[Finding]:
     yield from compare_all(NAME, case, first, case.plain.grads, when=when, cause=CAUSE)
     when = " in the second of two calls"
     yield from compare_all(NAME, case, second, expected, when=when, cause=CAUSE)
+
+
+def _overwritten(case: Case) -> Iterator[Finding]:
+    """Yield an output of the first call that is no longer what it was: a buffer that every call returns."""
+    for i, (now, was) in enumerate(zip(case.kept[1], case.plain.outputs, strict=True)):
+        if not torch.allclose(now.detach(), was, rtol=0, atol=0, equal_nan=True):
+            yield Finding(
+                check=NAME,
+                severity="wrong",
+                input=f"output {i}",
+                message=f"output {i} of the first call is another after the second call",
+                cause="a buffer that every call returns: return a copy",
+            )
+            return
 
 
 CHECK = Check(
