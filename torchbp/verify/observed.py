@@ -1,5 +1,6 @@
 """A second call of the function under test, watched: does it give the same, what does it write to, does it reseed?"""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchbp.verify.raised import ForwardRaised
+from torchbp.verify.signatures import signature_of
 from torchbp.verify.tensors import counts, is_dense, tensors_in
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Observed", "Write", "observe"]
 
+DATA = re.compile(r"target|label|truth|mask|weight|logit|predict|quer|^[qkvxyz]$")
 OTHER_SEED = 11  # further than the case's own
 
 
@@ -81,12 +84,12 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
     values = tuple(y.detach().clone() for y in outputs)
     forward = [] if case.copies_leaves else list(zip(case.names, leaves, case.leaves, strict=True))
     kept = [i for i, x in enumerate(case.flat) if isinstance(x, Tensor)]
-    integers = [
+    constants = [
         (case.name_at[i], t, case.flat[i])
         for i, t in zip(kept, fixed, strict=False)
-        if i < case.size and counts(t)
+        if i < case.size and i not in case.where and (counts(t) or i in _data(case))
     ]
-    writes = [*_changed("forward", forward, new), *_changed("forward", integers)]
+    writes = [*_changed("forward", forward, new), *_changed("forward", constants)]
     v = [t.clone() for t in case.plain.cotangents]
     numbers = [f"grad_output {i}" if len(v) > 1 else "grad_output" for i in range(len(v))]
     backward = [
@@ -101,6 +104,16 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
     grads = case.backward(outputs, leaves, v, exposed=True)
     writes += _changed("backward", backward, before)
     return Observed(values, grads, tuple(writes), states)
+
+
+def _data(case: "Case") -> list[int]:
+    """Return the arguments that are data, by their names: not a state or statistics, which forward may be to write."""
+    try:
+        bound = case.bound(signature_of(case.func)).arguments
+    except (TypeError, ValueError):
+        return []
+    data = {id(x) for name, x in bound.items() if DATA.search(name)}
+    return [i for i, t in case.arguments if id(t) in data]
 
 
 def _changed(

@@ -19,6 +19,7 @@ from torchbp.verify.source import speaks
 from torchbp.verify.tolerance import compare_all
 
 NAME = "module"
+MOVED = 1.0625  # times
 TRAINING = re.compile(r"\btrain(ing)?\b")
 
 
@@ -34,6 +35,7 @@ def _run(case: Case) -> Iterator[Finding]:
     steady = was and case.steady  # in train mode, and so in the other
     if not accepts(other):
         return
+    yield from _outdated(case, other if was else case)
     if _same(case, other):
         if speaks(case, TRAINING):
             yield from _called_again(other, f" of a second call in {_mode(not was)} mode")
@@ -58,6 +60,27 @@ def _turned(case: Case, was: bool) -> Iterator[Finding]:
     when = f" where the Module is in {_mode(not was)} mode by then"
     cause = "backward asks for the mode, not what forward kept of it in ctx"
     yield from compare_all(NAME, case, got, case.plain.grads, when=when, cause=cause)[:1]
+
+
+def _outdated(case: Case, used: Case) -> list[Finding]:
+    """Compare the output in eval mode, for other parameters than at the first call, with that of a new copy."""
+    if not speaks(case, TRAINING) or not any(i >= case.size for i in case.where):
+        return []
+
+    def moved(base: Case) -> Case:
+        where = [i for i in base.where if i >= base.size]
+        return base.edited(lambda i, t: t * MOVED if i in where else t, parameters=True)
+
+    now, new = moved(used), moved(case.in_mode(False))
+    if not (used.steady and accepts(now) and accepts(new)) or same_outputs(now, new):
+        return []
+    slack = 1e3 * case.epsilon
+    outputs = zip(now.all_outputs, new.all_outputs, strict=True)
+    if any(not torch.allclose(a, b, rtol=slack, atol=slack) for a, b in outputs):
+        message = "the output in eval mode is that of the parameters of an earlier call, and so is the gradient"
+        cause = "kept from the first call: compute it again where a parameter is another"
+        return [Finding(check=NAME, severity="wrong", message=message, cause=cause)]
+    return []
 
 
 def _called_again(case: Case, when: str) -> list[Finding]:
