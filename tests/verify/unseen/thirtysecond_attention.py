@@ -278,7 +278,7 @@ def random_feature_attention(wrong):
 
         eq, ek = exponents(q), exponents(k)
         fq = (eq - eq.detach().amax(-1, keepdim=True)).exp()
-        fk = (ek - ek.detach().amax((-2, -1), keepdim=True)).exp() + 1e-6
+        fk = (ek - ek.amax((-2, -1), keepdim=True)).exp() + 1e-6
         total = fq @ fk.sum(-2)[..., None]
         return fq @ (fk.mT @ v) / total
 
@@ -291,6 +291,7 @@ add(
     lambda: (real(1, 3, 4), real(1, 4, 4, seed=1), real(1, 4, 2, seed=2)),
     bug="Seeds the global generator for its random features",
     trigger="the generator's state compared before and after",
+    missed="a note: who checks a random function seeds it so",
 )
 
 

@@ -141,6 +141,7 @@ add(
     lambda: (real(6, 3), torch.tensor([0, 1, 0, 2, 1, 2])),
     bug="Every negative at the least distance gets the whole gradient, not one of them",
     trigger="two equal rows, such as an image twice in the batch",
+    missed="two rows are made equal, and not where they are both the nearest of another",
 )
 
 
