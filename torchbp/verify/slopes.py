@@ -34,6 +34,8 @@ def slopes(
     together = _together(wide, chosen, asked, home) if wide else {}
     if together:
         return together, True
+    if len(case.plain.outputs) > 1:
+        return {}, False  # of which one call has to do
     found = _apart(wide, chosen, asked, block) if wide and together is None else None
     return found or {which: _one_place(case, which, asked, block) for which in chosen}, False
 

@@ -7,6 +7,7 @@ whose forward is not finite in it, is not blamed for its gradient there.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -274,6 +275,7 @@ def _kept_dtype(case: Case) -> Iterator[Finding]:
 def _large(case: Case) -> Iterator[Finding]:
     """Look at what float16 makes of inputs hundreds of times as large, whose squares it does not hold."""
 
+    @cache
     def enlarged(times: float) -> tuple[Case, Case]:
         larger = case.variant(lambda t: times * t if t.is_floating_point() else t)
         return in_dtype(larger, torch.float16)
