@@ -154,7 +154,7 @@ class Cosine(Sine):
         return grad_y * ctx.saved_tensors[0].sin()
 
 
-@pytest.mark.parametrize(("level", "forwards", "backwards"), [("quick", 7, 34), ("full", 42, 89)])
+@pytest.mark.parametrize(("level", "forwards", "backwards"), [("quick", 7, 34), ("full", 41, 88)])
 @pytest.mark.parametrize("shape", [(3, 4), (20, 50), (200, 200)])
 def test_number_of_calls_does_not_grow_with_the_size(level, forwards, backwards, shape):
     Sine.forwards = Sine.backwards = 0
@@ -163,7 +163,7 @@ def test_number_of_calls_does_not_grow_with_the_size(level, forwards, backwards,
     assert 10 < Sine.backwards <= backwards
 
 
-@pytest.mark.parametrize(("shape", "forwards"), [((3, 4), 68), ((8, 8), 173), ((20, 50), 48)])
+@pytest.mark.parametrize(("shape", "forwards"), [((3, 4), 67), ((8, 8), 172), ((20, 50), 47)])
 def test_number_of_calls_where_the_gradient_is_wrong(shape, forwards):
     """Up to 64 elements each is moved alone, to say which are wrong."""
     Sine.forwards = 0

@@ -74,8 +74,8 @@ def _run(case: Case) -> Iterator[Finding]:
     yield from _kept_dtype(case)
     yield from _far(case)
     yield from _small(case)
-    yield from _large(case) if widens or functions(case) else ()
     if widens:
+        yield from _large(case)
         yield from _loss_scale(case)
     yield from _limited(case)
 
