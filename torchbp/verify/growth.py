@@ -305,7 +305,11 @@ class _Search:
         whole = size.places
         if self.elementwise:
             return [along], False
-        parts = [(p,) for p in (whole[0], whole[-1], *(whole[1:2] if len(whole) == 3 else ()))]
+        # Channels beside a kernel as wide, heads beside features: the same dimension of each, the first or the last.
+        ends = [{p[0]: p for p in some} for some in (whole[::-1], whole)]
+        alike = [tuple(p for p in whole if p in end.values()) for end in ends]
+        parts = [part for part in alike if 1 < len(part) < len(whole) and part[0][0] != part[-1][0]]
+        parts += [(p,) for p in (whole[0], whole[-1], *(whole[1:2] if len(whole) == 3 else ()))]
         part = of_outputs(self.case, size) if len(whole) > 2 else ()
         if not part:
             return parts, False

@@ -280,7 +280,9 @@ def _runs(
     for row in _rows(case, free) if free else ():
         sizes = _at_row(free, row)
         if indexed and any(new < size.now for size, new in sizes.items()):
-            continue  # an index may point at what is gone
+            # An index may point at what is gone: 0 does not.
+            yield from _of_zeros(case, sizes) if row in SINGLE else ()
+            continue
         if row == ONES and single == len(SINGLE) and not refused:
             continue
         factor, varied = _how(case, row) if ran else (1.0, VARIED.get(row))
@@ -304,6 +306,12 @@ def _runs(
             yield run
     yield from _far_apart(case, free, reached)
     yield from _one_less(case, free)
+
+
+def _of_zeros(case: Case, sizes: dict[Size, int]) -> Iterator[Run]:
+    """Yield the case at these sizes with 0 for all integers, if forward takes that."""
+    run = Run(other := with_integers(resized(case, sizes), torch.zeros_like), other)
+    yield from [run] if _runs_through(case, run) else []
 
 
 def _at_row(free: list[Size], row: tuple[int, ...]) -> dict[Size, int]:
