@@ -72,6 +72,7 @@ THIRTIETH: dict[str, Unseen] = {}
 THIRTYFIRST: dict[str, Unseen] = {}
 THIRTYTHIRD: dict[str, Unseen] = {}
 THIRTYSECOND: dict[str, Unseen] = {}
+THIRTYFOURTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -106,6 +107,7 @@ SETS = {
     "thirty-first set": THIRTYFIRST,
     "thirty-third set": THIRTYTHIRD,
     "thirty-second set": THIRTYSECOND,
+    "thirty-fourth set": THIRTYFOURTH,
 }
 
 
@@ -266,6 +268,11 @@ def every():
         thirtyfirst_losses,
         thirtyfirst_physics,
         thirtyfirst_sequences,
+        thirtyfourth_algebra,
+        thirtyfourth_geometry,
+        thirtyfourth_layers,
+        thirtyfourth_losses,
+        thirtyfourth_sequences,
         thirtysecond_attention,
         thirtysecond_layers,
         thirtysecond_losses,
