@@ -167,7 +167,33 @@ def _beside_ones(one: Case) -> Finding | None:
         scale_of(leaf.cpu()) * (leaf.cpu() != 1).reshape(-1) if i in where else None
         for i, leaf in zip(other.where, other.leaves, strict=True)
     ]
-    return check_lines(other, NAME, " where every other element of the last row is 1")
+    when = " where every other element of the last row is 1"
+    return check_lines(other, NAME, when) or _inward(other, where, when)
+
+
+def _inward(case: Case, where: list[int], when: str) -> Finding | None:
+    """Compare the gradient of elements that are 1 with the slope of forward to the one side there is."""
+    lines = Lines(
+        case.edited(lambda _, t: t)
+    )  # whose steps are none of those that leave a 1 as it is
+    inward = {
+        k: -lines.scales[k] * (real(leaf.cpu()).reshape(-1) == 1)
+        for k, leaf in enumerate(case.leaves)
+        if case.where[k] in where
+    }
+    got = lines.along(inward)
+    far, near = (lines.value(inward, step) / step for step in (SHORT, SHORT / 4))
+    slack = 1e-3 * abs(got) + 16 * SHORT + 16 * lines.noise / SHORT
+    if not abs(near - got) > slack or abs(far - near) > 0.25 * abs(near - got):
+        return None
+    return Finding(
+        check=NAME,
+        severity="wrong",
+        message=f"the slope from there inward is {near:.4g}{when}, the gradient says {got:.4g}",
+        got=got,
+        expected=near,
+        cause="another branch for what is 1, or a division by 1 less that is clamped",
+    )
 
 
 def _has_one(t: Tensor) -> bool:

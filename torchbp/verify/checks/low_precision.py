@@ -7,7 +7,6 @@ whose forward is not finite in it, is not blamed for its gradient there.
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from torchbp.verify.tolerance import largest
 
 NAME = "low_precision"
 LARGE = (512.0, 256.0)  # the second where the first is refused
+ALONE = 3  # inputs that are so large alone, where all are refused
 GROSS = 0.25
 TINY = 2.0**-20  # times the inputs
 LOSS_SCALE = 2.0**12
@@ -274,14 +274,20 @@ def _kept_dtype(case: Case) -> Iterator[Finding]:
 
 def _large(case: Case) -> Iterator[Finding]:
     """Look at what float16 makes of inputs hundreds of times as large, whose squares it does not hold."""
+    inputs = [i for i, t in case.arguments if t.is_floating_point()]
+    tries = [*((n, inputs) for n in LARGE), *((LARGE[0], [i]) for i in inputs[:ALONE])]
+    for times, chosen in tries:
+        larger = case.edited(
+            lambda i, t, times=times, chosen=chosen: times * t if i in chosen else t
+        )
+        low, exact = in_dtype(larger, torch.float16)
+        if accepts(low):
+            yield from _overflown(case, low, exact, times)
+            return
 
-    @cache
-    def enlarged(times: float) -> tuple[Case, Case]:
-        larger = case.variant(lambda t: times * t if t.is_floating_point() else t)
-        return in_dtype(larger, torch.float16)
 
-    times = next((n for n in LARGE if accepts(enlarged(n)[0])), LARGE[0])
-    low, exact = enlarged(times)
+def _overflown(case: Case, low: Case, exact: Case, times: float) -> Iterator[Finding]:
+    """Say which gradient is off for inputs that are ``times`` as large, where forward is right."""
     try:
         outputs = low.plain.outputs
         pairs = zip(low.plain.grads, case.plain.grads, strict=True)

@@ -23,7 +23,7 @@ from torchbp.verify.tensors import is_square
 
 NAME = "scales"
 FACTORS = (2.0**-10, APART, -(2.0**10))
-LESS = (4.0, 2.0)  # where APART is refused
+LESS = {APART: (4.0, 2.0), -(2.0**10): (-16.0, -2.0)}  # where that is refused
 ROOT = 1 / 32  # takes what is between -1 and 1 near its bounds
 EXPLODES = 1e14  # times as large outputs: out of the sample's domain
 
@@ -48,7 +48,7 @@ def _tries(case: Case) -> Iterator[tuple[Case, str]]:
             larger |= abs(factor) > 1
             continue
         chosen = range(0, len(case.leaves), 2 if factor == APART else 1)
-        for times in (factor, *(LESS if factor == APART else ())):
+        for times in (factor, *LESS.get(factor, ())):
             other = scaled(case, times, chosen)
             if accepts(other):
                 larger |= abs(factor) > 1
