@@ -125,6 +125,9 @@ class Run:
     beyond: bool = False  # whether to look at forward mode and second derivatives there
     chance: bool = False  # whether forward may take it by chance all the same
     varied: Varied | None = None  # what it tells another check, if it is right
+    unless: Case | None = (
+        None  # where that is wrong too, it is so whatever the sizes: for another check to say
+    )
 
 
 def _run(case: Case) -> Iterator[Finding]:
@@ -208,6 +211,8 @@ def _wrong_at(case: Case, run: Run) -> Finding | None:
         beyond=run.beyond,
         rather=rather,
     )
+    if found and run.unless and accepts(run.unless) and not right_soon(run.unless):
+        return None
     return (found and rather and plainly()) or found
 
 
@@ -310,7 +315,8 @@ def _runs(
 
 def _of_zeros(case: Case, sizes: dict[Size, int]) -> Iterator[Run]:
     """Yield the case at these sizes with 0 for all integers, if forward takes that."""
-    run = Run(other := with_integers(resized(case, sizes), torch.zeros_like), other)
+    other, alone = (with_integers(c, torch.zeros_like) for c in (resized(case, sizes), case))
+    run = Run(other, other, unless=alone)
     yield from [run] if _runs_through(case, run) else []
 
 
