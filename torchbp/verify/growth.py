@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 MOST = 5  # sizes of the sample that are looked at
-SURE = 3  # of them; of others backward has to agree, for forward may take them by chance
+SURE = 3  # of them, a 1 apart; of others backward has to agree, for forward may take them by chance
 LATER = 2  # sizes that may change alone, beside them
 LARGER = "which case of other sizes was seen with larger inputs"
 TIED = "sizes of integers of several dimensions stay"
@@ -125,7 +125,7 @@ class _Search:
                 sizes = [n for n in sizes if n not in some]
                 break
         for k, n in enumerate(sizes):
-            self._together(n, places, backward=k >= SURE)
+            self._together(n, places, backward=n > 1 and k >= SURE)
         alone = 0
         for size in list(self.growth):
             if alone < LATER and size.places == places[size.now]:
@@ -155,7 +155,8 @@ class _Search:
         """
         same, kept = max(size.now for size in sizes) + 1, self.case.memo.setdefault("one more", [])
         other, outputs, new = self._same(sizes, same)
-        if other and len(sizes) > SURE and not self._has_gradient(other):
+        several = sum(size.now > 1 for size in sizes) > SURE
+        if other and several and not self._has_gradient(other):
             return False
         if other is None:
             may_divide = same % 2 and any(size.now == 1 for size in sizes)

@@ -182,15 +182,16 @@ def extreme(t: Tensor) -> Tensor:
 
 
 def _given_away(t: Tensor, sizes: set[int]) -> Tensor:
-    """Return shares, integers that sum to a size, of which one is added to the next: somebody has none.
+    """Return shares, integers that sum to a size, of which one is added to the larger neighbour: somebody has none.
 
     Neither the first nor the last, where there are others.
     """
     if t.dim() != 1 or len(t) < 2 or bool((t <= 0).any()) or int(t.sum()) not in sizes:
         return t
     k = min(1, len(t) - 2)
+    to = k - 1 if k and t[k - 1] > t[k + 1] else k + 1
     other = t.clone()
-    other[k], other[k + 1] = 0, t[k] + t[k + 1]
+    other[k], other[to] = 0, t[k] + t[to]
     return other
 
 
