@@ -70,8 +70,8 @@ TWENTYEIGHTH: dict[str, Unseen] = {}
 TWENTYNINTH: dict[str, Unseen] = {}
 THIRTIETH: dict[str, Unseen] = {}
 THIRTYFIRST: dict[str, Unseen] = {}
-THIRTYTHIRD: dict[str, Unseen] = {}
 THIRTYSECOND: dict[str, Unseen] = {}
+THIRTYTHIRD: dict[str, Unseen] = {}
 THIRTYFOURTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
@@ -105,8 +105,8 @@ SETS = {
     "twenty-ninth set": TWENTYNINTH,
     "thirtieth set": THIRTIETH,
     "thirty-first set": THIRTYFIRST,
-    "thirty-third set": THIRTYTHIRD,
     "thirty-second set": THIRTYSECOND,
+    "thirty-third set": THIRTYTHIRD,
     "thirty-fourth set": THIRTYFOURTH,
 }
 

@@ -184,8 +184,8 @@ def _inward(case: Case, where: list[int], when: str) -> Finding | None:
     got = lines.along(inward)
     far, near = (lines.value(inward, step) / step for step in (SHORT, SHORT / 4))
     slack = 1e-3 * abs(got) + 16 * SHORT + 16 * lines.noise / SHORT
-    if not abs(near - got) > slack or abs(far - near) > 0.25 * abs(near - got):
-        return None
+    if not abs(near - got) > slack or abs(far - near) > 0.05 * abs(near) + slack:
+        return None  # or forward is not smooth there: a logarithm
     if any(_is_periodic(case, k, d) for k, d in inward.items()):
         return None
     return Finding(
