@@ -173,9 +173,7 @@ def _beside_ones(one: Case) -> Finding | None:
 
 def _inward(case: Case, where: list[int], when: str) -> Finding | None:
     """Compare the gradient of elements that are 1 with the slope of forward to the one side there is."""
-    lines = Lines(
-        case.edited(lambda _, t: t)
-    )  # whose steps are none of those that leave a 1 as it is
+    lines = Lines(case.edited(lambda _, t: t))  # without the steps that leave a 1 as it is
     inward = {
         k: -lines.scales[k] * (real(leaf.cpu()).reshape(-1) == 1)
         for k, leaf in enumerate(case.leaves)
@@ -183,8 +181,8 @@ def _inward(case: Case, where: list[int], when: str) -> Finding | None:
     }
     got = lines.along(inward)
     far, near = (lines.value(inward, step) / step for step in (SHORT, SHORT / 4))
-    slack = 1e-3 * abs(got) + 16 * SHORT + 16 * lines.noise / SHORT
-    if not abs(near - got) > slack or abs(far - near) > 0.05 * abs(near) + slack:
+    slack = 16 * SHORT + 16 * lines.noise / SHORT
+    if not abs(near - got) > slack + 1e-3 * abs(got) or abs(far - near) > slack + 0.05 * abs(near):
         return None  # or forward is not smooth there: a logarithm
     if any(_is_periodic(case, k, d) for k, d in inward.items()):
         return None
