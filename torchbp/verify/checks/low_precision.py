@@ -290,8 +290,7 @@ def _overflown(case: Case, low: Case, exact: Case, times: float) -> Iterator[Fin
     """Say which gradient is off for inputs that are ``times`` as large, where forward is right."""
     try:
         outputs = low.plain.outputs
-        pairs = zip(low.plain.grads, case.plain.grads, strict=True)
-        if not all(map(_is_finite, outputs)) or all(_plausible(g, e) for g, e in pairs):
+        if not all(map(_is_finite, outputs)) or all(map(_plausible, low.plain.grads)):
             return
         same = exact.plain.outputs
         expected = exact.vjps([[v.double() for v in low.plain.cotangents]])[0]
@@ -335,9 +334,9 @@ def _is_finite(t: Tensor) -> bool:
     return bool(t.isfinite().all())
 
 
-def _plausible(grad: Tensor, sample: Tensor) -> bool:
-    """Whether no more in ``grad`` went over or under than at the sample: an exact gradient need not be asked for."""
-    return bool(grad.isfinite().all() and (grad == 0).sum() <= (sample == 0).sum())
+def _plausible(grad: Tensor) -> bool:
+    """Whether nothing in ``grad`` went over or under: an exact gradient need not be asked for."""
+    return bool(grad.isfinite().all() and grad.any())
 
 
 def _overflow(name: str, where: str, error: float, size: float) -> Finding:
