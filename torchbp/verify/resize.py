@@ -11,7 +11,7 @@ from torch import Tensor
 from torchbp.verify.cases import Case
 from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.source import speaks
-from torchbp.verify.tensors import scale_of, uniform
+from torchbp.verify.tensors import has_both_signs, scale_of, uniform
 from torchbp.verify.tolerance import largest
 
 __all__ = [
@@ -117,7 +117,7 @@ def scaled(case: Case, factor: float, chosen: Sequence[int] | None = None) -> Ca
     everything = [i for i, k in enumerate(case.where) if k < case.size]
     which = tuple(everything if chosen is None else [i for i in chosen if i in everything])
     where = [case.where[i] for i in which]
-    if not any(_has_both_signs(case.leaves[i]) for i in which):
+    if not any(has_both_signs(case.leaves[i]) for i in which):
         factor = abs(factor)
     if factor == 1:
         return case
@@ -134,17 +134,13 @@ def apart(case: Case) -> Case:
 
 
 def _times(t: Tensor, factor: float) -> Tensor:
-    return negated(t, factor) if factor < 0 and _has_both_signs(t) else t * abs(factor)
+    return negated(t, factor) if factor < 0 and has_both_signs(t) else t * abs(factor)
 
 
 def negated(t: Tensor, factor: float) -> Tensor:
     """Return t times a negative factor; points of a plane are mirrored, for all negated they would be turned only."""
     plane = t.dim() > 1 and t.shape[-1] == 2 and not t.is_complex()
     return t * t.new_tensor([factor, -factor]) if plane else t * factor
-
-
-def _has_both_signs(t: Tensor) -> bool:
-    return t.is_complex() or bool((t < 0).any() and (t > 0).any())
 
 
 def within_limits(case: Case) -> tuple[float, Case | None]:
@@ -172,7 +168,7 @@ def uneven(case: Case, size: Size) -> Case:
 
     def along(t: Tensor, dims: list[int]) -> Tensor:
         for d in dims[:1]:
-            by = _magnitudes(t.shape[d], _has_both_signs(t)).to(t)
+            by = _magnitudes(t.shape[d], has_both_signs(t)).to(t)
             t = t * by.view(-1, *[1] * (t.dim() - 1 - d))
         return t
 

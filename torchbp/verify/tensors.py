@@ -20,6 +20,7 @@ __all__ = [
     "flatten",
     "graph",
     "half",
+    "has_both_signs",
     "is_dense",
     "is_square",
     "kinds_in",
@@ -90,6 +91,11 @@ def scale_of(leaf: Tensor) -> Tensor:
     x = torch.where(x.isfinite(), x, 1.0)
     typical = float(x.median()) if x.numel() else 1.0
     return x.clamp(min=0.1 * typical if typical > 0 else 1.0)
+
+
+def has_both_signs(t: Tensor) -> bool:
+    """Whether ``t`` has elements on both sides of 0; complex numbers have."""
+    return t.is_complex() or bool((t < 0).any() and (t > 0).any())
 
 
 def is_square(t: Tensor) -> bool:

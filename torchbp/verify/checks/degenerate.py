@@ -18,7 +18,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts, with_zero
 from torchbp.verify.smooth import COINCIDENT, check_smooth, whether_right
 from torchbp.verify.source import speaks
-from torchbp.verify.tensors import is_square
+from torchbp.verify.tensors import has_both_signs, is_square
 from torchbp.verify.together import all_right, no_question
 from torchbp.verify.tolerance import largest
 
@@ -74,7 +74,7 @@ def _first_axis(t: Tensor) -> Tensor:
     """Return t with all but the first element of each row 0, where it has both signs."""
     t = t.clone()
     several = t.dim() and t.shape[-1] > 1 and not t.is_complex()
-    if several and bool((t > 0).any() and (t < 0).any()):
+    if several and has_both_signs(t):
         t[..., 1:] = 0
     return t
 

@@ -46,7 +46,7 @@ SHORT = 2.0**-14  # step
 SIDES = 4.0  # times as far on one side of 0 as on the other
 
 
-class Sample(NamedTuple):
+class Extreme(NamedTuple):
     """The case at an extreme: ``when`` says at which, ``also`` is asked there beside whether gradients are finite."""
 
     case: Case
@@ -80,10 +80,10 @@ def _run(case: Case) -> Iterator[Finding]:
             if found:
                 yield found
                 return
-    for sample in _samples(case, by_element):
+    for extreme in _extremes(case, by_element):
         tested = True
-        found = not_finite(sample.case, NAME, sample.when, kinks=sample.kinks)
-        if found := found or sample.also(sample.case):
+        found = not_finite(extreme.case, NAME, extreme.when, kinks=extreme.kinks)
+        if found := found or extreme.also(extreme.case):
             yield found
             return
     if not tested:
@@ -116,11 +116,11 @@ def _is_balanced(t: Tensor) -> bool:
     return not (low > 0 and high > 0) or max(low, high) < SIDES * min(low, high)
 
 
-def _samples(case: Case, by_element: bool) -> Iterator[Sample]:
+def _extremes(case: Case, by_element: bool) -> Iterator[Extreme]:
     """Yield the case with inputs as large as a limit allows, or one element 0 or 1."""
     factor, limited = within_limits(case)
     if limited:
-        yield Sample(limited, f" for inputs {factor:g} times as large")
+        yield Extreme(limited, f" for inputs {factor:g} times as large")
     if by_element:  # see `edges`
         yield from _tiny(case) if speaks(case, LARGEST) else ()
         return
@@ -128,14 +128,14 @@ def _samples(case: Case, by_element: bool) -> Iterator[Sample]:
     if zero is not case and accepts(zero):
         steepest = max(map(largest, case.plain.grads))
         slope = partial(_slope_at_zero, steepest=steepest)
-        yield Sample(zero, " where one element is 0", slope, kinks=True)
+        yield Extreme(zero, " where one element is 0", slope, kinks=True)
     elif zero is not case:
         yield from _tiny(case)
     if one is not case and accepts(one):
-        yield Sample(one, " where one element is 1", _beside_ones)
+        yield Extreme(one, " where one element is 1", _beside_ones)
 
 
-def _tiny(case: Case) -> Iterator[Sample]:
+def _tiny(case: Case) -> Iterator[Extreme]:
     """Yield the case with one element close to 0, where 0 is refused: what lies below a floor."""
     other = with_zeros(case, TINY)
     if accepts(other):
@@ -145,7 +145,7 @@ def _tiny(case: Case) -> Iterator[Sample]:
             for leaf in other.leaves
         ]
         when = f" where one element is {TINY:g} times as large"
-        yield Sample(other, when, lambda there: check_lines(there, NAME, when, beyond=False))
+        yield Extreme(other, when, lambda there: check_lines(there, NAME, when, beyond=False))
 
 
 def _beside_ones(one: Case) -> Finding | None:

@@ -22,6 +22,7 @@ from torchbp.verify.growth import fits, free_sizes
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import Size, resized
+from torchbp.verify.tensors import has_both_signs
 from torchbp.verify.work import TooMuch
 
 NAME = "long_reductions"
@@ -97,7 +98,7 @@ def _right_at_once(case: Case) -> bool:
     longer.bounded = STEPS[0]
     try:
         errors = [_errors(longer, lengths, DTYPES[0])]
-        if errors[0] and _has_both_signs(in_dtype(longer, DTYPES[0])[1]):
+        if errors[0] and _signed(in_dtype(longer, DTYPES[0])[1]):
             errors.append(_errors(longer, lengths, DTYPES[0], signed=True))
     except (ForwardRaised, BackwardRaised):
         return False
@@ -110,7 +111,7 @@ def _positive(case: Case, sizes: Mapping[Size, int], *, negative: bool = False) 
     def signed(t: Tensor) -> Tensor:
         if not t.is_floating_point():
             return t
-        return -t.abs() if negative and bool((t > 0).any() and (t < 0).any()) else t.abs()
+        return -t.abs() if negative and has_both_signs(t) else t.abs()
 
     return resized(case.variant(signed, parameters=True), sizes)
 
@@ -144,7 +145,7 @@ def _stalled(
         errors = _errors(longer, (long,), dtype)
     low, off = in_dtype(longer, dtype)[0], _off(case)
     worst = _worst(low, summed, errors, off)
-    signed = bool(errors) and errors[worst] <= off and _has_both_signs(in_dtype(longer, dtype)[1])
+    signed = bool(errors) and errors[worst] <= off and _signed(in_dtype(longer, dtype)[1])
     if signed:
         errors = _errors(longer, (long,), dtype, signed=True)
         worst = _worst(low, summed, errors, off)
@@ -189,8 +190,9 @@ def _worst(low: Case, summed: list[int], errors: list[float], off: float) -> int
     return max(own or wrong or summed, key=lambda i: errors[i] if errors else 0.0)
 
 
-def _has_both_signs(case: Case) -> bool:
-    return any(bool((y > 0).any() and (y < 0).any()) for y in case.kept[1])
+def _signed(case: Case) -> bool:
+    """Whether an output has elements on both sides of 0."""
+    return any(map(has_both_signs, case.kept[1]))
 
 
 def _errors(
