@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as mod
 from torchbp.ops import _recipe
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._forward_mode import differentiable_in_forward_mode
+from torchbp.ops._jagged import of_jagged
 from torchbp.ops._vmapped import vmapped
 from torchbp.ops._written_out import tensors, written_out
 
@@ -309,16 +310,16 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     It answers ``__torch_function__`` (tensor subclasses, modes, ``torch.fx`` proxies) as torch's own functions do,
     and is pickled by its public name, whatever the file tree. Nested and sparse tensors go to torch's own function,
     formulas and samples are those of strided ones, and so do tensors whose class has a ``__torch_function__`` of its
-    own, as quantized and masked ones do: it knows torch's functions, by identity. What is passed on to others is, as
-    torch does it, what has no default by place, and what is not the default by name. Where no tensor is given for one,
-    torch's error is raised.
+    own, as quantized and masked ones do: it knows torch's functions, by identity. Beyond torch, what is
+    :func:`row_by_row` takes jagged ones. What is passed on to others is, as torch does it, what has no default by
+    place, and what is not the default by name. Where no tensor is given for one, torch's error is raised.
     ``torch.jit.trace`` and ``torch.export`` record torch's own, too: what they save runs where there is no Python, for
     any size, and is what others look for in a graph.
     """
     own = getattr(torch.nn.functional, function.__name__, None)
-    strided = torch.strided
     passed_on = _passed_on(function)
     beyond_torch = _beyond(own, function)
+    jagged = of_jagged(function)
 
     def elsewhere(*args: Any, **kwargs: Any) -> R:
         named, needed, chosen = passed_on(args, kwargs)
@@ -330,16 +331,18 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
                 # A class may take a bias by place alone, as layers pass it.
                 if any(map(_answers, given)):
                     return own(*args, **{k: v for k, v in kwargs.items() if k in chosen})
-            for a in given:
-                if isinstance(a, Tensor) and (a.layout is not strided or a.is_nested):
-                    return own(*needed, **chosen)
+            if any(map(_is_laid_out_otherwise, given)):
+                return own(*needed, **chosen)
+        elif jagged is not None and getattr(given[0], "layout", None) is torch.jagged:
+            return jagged(dispatch, **named)
         # dynamo's has_torch_function forgets where a class has switched its own off
         if has_torch_function(given) and (not is_dynamo_compiling() or torch_functions_enabled()):
             return handle_torch_function(dispatch, given, *needed, **chosen)
         return function(*args, **kwargs)
 
     other = "(isinstance({0}, Tensor) and ({0}.layout is not strided or {0}.is_nested))"
-    special = [other.format(t) for t in tensors(function)] if own is not None else []
+    known = own is not None or jagged is not None
+    special = [other.format(t) for t in tensors(function)] if known else []
     if own is not None:
         # recorded: where dynamo does not ask, an export has a mode, which has_torch_function finds
         special.append(
@@ -363,11 +366,15 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             is_dynamo_compiling=is_dynamo_compiling,
             is_script_tracing=is_script_tracing,
             has_torch_function=has_torch_function_variadic,
-            strided=strided,
+            strided=torch.strided,
         )
     )
     dispatch.__module__ = "torchbp.functional"
     return dispatch
+
+
+def _is_laid_out_otherwise(value: object) -> bool:
+    return isinstance(value, Tensor) and (value.layout is not torch.strided or value.is_nested)
 
 
 def _answers(value: object) -> bool:

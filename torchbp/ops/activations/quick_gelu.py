@@ -24,6 +24,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._function import Context, entry, fused, kernel, public
+from torchbp.ops._jagged import row_by_row
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
@@ -104,6 +105,7 @@ _quick_gelu = entry(QuickGELUFunction, again=QuickGELUFunction.forward)
 
 
 @public
+@row_by_row()
 def quick_gelu(input: Tensor) -> Tensor:
     r"""GELU by a sigmoid, elementwise: :math:`y = x \sigma(1.702 x)`.
 

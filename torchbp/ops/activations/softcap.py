@@ -26,6 +26,7 @@ from torch.autograd.function import Function
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
 from torchbp.ops._function import Context, entry, fused, is_half, public
+from torchbp.ops._jagged import row_by_row
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
@@ -99,6 +100,7 @@ _softcap = entry(SoftcapFunction, again=SoftcapFunction.forward)
 
 
 @public
+@row_by_row()
 def softcap(input: Tensor, cap: float) -> Tensor:
     r"""Soft cap of logits, elementwise: :math:`y = c \tanh(x / c)`.
 

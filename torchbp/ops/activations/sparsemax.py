@@ -24,6 +24,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops import _samples
 from torchbp.ops._function import Context, counted_up, entry, in_float32, public
+from torchbp.ops._jagged import row_by_row
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -87,6 +88,7 @@ _sparsemax = entry(SparsemaxFunction, again=SparsemaxFunction.forward)
 
 
 @public
+@row_by_row()
 def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
     r"""Sparsemax along a dimension: the point of the probability simplex nearest to ``input``; many values are 0.
 

@@ -30,6 +30,7 @@ from torchbp.ops import _samples
 from torchbp.ops._autocast import autocasts
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, in_autocast_dtype, public
+from torchbp.ops._jagged import row_by_row
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample, stored
 from torchbp.ops.linear.linear import LinearFunction, rows
@@ -98,6 +99,7 @@ _feedback_alignment_linear = entry(FeedbackAlignmentLinearFunction)
 
 
 @public
+@row_by_row(-1)
 def feedback_alignment_linear(
     input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = None
 ) -> Tensor:

@@ -28,6 +28,7 @@ from torch.autograd.function import Function
 from torchbp.ops import _samples
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, fused, in_float32, public
+from torchbp.ops._jagged import row_by_row
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -102,6 +103,7 @@ _gradient_clip = entry(GradientClipFunction)
 
 
 @public
+@row_by_row()
 def gradient_clip(
     input: Tensor,
     *,

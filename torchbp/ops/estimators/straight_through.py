@@ -31,6 +31,7 @@ from torch.autograd.function import Function
 from torchbp.ops import _samples
 from torchbp.ops._errors import shape, wrong
 from torchbp.ops._function import Context, entry, public
+from torchbp.ops._jagged import row_by_row
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 
@@ -88,6 +89,7 @@ _QUANTIZERS: dict[str, Quantizer] = {"round": torch.round, "sign": _sign, "clamp
 
 
 @public
+@row_by_row()
 def straight_through(
     input: Tensor,
     quantizer: str | Callable[[Tensor], Tensor] = "round",
