@@ -1,5 +1,7 @@
 """torchbp.lr_range_test: the suggestion is one that trains, and nothing of the test is left behind."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -183,3 +185,106 @@ def test_refuses(training, wrong, error, says):
     arguments = {"loader": batches, "loss": nn.functional.mse_loss} | wrong
     with pytest.raises(error, match=says):
         torchbp.lr_range_test(model, optimizer, **arguments)
+
+
+def run(tmp_path, between, *, optimizer=True, compiled=False):
+    """Train eight steps with a pause in the middle of an accumulation; return what was told, and the file."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    free = nn.Linear(1, 1)  # no optimizer has it
+    model.append(free)
+    if compiled:
+        model.compile(backend="eager")
+    known = torch.optim.Adam(model[:4].parameters(), lr=0.01)
+    x = torch.randn(64, 4)
+    batches = list(zip(x.split(8), x.sum(1, keepdim=True).split(8), strict=True))
+    monitor = torchbp.watch(
+        model, known if optimizer else None, log_dir=tmp_path, share=None, sample_every=1
+    )
+    for i in range(12):
+        if i == 6:
+            between(model, known, batches, monitor)
+        for j, (x, y) in enumerate(batches[:2]):
+            if (i, j) == (3, 1):
+                between(model, known, batches, monitor)
+            loss = nn.functional.mse_loss(model(x), y) / 2
+            loss.backward()
+        known.step()
+        monitor.log_loss(train=loss)
+        known.zero_grad(set_to_none=False)
+    monitor.close()
+    told = read(tmp_path)
+    vectors = {k: (v.steps, v.values) for k, v in told.vectors.items()}
+    scalars = {
+        k: (v.steps, v.values)
+        for k, v in told.scalars.items()
+        if "time" not in k and "share" not in k
+    }
+    return monitor, vectors | scalars
+
+
+def tried(model, optimizer, batches, monitor):
+    def loss(y, target):
+        monitor.log("seen", 1.0)
+        return nn.functional.mse_loss(y, target)
+
+    torchbp.lr_range_test(model, optimizer, batches, loss, steps=20)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
+@pytest.mark.parametrize(
+    "given", [{}, {"optimizer": False}, {"compiled": True}], ids=["given", "found", "compiled"]
+)
+def test_is_no_part_of_a_watched_run(tmp_path, given):
+    """What the monitor counts, logs and finds is to the last bit what it is without the test."""
+    other, want = run(tmp_path / "without", lambda *_: None, **given)
+    monitor, got = run(tmp_path / "with", tried, **given)
+    assert monitor.step == other.step == 12
+    assert monitor.summary() == other.summary()
+    assert got.keys() == want.keys()
+    for name, (steps, values) in want.items():
+        np.testing.assert_array_equal(got[name][0], steps, err_msg=name)
+        np.testing.assert_array_equal(got[name][1], values, err_msg=name)
+
+
+def test_takes_no_time_of_a_watched_run(tmp_path):
+    def wait(*args):
+        with args[-1].paused(), args[-1].paused():
+            time.sleep(0.5)
+
+    run(tmp_path, wait)
+    steps = read(tmp_path).scalars["run/step_time"]
+    assert max(steps.values) < 400  # ms
+
+
+def test_a_monitor_of_another_model_goes_on(training):
+    model, optimizer, batches = training
+    with torchbp.watch(model, optimizer) as monitor:
+        others = nn.Linear(4, 1)
+        paused = []
+        monitor._capture._set_away = paused.append
+        sgd = torch.optim.SGD(others.parameters(), lr=0.1)
+        torchbp.lr_range_test(others, sgd, batches, nn.functional.mse_loss, steps=10)
+        assert not paused
+
+
+def test_a_monitor_that_is_closed_in_a_pause_leaves_no_hook(training):
+    model, optimizer, _ = training
+    monitor = torchbp.watch(model, optimizer)
+    with monitor.paused():
+        monitor.close()
+    assert not torch.nn.modules.module._global_forward_hooks
+    assert not model[0].weight._post_accumulate_grad_hooks
+
+
+def test_a_layer_that_no_optimizer_has_is_found_beside_tests(training):
+    """By the version of its weight, which nobody has written to."""
+    model, _, batches = training
+    optimizer = torch.optim.SGD(model[:3].parameters(), lr=0.01)
+    with torchbp.watch(model, optimizer) as monitor:
+        for x, y in batches * 8:
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+            model.zero_grad()
+            torchbp.lr_range_test(model, optimizer, batches, nn.functional.mse_loss, steps=10)
+    assert "no optimizer" in monitor.summary()

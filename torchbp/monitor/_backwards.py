@@ -56,6 +56,7 @@ class Backwards:
     Attributes:
         paused: Whether nothing is called for now.
         passed: Whether there was a backward while paused.
+        away: Whether nothing is called for, and no backward counts.
         early: Norms of gradients that are gone at the end of the backward.
         everywhere: Whether every parameter carries a hook.
     """
@@ -67,7 +68,7 @@ class Backwards:
         before: Callable[[], None] | None,
         ended: Callable[[bool], None],
     ) -> None:
-        self.paused = self.passed = False
+        self.paused = self.passed = self.away = False
         self.early: Pieces = []
         self._catalogue, self._local = catalogue, local
         self._before, self._ended = before, ended
@@ -130,6 +131,8 @@ class Backwards:
     def _fire(self, index: int, parameter: Tensor) -> None:
         if parameter.is_cuda and is_captured():
             raise RuntimeError(_CAPTURED)
+        if self.away:
+            return
         if self.paused:
             self.passed = True
             if self.everywhere:

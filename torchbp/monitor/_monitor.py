@@ -2,7 +2,8 @@
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -26,7 +27,7 @@ from torchbp.monitor._signals import attend, leave
 from torchbp.monitor._taps import is_compiled
 from torchbp.monitor.capture import Capture
 
-__all__ = ["Monitor"]
+__all__ = ["Monitor", "monitors_of"]
 
 _EARLY_DRAINS = frozenset({2, 5, 10, 20})
 _DEAF = (
@@ -34,6 +35,13 @@ _DEAF = (
     "or exploding"
 )
 _THAWED = "to see what has begun to learn since, close the monitor and watch the model again"
+_open: weakref.WeakSet["Monitor"] = weakref.WeakSet()
+
+
+def monitors_of(parameters: Iterable[Tensor]) -> list["Monitor"]:
+    """Return the monitors that are open and watch one of ``parameters``."""
+    asked = {id(p) for p in parameters}
+    return [m for m in _open if any(id(p) in asked for _, p in m._catalogue.alive())]  # noqa: SLF001
 
 
 class Monitor:
@@ -81,6 +89,7 @@ class Monitor:
         self._finalizer = weakref.finalize(model, self.close, local=True)
         if journal is not None:
             attend(id(self), partial(self.close, local=True))
+        _open.add(self)
 
     # --------------------------------------------------------------------------------- the user
     @property
@@ -150,6 +159,8 @@ class Monitor:
             ValueError: ``value`` is a tensor of more than one element.
         """
         value = number(name, value)
+        if self._capture.away:
+            return
         if name == "loss_train":
             if isinstance(value, Tensor):
                 self._late_losses = True
@@ -157,6 +168,35 @@ class Monitor:
                 self._jumped = True
                 self._look()
         self._ledger.log(name, value)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave aside what happens in the block, as a trial on the side: it is neither counted nor logged.
+
+        The step under way goes on behind it, so a trial that trains puts the parameters, and the very tensors that
+        were their gradients, back. :func:`torchbp.lr_range_test` does all of this by itself.
+
+        Example:
+            >>> import copy, torch, torchbp
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> with torchbp.watch(model, optimizer) as monitor:
+            ...     before = copy.deepcopy(model.state_dict())
+            ...     with monitor.paused():
+            ...         model(torch.ones(2, 4)).sum().backward()
+            ...         optimizer.step()
+            ...     _ = model.load_state_dict(before)
+            ...     optimizer.zero_grad()
+            ...     monitor.step
+            0
+        """
+        start = time.perf_counter()
+        try:
+            with self._capture.paused():
+                yield
+        finally:
+            since, spent = self._share_from
+            self._share_from = since + time.perf_counter() - start, spent
 
     def summary(self) -> str:
         """Return the verdicts in plain words, or that nothing is wrong."""
@@ -178,6 +218,7 @@ class Monitor:
         if self._closed:
             return
         self._closed = True
+        _open.discard(self)
         self._finalizer.detach()
         leave(id(self))
         self._capture.close()

@@ -32,6 +32,9 @@ class Optimizers:
         before: Takes the optimizer, and whether its step runs a closure.
         after: Takes the optimizer.
         found: Called when one is found, before its step.
+
+    Attributes:
+        away: Whether steps are left aside.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Optimizers:
         after: Callable[[Optimizer], None],
         found: Callable[[], None],
     ) -> None:
+        self.away = False
         self._catalogue, self._meter = catalogue, meter
         self._before, self._after, self._found = before, after, found
         self._known: dict[int, weakref.ref[Optimizer]] = {}
@@ -91,6 +95,8 @@ class Optimizers:
         return None
 
     def _discover(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.away:
+            return
         mine = {id(p) for _, p in self._catalogue.alive()}
         groups = optimizer.param_groups
         known = id(optimizer) in self._known
@@ -105,6 +111,8 @@ class Optimizers:
         self._hooks += [pre, optimizer.register_step_post_hook(self._after_step)]
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
+        if self.away:
+            return
         if in_backward():
             self._inside.add(id(optimizer))
         else:
@@ -115,5 +123,5 @@ class Optimizers:
             self._before(optimizer, closure)
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        if not in_backward():
+        if not (self.away or in_backward()):
             self._after(optimizer)

@@ -7,7 +7,8 @@ when it does; a loop that has none at all steps once a backward.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -50,6 +51,7 @@ class Capture:
         turns: Whether optimizers take turns, each with a backward of its own.
         row: Its row.
         reading: Whether it is read.
+        away: Whether what happens is left aside.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Capture:
         deliver: Callable[[Row], None],
     ) -> None:
         self.step = self.steps = self.first = 0
-        self.turns = False
+        self.turns = self.away = False
         self.row = Row(0)
         self.reading = True
         self._deliver, self._own_time = deliver, 0.0
@@ -107,6 +109,7 @@ class Capture:
         self._optimizers.close()
         self._backwards.close()
         self._listener.close()
+        self._listening = False
         if self._ended is not None:
             ended, self._ended = self._ended, None
             self._hand_over(ended)
@@ -114,6 +117,25 @@ class Capture:
             self.row.scale = self._scaler.scale()
             self._hand_over(self.row)
             self.row = Row(self.step + 1)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave aside backwards and steps in the block; the step under way goes on behind it."""
+        if self.away:
+            yield
+            return
+        start = time.perf_counter()
+        self._set_away(True)
+        try:
+            yield
+        finally:
+            self._set_away(False)
+            self._stepped_at += time.perf_counter() - start
+
+    def _set_away(self, away: bool) -> None:
+        self.away = self._backwards.away = self._optimizers.away = away
+        if self._listening:
+            self._listener.listen(not away)
 
     @property
     def own_time(self) -> float:

@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torchbp._random import forked
+from torchbp.monitor._monitor import monitors_of
 
 __all__ = ["RangeTest", "lr_range_test"]
 
@@ -104,7 +105,8 @@ def lr_range_test(
     ``rate(i) = start · (end/start)^(i/(steps−1))`` for the first parameter group; the others keep their ratio to it.
     Too low a rate leaves the loss where it is, a right one lets it fall, too high a one makes it diverge: there the
     test ends. Afterwards parameters, buffers, gradients, the optimizer, the mode and the random number generators are
-    what they were.
+    what they were. A monitor of :func:`watch` that watches the model is paused meanwhile: its steps and its log are
+    those of the run alone.
 
     Args:
         model: Any module; trained in ``train()`` mode, on the device of its first parameter.
@@ -164,14 +166,21 @@ def _demand(holds: bool, rule: str, value: float) -> None:
 
 @contextmanager
 def _restored(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Give back all that training changes, also after an exception."""
+    """Give back all that training changes, also after an exception, while nobody watches."""
     tensors = [*model.parameters(), *model.buffers()]
     values = [t.detach().clone() for t in tensors]
+    # Of what the optimizer has not, only what was written to: a monitor knows by the version what nobody trains.
+    untrained = {p: p._version for p in model.parameters()}  # noqa: SLF001
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            untrained.pop(parameter, None)
     gradients = [(p, p.grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     state = copy.deepcopy(optimizer.state_dict())
     try:
-        with forked():
+        with ExitStack() as stack, forked():
+            for monitor in monitors_of(model.parameters()):
+                stack.enter_context(monitor.paused())
             for parameter in model.parameters():
                 parameter.grad = None
             model.train()
@@ -179,7 +188,8 @@ def _restored(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
     finally:
         with torch.no_grad():
             for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
+                if untrained.get(tensor) != tensor._version:  # noqa: SLF001
+                    tensor.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, mode in modes:
