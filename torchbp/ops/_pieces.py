@@ -100,7 +100,7 @@ def in_row_pieces(formula: Callable[..., Tensor], dim: int, *tensors: Tensor) ->
     last = first.dim() > 1 and dim in (-1, first.dim() - 1)
     if not (
         last
-        and first.numel() >= _LARGE_HALF
+        and many(first, _LARGE_HALF)
         and first.is_cpu
         and fused(*tensors, half=True)
         and all(t.is_contiguous() and t.shape[:-1] == first.shape[:-1] for t in tensors)

@@ -23,7 +23,7 @@ from torchbp.ops._pieces import (
     writable,
     written,
 )
-from torchbp.ops.kernels import MANY, SUM, in_one_loop, many
+from torchbp.ops.kernels import SUM, in_one_loop, many
 
 __all__ = [
     "FEW",
@@ -152,7 +152,7 @@ def reduced_in_one_loop(
 
 def scaled_signs(sign: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``sign * s`` in ``dtype``: signs in int8, and what :func:`spread` gives."""
-    if sign.numel() >= MANY:
+    if many(sign):
         product = in_one_loop(torch.mul, sign, s, outputs=(dtype,))
         if product is not None:
             return product

@@ -189,7 +189,7 @@ class GatedFunction(Function):
             grad_x = torch.cat((grad_a, gate.value_kernel(a).mul_(grad_y)), dim)  # (2)
             if gate.sound(grad_x):
                 return grad_x, None, None, None
-        if x.numel() >= 2 * MANY:
+        if many(x, 2 * MANY):
             grad_x = halves_in_one_loop(gate.in_a_loop, grad_y, x, dim)
             if grad_x is not None:
                 return grad_x, None, None, None

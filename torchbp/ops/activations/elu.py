@@ -44,7 +44,7 @@ from torchbp.ops._function import (
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.kernels import MANY, in_one_loop
+from torchbp.ops.kernels import in_one_loop, many
 
 __all__ = ["ELU", "ELUFunction", "elu", "elu_"]
 
@@ -62,7 +62,7 @@ class ELUFunction(Function):
     ) -> Tensor:  # (*) -> (*)
         if inplace:
             return _nn.elu_(x, alpha, s, beta)
-        if isinstance(x, Tensor) and x.numel() >= MANY:
+        if isinstance(x, Tensor) and many(x):
             y = in_one_loop(_value(alpha, s, beta), x)
             if y is not None:
                 return y
@@ -81,7 +81,7 @@ class ELUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
         (kept,) = ctx.saved_tensors
-        if kept.numel() >= MANY and not ctx.inplace:
+        if many(kept) and not ctx.inplace:
             grad_x = in_one_loop(_in_a_loop(ctx), grad_y, kept)
             if grad_x is not None:
                 return grad_x, None, None, None, None

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
+from torch.compiler import is_dynamo_compiling
 
 from torchbp.ops import _samples
 from torchbp.ops._errors import wrong
@@ -40,7 +41,7 @@ from torchbp.ops.activations._infinities import (
     value,
     with_limits,
 )
-from torchbp.ops.kernels import MANY
+from torchbp.ops.kernels import many
 
 __all__ = ["GELU", "GELUFunction", "gelu"]
 
@@ -81,7 +82,7 @@ class GELUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         derivative, into = _DERIVATIVES[ctx.approximate]
-        if x.is_cuda or x.numel() >= MANY:
+        if x.is_cuda or many(x):
             one = derivative if x.is_cuda else _IN_A_LOOP[ctx.approximate]
             grad_x = at_once(one, grad_y, x)  # (2)
             if grad_x is not None:
@@ -101,7 +102,7 @@ class GELUFunction(Function):
 
 def _is_few(x: Tensor) -> bool:
     """Whether float64 is faster: to oneDNN, float32's kernel, a few elements are 7 and 14 µs; so 5 and 7, and exact."""
-    return x.dtype is torch.float32 and x.numel() <= _FEW and x.is_cpu
+    return x.dtype is torch.float32 and x.is_cpu and not is_dynamo_compiling() and x.numel() <= _FEW
 
 
 def _backward_of_few(grad_y: Tensor, x: Tensor) -> Tensor:

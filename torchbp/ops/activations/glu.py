@@ -29,7 +29,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_row_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._gated import halves_in_one_loop
-from torchbp.ops.kernels import MANY, in_one_loop
+from torchbp.ops.kernels import MANY, in_one_loop, many
 
 __all__ = ["GLU", "GLUFunction", "glu"]
 
@@ -43,7 +43,7 @@ class GLUFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int) -> Tensor:  # (*, 2D, *) -> (*, D, *)
-        if isinstance(x, Tensor) and x.numel() >= 2 * MANY and x.size(dim) % 2 == 0:
+        if isinstance(x, Tensor) and many(x, 2 * MANY) and x.size(dim) % 2 == 0:
             y = in_one_loop(_value, *x.unsafe_chunk(2, dim))
             if y is not None:
                 return y
@@ -58,7 +58,7 @@ class GLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if x.numel() >= 2 * MANY:
+        if many(x, 2 * MANY):
             grad_x = halves_in_one_loop(_in_a_loop, grad_y, x, ctx.dim)
             if grad_x is not None:
                 return grad_x, None

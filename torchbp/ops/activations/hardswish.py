@@ -32,7 +32,7 @@ from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._infinities import bounded, known_finite, value
 from torchbp.ops.activations.hardsigmoid import rounds_a_sixth
-from torchbp.ops.kernels import MANY, listed
+from torchbp.ops.kernels import listed, many
 
 __all__ = ["Hardswish", "HardswishFunction", "hardswish"]
 
@@ -74,7 +74,7 @@ def _is_looped(x: Tensor) -> bool:
         return False
     if listed():
         return True
-    return x.numel() >= MANY and get_num_threads() > 1 and not at_hand_of_all(x.numel())
+    return many(x) and get_num_threads() > 1 and not at_hand_of_all(x.numel())
 
 
 def _value(x: Tensor) -> Tensor:

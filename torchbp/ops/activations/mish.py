@@ -50,7 +50,7 @@ from torchbp.ops.activations._infinities import (
     mended,
     value,
 )
-from torchbp.ops.kernels import in_one_loop
+from torchbp.ops.kernels import in_one_loop, many
 
 __all__ = ["Mish", "MishFunction", "mish"]
 
@@ -68,12 +68,12 @@ class MishFunction(Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:  # x, y: (*)
-        if isinstance(x, Tensor) and x.numel() <= _FEW and visible(x):
+        if isinstance(x, Tensor) and visible(x) and x.numel() <= _FEW:
             y = _nn.mish(x)
             # Written out as in backward: a function in common would take 0.6 µs more, there and back.
             return y if not raised(INVALID) or sound(y) else mended(y, x)
         # What is no tensor torch's refuses.
-        if isinstance(x, Tensor) and x.numel() > _FEW and x.is_cpu:
+        if isinstance(x, Tensor) and many(x, _FEW + 1) and x.is_cpu:
             y = in_one_loop(_by_one_exponential, x)
             if y is not None:
                 return y
@@ -88,7 +88,7 @@ class MishFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if x.numel() <= _FEW and visible_in_backward(x):
+        if visible_in_backward(x) and x.numel() <= _FEW:
             grad_x = _mish_backward(grad_y, x)
             if not raised(INVALID) or (fused(grad_y, half=True) and sound(grad_x)):
                 return grad_x
@@ -97,7 +97,7 @@ class MishFunction(Function):
             grad_x = at_once(_times_derivative, grad_y, x)  # (2)
             if grad_x is not None:
                 return grad_x
-        few = x.numel() <= _FEW or not x.is_cpu
+        few = not (many(x, _FEW + 1) and x.is_cpu)
         if few and undifferentiated() and not transforms_active():  # it has no rule for vmap
             return _mish_backward(grad_y, bounded(x))
         into = _times_derivative_into

@@ -62,7 +62,7 @@ class PReLUFunction(Function):
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         one = weight.numel() == 1 and weight.dim() <= x.dim()
-        if one and x.numel() <= _FEW and fused(grad_y):  # of the dtype of x
+        if one and fused(grad_y) and x.numel() <= _FEW:  # of the dtype of x
             grad_x, products = _prelu_kernel_backward(grad_y, x, weight)
             return grad_x, products.sum_to_size(weight.shape)  # (1), (2)
         need_x, need_weight = ctx.needs_input_grad

@@ -37,7 +37,7 @@ from torchbp.ops.activations._infinities import (
     value,
     with_limits,
 )
-from torchbp.ops.kernels import MANY, many
+from torchbp.ops.kernels import many
 
 __all__ = ["QuickGELU", "QuickGELUFunction", "quick_gelu"]
 
@@ -65,7 +65,7 @@ class QuickGELUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if x.is_cuda or x.numel() >= MANY:
+        if x.is_cuda or many(x):
             grad_x = at_once(_times_derivative if x.is_cuda else _by_one_sigmoid, grad_y, x)  # (2)
             if grad_x is not None:
                 return grad_x, None

@@ -37,7 +37,7 @@ from torchbp.ops.activations._infinities import (
     value,
     with_limits,
 )
-from torchbp.ops.kernels import MANY
+from torchbp.ops.kernels import many
 
 __all__ = ["SiLU", "SiLUFunction", "silu"]
 
@@ -63,7 +63,7 @@ class SiLUFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if x.is_cuda or x.numel() >= MANY:
+        if x.is_cuda or many(x):
             grad_x = at_once(_by_one_sigmoid, grad_y, x)  # (2)
             if grad_x is not None:
                 return grad_x, None

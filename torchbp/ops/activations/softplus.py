@@ -27,7 +27,7 @@ from torchbp.ops._function import Context, entry, kernel, public, undifferentiat
 from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
-from torchbp.ops.kernels import MANY, in_one_loop
+from torchbp.ops.kernels import in_one_loop, many
 
 __all__ = ["Softplus", "SoftplusFunction", "softplus"]
 
@@ -41,7 +41,7 @@ class SoftplusFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, beta: float, threshold: float) -> Tensor:  # x, y: (*)
-        if isinstance(x, Tensor) and x.numel() >= MANY:
+        if isinstance(x, Tensor) and many(x):
             y = in_one_loop(_values(beta, threshold), x)
             if y is not None:
                 return y
@@ -55,7 +55,7 @@ class SoftplusFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        if x.numel() >= MANY:
+        if many(x):
             grad_x = in_one_loop(_times(ctx.beta, ctx.threshold), grad_y, x)
             if grad_x is not None:
                 return grad_x, None, None

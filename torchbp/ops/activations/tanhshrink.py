@@ -29,7 +29,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.activations._tanh import tanh
-from torchbp.ops.kernels import MANY, in_one_loop
+from torchbp.ops.kernels import in_one_loop, many
 
 __all__ = ["Tanhshrink", "TanhshrinkFunction", "tanhshrink"]
 
@@ -41,7 +41,7 @@ class TanhshrinkFunction(Function):
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:  # x, y, t: (*)
-        if isinstance(x, Tensor) and x.numel() >= MANY:
+        if isinstance(x, Tensor) and many(x):
             if is_half(x):
                 y = in_one_loop(_value, x)
                 made = None if y is None else (y, None)

@@ -58,7 +58,7 @@ def draw(x: Tensor, p: float, leading: int | None = None) -> Tensor:
 
 def is_few(x: Tensor) -> bool:
     """Whether the factors of a mask like ``x`` are drawn as numbers of its dtype."""
-    return x.numel() < _FEW and x.dtype in _NOTHING and visible(x)
+    return visible(x) and x.numel() < _FEW and x.dtype in _NOTHING
 
 
 def draw_few(x: Tensor, p: float, leading: int | None = None) -> Tensor | None:

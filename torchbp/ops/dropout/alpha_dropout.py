@@ -38,7 +38,7 @@ from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op
 from torchbp.ops._samples import Make, Sample
 from torchbp.ops.dropout._mask import draw, draw_few, is_few, is_identity, masked, one_kernel
-from torchbp.ops.kernels import in_one_loop
+from torchbp.ops.kernels import in_one_loop, many
 
 __all__ = [
     "AlphaDropout",
@@ -64,7 +64,7 @@ class AlphaDropoutFunction(Function):
         y = None
         if x.is_cuda:
             y = in_one_kernel(partial(_choice, a=a, b=b), x, mask.to(x.dtype))
-        elif x.numel() <= _FEW:
+        elif not many(x, _FEW + 1):
             y = _chosen_of_few(x, mask, a, b) if one_kernel(x) is not None else None
         else:
             y = in_one_loop(partial(_sum, a=a, b=b), x, mask)

@@ -7,7 +7,7 @@ from torch import Tensor, get_num_threads
 
 from torchbp.ops.kernels import _library
 from torchbp.ops.kernels._by_hand import Loop, Run, taken
-from torchbp.ops.kernels._loop import MANY
+from torchbp.ops.kernels._loop import many
 
 __all__ = ["over_sequences", "over_sequences_backward"]
 
@@ -65,7 +65,7 @@ def over_sequences_backward(
 
 
 def _run(loop: Loop, x: Tensor, *others: Tensor) -> Run | None:
-    if x.numel() < MANY or not _library.at_hand():
+    if not many(x) or not _library.at_hand():
         return None
     if not all(t.is_contiguous() for t in (x, *others[:3])):
         return None

@@ -6,7 +6,7 @@ from torch import Tensor, get_num_threads
 
 from torchbp.ops.kernels import _library
 from torchbp.ops.kernels._by_hand import Loop, taken
-from torchbp.ops.kernels._loop import MANY
+from torchbp.ops.kernels._loop import many
 
 __all__ = ["over_indices"]
 
@@ -31,7 +31,7 @@ def over_indices(
         padding: The index whose sum is 0.
         mean: Whether a sum is divided by how many rows it has.
     """
-    if grad_y.numel() < MANY or not _library.at_hand():
+    if not many(grad_y) or not _library.at_hand():
         return None
     g, i = grad_y.contiguous(), index.long().contiguous()
     run = taken(_GRADIENT, g, i)

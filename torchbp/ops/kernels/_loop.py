@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, get_num_threads
+from torch.compiler import is_dynamo_compiling
 
 from torchbp.ops._identity import identity
 from torchbp.ops._symbols import steps
@@ -149,7 +150,9 @@ def half_in_one_loop(formula: Callable[..., Any], *tensors: Tensor) -> Any:
 
 
 def many(x: Tensor, least: int = MANY) -> bool:
-    """Whether ``x`` has so many elements; not where it may have any number of them, which an export is not to fix."""
+    """Whether ``x`` has so many elements; not where it is traced for any number of them."""
+    if is_dynamo_compiling():
+        return False
     n = x.numel()
     return type(n) is int and n >= least
 

@@ -12,7 +12,7 @@ from torch import Tensor, get_num_threads
 
 from torchbp.ops.kernels import _library
 from torchbp.ops.kernels._by_hand import Loop, Run, taken, wide
-from torchbp.ops.kernels._loop import MANY
+from torchbp.ops.kernels._loop import many
 
 __all__ = [
     "over_batch",
@@ -64,7 +64,7 @@ def over_rows(
         eps: Added to the variance, or the mean square.
         centred: Whether the mean is subtracted.
     """
-    if x.numel() < MANY or not _library.at_hand():
+    if not many(x) or not _library.at_hand():
         return None
     run = taken(_LOOPS["rows" if centred else "rows, not centred"], x, weight, bias)
     if run is None:
@@ -99,7 +99,7 @@ def over_rows_backward(
         needs: Which gradients are needed.
         centred: Whether the mean is subtracted.
     """
-    if x.numel() < MANY or not _library.at_hand():
+    if not many(x) or not _library.at_hand():
         return None
     run = taken(
         _LOOPS["rows, backward" if centred else "rows, not centred, backward"],
@@ -123,7 +123,7 @@ def over_groups(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return y, and μ and r in float32 (N, G), of ``x`` (N, C, *), w and b (C,); ``None`` as :func:`over_rows` does."""
-    if x.numel() < MANY or not _library.at_hand():
+    if not many(x) or not _library.at_hand():
         return None
     n, channels, length = x.shape[0], x.shape[1], prod(x.shape[2:])
     short = length < _SHORT
@@ -154,7 +154,7 @@ def over_groups_backward(
     needs: Needs,
 ) -> Gradients | None:
     """Return the gradients of what :func:`over_groups` takes, those of w and b in float32."""
-    if x.numel() < MANY or not _library.at_hand():
+    if not many(x) or not _library.at_hand():
         return None
     channels, length = x.shape[1], prod(x.shape[2:])
     short = length < _SHORT
@@ -174,7 +174,7 @@ def over_batch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Return y, and μ, r and v in float32 (C,), each channel of ``x`` (N, C, *) normalized over all samples."""
-    if x.numel() < MANY or not _library.at_hand():
+    if not many(x) or not _library.at_hand():
         return None
     run = taken(_LOOPS["channels"], x, weight, bias)
     length = prod(x.shape[2:])
@@ -200,7 +200,7 @@ def over_batch_backward(
     needs: Needs,
 ) -> Gradients | None:
     """Return the gradients of what :func:`over_batch` takes, those of w and b in float32."""
-    if x.numel() < MANY or not _library.at_hand():
+    if not many(x) or not _library.at_hand():
         return None
     run = taken(_LOOPS["channels, backward"], x, weight, grad_y, mean)
     if run is None or not _gain_batch(x, prod(x.shape[2:])):

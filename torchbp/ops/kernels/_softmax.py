@@ -7,7 +7,7 @@ from torch import Tensor, get_num_threads
 
 from torchbp.ops.kernels import _library
 from torchbp.ops.kernels._by_hand import Loop, Run, taken
-from torchbp.ops.kernels._loop import MANY
+from torchbp.ops.kernels._loop import many
 
 __all__ = [
     "call",
@@ -69,7 +69,7 @@ def over_softmax_backward(grad_y: Tensor, y: Tensor, dim: int) -> Tensor | None:
 
 def _made(loop: Loop, x: Tensor, dim: int, grad: Tensor | None = None) -> Tensor | None:
     """Return what ``loop`` makes of the rows of ``grad`` and ``x``."""
-    if x.numel() < MANY or not _library.at_hand():
+    if not many(x) or not _library.at_hand():
         return None
     if dim not in (-1, x.dim() - 1) or not x.is_contiguous():
         return None
@@ -84,7 +84,7 @@ def _made(loop: Loop, x: Tensor, dim: int, grad: Tensor | None = None) -> Tensor
 
 
 def _gain_values(x: Tensor) -> bool:
-    return x.dtype != torch.float32 or (x.numel() >= _MANY_WIDE and x.shape[-1] >= _WIDE)
+    return x.dtype != torch.float32 or (many(x, _MANY_WIDE) and x.shape[-1] >= _WIDE)
 
 
 def call(run: Run, x: Tensor, *arguments: object) -> None:

@@ -7,6 +7,7 @@ from torchbp.ops._function import Context, as_dtype, fused, is_half, scale_fresh
 from torchbp.ops._reduction import spread
 from torchbp.ops.kernels import (
     listed,
+    many,
     over_log_probabilities,
     over_probabilities,
     over_softmax_gradient,
@@ -28,7 +29,7 @@ _MANY_HALF = 1 << 17
 
 def _gains(x: Tensor) -> bool:
     """Whether loops over the rows of ``x`` gain: what is made of each row's numbers takes thirty calls."""
-    return takes_logits(x) and (x.numel() >= (_MANY_HALF if is_half(x) else _MANY) or listed())
+    return takes_logits(x) and (many(x, _MANY_HALF if is_half(x) else _MANY) or listed())
 
 
 def loss_in_a_loop(

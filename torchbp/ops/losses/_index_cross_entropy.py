@@ -10,7 +10,7 @@ from torch.autograd.function import Function
 
 from torchbp.ops._function import Context, as_dtype, entry, fused, unviewed
 from torchbp.ops._reduction import REDUCTIONS
-from torchbp.ops.kernels import over_log_probabilities
+from torchbp.ops.kernels import many, over_log_probabilities
 from torchbp.ops.losses._classes import class_dim, counted
 from torchbp.ops.losses._logits_gradient import gradient_in_a_loop, gradient_of_indices
 from torchbp.ops.losses._softmax_cross_entropy import TOO_MANY
@@ -84,9 +84,7 @@ def _in_loops(
 
 
 def _by_rows(x: Tensor) -> bool:
-    return (
-        x.dim() == 2 and x.numel() >= TOO_MANY and x.is_cpu and fused(x) and x.is_floating_point()
-    )
+    return x.dim() == 2 and many(x, TOO_MANY) and x.is_cpu and fused(x) and x.is_floating_point()
 
 
 def _values_by_rows(

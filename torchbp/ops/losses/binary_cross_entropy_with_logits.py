@@ -59,7 +59,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, square
-from torchbp.ops.kernels import in_one_loop
+from torchbp.ops.kernels import in_one_loop, many
 from torchbp.ops.losses._kept_gradient import Formula, suits_kept_gradient, with_kept_gradient
 from torchbp.ops.losses._limits import product, with_limits
 from torchbp.ops.losses._log_sums import FEW, minus_log1p_sum, reduced_softplus
@@ -97,12 +97,12 @@ class BCEWithLogitsLossFunction(Function):
                 return loss
 
         def plain() -> Tensor:
-            few = x.numel() <= _FEW and not is_half(x)
+            few = not (many(x, _FEW + 1) or is_half(x))
             if (few and x.dtype == target.dtype) or pos_weight is not None:
                 how = REDUCTIONS[reduction]
                 return torch.binary_cross_entropy_with_logits(x, target, weight, pos_weight, how)
             if weight is None:
-                if reduction != "none" and not is_half(x) and x.numel() > FEW and alike(x, target):
+                if reduction != "none" and not is_half(x) and many(x, FEW + 1) and alike(x, target):
                     return reduced_softplus(_parts, reduction, x, target)
                 return reduced(_values, reduction, x, target, into=_values_into, spare=1)
             values = in_pieces(_values, x, target, into=_values_into, spare=1)
@@ -203,9 +203,9 @@ def _gradient_x_into(grad_x: Tensor, p: Tensor, x: Tensor, target: Tensor, s: Te
 def _few_alike(x: Tensor, target: Tensor, s: Tensor) -> bool:
     """Whether there are few elements, of one dtype, and ``s`` may be looked at."""
     return (
-        x.numel() <= _FEW
-        and s.dtype is x.dtype is target.dtype in WIDE
+        s.dtype is x.dtype is target.dtype in WIDE
         and visible_in_backward(x)
+        and x.numel() <= _FEW
         and not is_legacy_batchedtensor(s)
     )
 

@@ -52,7 +52,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, square, stored
-from torchbp.ops.kernels import MANY, in_one_loop
+from torchbp.ops.kernels import in_one_loop, many
 
 __all__ = ["GaussianNLLLoss", "GaussianNLLLossFunction", "gaussian_nll_loss"]
 
@@ -92,12 +92,12 @@ class GaussianNLLLossFunction(Function):
         need_d, need_var, *_ = ctx.needs_input_grad
         s = spread(grad, ctx.reduction, d.numel())
         eps = ctx.eps
-        if need_d and need_var and d.numel() >= MANY:
+        if need_d and need_var and many(d):
             formula = lambda d, var, s: _each_gradient(d, var, s, eps)  # noqa: E731
             made = in_one_loop(formula, d, var, s, outputs=(None, None))
             if made is not None:
                 return *made, None, None, None
-        shared = need_d and need_var and not is_half(d) and d.numel() > _FEW and not d.is_cuda
+        shared = need_d and need_var and not is_half(d) and many(d, _FEW + 1) and not d.is_cuda
         if shared and writable(d, var, s):
             d, var, s = (t.contiguous() for t in (d, var, s))
             return *_both_gradients(d, var, s, eps), None, None, None

@@ -48,7 +48,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, against_signs, pairs, pairs_errors
-from torchbp.ops.kernels import MANY
+from torchbp.ops.kernels import many
 
 __all__ = ["HingeEmbeddingLoss", "HingeEmbeddingLossFunction", "hinge_embedding_loss"]
 
@@ -64,7 +64,7 @@ class HingeEmbeddingLossFunction(Function):
     def forward(
         x: Tensor, target: Tensor, margin: float, reduction: str
     ) -> tuple[Tensor, Tensor]:  # (*), (*) -> () or (*), (*) int8
-        if x.numel() >= MANY:
+        if many(x):
             formula = lambda x, t: _value_and_slope(x, t, margin)  # noqa: E731
             made = reduced_in_one_loop(formula, reduction, x, target, beside=(torch.int8,))
             if made is not None:

@@ -54,7 +54,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, against_values, pairs, stored
-from torchbp.ops.kernels import in_one_loop
+from torchbp.ops.kernels import in_one_loop, many
 
 __all__ = ["HuberLoss", "HuberLossFunction", "huber_loss"]
 
@@ -69,7 +69,7 @@ class HuberLossFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, target: Tensor, delta: float, reduction: str) -> Tensor:
-        if x.numel() <= FEW and not is_half(x):
+        if not (many(x, FEW + 1) or is_half(x)):
             return _nn.huber_loss(x, target, REDUCTIONS[reduction], delta)
 
         def values(x: Tensor, t: Tensor) -> Tensor:  # (*), (*) -> (*)
@@ -90,7 +90,7 @@ class HuberLossFunction(Function):
         need_x, need_target, _, _ = ctx.needs_input_grad
         given = grad, x, target, REDUCTIONS[ctx.reduction], ctx.delta
         wide = grad.dtype is x.dtype is target.dtype in WIDE
-        if wide and x.numel() <= FEW and undifferentiated():
+        if wide and undifferentiated() and x.numel() <= FEW:
             gradient = _huber_loss_backward(*given)  # (1)
             return gradient if need_x else None, -gradient if need_target else None, None, None
         s, delta = spread(grad, ctx.reduction, x.numel()), ctx.delta

@@ -47,7 +47,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, against_values, pairs, stored
-from torchbp.ops.kernels import MANY
+from torchbp.ops.kernels import many
 
 __all__ = ["L1Loss", "L1LossFunction", "l1_loss"]
 
@@ -64,11 +64,11 @@ class L1LossFunction(Function):
         if x.is_cuda and x.dtype == target.dtype:  # a kernel each
             sign = in_pieces(_sign, x, target).to(torch.int8)
             return reduced(_values, reduction, x, target), sign
-        if x.numel() >= MANY and x.dtype == target.dtype:
+        if many(x) and x.dtype == target.dtype:
             made = reduced_in_one_loop(_values_and_sign, reduction, x, target, beside=(torch.int8,))
             if made is not None:
                 return made
-        if reduction != "none" and x.numel() > FEW and alike(x, target):
+        if reduction != "none" and many(x, FEW + 1) and alike(x, target):
             return _by_pieces(x, target, reduction)
         d = x - target
         sign = d.sign().to(torch.int8)

@@ -373,6 +373,13 @@ def _exporting() -> bool:
 
 
 def _worth(logits: int, gradients: int) -> bool:
+    if (
+        torch.compiler.is_dynamo_compiling()
+    ):  # of any size they are made, and the size is not bound by an answer
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        few = statically_known_true(logits < _MANY)
+        return not (few or statically_known_true(gradients > 2 * logits))
     return logits >= _MANY and gradients <= 2 * logits
 
 

@@ -48,7 +48,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, square, stored
-from torchbp.ops.kernels import MANY, in_one_loop
+from torchbp.ops.kernels import in_one_loop, many
 
 __all__ = ["MarginRankingLoss", "MarginRankingLossFunction", "margin_ranking_loss"]
 
@@ -64,7 +64,7 @@ class MarginRankingLossFunction(Function):
     def forward(
         x1: Tensor, x2: Tensor, target: Tensor, margin: float, reduction: str
     ) -> tuple[Tensor, Tensor]:  # (*), (*), (*) -> () or (*), (*) bool
-        if x1.numel() >= MANY:
+        if many(x1):
             formula = lambda a, b, t: _value_and_active(a, b, t, margin)  # noqa: E731
             made = reduced_in_one_loop(formula, reduction, x1, x2, target, beside=(torch.bool,))
             if made is not None:

@@ -42,7 +42,7 @@ from torchbp.ops._op import Op
 from torchbp.ops._pieces import in_pieces
 from torchbp.ops._reduction import FEW, REDUCTIONS, WIDE, matched, named, reduce, reduced, spread
 from torchbp.ops._samples import Make, Sample, against_values
-from torchbp.ops.kernels import in_one_loop
+from torchbp.ops.kernels import in_one_loop, many
 
 __all__ = ["MSELoss", "MSELossFunction", "mse_loss"]
 
@@ -59,7 +59,7 @@ class MSELossFunction(Function):
     def forward(x: Tensor, target: Tensor, w: Tensor | None, reduction: str) -> Tensor:
         if w is not None:
             return reduce((x - target).square() * w, reduction)
-        few = x.numel() <= FEW and not is_half(x)
+        few = not (many(x, FEW + 1) or is_half(x))
         if few or x.dtype != target.dtype or not x.is_floating_point():  # torch's rules, refusals
             return _nn.mse_loss(x, target, REDUCTIONS[reduction])
         return reduced(_values, reduction, x, target)  # (*), (*) -> () or (*)
@@ -78,7 +78,7 @@ class MSELossFunction(Function):
         x, target, w = ctx.saved_tensors
         need_x, need_target, need_w, _ = ctx.needs_input_grad
         wide = grad.dtype is x.dtype is target.dtype in WIDE
-        if wide and w is None and x.numel() <= FEW and undifferentiated():
+        if wide and w is None and undifferentiated() and x.numel() <= FEW:
             gradient = _mse_loss_backward(grad, x, target, REDUCTIONS[ctx.reduction])  # (1)
             return gradient if need_x else None, -gradient if need_target else None, None, None
         grad_x = grad_target = grad_w = None

@@ -41,6 +41,7 @@ from torchbp.ops._one_kernel import in_one_kernel
 from torchbp.ops._op import Op, rounded_once
 from torchbp.ops._reduction import REDUCTIONS, named, reduce, spread
 from torchbp.ops._samples import Make, Sample, against_classes, stored
+from torchbp.ops.kernels import many
 
 __all__ = ["MultiMarginLoss", "MultiMarginLossFunction", "multi_margin_loss"]
 
@@ -226,7 +227,7 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
         if weight.requires_grad and torch.is_grad_enabled():
             rule = "a weight without requires_grad, as in torch"
             raise RuntimeError(wrong(_NAME, rule, "one that requires it", "detach it"))
-    if input.numel() > _FEW:
+    if many(input, _FEW + 1):
         _check_indices(target, classes)
 
 

@@ -77,7 +77,7 @@ class MultiLabelMarginLossFunction(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
         x, target = ctx.saved_tensors
-        if x.numel() <= _FEW and x.is_cpu and fused(x, grad):
+        if x.is_cpu and fused(x, grad) and x.numel() <= _FEW:
             how = REDUCTIONS[ctx.reduction]
             members = _forward(x, target, how)[1]
             return _backward(grad, x, target, how, members), None, None

@@ -52,7 +52,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, pairs, pairs_errors, square, stored
-from torchbp.ops.kernels import MANY
+from torchbp.ops.kernels import many
 from torchbp.ops.losses._exp import exponential
 from torchbp.ops.losses._limits import product, with_limits
 
@@ -71,12 +71,12 @@ class PoissonNLLLossFunction(Function):
         x: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: str
     ) -> tuple[Tensor, Tensor | None]:  # (*), (*) -> () or (*), rate (*)
         limits = partial(_values_with_limits, log_input=log_input, full=full, eps=eps)
-        if x.numel() >= MANY and log_input and not is_half(x):
+        if many(x) and log_input and not is_half(x):
             formula = lambda x, t: _with_rate(x, t, full)  # noqa: E731
             made = reduced_in_one_loop(formula, reduction, x, target, beside=(None,))
             if made is not None:
                 return made
-        elif x.numel() >= MANY:
+        elif many(x):
             loss = reduced_in_one_kernel(limits, reduction, x, target)
             if loss is not None:
                 return loss, None
@@ -94,7 +94,7 @@ class PoissonNLLLossFunction(Function):
             return reduced(
                 lambda x, t: _values(x, t, log_input, full, eps), reduction, x, target
             ), None
-        if reduction != "none" and not full and x.numel() > FEW and alike(x, target):
+        if reduction != "none" and not full and many(x, FEW + 1) and alike(x, target):
             return _by_pieces(x, target, reduction)
         rate = x.exp()
         loss = reduced(

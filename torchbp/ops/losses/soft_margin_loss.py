@@ -50,6 +50,7 @@ from torchbp.ops._reduction import (
     spread,
 )
 from torchbp.ops._samples import Make, Sample, against_signs, pairs, pairs_errors, stored
+from torchbp.ops.kernels import many
 from torchbp.ops.losses._kept_gradient import Formula, suits_kept_gradient, with_kept_gradient
 from torchbp.ops.losses._log_sums import FEW, log1p_exp_sum, reduced_softplus
 
@@ -66,7 +67,7 @@ class SoftMarginLossFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, target: Tensor, reduction: str) -> Tensor:  # (*), (*) -> () or (*)
-        if reduction != "none" and not is_half(x) and x.numel() > FEW and alike(x, target):
+        if reduction != "none" and not is_half(x) and many(x, FEW + 1) and alike(x, target):
             return reduced_softplus(_parts, reduction, x, target)
         return reduced(_log_sigmoid, reduction, x, target, into=_log_sigmoid_into, negative=True)
 

@@ -41,7 +41,7 @@ from torchbp.ops._function import (
 from torchbp.ops._op import Op
 from torchbp.ops._range import in_float64, in_range
 from torchbp.ops._samples import Make, Sample, square
-from torchbp.ops.kernels import MANY, ROWS, in_one_loop, looped
+from torchbp.ops.kernels import ROWS, in_one_loop, looped, many
 
 __all__ = ["NormalizeFunction", "normalize"]
 
@@ -101,7 +101,7 @@ class NormalizeFunction(Function):
 
 
 def _has_rows(x: Tensor, p: float, dim: Any) -> bool:
-    return p == 2 and x.numel() >= MANY and x.is_cpu and dim in (-1, x.dim() - 1)
+    return p == 2 and many(x) and x.is_cpu and dim in (-1, x.dim() - 1)
 
 
 def _products(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
