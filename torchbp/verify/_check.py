@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from itertools import islice
 from pkgutil import iter_modules
 from typing import Literal
 
@@ -41,6 +42,7 @@ class Check:
         level: "quick" checks run always, "full" ones at `level="full"`, "asked" ones only by name.
         differences: Whether it holds the gradient against the slope of forward, which a straight-through estimator
             fails by design; ``skip=["differences"]`` leaves out all that do.
+        once: Whether its first finding is all it has to say: what it tries after that need not be tried.
         needs: Of the function: "same values" each time it is called under one seed, "no random numbers", "real
             numbers". The check does not apply to one that lacks any of them.
     """
@@ -51,6 +53,7 @@ class Check:
     order: int
     level: Literal["quick", "full", "asked"] = "quick"
     differences: bool = False
+    once: bool = False
     needs: tuple[Need, ...] = ()
 
     def findings(self, case: Case) -> Iterable[Finding]:
@@ -62,7 +65,8 @@ class Check:
             has, why = _NEEDS[need]
             if not has(case):
                 raise NotApplicable(why)
-        return self.run(case)
+        found = self.run(case)
+        return islice(found, 1) if self.once else found
 
 
 _NEEDS: dict[Need, tuple[Callable[[Case], bool], str]] = {

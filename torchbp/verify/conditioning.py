@@ -13,7 +13,7 @@ from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.source import functions
 from torchbp.verify.tensors import tensors_in, uniform
 
-__all__ = ["in_dtype", "in_single", "rounded_norm_error", "spread", "terms"]
+__all__ = ["in_dtype", "in_single", "moved_by", "rounded_norm_error", "spread", "terms"]
 
 MANY = 16  # elements: one random movement of so many is typical
 SAMPLES = 2  # of fewer
@@ -49,6 +49,21 @@ def _cast(case: Case, dtype: torch.dtype) -> Case:
     return case.variant(lambda t: t.to(dtype) if t.is_floating_point() else t, parameters=True)
 
 
+def moved_by(
+    size: float, case: Case, purpose: str = "rounded otherwise"
+) -> Callable[[Tensor], Tensor]:
+    """Return what moves every number of a tensor by up to ``size`` of itself, at random."""
+    generator = case.generator(purpose)
+
+    def moved(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        r = uniform(t.shape, generator).to(t)
+        return t * (1 + size * (2 * r - 1))
+
+    return moved
+
+
 def spread(case: Case, dtype: torch.dtype, roundings: int = 1) -> list[float]:
     """Return, for each leaf, how far some roundings to ``dtype`` of inputs and grad_output move the gradient.
 
@@ -61,14 +76,7 @@ def spread(case: Case, dtype: torch.dtype, roundings: int = 1) -> list[float]:
     samples *= min(2, roundings)
     floor, by_hand = terms(case), bool(functions(case))
     for number in range(samples):
-        generator = case.generator(f"rounding {number}")
-
-        def moved(t: Tensor, generator: torch.Generator = generator) -> Tensor:
-            if not t.is_floating_point():
-                return t
-            r = uniform(t.shape, generator).to(t)
-            return t * (1 + eps * (2 * r - 1))
-
+        moved = moved_by(eps, case, f"rounding {number}")
         other = case.variant(moved, parameters=True)
         try:
             with nullcontext() if by_hand else _Rounded(moved):

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.depends import elementwise, of_outputs
-from torchbp.verify.raised import BackwardRaised
-from torchbp.verify.resize import Places, Size, accepts, apart, resized
+from torchbp.verify.resize import Places, Size, accepts, apart, resized, runs
 from torchbp.verify.source import speaks
 from torchbp.verify.tensors import counts
 from torchbp.verify.tolerance import largest
@@ -156,7 +155,8 @@ class _Search:
         same, kept = max(size.now for size in sizes) + 1, self.case.memo.setdefault("one more", [])
         other, outputs, new = self._same(sizes, same)
         several = sum(size.now > 1 for size in sizes) > SURE
-        if other and several and not self._has_gradient(other):
+        seen = apart(other) if other and self.case.memo.get(LARGER) is other else other
+        if seen and several and not runs(seen):
             return False
         if other is None:
             may_divide = same % 2 and any(size.now == 1 for size in sizes)
@@ -199,13 +199,6 @@ class _Search:
             if "first" not in seen.__dict__:
                 break  # refused, and so are the sizes
         return None, [], new
-
-    def _has_gradient(self, other: Case) -> bool:
-        seen = apart(other) if self.case.memo.get(LARGER) is other else other
-        try:
-            return bool(seen.plain)
-        except BackwardRaised:
-            return False
 
     def _exceeds_1(self, step: int = 1) -> bool:
         """Whether inputs, every ``step``-th of them, are beyond the domain of a probability, a cosine."""
@@ -367,11 +360,8 @@ class _Search:
             if size.unit == size.now or backward:  # groups refuse what is one more, too
                 case.memo.setdefault(REFUSED, set()).add(size.places)
             return None
-        if backward:
-            try:
-                _ = other.plain
-            except BackwardRaised:
-                return None
+        if backward and not runs(other):
+            return None
         if larger:
             case.memo[LARGER] = other
         case.memo.setdefault("one more", []).append(other)

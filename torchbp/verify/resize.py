@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchbp.verify.cases import Case
-from torchbp.verify.raised import ForwardRaised
+from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.source import speaks
 from torchbp.verify.tensors import has_both_signs, scale_of, uniform
 from torchbp.verify.tolerance import largest
@@ -25,6 +25,7 @@ __all__ = [
     "negated",
     "one_for_all",
     "resized",
+    "runs",
     "same_outputs",
     "scaled",
     "uneven",
@@ -305,6 +306,15 @@ def accepts(case: Case) -> bool:
         return bool(case.differentiable) and all(bool(y.isfinite().all()) for y in case.all_outputs)
     except ForwardRaised:
         return False
+
+
+def runs(case: Case) -> bool:
+    """Whether neither forward nor backward raises at this sample."""
+    try:
+        _ = case.plain
+    except (ForwardRaised, BackwardRaised):
+        return False
+    return True
 
 
 def same_outputs(case: Case, other: Case) -> bool:

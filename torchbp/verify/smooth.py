@@ -3,9 +3,9 @@
 import re
 
 import torch
-from torch import Tensor
 
 from torchbp.verify.cases import Case
+from torchbp.verify.conditioning import moved_by
 from torchbp.verify.differences import central
 from torchbp.verify.duals import by_hand
 from torchbp.verify.elsewhere import check_lines, wrote
@@ -13,9 +13,9 @@ from torchbp.verify.finite import not_finite
 from torchbp.verify.lines import Lines
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts
+from torchbp.verify.resize import accepts, runs
 from torchbp.verify.source import speaks
-from torchbp.verify.tensors import Directions, uniform
+from torchbp.verify.tensors import Directions
 from torchbp.verify.tolerance import largest
 
 __all__ = [
@@ -106,11 +106,8 @@ def right_soon(case: Case) -> bool:
 
 
 def _is_ready(case: Case) -> bool:
-    try:
-        finite = accepts(case) and all(bool(g.isfinite().all()) for g in case.plain.grads)
-    except BackwardRaised:
-        return False
-    return finite and not case.wrote
+    ready = accepts(case) and runs(case) and not case.wrote
+    return ready and all(bool(g.isfinite().all()) for g in case.plain.grads)
 
 
 def _is_rounding(case: Case) -> bool:
@@ -118,13 +115,8 @@ def _is_rounding(case: Case) -> bool:
 
     One that is right there takes a branch of its own in the sample.
     """
-    eps = torch.finfo(torch.float64).eps
-    generator = case.generator("rounded otherwise")
-
-    def rounded(t: Tensor) -> Tensor:
-        return t * (1 + 4 * eps * (uniform(t.shape, generator).to(t) - 0.5))
-
-    other = case.variant(lambda t: rounded(t) if t.dtype == torch.float64 else t, parameters=True)
+    rounded = moved_by(2 * torch.finfo(torch.float64).eps, case)
+    other = case.variant(rounded, parameters=True)
     try:
         moved = zip(other.plain.grads, case.plain.grads, strict=True)
         if all(float((g - e).norm()) <= MOVED * float(e.norm()) for g, e in moved):

@@ -41,10 +41,6 @@ NORM = re.compile("p|ord|order|norm|norm_type|power")
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    yield from islice(_found(case), 1)
-
-
-def _found(case: Case) -> Iterator[Finding]:
     """Yield what is wrong, in the order of what is tried: who has the first need not go on."""
     values = options(case)
     nothing: list[Values] = []  # what says nothing in the sample
@@ -263,4 +259,5 @@ CHECK = Check(
     needs=("same values",),
     level="full",
     differences=True,
+    once=True,
 )

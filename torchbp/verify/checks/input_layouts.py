@@ -12,11 +12,12 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, Refused
 from torchbp.verify.cases import Case
+from torchbp.verify.conditioning import moved_by
 from torchbp.verify.frozen import FROZEN, combinations_of, gradients
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
 from torchbp.verify.source import speaks
-from torchbp.verify.tensors import signed_like, tensors_in
+from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import compare, compare_all, largest, rounding
 
 NAME = "input_layouts"
@@ -25,7 +26,7 @@ STEEP = 2.0**-10  # of the outputs: more is what rounding makes of a gradient th
 # Times rounding: of equal rows it is divided by the root of what a variance of 0 is kept above.
 STRIDES = re.compile(r"is_contiguous|\bstride|as_strided|data_ptr")
 CLOSE = 1e-3  # what rounding may explain
-MOVED = 4.0  # times what one rounding of the inputs moves a number by
+MOVED = 8.0  # times what one rounding of the inputs moves a number by
 EQUAL_ROWS = 2.0**10
 CHANNELS_LAST = {
     4: torch.channels_last,
@@ -141,10 +142,7 @@ def _is_rounding(case: Case, found: Finding) -> bool:
     got, expected = found.got, found.expected
     if got is None or expected is None or not abs(got - expected) <= CLOSE * max(1, abs(expected)):
         return False
-    generator, eps = case.generator("rounded otherwise"), case.epsilon
-    other = case.variant(
-        lambda t: t * (1 + eps * signed_like(t, generator)) if t.is_floating_point() else t
-    )
+    other = case.variant(moved_by(case.epsilon, case))
     pairs = zip(
         (*other.plain.outputs, *other.plain.grads),
         (*case.plain.outputs, *case.plain.grads),

@@ -13,16 +13,22 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.conditioning import in_dtype, in_single, rounded_norm_error, spread, terms
+from torchbp.verify.conditioning import (
+    in_dtype,
+    in_single,
+    moved_by,
+    rounded_norm_error,
+    spread,
+    terms,
+)
 from torchbp.verify.depends import elementwise
 from torchbp.verify.growth import fits, free_sizes
 from torchbp.verify.operations import Operations
 from torchbp.verify.otherwise import ways
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts, resized, within_limits
+from torchbp.verify.resize import accepts, resized, runs, within_limits
 from torchbp.verify.source import functions
-from torchbp.verify.tensors import uniform
 from torchbp.verify.tolerance import largest
 
 NAME = "low_precision"
@@ -108,7 +114,7 @@ def _far(case: Case) -> Iterator[Finding]:
         _without_origin_nearby(case, moving) or _same_outputs(case, _moved(case, offset, moving))
     ):
         moved = _moved(wide, offset, moving)
-        if _runs(in_dtype(moved, torch.float32)[1]):
+        if _gives_numbers(in_dtype(moved, torch.float32)[1]):
             which = "inputs" if len(moving) > 1 else case.name_at[moving[0]]
             wide, where = moved, f" for {which} moved {offset:.3g} from the origin"
             # In another input's gradient what was moved may be a factor, as keys are in that of the queries.
@@ -160,12 +166,7 @@ def _sum(g: Tensor) -> tuple[float, float]:
 
 def _by_rounding(exact: Case) -> float:
     """Return how far the outputs move, in parts of their norm, as inputs are rounded otherwise in float32."""
-    eps, generator = torch.finfo(torch.float32).eps, exact.generator("rounded otherwise")
-
-    def rounded(t: Tensor) -> Tensor:
-        return t * (1 + eps * (2 * uniform(t.shape, generator).to(t) - 1))
-
-    other = exact.variant(lambda t: rounded(t) if t.is_floating_point() else t)
+    other = exact.variant(moved_by(torch.finfo(torch.float32).eps, exact))
     return max(map(rounded_norm_error, other.forward(other.fresh()), exact.plain.outputs))
 
 
@@ -194,12 +195,11 @@ def _without_origin_nearby(case: Case, moving: Sequence[int]) -> bool:
         return False
 
 
-def _runs(case: Case) -> bool:
+def _gives_numbers(case: Case) -> bool:
     """Whether forward and backward run, and give finite values."""
-    try:
-        return all(bool(t.isfinite().all()) for t in (*case.plain.outputs, *case.plain.grads))
-    except (ForwardRaised, BackwardRaised):
-        return False
+    return runs(case) and all(
+        bool(t.isfinite().all()) for t in (*case.plain.outputs, *case.plain.grads)
+    )
 
 
 def _same_outputs(case: Case, other: Case) -> bool:
@@ -241,7 +241,7 @@ def _loss_scale(case: Case) -> Iterator[Finding]:
         return
     wide = _wide(case)
     low = in_dtype(wide, torch.float16)[0]
-    if not _runs(low):
+    if not _gives_numbers(low):
         return
     positive = [v.abs() for v in low.plain.cotangents]  # a row's may add up
     (plain,) = low.vjps([positive])

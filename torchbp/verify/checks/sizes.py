@@ -38,6 +38,7 @@ from torchbp.verify.resize import (
     explodes,
     one_for_all,
     resized,
+    runs,
     scaled,
     uneven,
 )
@@ -148,8 +149,8 @@ def _run(case: Case) -> Iterator[Finding]:
     parted: list[set[Pair]] = []  # by larger runs
     later = [run for run in nearby[1:] if _may_wait(case, run)]
     nearby = [run for run in nearby if run not in later]
-    runs = chain(_runs(case, free, parted, stay, refused), _alone(case, free, refused, stay))
-    for run in chain(nearby, runs, _not_yet(case, later, parted)):
+    larger = chain(_runs(case, free, parted, stay, refused), _alone(case, free, refused, stay))
+    for run in chain(nearby, larger, _not_yet(case, later, parted)):
         other, found = run.case, _wrong_at(case, run)
         if found and found.got is None:  # backward raised: sizes that do not go together, perhaps
             shape = SHAPE in found.message and _of_one_shape(case) and _of_one_shape(other)
@@ -256,13 +257,7 @@ def _apart(case: Case, run: Run) -> Run:
 
 def _may_wait(case: Case, run: Run) -> bool:
     """Whether a larger run may have what is alone another here, with others; not what backward refuses."""
-    if run.case is not run.plain or not _parted(case, run.case):
-        return False
-    try:
-        _ = run.case.plain
-    except BackwardRaised:
-        return False
-    return True
+    return run.case is run.plain and bool(_parted(case, run.case)) and runs(run.case)
 
 
 def _is_alone(case: Case, other: Case, size: Size) -> bool:
