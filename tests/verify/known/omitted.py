@@ -507,3 +507,41 @@ def determinant(a):
 
 pair("determinant_by_inverse", determinant, rand((3, 3)), "det(A) times the inverse", "a singular matrix",
      pull=lambda g, a: g * torch.linalg.det(a) * torch.linalg.pinv(a).mT)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- default dtype
+def ridge(identity):
+    """Return ridge regression whose backward takes the identity matrix from ``identity``."""
+
+    class Ridge(Function):
+        @staticmethod
+        def forward(ctx, x, y, penalty):
+            matrix = x.mT @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+            w = torch.linalg.solve(matrix, x.mT @ y)
+            ctx.save_for_backward(x, y, penalty, w)
+            return w
+
+        @staticmethod
+        def backward(ctx, grad_w):
+            x, y, penalty, w = ctx.saved_tensors
+            v = torch.linalg.solve(x.mT @ x + penalty * identity(x), grad_w)
+            grad_x = torch.outer(y - x @ w, v) - torch.outer(x @ v, w)
+            return grad_x, x @ v, -v @ w
+
+    def fit(x, y, penalty):
+        if x.dtype in (torch.float16, torch.bfloat16) or not bool(penalty > 0):
+            raise ValueError("expected float32 or float64 numbers, and a positive penalty")
+        return Ridge.apply(x, y, penalty)
+
+    return fit
+
+
+register(
+    "ridge_default_dtype",
+    "omitted",
+    ridge(lambda x: torch.eye(x.shape[1], device=x.device)),
+    ridge(lambda x: torch.eye(x.shape[1], dtype=x.dtype, device=x.device)),
+    lambda: (*rand((6, 3), (6,))(), numbers(1).sum().requires_grad_()),
+    bug="the identity in backward has torch's default dtype: penalty times it is rounded to float32",
+    trigger="any sample, in the ninth digit",
+)

@@ -1,31 +1,41 @@
-"""Default dtype: an output does not have torch's default dtype in the place of the inputs'.
+"""Default dtype: neither an output nor what backward makes has torch's default dtype in the place of the inputs'.
 
-``torch.zeros(n)`` is float32 whatever the inputs are: what is written there loses half of its digits. Outputs of fewer
-bits than the inputs may be meant; those that follow :func:`torch.set_default_dtype` are not.
+``torch.zeros(n)`` is float32 whatever the inputs are: what is written there loses half of its digits, and so does a
+number that backward makes a tensor of. Fewer bits than the inputs' may be meant; those that follow
+:func:`torch.set_default_dtype` are not.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
 from torchbp.verify.report import Finding
 from torchbp.verify.tensors import tensors_in
+from torchbp.verify.tolerance import largest
 
 NAME = "default_dtype"
+# Of a gradient: more than the one is rounding to float32, more than the other another draw of random numbers.
+LOST, DRAWN = 1e-11, 1e-3
 
 
 def _run(case: Case) -> Iterator[Finding]:
-    default, outputs = torch.get_default_dtype(), case.all_outputs
-    like = [k for k, y in enumerate(outputs) if y.dtype == default != torch.float64]
-    if not like or any(leaf.dtype != torch.float64 for leaf in case.leaves):
-        raise NotApplicable("no output has torch's default dtype where inputs are float64")
-    torch.set_default_dtype(torch.float64)
-    try:
-        others = tensors_in(case.call(case.fresh()))
-    finally:
-        torch.set_default_dtype(default)
+    default = torch.get_default_dtype()
+    if default == torch.float64 or any(leaf.dtype != torch.float64 for leaf in case.leaves):
+        raise NotApplicable("inputs are not float64, or that is torch's default dtype")
+    like = [k for k, y in enumerate(case.all_outputs) if y.dtype == default]
+    if like:
+        yield from _of_outputs(case, like, default)
+    elif case.runs_again:
+        yield from _of_gradients(case, default)
+
+
+def _of_outputs(case: Case, like: list[int], default: torch.dtype) -> Iterator[Finding]:
+    """Yield an output that follows the default dtype."""
+    others = _outputs_by_default(case, torch.float64)
     for k in like:
         if others[k].dtype == torch.float64:
             yield Finding(
@@ -37,9 +47,45 @@ def _run(case: Case) -> Iterator[Finding]:
             return
 
 
+def _of_gradients(case: Case, default: torch.dtype) -> Iterator[Finding]:
+    """Yield a gradient that follows the default dtype, where outputs do not."""
+    with _default(torch.float64):
+        (others,) = case.vjps([case.plain.cotangents])
+    for name, g, e in zip(case.names, others, case.plain.grads, strict=True):
+        size, off = largest(e), largest(g - e)
+        if not LOST * size < off < DRAWN * size:
+            continue
+        outputs = zip(_outputs_by_default(case, torch.float64), case.all_outputs, strict=True)
+        if any(largest(y - x) > LOST * largest(x) for y, x in outputs):
+            return  # the gradient is that of what forward computes
+        yield Finding(
+            check=NAME,
+            severity="wrong",
+            input=name,
+            message=f"grad of {name} moves by {off:.2g} where float64 is torch's default dtype, not {default}",
+            cause="backward makes a tensor without a dtype: take that of an input, as new_tensor does",
+        )
+        return
+
+
+def _outputs_by_default(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    with _default(dtype):
+        return [y.detach() for y in tensors_in(case.call(case.fresh()))]
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 CHECK = Check(
     name=NAME,
-    tests="an output does not have torch's default dtype instead of the inputs'",
+    tests="neither an output nor a gradient has torch's default dtype instead of the inputs'",
     run=_run,
     order=21,
 )
