@@ -73,6 +73,7 @@ THIRTYFIRST: dict[str, Unseen] = {}
 THIRTYSECOND: dict[str, Unseen] = {}
 THIRTYTHIRD: dict[str, Unseen] = {}
 THIRTYFOURTH: dict[str, Unseen] = {}
+THIRTYSIXTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -108,6 +109,7 @@ SETS = {
     "thirty-second set": THIRTYSECOND,
     "thirty-third set": THIRTYTHIRD,
     "thirty-fourth set": THIRTYFOURTH,
+    "thirty-sixth set": THIRTYSIXTH,
 }
 
 
@@ -278,6 +280,11 @@ def every():
         thirtysecond_losses,
         thirtysecond_physics,
         thirtysecond_sequences,
+        thirtysixth_attention,
+        thirtysixth_geometry,
+        thirtysixth_layers,
+        thirtysixth_losses,
+        thirtysixth_numerics,
         thirtythird_elementwise,
         thirtythird_layers,
         thirtythird_losses,
