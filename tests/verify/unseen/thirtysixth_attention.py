@@ -116,18 +116,17 @@ def query_pool(wrong):
         @staticmethod
         def forward(ctx, x, query):
             p = (x @ query * len(query) ** -0.5).softmax(-1)
-            ctx.save_for_backward(x, query)
-            ctx.p = p
+            ctx.save_for_backward(x, query, p)
             return (p[..., None] * x).sum(1)
 
         @staticmethod
         @once_differentiable
         def backward(ctx, g):
-            x, query = ctx.saved_tensors
-            grad_x = ctx.p[..., None] * g[:, None]
+            x, query, p = ctx.saved_tensors
+            grad_x = p[..., None] * g[:, None]
             grad_p = (x * g[:, None]).sum(-1)
-            grad_p = grad_p - (ctx.p * grad_p).sum(-1, keepdim=True)
-            grad_s = ctx.p.mul_(grad_p) if wrong else ctx.p * grad_p
+            grad_p = grad_p - (p * grad_p).sum(-1, keepdim=True)
+            grad_s = p.data.mul_(grad_p) if wrong else p * grad_p
             grad_s = grad_s * len(query) ** -0.5
             return grad_x + grad_s[..., None] * query, (grad_s[..., None] * x).sum((0, 1))
 
@@ -146,7 +145,7 @@ add(
     "query_pool_weights_written",
     query_pool,
     lambda: (real(2, 4, 3), real(3, seed=1)),
-    bug="Backward writes the scores' gradient over the weights that it kept",
+    bug="Backward writes the scores' gradient over the weights that it saved",
     trigger="a second backward through one graph",
 )
 
