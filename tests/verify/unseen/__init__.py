@@ -74,6 +74,7 @@ THIRTYSECOND: dict[str, Unseen] = {}
 THIRTYTHIRD: dict[str, Unseen] = {}
 THIRTYFOURTH: dict[str, Unseen] = {}
 THIRTYSIXTH: dict[str, Unseen] = {}
+THIRTYFIFTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -110,6 +111,7 @@ SETS = {
     "thirty-third set": THIRTYTHIRD,
     "thirty-fourth set": THIRTYFOURTH,
     "thirty-sixth set": THIRTYSIXTH,
+    "thirty-fifth set": THIRTYFIFTH,
 }
 
 
@@ -265,6 +267,11 @@ def every():
         thirtieth_losses,
         thirtieth_protocol,
         thirtieth_sequences,
+        thirtyfifth_algebra,
+        thirtyfifth_elementwise,
+        thirtyfifth_indices,
+        thirtyfifth_layers,
+        thirtyfifth_sequences,
         thirtyfirst_attention,
         thirtyfirst_layers,
         thirtyfirst_losses,
