@@ -176,7 +176,8 @@ def occupations(wrong):
             return (grad + grad.mT) / 2
 
     def decompose(x):
-        sized("x", x, x.shape[-1], None)
+        sized("x", x, None, None)
+        check(x.shape[0] == x.shape[1], "x: expected a square matrix")
         alike(x)
         bounded("x", x, -1e30, 1e30)
         w = torch.linalg.eigvalsh((x.detach() + x.detach().mT) / 2)

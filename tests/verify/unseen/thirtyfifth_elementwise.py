@@ -426,6 +426,7 @@ def normal_lcdf(wrong):
         alike(y, mu, sigma)
         bounded("mu", mu, -1e3, 1e3)
         bounded("sigma", sigma, 1e-2, 1e3)
+        check(bool((y.isposinf() | (y.abs() <= 1e6)).all()), "y: expected up to 1e6, or infinity")
         check(bool(((y - mu) / sigma >= -8).all()), "y: expected at least mu - 8 sigma")
         return Lcdf.apply(y, mu, sigma)
 

@@ -49,7 +49,7 @@ def take(wrong):
         check(dim in (0, 1), "dim: expected 0 or 1")
         sized("index", index, None)
         indices("index", index, x.shape[dim])
-        return Take.apply(x, index, dim)
+        return Take.apply(x, index.long(), dim)
 
     return select
 
@@ -172,7 +172,7 @@ def scatter_prod(wrong):
         indices("index", index, len(base))
         bounded("base", base, -100, 100)
         bounded("src", src, -100, 100)
-        return Scatter.apply(base, src, index)
+        return Scatter.apply(base, src, index.long())
 
     return scatter
 
@@ -214,7 +214,7 @@ def scatter_first(wrong):
         indices("index", index, len(base))
         bounded("base", base, -100, 100)
         bounded("src", src, -100, 100)
-        return Scatter.apply(base, src, index)
+        return Scatter.apply(base, src, index.long())
 
     return scatter
 
@@ -251,7 +251,7 @@ def padded_embedding(wrong):
         bounded("table", table, -1e3, 1e3)
         indices("index", index, len(table))
         check(0 <= padding < len(table), "padding: expected one of the table's rows")
-        return Embed.apply(table, index, padding)
+        return Embed.apply(table, index.long(), padding)
 
     return embed
 
@@ -285,7 +285,7 @@ def lookup(wrong):
         alike(table)
         sized("table", table, None, None)
         indices("index", index, len(table))
-        return Lookup.apply(table, index)
+        return Lookup.apply(table, index.long())
 
     return embed
 
@@ -387,7 +387,7 @@ def kth(wrong):
     class Kth(Function):
         @staticmethod
         def forward(ctx, x, k):
-            value, place = x.sort(-1, stable=True)
+            value, place = x.sort(dim=-1, stable=True)
             ctx.save_for_backward(place[..., k])
             ctx.n, ctx.k = x.shape[-1], k
             return value[..., k]

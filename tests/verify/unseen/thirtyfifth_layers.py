@@ -312,6 +312,7 @@ def batch_norm(wrong):
         alike(x, weight, bias, mean, var)
         bounded("x", x, -1e3, 1e3)
         bounded("weight", weight, -1e3, 1e3)
+        bounded("mean", mean, -1e3, 1e3)
         bounded("var", var, 0, 1e6)
         check(not (mean.requires_grad or var.requires_grad), "mean, var: expected constants")
         return Norm.apply(x, weight, bias, mean, var, training)
@@ -490,6 +491,7 @@ def stretch(wrong):
     def resize(x, size=7):
         alike(x)
         check(x.ndim >= 2 and x.shape[-1] >= 1, "x: expected signals")
+        bounded("x", x, -1e6, 1e6)
         check(isinstance(size, int) and size >= 1, "size: expected an integer >= 1")
         return Stretch.apply(x, size)
 

@@ -71,7 +71,7 @@ def transducer(wrong):
         check(logits.shape[1] * logits.shape[2] <= 600, "logits: expected shorter sequences")
         check(reduction in ("mean", "sum"), "reduction: expected mean or sum")
         bounded("logits", logits, -50, 50)
-        return Loss.apply(logits, targets, reduction)
+        return Loss.apply(logits, targets.long(), reduction)
 
     return loss
 
@@ -140,7 +140,7 @@ def gather_parts(wrong):
         @staticmethod
         def forward(ctx, x):
             ctx.shape = x.shape
-            return x.reshape(-1, x.shape[2])
+            return x.reshape(-1, x.shape[2]).clone()
 
         @staticmethod
         def backward(ctx, g):
@@ -150,7 +150,7 @@ def gather_parts(wrong):
     def gather(x):
         sized("x", x, None, None, None)
         alike(x)
-        return Gather.apply(x.clone())
+        return Gather.apply(x)
 
     return gather
 
@@ -358,7 +358,7 @@ def token_logp(wrong):
         indices("target", target, len(head))
         bounded("states", states, -100, 100)
         bounded("head", head, -100, 100)
-        return Logp.apply(states, head, target)
+        return Logp.apply(states, head, target.long())
 
     return logp
 
