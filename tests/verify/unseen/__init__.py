@@ -73,8 +73,8 @@ THIRTYFIRST: dict[str, Unseen] = {}
 THIRTYSECOND: dict[str, Unseen] = {}
 THIRTYTHIRD: dict[str, Unseen] = {}
 THIRTYFOURTH: dict[str, Unseen] = {}
-THIRTYSIXTH: dict[str, Unseen] = {}
 THIRTYFIFTH: dict[str, Unseen] = {}
+THIRTYSIXTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -110,8 +110,8 @@ SETS = {
     "thirty-second set": THIRTYSECOND,
     "thirty-third set": THIRTYTHIRD,
     "thirty-fourth set": THIRTYFOURTH,
-    "thirty-sixth set": THIRTYSIXTH,
     "thirty-fifth set": THIRTYFIFTH,
+    "thirty-sixth set": THIRTYSIXTH,
 }
 
 
