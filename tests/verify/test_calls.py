@@ -83,7 +83,7 @@ SAMPLES = {
     "sorting": (torch.msort, (leaf(3, 4),), 55, 97),
     "medians": (lambda x: x.median(-1).values, (leaf(3, 5),), 52, 102),
     "poles": (torch.tan, (leaf(3, 4),), 49, 90),
-    "long sums": (torch.std, (leaf(3, 4),), 47, 85),
+    "long sums": (torch.std, (leaf(3, 4),), 48, 86),
     # What rounding hides, what is at the end of the domain, what jumps, what no difference tells.
     "oscillations": (lambda x, w: (30 * x @ w).sin(), (leaf(3, 4), leaf(4, 2, seed=1)), 78, 112),
     "labels": (labelled, (leaf(3, 4), torch.eye(3, 4, dtype=torch.float64)), 60, 92),

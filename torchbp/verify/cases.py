@@ -38,6 +38,7 @@ class Case(Sample):
         wrong_here: Whether the gradient is known to be wrong at the sample; its variants' need not be looked at then.
         wrong_twice: The same of the second derivative.
         wrote: How many elements of its grad_output the backward of ``plain`` wrote to.
+        touched: The name of an input that it wrote to.
         bounded: Whether its first call and backward are ended where they do too much, at sizes that nobody gave; if
             not 1, how many times as much they may do.
         stopped: Whether one was.
@@ -64,7 +65,8 @@ class Case(Sample):
         self.calls = Calls()
         self.copies_leaves = False
         self.wrong_here = self.wrong_twice = False
-        self.wrote = 0
+        self.wrote, self.touched = 0, ""
+        self._passed: list[tuple[str, Tensor]] = []  # to the first call
         self.bounded, self.stopped = 0, False
         self.given = self
         self.generators = generators
@@ -226,10 +228,15 @@ class Case(Sample):
         """The first call: its leaves and all its output tensors, with their graph."""
         if self.refusal:
             raise ForwardRaised(self.refusal)
-        leaves = self.fresh()
+        leaves, fixed = self.fresh(), []
+
+        def keep(t: Tensor) -> Tensor:
+            fixed.append(t.clone())
+            return fixed[-1]
+
         try:
             with self.within():
-                result = self.call(leaves)
+                result = self.call(leaves, fixed=keep)
         except ForwardRaised as error:
             if "leaf Variable" not in str(error.__cause__):
                 self.refusal = str(error)
@@ -237,6 +244,11 @@ class Case(Sample):
             self.copies_leaves = True
             leaves = self.fresh()  # it may have written in those before it raised
             result = self.call(leaves)
+        names = [
+            *self.names,
+            *(self.name_at[i] for i, x in enumerate(self.flat) if torch.is_tensor(x)),
+        ]
+        self._passed = list(zip(names, (*leaves, *fixed), strict=False))
         outputs = tensors_in(result)
         self.kinds = kinds_in(result)
         self.first_states, own = self.states_after, self.own_after
@@ -285,12 +297,20 @@ class Case(Sample):
             own = [
                 v.clone() for v in cotangents
             ]  # a backward that writes in them is another check's
+            before = [t._version for _, t in self._passed]  # noqa: SLF001  # no public way to ask
             with self.within():
                 grads = self.backward(outputs, leaves, own, retain_graph=True, exposed=True)
+            after = zip(self._passed, before, strict=True)
+            self.touched = next((name for (name, t), n in after if t._version > n), "")  # noqa: SLF001
             self.wrote = sum(int((a != b).sum()) for a, b in zip(own, cotangents, strict=True))
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)
         return Plain(values, cotangents, tuple(g.detach().clone() for g in grads))
+
+    @property
+    def writes(self) -> bool:
+        """Whether backward wrote to its grad_output here, or to an input, and not so in the user's sample."""
+        return bool(self.wrote or (self.touched and not self.given.touched))
 
     @cached_property
     def second(self) -> tuple[Tensor, ...] | BackwardRaised:

@@ -120,7 +120,7 @@ def _without_lines(case: Case, check: str, when: str) -> tuple[bool, Finding | N
         grads = case.plain.grads
     except BackwardRaised as error:
         return True, _raised(check, when, error)
-    if case.wrote:
+    if case.writes:
         return True, wrote(case, check, when)
     if not _finite(grads):
         return True, not_finite(case, check, when)
@@ -145,12 +145,13 @@ def check_beside(
 
 
 def wrote(case: Case, check: str, when: str) -> Finding:
-    """Return what is to be said of a backward that writes in its grad_output, which others may read."""
+    """Return what is to be said of a backward that writes in its grad_output or an input, which others may read."""
+    elements = f"{case.wrote} elements of grad_output" if case.wrote else case.touched
     return Finding(
         check=check,
         severity="wrong",
-        message=f"backward writes to {case.wrote} elements of grad_output{when}",
-        got=float(case.wrote),
+        message=f"backward writes to {elements}{when}",
+        got=float(case.wrote) or None,
         cause="an in-place operation on what backward was given: the next node reads it too",
     )
 

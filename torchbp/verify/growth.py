@@ -32,7 +32,7 @@ __all__ = [
 
 MOST = 5  # sizes of the sample that are looked at
 SURE = 3  # of them, a 1 apart; of others backward has to agree, for forward may take them by chance
-LATER = 2  # sizes that may change alone, beside them
+LATER = 3  # sizes that may change alone, beside them
 LARGER = "which case of other sizes was seen with larger inputs"
 TIED = "sizes of integers of several dimensions stay"
 REFUSES = "what refusals of other sizes say, without numbers"

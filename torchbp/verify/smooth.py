@@ -57,7 +57,7 @@ def check_smooth(
         grads = case.plain.grads
     except BackwardRaised:
         return None  # loud, where much may be undefined
-    if case.wrote:
+    if case.writes:
         return wrote(case, check, when)
     if not all(bool(g.isfinite().all()) for g in grads):
         if singular:
@@ -106,7 +106,7 @@ def right_soon(case: Case) -> bool:
 
 
 def _is_ready(case: Case) -> bool:
-    ready = accepts(case) and runs(case) and not case.wrote
+    ready = accepts(case) and runs(case) and not case.writes
     return ready and all(bool(g.isfinite().all()) for g in case.plain.grads)
 
 

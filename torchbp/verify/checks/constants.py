@@ -16,7 +16,9 @@ from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.finite import not_finite
 from torchbp.verify.report import Finding
 from torchbp.verify.resize import accepts
+from torchbp.verify.smooth import check_smooth
 from torchbp.verify.tensors import uniform
+from torchbp.verify.tolerance import largest
 
 NAME = "constants"
 
@@ -30,6 +32,7 @@ def _run(case: Case) -> Iterator[Finding]:
         ("holds zeros", _with_zeros),
         ("is negated", _negated),
         ("holds -inf", _barred),
+        ("is one number throughout", _levelled),
     ):
         known = change is _with_zeros  # of a mask, whose half `masks` takes away
         some = [i for i in constants if not (known and is_mask(case.flat[i]))]
@@ -40,10 +43,13 @@ def _run(case: Case) -> Iterator[Finding]:
             continue
         tested = True
         names = " and ".join(case.name_at[i] for i in chosen)
-        found = check_lines(other, NAME, f" where {names} {what}")
+        when = f" where {names} {what}"
+        if change is _levelled:  # where a variance is 0, or a length
+            found = check_smooth(other, NAME, when, max(map(largest, case.plain.grads)))
+        else:
+            found = check_lines(other, NAME, when)
         if not found and change is _with_zeros and (both := _zeros_too(other, [*chosen])):
-            when = f" where {names} {what}, and inputs are 0 there"
-            found = not_finite(both, NAME, when, kinks=by_hand(case))
+            found = not_finite(both, NAME, f"{when}, and inputs are 0 there", kinks=by_hand(case))
         if found:
             yield found
             return
@@ -54,12 +60,14 @@ def _run(case: Case) -> Iterator[Finding]:
 
 
 def _varied(t: Tensor, generator: torch.Generator) -> Tensor:
-    """Return other values of the same signs; what sums to 1 does so still, and a mask of 0 and 1 is left alone."""
+    """Return other values of the same signs; what sums to 1 does so still, labels of 0 and 1 are shares."""
     r = uniform(t.shape, generator).to(t)
     values = t.unique().tolist()
     if values == [0.0]:
         return r - 0.5
-    if values in ([0.0, 1.0], []):
+    if values == [0.0, 1.0]:
+        return r / 2 + t * (1 - r)
+    if not values:
         return t
     other = t * (0.5 + r)
     for dim in range(t.dim() - 1, -1, -1):
@@ -92,6 +100,11 @@ def _barred(t: Tensor) -> Tensor:
     flat = t.clone().reshape(-1)
     flat[::3] = -torch.inf
     return flat.view(t.shape)
+
+
+def _levelled(t: Tensor) -> Tensor:
+    """Return the first of the elements for all."""
+    return t.reshape(-1)[:1].expand(t.numel()).clone().view(t.shape) if t.numel() else t
 
 
 def _negated(t: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ from torchbp.verify.resize import (
     with_zeros,
     within_limits,
 )
+from torchbp.verify.smooth import DECOMPOSED
 from torchbp.verify.source import speaks
-from torchbp.verify.tensors import real, scale_of
+from torchbp.verify.tensors import is_square, real, scale_of
 from torchbp.verify.tolerance import largest
 
 NAME = "extremes"
@@ -39,6 +40,9 @@ SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     "all zero": torch.zeros_like,
 }
 TINY = 2.0**-40
+SWALLOWS = (
+    2.0**60
+)  # of matrices: a 1 that keeps differences of eigenvalues from 0 is lost beside these
 STEEP = 1e12  # times as large gradients as the sample's
 # Of the sample, perhaps, beside which something is nothing.
 LARGEST = re.compile(r"\b(a?max|a?min)\(")
@@ -121,6 +125,9 @@ def _extremes(case: Case, by_element: bool) -> Iterator[Extreme]:
     factor, limited = within_limits(case)
     if limited:
         yield Extreme(limited, f" for inputs {factor:g} times as large")
+    swallowed = scaled(case, SWALLOWS)
+    if any(map(is_square, case.leaves)) and speaks(case, DECOMPOSED) and accepts(swallowed):
+        yield Extreme(swallowed, f" for inputs {SWALLOWS:.1g} times as large")
     if by_element:  # see `edges`
         yield from _tiny(case) if speaks(case, LARGEST) else ()
         return

@@ -4,8 +4,9 @@ Indices that are all different hide a backward that overwrites where it should a
 labels in order hide a sort.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
+from itertools import combinations
 from math import inf
 
 import torch
@@ -70,8 +71,29 @@ def _run(case: Case) -> Iterator[Finding]:
             known.add(IMPLIED[change])
         if change in (extreme, _reversed) and not found:
             note_order(case, case, other)
+    tested |= yield from _meeting(case, integers)
     if not tested:
         raise NotApplicable("forward takes no other integers")
+
+
+def _meeting(case: Case, integers: list[int]) -> Generator[Finding, None, bool]:
+    """Yield what is wrong where integers of two inputs are the same; return whether that was tested."""
+    met = _met(case, integers)
+    found = met and check_lines(met, NAME, " where integers of one input are another's")
+    yield from [found] if found else []
+    return bool(met)
+
+
+def _met(case: Case, integers: list[int]) -> Case | None:
+    """Return the case where one input has another's integers, if forward takes that: a target among what is drawn."""
+    for i, j in combinations(integers, 2):
+        for one, other in ((i, j), (j, i)):
+            there, here = case.flat[one].reshape(-1), case.flat[other]
+            again = there[torch.arange(here.numel(), device=there.device) % len(there)]
+            met = case.replaced({other: again.view(here.shape).to(here)})
+            if not torch.equal(met.flat[other], here) and accepts(met):
+                return met
+    return None
 
 
 def note_order(case: Case, one: Case, other: Case) -> None:

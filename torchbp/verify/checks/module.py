@@ -99,7 +99,7 @@ def _same(case: Case, other: Case) -> bool:
     return (
         same_outputs(case, other)
         and all(map(torch.equal, other.plain.grads, case.plain.grads))
-        and not other.wrote
+        and not other.writes
         and not differs_otherwise(other, NAME, "")
     )
 

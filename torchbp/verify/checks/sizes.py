@@ -47,28 +47,13 @@ from torchbp.verify.source import speaks
 
 NAME = "sizes"
 TRIES = 2
-# Each row is one run: the new sizes of the dimensions that can change, in their order.
-RUNS: tuple[tuple[int, ...], ...] = (
-    (2053, 31, 2, 3, 5),
-    (33, 1025, 3, 2, 4),
-    (127, 129, 4, 5, 2),
-    (32, 128, 33, 3, 2),
-    (64, 192, 5, 2, 3),
-)
-# One row, or one column: what is squeezed away, or broadcast, where others are more. If these are right, all 1 is, too.
-SINGLE: tuple[tuple[int, ...], ...] = ((1, 3, 1, 4, 1), (3, 1, 4, 1, 2))
-ONES = (1, 1, 1, 1, 1)
-# Rows that are run at other scales at once, which saves calls; at 0 slices are of very unequal magnitude.
-SCALED = {RUNS[2]: -(2.0**10), RUNS[3]: 2.0**-10, RUNS[4]: 0.0}
-# Multiples of 32, and slices that are smaller, are in another row too: what this one alone has is a third size.
-SMALL, PLANE = RUNS[3], 2
-# Rows in which what is equal in the sample stays so.
-TOGETHER = (RUNS[0], RUNS[2], RUNS[4])
 GROUPED = 4  # a size that may hold several groups,
 GROUPS = re.compile(r"-\(-|ceil|// *\w")  # of which the last need not be full
-BLOCK = 33  # which every size reaches at least, where that can be
+BLOCK = 33  # which every size reaches at least, where that can be;
+EIGHTS = 40  # instead, where it was small and odd in a row: full vectors
 OTHERS = 1 / APART  # beside which what else there is is larger
 FEW = 2
+PLANE = 2  # sizes that fit as they are, however large
 FAR = 1.0  # by how much rows that are repeated may be moved, in parts of themselves
 LARGEST = 2**16  # elements
 FEWER = 257  # rows, where 2053 or 1025 are too many for what forward makes of them
@@ -93,6 +78,24 @@ class Varied(NamedTuple):
     right: Callable[[Case, "Run"], None]
 
 
+class Row(NamedTuple):
+    """New sizes of the dimensions that can change, in their order: one run.
+
+    Attributes:
+        few: Of one or two sizes. None of them, where what they are is in another row too.
+        many: Of more, which have to fit together.
+        factor: The scale of the inputs there, which saves calls; at 0 slices are of very unequal magnitude.
+        together: Whether what is equal in the sample stays so.
+        varied: What is another there too. Not at other scales, where much is saturated.
+    """
+
+    few: tuple[int, ...]
+    many: tuple[int, ...]
+    factor: float = 1.0
+    together: bool = False
+    varied: Varied | None = None
+
+
 def _paired_too(case: Case, plain: Case) -> Case:
     return with_integers(paired(case, plain), equal)
 
@@ -108,11 +111,21 @@ def _note_order(case: Case, run: "Run") -> None:
     note_order(case, run.plain, run.case)
 
 
-# Not at other scales, where much is saturated.
-VARIED = {
-    RUNS[0]: Varied(_paired_too, _note_paired),
-    RUNS[1]: Varied(lambda _, plain: with_integers(plain, extreme), _note_order),
-}
+ROWS = (
+    Row((2053, 31), (2053, 5, 3, 2), together=True, varied=Varied(_paired_too, _note_paired)),
+    Row(
+        (33, 1025),
+        (3, 1025, 4, 5),
+        varied=Varied(lambda _, plain: with_integers(plain, extreme), _note_order),
+    ),
+    Row((127, 129), (127, 2, 129, 2), factor=-(2.0**10), together=True),
+    Row((), (32, 33, 31, 2), factor=2.0**-10),
+    Row((64, 192), (3, 64, 128, 2), factor=0.0, together=True),
+)
+BESIDE = ROWS[1]  # where of several inputs every other one is larger
+# One row, or one column: what is squeezed away, or broadcast, where others are more. If these are right, all 1 is, too.
+SINGLE = tuple(Row(row[:PLANE], row) for row in ((1, 3, 1, 4, 1), (3, 1, 4, 1, 2)))
+ONES = Row((1, 1), (1, 1, 1, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -136,15 +149,7 @@ def _run(case: Case) -> Iterator[Finding]:
     if not free:
         raise NotApplicable("no dimension can change")
     refused: list[str] = []
-    nearby = [
-        *(Run(c, c, near=True, beyond=True) for c in broadcast(case)),
-        *(Run(c, c, near=True, chance=True) for c in (*one_for_all(case), *wider(case))),
-        *(Run(c, c, near=True, beyond=True) for c in one_more(case)),
-    ]
-    if nearby:
-        seen = [k for k, run in enumerate(nearby) if run.plain is case.memo.get(LARGER)]
-        k = seen[0] if seen else -1
-        nearby[k] = _apart(case, nearby[k])
+    nearby = _nearby(case, free)
     stay: list[Size] = []  # which backward refuses to be another, alone
     parted: list[set[Pair]] = []  # by larger runs
     later = [run for run in nearby[1:] if _may_wait(case, run)]
@@ -176,6 +181,41 @@ def _run(case: Case) -> Iterator[Finding]:
     yield from afterwards(case, NAME, "sizes")
     if refused:
         raise Refused(refused[0])
+
+
+def _nearby(case: Case, free: list[Size]) -> list[Run]:
+    """Return runs at about the sample's sizes, one of them with inputs of which every other one is larger."""
+    nearby = [
+        *(Run(c, c, near=True, beyond=True) for c in broadcast(case)),
+        *(Run(c, c, near=True, chance=True) for c in (*one_for_all(case), *wider(case))),
+        *(Run(c, c, near=True, beyond=True) for c in one_more(case)),
+    ]
+    alike = _as_what_stays(case, free)
+    if alike:  # one more alone is no other case, then
+        nearby = [alike, *(run for run in nearby if run.chance or _parted(case, run.plain))]
+    if nearby:
+        seen = [k for k, run in enumerate(nearby) if run.plain is case.memo.get(LARGER)]
+        k = seen[0] if seen else -1
+        nearby[k] = _apart(case, nearby[k])
+    return nearby
+
+
+def _as_what_stays(case: Case, free: list[Size]) -> Run | None:
+    """Return what may change as large as what may not, if forward takes that: as many points as coordinates."""
+    taken = {(i, d) for size in free for i, d, _ in size.places}
+    places = [(n, (i, d)) for i, t in case.arguments for d, n in enumerate(t.shape)]
+    stay = [n for n, place in places if n > 1 and place not in taken]
+    indexed = _is_indexed(case)
+    sizes = {s: stay[0] for s in free if stay and s.near(stay[0]) == stay[0] != s.now}
+    if not sizes or (indexed and any(n < s.now for s, n in sizes.items())):
+        return None
+    run = Run(other := resized(case, sizes), other, near=True, chance=True, beyond=True)
+    return run if _runs_through(case, run) else None
+
+
+def _is_indexed(case: Case) -> bool:
+    """Whether there are integers, or a mask, which may point at what is gone where a size is smaller."""
+    return any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
 
 
 def _all_one(case: Case) -> bool:
@@ -278,14 +318,14 @@ def _runs(
     reached = dict.fromkeys(free, 0)
     single = 0
     for row in _rows(case, free) if free else ():
-        sizes = _at_row(free, row)
+        sizes = _at_row(case, free, row)
         if indexed and any(new < size.now for size, new in sizes.items()):
             # An index may point at what is gone: 0 does not.
             yield from _of_zeros(case, sizes) if row in SINGLE else ()
             continue
-        if row == ONES and single == len(SINGLE) and not refused:
+        if row is ONES and single == len(SINGLE) and not refused:
             continue
-        factor, varied = _how(case, row) if ran else (1.0, VARIED.get(row))
+        factor, varied = _how(case, row) if ran else (1.0, row.varied)
         failed: dict[str, Run] = {}
         run = _largest_that_runs(case, sizes, factor, varied, failed)
         if run and run.scale:
@@ -315,21 +355,21 @@ def _of_zeros(case: Case, sizes: dict[Size, int]) -> Iterator[Run]:
     yield from [run] if _runs_through(case, run) else []
 
 
-def _at_row(free: list[Size], row: tuple[int, ...]) -> dict[Size, int]:
+def _at_row(case: Case, free: list[Size], row: Row) -> dict[Size, int]:
     """Return what each size is in a row."""
-    sizes = {size: size.near(n) for size, n in zip(free, row, strict=False)}
-    if row in TOGETHER:
-        first = {size.now: size for size in reversed(free)}
-        sizes = {size: size.near(sizes[first[size.now]]) for size in sizes}
+    new = row.many if len(free) > PLANE else row.few
+    sizes = {size: size.near(n) for size, n in zip(free, new, strict=False)}
+    if row.together:
+        first = {size.now: size for size in reversed(sizes)}
+        tied = {size: size.near(sizes[first[size.now]]) for size in sizes}
+        return tied if fits(case, tied, LARGEST) else sizes
     return sizes
 
 
-def _how(case: Case, row: tuple[int, ...]) -> tuple[float, Varied | None]:
+def _how(case: Case, row: Row) -> tuple[float, Varied | None]:
     """Return at which scale to run a row, and what is another there; of numbers without indices every other input."""
     several = len(case.leaves) > 1 and all(t.is_floating_point() for _, t in case.arguments)
-    if row == RUNS[1] and several:
-        return OTHERS, None
-    return SCALED.get(row, 1.0), VARIED.get(row)
+    return (OTHERS, None) if row is BESIDE and several else (row.factor, row.varied)
 
 
 def _one_less(case: Case, free: list[Size]) -> Iterator[Run]:
@@ -360,7 +400,7 @@ def _alone(case: Case, free: list[Size], refused: list[str], stay: list[Size]) -
     What is one in the sample becomes as many as something else is, too: what is broadcast along the wrong dimension
     raises for any other number.
     """
-    indexed = any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
+    indexed = _is_indexed(case)
     if not refused:
         return
     several = list(dict.fromkeys(size.now for size in free if size.now > FEW))[:TRIES]
@@ -372,17 +412,15 @@ def _alone(case: Case, free: list[Size], refused: list[str], stay: list[Size]) -
             yield from [run] if run else []
 
 
-def _rows(case: Case, free: list[Size]) -> list[tuple[int, ...]]:
-    """Return the rows to run: of one size or two all but that of small inputs, for which others do as well.
-
-    What works element by element squeezes nothing.
-    """
+def _rows(case: Case, free: list[Size]) -> list[Row]:
+    """Return the rows to run; what works element by element squeezes nothing."""
     squeezes = len(free) > 1 and len(elementwise(case)) < len(case.leaves)
-    rows = [*RUNS, *(SINGLE if squeezes else ()), ONES]
+    rows = [*ROWS, *(SINGLE if squeezes else ()), ONES]
     if len(free) > PLANE:
         return rows
-    case.memo.setdefault("scaled", set()).add(SCALED[SMALL])
-    return [row for row in rows if row != SMALL]
+    # For which `scales` need not ask: small inputs are like the sample's, where there is no larger size.
+    case.memo.setdefault("scaled", set()).update(row.factor for row in ROWS if not row.few)
+    return [row for row in rows if row.few]
 
 
 def _left(
@@ -392,12 +430,16 @@ def _left(
 
     All at once, then alone each that is not ``reached`` yet; small once more each that is to be ``lessened``.
     """
-    small = {size: size.near(BLOCK) for size in free if reached[size] < BLOCK}
+    small = {
+        size: size.near(EIGHTS if reached[size] > GROUPED else BLOCK)
+        for size in free
+        if reached[size] < BLOCK
+    }
     if len(small) > 1:
         yield small
     for size in free:
         if reached[size] < BLOCK:
-            yield {size: size.near(BLOCK)}
+            yield {size: small[size]}
         few = size.near(min(FEW, size.now - 1))
         # Forward refuses where an index points at what is gone.
         if size in lessened and 0 < few < size.now:
