@@ -11,7 +11,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ TRIED = 4  # calls for those
 LARGER = (8.0, 2.0)  # times, the inputs of what says nothing in the sample
 CLOSE = 1.0625  # times, where no other value is taken
 UNTAKEN = "returned an incorrect number of gradients"  # torch says of a backward
+DIMENSION = re.compile(r"(^|_)(dim|dims|axis|axes)$")  # in the name of one
 # Names of a norm's order, of which 1 and infinity are special.
 NORM = re.compile("p|ord|order|norm|norm_type|power")
 
@@ -50,6 +53,7 @@ def _run(case: Case) -> Iterator[Finding]:
         tested = yield from _each_of(case, values, [[change] for change in close[:EACH]], nothing)
     idle = {i: x for change in reversed(nothing) for i, x in change.items()}
     tested = (yield from _beyond(case, values, idle)) or tested
+    tested = (yield from _otherwise_named(case, values)) or tested
     yield from afterwards(case, NAME, "arguments") if tested else ()
     if not tested:
         raise NotApplicable("no number, flag or word among the arguments that may be another")
@@ -112,6 +116,31 @@ def _beyond(case: Case, values: Values, idle: Values) -> Generator[Finding, None
             return True
         break
     return False
+
+
+def _otherwise_named(case: Case, values: Values) -> Generator[Finding, None, bool]:
+    """Try dimensions counted from the other end, and several in another order. Return whether forward takes that."""
+    named = {i: x for i, x in values.items() if DIMENSION.search(_name(case, i))}
+    dims, tested = case.leaves[0].dim(), False
+    for rename in (partial(_from_other_end, dims=dims), _reversed):
+        change = {i: other for i, x in named.items() if (other := rename(x)) != x}
+        other = with_options(case, change)
+        if change and accepts(other):
+            tested = True
+            found = check_lines(other, NAME, _when(case, values, change))
+            yield from [found] if found else []
+    return tested
+
+
+def _from_other_end(x: Any, dims: int) -> Any:
+    """Return a dimension, or several, counted from the other end."""
+    if isinstance(x, tuple):
+        return tuple(_from_other_end(n, dims) for n in x)
+    return x if type(x) is not int else x - dims if x >= 0 else x + dims
+
+
+def _reversed(x: Any) -> Any:
+    return x[::-1] if isinstance(x, tuple) else x
 
 
 def _asking(case: Case) -> Case:

@@ -58,8 +58,8 @@ def _run(case: Case) -> Iterator[Finding]:
     if not sizes:
         raise NotApplicable("no dimension in the sample")
     rows = tuple(i for i, t in case.arguments if t.dim() and t.shape[0] == sizes[0])
-    single = _single(case, rows)
-    if single and not _has_gradients(single, lambda v: _of_first(case, v, rows)):
+    single = _single(case, rows) or _number(case)
+    if single and not _has_gradients(single, lambda v: _of_first(case, v, single)):
         found = check_lines(single, NAME, " with a dimension less", elsewhere=False)
         if found and found.got is not None:
             yield found
@@ -124,6 +124,15 @@ def _single(case: Case, rows: Sequence[int]) -> Case | None:
     return single if pairs and first else None
 
 
+def _number(case: Case) -> Case | None:
+    """Return the first number alone, without any dimension, of what works element by element."""
+    shape = case.plain.outputs[0].shape
+    if not shape or len(elementwise(case)) < len(case.leaves):
+        return None
+    single = case.edited(lambda _, t: t.reshape(-1)[0] if t.shape == shape else t)
+    return single if accepts(single) and not any(y.dim() for y in single.all_outputs) else None
+
+
 def _batches(case: Case, chosen: tuple[int, ...]) -> list[Case] | None:
     """Return the batches whose gradients are not known to be right; ``None`` where forward takes no batch."""
     other = case.edited(lambda i, t: _stack(t) if i in chosen else t)
@@ -160,14 +169,18 @@ def _has_gradients(other: Case, expected: Pull) -> bool:
         return False
 
 
-def _of_first(case: Case, several: Sequence[Tensor], rows: Sequence[int]) -> Gradients:
-    """Return the gradients where the first row alone has a grad_output: that row's, and the whole of what is no row."""
+def _of_first(case: Case, several: Sequence[Tensor], single: Case) -> Gradients:
+    """Return the gradients where what is ``single`` alone has a grad_output: of that, and the whole of what is shared.
+
+    It stands first in the sample: a row, or a number.
+    """
     first = []
     for v, y in zip(several, case.plain.outputs, strict=True):
         first.append(torch.zeros_like(y, memory_format=torch.contiguous_format))
-        first[-1][0] = v
+        first[-1].view(-1, *v.shape)[0] = v
     (grads,) = case.vjps([first])
-    return [g[0] if i in rows else g for i, g in zip(case.where, grads, strict=True)]
+    pairs = zip(grads, single.leaves, strict=True)
+    return [g if g.shape == leaf.shape else g.reshape(-1, *leaf.shape)[0] for g, leaf in pairs]
 
 
 def _of_rolled(case: Case, rolled: Case, chosen: Sequence[int]) -> Iterator[Known]:

@@ -31,6 +31,7 @@ TRIED = 6  # values of each
 NEVER = {"device", "dtype", "generator", "layout", "memory_format", "name", "out", "requires_grad"}
 MASK = re.compile("mask|keep|valid")
 NUMBER = re.compile(r"\b(bool|complex|float|int)\b|Number")  # in an annotation
+COUNTED = re.compile("chunk|dilation|group|hop|kernel|pad|step|stride|window")  # whole numbers
 ASKED = re.compile("grad|deriv|differenti")  # in a refusal to give one
 CALLED = re.compile(
     "(^|_)(callback|fn|func|function|hook)s?$"
@@ -219,6 +220,8 @@ def _values(case: Case, name: str) -> Iterator[Any]:
         yield most - torch.arange(n, device=first.device) % most
     if "dim" in name or "axis" in name:
         yield 0
+    if COUNTED.search(name):
+        yield from (1, 3)
     if speaks(
         case, re.compile(rf"\b{name} = .*arange|arange.*\b{name} is None|{name} is None.*arange")
     ):

@@ -9,11 +9,12 @@ from math import inf
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.afterwards import afterwards
 from torchbp.verify.cases import Case
-from torchbp.verify.checks.indices import KNOWN, equal, extreme, note_order, with_integers
+from torchbp.verify.checks.indices import KINDS, KNOWN, equal, extreme, note_order, with_integers
 from torchbp.verify.checks.pairing import PAIRED, paired
 from torchbp.verify.depends import elementwise
 from torchbp.verify.dimensions import wider
@@ -97,13 +98,43 @@ class Row(NamedTuple):
 
 
 def _paired_too(case: Case, plain: Case) -> Case:
-    return with_integers(paired(case, plain), equal)
+    return _reaching(case, with_integers(paired(case, plain), equal))
 
 
 def _note_paired(case: Case, run: "Run") -> None:
     if paired(case, run.plain) is not run.plain:
         case.memo[PAIRED] = True
     case.memo.setdefault(KNOWN, set()).add(equal)
+
+
+def _extreme_too(case: Case, plain: Case) -> Case:
+    return _reaching(case, with_integers(plain, extreme))
+
+
+def _reaching(case: Case, larger: Case) -> Case:
+    """Return the largest of the integers as large as a table that has more rows now lets them be."""
+
+    def reaching(i: int, t: Tensor) -> Tensor:
+        given = case.flat[i]
+        most = int(given.max()) if given.dtype in KINDS and given.numel() else 0
+        rows = [
+            (was, now)
+            for k, leaf in case.arguments
+            for was, now in zip(leaf.shape, larger.flat[k].shape, strict=True)
+            if leaf.is_floating_point() and most < was < now
+        ]
+        return torch.where(t == t.max(), min(rows)[1] - 1, t) if most and rows else t
+
+    return larger.edited(reaching)
+
+
+def _reaches(case: Case, other: Case) -> bool:
+    """Whether an integer is larger there than in the sample."""
+    return any(
+        bool(other.flat[i].max() > t.max())
+        for i, t in case.arguments
+        if t.dtype in KINDS and t.numel()
+    )
 
 
 def _note_order(case: Case, run: "Run") -> None:
@@ -116,7 +147,7 @@ ROWS = (
     Row(
         (33, 1025),
         (3, 1025, 4, 5),
-        varied=Varied(lambda _, plain: with_integers(plain, extreme), _note_order),
+        varied=Varied(_extreme_too, _note_order),
     ),
     Row((127, 129), (127, 2, 129, 2), factor=-(2.0**10), together=True),
     Row((), (32, 33, 31, 2), factor=2.0**-10),
@@ -237,10 +268,13 @@ def _wrong_at(case: Case, run: Run) -> Finding | None:
         return check_lines(run.plain, NAME, when, beyond=run.beyond) if accepts(run.plain) else None
 
     if run.varied:
-        if not right_soon(run.case):
-            return plainly()
-        run.varied.right(case, run)
-        return None
+        if right_soon(run.case):
+            run.varied.right(case, run)
+            return None
+        found = plainly()
+        # What else is another there other checks tell, at the sample's sizes.
+        far = not found and _reaches(case, run.case)
+        return check_lines(run.case, NAME, f"{when}, of integers as large") if far else found
     if run.scale and explodes(case, run.case, EXPLODES):
         return plainly()  # out of the sample's domain: the sizes alone
     rather = plainly if run.scale else None
