@@ -136,7 +136,15 @@ def others(case: Case, x: Any, name: str = "") -> list[Any]:
         if name and x in {-1, 0, 1} and not INDEX.search(name):
             return [n for n in (-1, 1, 0) if n != x]  # a sign
         return [x + 1] if x > most else [int(integers[0].flatten()[0])] if x == -100 else []
-    return [0, -2] if x == -1 else list(dict.fromkeys([x + 1, x - 1, 0])) if x else [1, -1]
+    return _other_numbers(x, name)
+
+
+def _other_numbers(x: int, name: str) -> list[Any]:
+    """Return the whole numbers beside ``x``, 0, and what counts in the other direction, if ``x`` is a shift."""
+    if x in (0, -1):
+        return [1, -1] if x == 0 else [0, -2]
+    shifts = x > 0 and not (NEVER_NEGATIVE.search(name) or INDEX.search(name))
+    return list(dict.fromkeys([x + 1, *([-x] if shifts else []), x - 1, 0]))
 
 
 def _other_tuples(x: tuple[Any, ...]) -> list[Any]:
