@@ -75,6 +75,7 @@ THIRTYTHIRD: dict[str, Unseen] = {}
 THIRTYFOURTH: dict[str, Unseen] = {}
 THIRTYFIFTH: dict[str, Unseen] = {}
 THIRTYSIXTH: dict[str, Unseen] = {}
+THIRTYSEVENTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -112,6 +113,7 @@ SETS = {
     "thirty-fourth set": THIRTYFOURTH,
     "thirty-fifth set": THIRTYFIFTH,
     "thirty-sixth set": THIRTYSIXTH,
+    "thirty-seventh set": THIRTYSEVENTH,
 }
 
 
@@ -287,6 +289,9 @@ def every():
         thirtysecond_losses,
         thirtysecond_physics,
         thirtysecond_sequences,
+        thirtyseventh_indices,
+        thirtyseventh_layers,
+        thirtyseventh_losses,
         thirtysixth_attention,
         thirtysixth_geometry,
         thirtysixth_layers,
