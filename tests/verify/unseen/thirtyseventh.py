@@ -8,6 +8,8 @@ little, the likeliest fault was built. `trigger` says in which situation the gra
 
 from functools import partial
 
+import torch
+
 from tests.verify.unseen import THIRTYSEVENTH, twentieth
 from tests.verify.unseen.thirtyfourth import alike
 from tests.verify.unseen.twentieth import check, indices, same, sized
@@ -21,6 +23,7 @@ __all__ = [
     "check",
     "indices",
     "memory",
+    "number",
     "positive",
     "same",
     "sized",
@@ -46,3 +49,8 @@ def memory(g):
     flat = g.new_zeros(g.numel())
     flat[: len(read)] = read
     return flat.view(g.shape)
+
+
+def number(x):
+    """Return one float64 number that wants a gradient."""
+    return torch.tensor(x, dtype=torch.float64, requires_grad=True)
