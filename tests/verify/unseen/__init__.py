@@ -292,6 +292,8 @@ def every():
         thirtyseventh_indices,
         thirtyseventh_layers,
         thirtyseventh_losses,
+        thirtyseventh_protocol,
+        thirtyseventh_rules,
         thirtysixth_attention,
         thirtysixth_geometry,
         thirtysixth_layers,

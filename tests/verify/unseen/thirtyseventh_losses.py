@@ -245,7 +245,9 @@ def normal_log_density(wrong):
         sized("mean", mean, x.shape[1])
         sized("factor", factor, x.shape[1], x.shape[1])
         tame(bound=100, x=x, mean=mean, factor=factor)
-        bounded("factor's diagonal", factor.diagonal(), 0.1, 100)
+        check(len(mean) <= 8, "mean: expected eight numbers at most")
+        bounded("factor", factor, -2, 2)
+        bounded("factor's diagonal", factor.diagonal(), 0.5, 2)
         return Density.apply(x, mean, factor)
 
     return density
