@@ -89,7 +89,7 @@ def scatter_product(wrong):
             return torch.stack(rows), None, None
 
     def scatter(x, index, groups=3):
-        check(x.ndim >= 1 and x.numel() > 0, "x: expected one dimension at least")
+        check(x.ndim >= 1 and 1 <= len(x) <= 32 and x.numel() > 0, "x: expected 1 to 32 rows")
         check(isinstance(groups, int) and groups >= 1, "groups: expected a positive integer")
         sized("index", index, len(x))
         check(index.dtype == torch.int64, "index: expected int64")

@@ -40,7 +40,7 @@ def alignment(logits, target):
                 ways.append(state[i - 2])
             new.append(torch.stack(ways).logsumexp(0) + row[c])
         state = new
-    return -torch.logaddexp(state[-1], state[-2])
+    return -torch.stack(state[-2:]).logsumexp(0)
 
 
 def check_alignment(logits, target, steps):

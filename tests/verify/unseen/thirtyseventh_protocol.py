@@ -245,7 +245,7 @@ add(
     ridge,
     lambda: (real(4), real(4, 2, seed=1, grad=False)),
     bug="differentiating changes what the solver keeps (cvxpy/cvxpylayers#119)",
-    trigger="a second backward through one graph",
+    trigger="a second backward through one graph, with cotangents other than ones",
 )
 
 
