@@ -76,6 +76,7 @@ THIRTYFOURTH: dict[str, Unseen] = {}
 THIRTYFIFTH: dict[str, Unseen] = {}
 THIRTYSIXTH: dict[str, Unseen] = {}
 THIRTYSEVENTH: dict[str, Unseen] = {}
+THIRTYEIGHTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -114,6 +115,7 @@ SETS = {
     "thirty-fifth set": THIRTYFIFTH,
     "thirty-sixth set": THIRTYSIXTH,
     "thirty-seventh set": THIRTYSEVENTH,
+    "thirty-eighth set": THIRTYEIGHTH,
 }
 
 
