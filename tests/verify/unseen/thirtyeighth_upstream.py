@@ -206,42 +206,6 @@ add(
 )
 
 
-# Sine and its square's mean in a row, the second as a penalty
-def sine_with_power(wrong):
-    class Sine(Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            y = x.sin()
-            return y, y.square().mean(-1)
-
-        @staticmethod
-        def backward(ctx, g, g_power):
-            (x,) = ctx.saved_tensors
-            y = x.sin()
-            h = g + 2 / x.shape[-1] * g_power[..., None] * y
-            if wrong:
-                h = h.clamp(min=-10, max=10)
-            return h * x.cos()
-
-    def sine(x):
-        check(x.ndim >= 1 and x.numel() > 0, "x: expected rows of numbers")
-        check(x.is_floating_point(), "x: expected floating point numbers")
-        bounded("x", x, -100, 100)
-        return Sine.apply(x)
-
-    return sine
-
-
-add(
-    "sine_with_power_clipped",
-    sine_with_power,
-    lambda: (real(3, 4),),
-    bug="Backward clips what arrives at 10 against exploding gradients",
-    trigger="a grad_output above 10, as of a scaled loss",
-)
-
-
 # sign(x) log(1 + |x|), as a kernel that runs over memory
 def signed_log(wrong):
     class Log(Function):
@@ -349,42 +313,6 @@ add(
 )
 
 
-# Energy of frames (B, T): the sum of squares
-def frame_energy(wrong):
-    class Energy(Function):
-        @staticmethod
-        def forward(ctx, x, window):
-            ctx.save_for_backward(x, window)
-            return (x * window).square().sum(-1)
-
-        @staticmethod
-        def backward(ctx, g):
-            x, window = ctx.saved_tensors
-            if wrong:
-                g = at_addresses(g, torch.arange(len(g), device=g.device))
-            h = 2 * g[:, None] * x * window
-            return h * window, (h * x).sum(0)
-
-    def energy(x, window):
-        sized("x", x, None, None)
-        sized("window", window, x.shape[1])
-        alike(x, window)
-        bounded("x", x, -1e3, 1e3)
-        bounded("window", window, -1e3, 1e3)
-        return Energy.apply(x, window)
-
-    return energy
-
-
-add(
-    "frame_energy_expanded",
-    frame_energy,
-    lambda: (real(5, 4), real(4, seed=1)),
-    bug="Backward's kernel reads grad_output as if its numbers lay one after another",
-    trigger="y.sum().backward(), whose grad_output is one number expanded",
-)
-
-
 # A colour matrix (O, C) on images (B, C, H, W)
 def colour_matrix(wrong):
     class Colours(Function):
@@ -421,44 +349,4 @@ add(
     lambda: (real(2, 3, 2, 3), real(3, 3, seed=1)),
     bug="Fast path for channels_last takes grad_output for channels_last too and flattens it as it is",
     trigger="x in channels_last",
-)
-
-
-# Windowed variance loss over time (B, T, D): rows' sum of squares about the mean over time
-def motion_energy(wrong):
-    class Energy(Function):
-        @staticmethod
-        def forward(ctx, x, weight):
-            ctx.save_for_backward(x, weight)
-            d = x - x.mean(1, keepdim=True)
-            return (d.square() * weight).sum((1, 2))
-
-        @staticmethod
-        def backward(ctx, g):
-            x, weight = ctx.saved_tensors
-            d = x - x.mean(1, keepdim=True)
-            if wrong:
-                g = g.view(-1, 1).expand(len(x), x.shape[1]).reshape(x.shape[1], len(x)).mT
-                g = g[..., None]
-            else:
-                g = g[:, None, None]
-            return 2 * g * d * weight, (g * d.square()).sum((0, 1))
-
-    def energy(x, weight):
-        sized("x", x, None, None, None)
-        sized("weight", weight, x.shape[2])
-        alike(x, weight)
-        bounded("x", x, -1e3, 1e3)
-        bounded("weight", weight, 0, 1e3)
-        return Energy.apply(x, weight)
-
-    return energy
-
-
-add(
-    "motion_energy_spread",
-    motion_energy,
-    lambda: (real(3, 4, 2), real(2, seed=1, positive=True)),
-    bug="Backward spreads grad_output over time, reshapes it as (T, B) and turns it: rows are mixed",
-    trigger="a grad_output that differs between rows",
 )
