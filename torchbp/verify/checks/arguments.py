@@ -128,7 +128,7 @@ def _otherwise_named(case: Case, values: Values) -> Generator[Finding, None, boo
         if change and accepts(other):
             tested = True
             found = check_lines(other, NAME, _when(case, values, change))
-            yield from [found] if found else []
+            yield from [found] if found and _counts(other, found, change) else []
     return tested
 
 

@@ -16,6 +16,7 @@ from torchbp.verify.conditioning import moved_by
 from torchbp.verify.frozen import FROZEN, combinations_of, gradients
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
+from torchbp.verify.smooth import check_smooth
 from torchbp.verify.source import speaks
 from torchbp.verify.tensors import tensors_in
 from torchbp.verify.tolerance import compare, compare_all, largest, rounding
@@ -25,6 +26,7 @@ CAUSE = "an input, or what was saved of it, indexed as if contiguous"
 STEEP = 2.0**-10  # of the outputs: more is what rounding makes of a gradient that is infinite
 # Times rounding: of equal rows it is divided by the root of what a variance of 0 is kept above.
 STRIDES = re.compile(r"is_contiguous|\bstride|as_strided|data_ptr")
+EQUAL = re.compile(r"\bequal\(|allclose\(")
 CLOSE = 1e-3  # what rounding may explain
 MOVED = 8.0  # times what one rounding of the inputs moves a number by
 EQUAL_ROWS = 2.0**10
@@ -69,8 +71,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def _run(case: Case) -> Iterator[Finding]:
     refused = []
     tried = {tuple(t.stride() for t in case.leaves)}
-    for layout, change in _left(case).items():
-        other = case.variant(change)
+    for layout, other in _variants(case):
         strides = tuple(t.stride() for t in other.leaves)
         if strides in tried:  # of vectors, permuted is as it was
             continue
@@ -86,6 +87,16 @@ def _run(case: Case) -> Iterator[Finding]:
     yield from _expanded(case)
     if refused:
         raise Refused("; ".join(refused))
+
+
+def _variants(case: Case) -> Iterator[tuple[str, Case]]:
+    """Yield the layouts to look at; where the source asks for strides the first input has one alone, too."""
+    for layout, change in _left(case).items():
+        yield layout, case.variant(change)
+    if len(case.leaves) > 1 and speaks(case, STRIDES):
+        first = case.where[0]
+        alone = case.edited(lambda i, t: _slice(t) if i == first else t)
+        yield f"contiguous, but {case.names[0]} a slice of a wider tensor", alone
 
 
 def _left(case: Case) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -134,7 +145,12 @@ def _expanded(case: Case) -> list[Finding]:
         found = _compare(dense, expanded, when, shared)
     except ForwardRaised:
         return []  # writes in its input
-    return [f for f in found if not _is_rounding(dense, f)]
+    found = [f for f in found if not _is_rounding(dense, f)]
+    if found or not speaks(case, EQUAL):
+        return found
+    most = max(map(largest, case.plain.grads))
+    same = check_smooth(dense, NAME, " where rows, and inputs of one shape, are equal", most)
+    return [same] if same else []
 
 
 def _is_rounding(case: Case, found: Finding) -> bool:

@@ -18,6 +18,7 @@ from torchbp.verify.tolerance import compare_all
 from torchbp.verify.work import Bounded
 
 NAME = "linearity"
+SIXTEENTHS = 16  # whose sums are exact, in whatever precision
 RELATIVE = 1e-10  # of what is summed in another order for another grad_output; a rounded grad_output is off by 1e-8
 
 
@@ -79,11 +80,20 @@ def _not_a_number(case: Case) -> Iterator[Finding]:
 
 
 def _half_zero(t: Tensor) -> Tensor:
-    """Return ``t`` with zeros in every other place and in the first row: what is divided by grad_output shows."""
+    """Return ``t`` with zeros in every other place and in the first row, rounded so that all adds up to 0 exactly.
+
+    What is divided by grad_output shows, and what looks at its sum.
+    """
+    if t.numel() < 2:
+        return t
     keep = torch.arange(t.numel(), device=t.device).view(t.shape) % 2 == 1
     if t.dim() > 1 and t.shape[-2] > 1:
         keep[..., 0, :] = False
-    return t * keep if t.numel() > 1 else t
+    if t.is_complex() or int(keep.sum()) < 2:
+        return t * keep
+    flat = torch.where(keep, (t * SIXTEENTHS).round() / SIXTEENTHS, 0).reshape(-1)
+    flat[keep.reshape(-1).nonzero()[-1]] -= flat.sum()
+    return flat.view(t.shape)
 
 
 CHECK = Check(

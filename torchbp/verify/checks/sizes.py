@@ -273,7 +273,8 @@ def _wrong_at(case: Case, run: Run) -> Finding | None:
             return None
         found = plainly()
         # What else is another there other checks tell, at the sample's sizes.
-        far = not found and _reaches(case, run.case)
+        alone = run.varied.change(case, case)
+        far = not found and _reaches(case, run.case) and right_soon(alone)
         return check_lines(run.case, NAME, f"{when}, of integers as large") if far else found
     if run.scale and explodes(case, run.case, EXPLODES):
         return plainly()  # out of the sample's domain: the sizes alone
