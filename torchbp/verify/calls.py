@@ -27,6 +27,7 @@ class Calls:
     backward: int = 0
     until: float = float("inf")  # on the clock of time.perf_counter
     asked: str = ""  # an input of which forward itself asked a gradient that nobody wanted
+    accumulates: bool = False  # whether backward leaves gradients in `.grad`, and returns none
 
     def count(self, *, forward: int = 0, backward: int = 0) -> None:
         """Count a call that is about to be made; raise :class:`PastDeadline` where none may."""

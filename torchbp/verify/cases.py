@@ -26,6 +26,10 @@ LARGER = (
 )  # times; in float64 the product has more bits than float32, whatever ``t`` has
 
 
+# A checkpoint says, where use_reentrant=True: it asks for what `.backward()` leaves in `.grad`.
+ACCUMULATES = "incompatible with .grad()"
+
+
 class Case(Sample):
     """A sample's function, called: forward, backward, and what other ways of running are compared with.
 
@@ -183,15 +187,22 @@ class Case(Sample):
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         if self.wrote and not exposed:
             pairs = [(y, v.clone() if v.requires_grad else apart(v)) for y, v in pairs]
+
+        ys, vs = [y for y, _ in pairs], [v for _, v in pairs]
+        graph = {"retain_graph": retain_graph or create_graph, "create_graph": create_graph}
+
+        def run() -> Sequence[Tensor | None]:
+            if not self.calls.accumulates:
+                try:
+                    return torch.autograd.grad(ys, wanted, vs, **graph, allow_unused=True)
+                except RuntimeError as error:
+                    if ACCUMULATES not in str(error):
+                        raise
+                    self.calls.accumulates = True
+            return _accumulated(ys, wanted, vs, **graph)
+
         try:
-            grads = torch.autograd.grad(
-                [y for y, _ in pairs],
-                wanted,
-                [v for _, v in pairs],
-                retain_graph=retain_graph or create_graph,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
+            grads = self.with_state(leaves, run)
         except Exception as error:
             raise BackwardRaised(reason(error)) from error
         given = iter(grads)
@@ -368,6 +379,20 @@ class Case(Sample):
         """Return a random grad_output for each output."""
         generator = self.generator(purpose)
         return tuple(signed_like(y, generator) for y in outputs)
+
+
+def _accumulated(
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], v: Sequence[Tensor], **graph: bool
+) -> list[Tensor | None]:
+    """Return the gradients that a backward leaves in ``.grad``, which is then as it was."""
+    was = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    torch.autograd.backward(outputs, v, **graph)
+    grads = [leaf.grad for leaf in leaves]
+    for leaf, grad in zip(leaves, was, strict=True):
+        leaf.grad = grad
+    return grads
 
 
 def _larger(t: Tensor) -> Tensor:

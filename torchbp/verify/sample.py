@@ -223,12 +223,39 @@ class Sample:
         args, kwargs = self.opened(flat)
         if func is not None or self._module is None:
             return (func or self.func)(*args, **kwargs)
-        state = dict(zip(self._tensors, self._freed(flat)[self._arguments :], strict=True))
-        return torch.func.functional_call(self._module, state, args, kwargs)
+        return torch.func.functional_call(self._module, self._state(flat), args, kwargs)
+
+    def with_state(self, leaves: Sequence[Tensor], run: Callable[[], Any]) -> Any:
+        """Return what ``run`` gives while the Module, if it is one, has its tensors from ``leaves``.
+
+        A backward that calls parts of the Module again, as a checkpoint's does, finds those of its forward.
+        """
+        if self._module is None:
+            return run()
+        tensors = range(self._arguments, len(self.flat))
+        others = {i: self.flat[i].clone() for i in tensors if isinstance(self.flat[i], Tensor)}
+        state = self._state(self._filled(leaves, others))
+        inner = {f"module.{name}": t for name, t in state.items()}
+        return torch.func.functional_call(_Holding(self._module), inner, (run,))
+
+    def _state(self, flat: list[Any]) -> dict[str, Any]:
+        """Return the tensors of the Module among the values of ``flat``, by name."""
+        return dict(zip(self._tensors, self._freed(flat)[self._arguments :], strict=True))
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a generator that depends on the seed and on ``purpose`` only."""
         return torch.Generator().manual_seed(self.seed + zlib.crc32(purpose.encode()))
+
+
+class _Holding(nn.Module):
+    """Runs something while the tensors of a Module are replaced."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        return run()
 
 
 def _held(name: str, x: Any) -> Any:
