@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torchbp._random import all_forked
 from torchbp.verify._check import Check, Level, NotApplicable, NothingChecked, Refused, all_checks
 from torchbp.verify.cases import Case
+from torchbp.verify.definite import keep_definite
 from torchbp.verify.generators import generators_among, put_back
 from torchbp.verify.held import held
 from torchbp.verify.lost import lost
@@ -27,6 +28,7 @@ from torchbp.verify.raised import (
 )
 from torchbp.verify.report import Capability, Finding, GradientError, Report, Status
 from torchbp.verify.request import chosen, expect
+from torchbp.verify.resize import runs
 from torchbp.verify.tensors import double, expression_of, is_dense
 
 __all__ = ["gradcheck"]
@@ -165,11 +167,10 @@ def _build(
     case = given.variant(double, parameters=True)
     if all(a.dtype == b.dtype for a, b in zip(case.leaves, given.leaves, strict=True)):
         return given, given
-    try:
-        _ = case.first
-    except ForwardRaised:  # whatever it is, the sample as given decides
-        return given, given
-    return case, given
+    # Where float64 is refused, whatever it says, the sample as given decides; not where backward raises there too.
+    if runs(case) or ("first" in case.__dict__ and not runs(given)):
+        return case, given
+    return given, given
 
 
 def _run_all(
@@ -214,7 +215,7 @@ def _run_all(
                     status="not run", seconds=0.0, detail=broken, tests=check.tests
                 )
                 continue
-            found, status, detail = _run_one(check, case)
+            found, status, detail = _noted(check, case, *_run_one(check, case))
             findings += found
             if status in ("wrong", "refuses") and "plain" not in case.__dict__:
                 broken = f"there is no gradient to compare with: {detail}"
@@ -307,6 +308,20 @@ def _run_one(check: Check, case: Case) -> tuple[list[Finding], Status, str]:
     found = [replace(f, repeat=f.repeat or _repeat(check, case)) for f in found]
     if any(f.severity == "wrong" for f in found):
         status, detail = "wrong", found[0].message
+    return found, status, detail
+
+
+def _noted(
+    check: Check, case: Case, found: list[Finding], status: Status, detail: str
+) -> tuple[list[Finding], Status, str]:
+    """Make notes of what is wrong only where matrices are no longer positive definite, as the sample's are."""
+    if status == "wrong" and not case.wrong_here:
+        keep = keep_definite({i: t for i, t in case.arguments if i in case.where})
+        other = case.variant(lambda t: t)
+        other.keep = keep
+        if keep and _run_one(check, other)[1] != "wrong":
+            why = "; not so where matrices stay positive definite, as the sample's are"
+            return [replace(f, severity="note", message=f.message + why) for f in found], "ok", ""
     return found, status, detail
 
 

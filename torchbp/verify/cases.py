@@ -189,17 +189,19 @@ class Case(Sample):
             pairs = [(y, v.clone() if v.requires_grad else apart(v)) for y, v in pairs]
 
         ys, vs = [y for y, _ in pairs], [v for _, v in pairs]
-        graph = {"retain_graph": retain_graph or create_graph, "create_graph": create_graph}
+        retain_graph |= create_graph
 
         def run() -> Sequence[Tensor | None]:
             if not self.calls.accumulates:
                 try:
-                    return torch.autograd.grad(ys, wanted, vs, **graph, allow_unused=True)
+                    return torch.autograd.grad(
+                        ys, wanted, vs, retain_graph, create_graph, allow_unused=True
+                    )
                 except RuntimeError as error:
                     if ACCUMULATES not in str(error):
                         raise
                     self.calls.accumulates = True
-            return _accumulated(ys, wanted, vs, **graph)
+            return _accumulated(ys, wanted, vs, retain_graph, create_graph)
 
         try:
             grads = self.with_state(leaves, run)
@@ -382,13 +384,17 @@ class Case(Sample):
 
 
 def _accumulated(
-    outputs: Sequence[Tensor], leaves: Sequence[Tensor], v: Sequence[Tensor], **graph: bool
+    outputs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    v: Sequence[Tensor],
+    retain_graph: bool,  # as torch.autograd.backward has them
+    create_graph: bool,
 ) -> list[Tensor | None]:
     """Return the gradients that a backward leaves in ``.grad``, which is then as it was."""
     was = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
-    torch.autograd.backward(outputs, v, **graph)
+    torch.autograd.backward(outputs, v, retain_graph, create_graph)
     grads = [leaf.grad for leaf in leaves]
     for leaf, grad in zip(leaves, was, strict=True):
         leaf.grad = grad

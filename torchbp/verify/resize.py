@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 UNEVEN = (1.0, 2.0**-18, 2.0**3, 2.0**-7, 2.0**6, 2.0**-11)  # of rows: a norm clamped, a branch
+NARROW = 2.0  # times the smallest
 GOLDEN = 0.6180339887  # its multiples lie evenly between whole numbers
 
 ONE = re.compile(r"\(1,|broadcast|\bexpand\b")  # of what is given once for all
@@ -173,15 +174,24 @@ def uneven(case: Case, size: Size) -> Case:
             t = t * by.view(-1, *[1] * (t.dim() - 1 - d))
         return t
 
-    other = case.edited(lambda i, t: along(t, size.of(i)) if i in case.where else t)
+    some = [i for i in case.where if not _is_narrow(case.flat[i])]
+    other = case.edited(lambda i, t: along(t, size.of(i)) if i in some else t)
     # A step is a part of what the slice holds, not of what is typical.
     other.memo["steps"] = [
         along(scale_of(leaf.cpu()).view(leaf.shape), size.of(i)).abs().reshape(-1)
-        if not leaf.is_complex()
+        if i in some and not leaf.is_complex()
         else None
         for i, leaf in zip(case.where, case.leaves, strict=True)
     ]
     return other
+
+
+def _is_narrow(t: Tensor) -> bool:
+    """Whether several positive numbers are about as large: exponents, of which others would mean something else."""
+    if t.is_complex() or t.numel() < 2:
+        return False
+    low, high = float(t.min()), float(t.max())
+    return low > 0 and high <= NARROW * low
 
 
 def _magnitudes(n: int, both: bool) -> Tensor:

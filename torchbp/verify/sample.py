@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torchbp.verify.definite import Keep
 from torchbp.verify.modules import copied
 from torchbp.verify.signatures import function_of, signature_of
 from torchbp.verify.tensors import apart, flatten, is_dense, kinds_in, name_of
@@ -41,7 +42,10 @@ class Sample:
         name_at: One name for each of ``flat``.
         origin: What the user gave, by its name, where this is a neighbour.
         memo: What checks work out about the sample and share.
+        keep: Makes of every sample made from this one what is to stay so, told the position in ``flat``.
     """
+
+    keep: Keep | None = None
 
     measured: tuple[str, ...] = ()  # cached properties that hold for one sample
 
@@ -126,6 +130,10 @@ class Sample:
             change(i, x) if isinstance(x, Tensor) and i < end else x
             for i, x in enumerate(self.flat)
         ]
+        if self.keep is not None:
+            other.flat = [
+                self.keep(i, x) if isinstance(x, Tensor) else x for i, x in enumerate(other.flat)
+            ]
         return other
 
     def replaced(self: S, change: Mapping[int, Any]) -> S:

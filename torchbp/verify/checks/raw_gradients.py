@@ -5,6 +5,7 @@ lost what nothing gives back; the other cases are worth knowing.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,16 @@ NAME = "raw_gradients"
 
 
 def _run(case: Case) -> Iterator[Finding]:
+    found = dict(_returned(case))
+    as_given = dict(_returned(case.given)) if found and case.given is not case else found
+    for which, finding in found.items():
+        # What is right as the sample is given is not wrong.
+        same = which in as_given and as_given[which].severity == finding.severity
+        yield finding if same else replace(finding, severity="note")
+
+
+def _returned(case: Case) -> Iterator[tuple[tuple[str, int], Finding]]:
+    """Yield what is to be said of what backward returns at this sample, and of which gradient."""
     leaves, outputs = case.kept
     nodes = [n for n in graph(outputs) if isinstance(n, BackwardCFunction)]
     if not nodes:
@@ -55,7 +66,7 @@ def _run(case: Case) -> Iterator[Finding]:
                 meta = before._input_metadata[i]  # noqa: SLF001  # an edge has no public dtype and shape
                 found = _compare(case, function, number, g, meta)
                 if found:
-                    yield found
+                    yield (function, number), found
 
 
 def _compare(case: Case, function: str, number: int, g: Tensor, meta: Any) -> Finding | None:
