@@ -77,6 +77,7 @@ THIRTYFIFTH: dict[str, Unseen] = {}
 THIRTYSIXTH: dict[str, Unseen] = {}
 THIRTYSEVENTH: dict[str, Unseen] = {}
 THIRTYEIGHTH: dict[str, Unseen] = {}
+THIRTYNINTH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -116,6 +117,7 @@ SETS = {
     "thirty-sixth set": THIRTYSIXTH,
     "thirty-seventh set": THIRTYSEVENTH,
     "thirty-eighth set": THIRTYEIGHTH,
+    "thirty-ninth set": THIRTYNINTH,
 }
 
 
@@ -292,6 +294,13 @@ def every():
         thirtyfourth_layers,
         thirtyfourth_losses,
         thirtyfourth_sequences,
+        thirtyninth_coverage,
+        thirtyninth_formula,
+        thirtyninth_layout,
+        thirtyninth_precision,
+        thirtyninth_state,
+        thirtyninth_transforms,
+        thirtyninth_upstream,
         thirtysecond_attention,
         thirtysecond_layers,
         thirtysecond_losses,
