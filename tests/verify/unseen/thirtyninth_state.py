@@ -205,12 +205,14 @@ class MinimalGRU(nn.Module):
 
     def forward(self, x):
         check(x.dtype == self.gate.dtype, "x: expected the parameters' dtype")
+        check(x.dtype in (torch.float32, torch.float64), "x: expected float32 or float64")
         sized("x", x, None, None, self.gate.shape[1])
         bounded("x", x, -100, 100)
         w = torch.cat([self.gate, self.candidate])
         if self.wrong and self.packed is None:
             self.packed = w.detach()
-        return Minimal.apply(x, w, self.packed)
+        with torch.autocast(x.device.type, enabled=False):
+            return Minimal.apply(x, w, self.packed)
 
 
 add_bare(
@@ -312,6 +314,7 @@ class TruncatedPoisson(nn.Module):
 
     def forward(self, x, counts):
         check(x.dtype == self.shift.dtype, "x: expected the buffer's dtype")
+        check(x.dtype in (torch.float32, torch.float64), "x: expected float32 or float64")
         sized("x", x, None, len(self.shift))
         same(x, counts)
         check(counts.dtype == torch.int64, "counts: expected int64")
