@@ -78,6 +78,7 @@ THIRTYSIXTH: dict[str, Unseen] = {}
 THIRTYSEVENTH: dict[str, Unseen] = {}
 THIRTYEIGHTH: dict[str, Unseen] = {}
 THIRTYNINTH: dict[str, Unseen] = {}
+FORTIETH: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -118,6 +119,7 @@ SETS = {
     "thirty-seventh set": THIRTYSEVENTH,
     "thirty-eighth set": THIRTYEIGHTH,
     "thirty-ninth set": THIRTYNINTH,
+    "fortieth set": FORTIETH,
 }
 
 
@@ -169,6 +171,12 @@ def every():
         fifth_indices,
         fifth_losses,
         fifth_scans,
+        fortieth_algebra,
+        fortieth_elementwise,
+        fortieth_geometry,
+        fortieth_layers,
+        fortieth_losses,
+        fortieth_sequences,
         fourteenth_algebra,
         fourteenth_densities,
         fourteenth_drafts,
