@@ -31,7 +31,7 @@ def triangle_unit(wrong):
         sized("b", b, a.shape[0], None)
         alike(a, b)
         check(isinstance(unit, bool), "unit: expected a boolean")
-        bounded("a", a, -3, 3)
+        bounded("a", a, -10, 10)
         bounded("b", b, -1e3, 1e3)
         check(unit or bool((a.diagonal().abs() >= 0.1).all()), "a: expected a diagonal without 0")
         return Solve.apply(a, b, unit)
