@@ -1,8 +1,9 @@
 """Fortieth set: wrong gradients as public reports tell of them, taken in the order in which a search found them.
 
-Fifty-three search queries were written down beforehand, by field; of each the first one or two reports of a wrong
-gradient were rebuilt small, leaving none out because it was easy or hard. `bug` names the project and the number; facts
-were carried over, neither code nor sentences. Where a report says too little, the likeliest fault was built.
+Search queries were written down beforehand, by field, and fifty-two of them were run; of each the first one or two
+reports of a wrong gradient were rebuilt small, leaving none out because it was easy or hard. Ten queries gave no
+report that was new and said what to build. `bug` names the project and the number; facts were carried over, neither
+code nor sentences. Where a report says too little, the likeliest fault was built.
 """
 
 from functools import partial
