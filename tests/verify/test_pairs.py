@@ -28,6 +28,8 @@ NEED_COMPILE = {
     "rms_layer_compiled_31",
     "packed_geglu_compiled_32",
     "place_waves_first_type_33",
+    "tanh_square_compiled_38",
+    "edit_distance_compiled_39",
 }
 
 

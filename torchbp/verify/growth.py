@@ -270,7 +270,7 @@ class _Search:
             rest = tuple(p for p in whole if p not in part)
             if not rest:
                 continue
-            if len(said) > 1 and len(set(said)) == 1:
+            if len(said) > 1 and len(set(said)) == 1 and part not in _two_and_two(whole):
                 break  # what is refused to one and to the rest, for one reason, is refused to all
             first = several and part == parts[0]
             one, other = Size(size.now, part, size.unit), Size(size.now, rest, size.unit)
@@ -304,6 +304,7 @@ class _Search:
         alike = [tuple(p for p in whole if p in end.values()) for end in ends]
         parts = [part for part in alike if 1 < len(part) < len(whole) and part[0][0] != part[-1][0]]
         parts += [(p,) for p in (whole[0], whole[-1], *(whole[1:2] if len(whole) == 3 else ()))]
+        parts = _two_and_two(whole) + parts
         part = of_outputs(self.case, size) if len(whole) > 2 else ()
         if not part:
             return parts, False
@@ -377,6 +378,15 @@ class _Search:
     @property
     def elementwise(self) -> bool:
         return len(elementwise(self.case)) == len(self.case.leaves)
+
+
+def _two_and_two(places: Places) -> list[Places]:
+    """Return two of four places, of which one input has two: what its weights make, or what they are given."""
+    of_one = [p for p in places if sum(q[0] == p[0] for q in places) == 2]
+    if len(places) != 4 or len(of_one) != 2:
+        return []
+    rest = [p for p in places if p not in of_one]
+    return [tuple(p for p in places if p in (of_one[1], other)) for other in rest[::-1]]
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

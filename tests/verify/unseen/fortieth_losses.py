@@ -455,4 +455,5 @@ add(
     own=True,
     bug="gradients are added up in the half type in which they come (flagos-ai/FlagGems#4295)",
     trigger="a half type, and an index that occurs some hundred times",
+    missed="a lookup's sum in a half type, as torch's own embedding has it",
 )

@@ -253,4 +253,5 @@ add(
     lambda: (real(3, 2), real(4, 2, seed=1), real(4, 2, seed=2)),
     bug="Marks the weights non-differentiable, which they are not: an entropy penalty on them trains nothing",
     trigger="the second output, which doesn't require a gradient",
+    missed="an output without a gradient may be meant: it is a note",
 )

@@ -168,6 +168,7 @@ add(
     lambda: (real(3, 4), real(4, seed=1, positive=True)),
     bug="The weights' gradient is rounded to the dtype of x before the sum",
     trigger="x in float32 and weights in float64",
+    missed="two inputs of different dtypes, and the eighth digit",
 )
 
 
@@ -207,6 +208,7 @@ add(
     lambda: (real(5, positive=True), real(5, seed=1, positive=True)),
     bug="Backward takes the difference of 1 / v and 1 / (v - b), which cancels",
     trigger="a volume far above b, in float32 above all",
+    missed="it cancels where the gradient is small beside others, in float32",
 )
 
 

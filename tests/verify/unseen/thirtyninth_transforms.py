@@ -57,6 +57,7 @@ add(
     lambda: (real(2, 6),),
     bug="Forward marks the variances as non-differentiable, as if they were counts",
     trigger="a loss of the variances",
+    missed="an output without a gradient may be meant: it is a note",
 )
 
 

@@ -191,6 +191,9 @@ def _inward(case: Case, where: list[int], when: str) -> Finding | None:
     slack = 16 * SHORT + 16 * lines.noise / SHORT
     if not abs(near - got) > slack + 1e-3 * abs(got) or abs(far - near) > slack + 0.05 * abs(near):
         return None  # or forward is not smooth there: a logarithm
+    outward = -lines.value(inward, -SHORT) / SHORT
+    if abs(outward - got) <= slack + 1e-3 * abs(got):
+        return None  # a kink, where 1 is not the end of the domain
     if any(_is_periodic(case, k, d) for k, d in inward.items()):
         return None
     return Finding(

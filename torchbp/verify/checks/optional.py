@@ -31,7 +31,9 @@ TRIED = 6  # values of each
 NEVER = {"device", "dtype", "generator", "layout", "memory_format", "name", "out", "requires_grad"}
 MASK = re.compile("mask|keep|valid")
 NUMBER = re.compile(r"\b(bool|complex|float|int)\b|Number")  # in an annotation
-COUNTED = re.compile("chunk|dilation|group|hop|kernel|pad|step|stride|window")  # whole numbers
+COUNTED = re.compile(
+    "chunk|dilation|group|hop|kernel|pad(ding)?$|step|stride|window"
+)  # whole numbers
 ASKED = re.compile("grad|deriv|differenti")  # in a refusal to give one
 CALLED = re.compile(
     "(^|_)(callback|fn|func|function|hook)s?$"

@@ -23,7 +23,7 @@ from torchbp.verify.tensors import is_square
 
 NAME = "scales"
 FACTORS = (2.0**-10, APART, -(2.0**10))
-LESS = {APART: (4.0, 2.0), -(2.0**10): (-16.0, -2.0)}  # where that is refused
+LESS = {APART: (4.0, 2.0), -(2.0**10): (-16.0, -8.0, -2.0)}  # where that is refused
 ROOT = 1 / 32  # takes what is between -1 and 1 near its bounds
 EXPLODES = 1e14  # times as large outputs: out of the sample's domain
 

@@ -151,7 +151,7 @@ ROWS = (
     ),
     Row((127, 129), (127, 2, 129, 2), factor=-(2.0**10), together=True),
     Row((), (32, 33, 31, 2), factor=2.0**-10),
-    Row((64, 192), (3, 64, 128, 2), factor=0.0, together=True),
+    Row((64, 192), (2, 192, 64, 2), factor=0.0, together=True),
 )
 BESIDE = ROWS[1]  # where of several inputs every other one is larger
 # One row, or one column: what is squeezed away, or broadcast, where others are more. If these are right, all 1 is, too.
