@@ -24,15 +24,16 @@ NAME = "modified"
 def _run(case: Case) -> Iterator[Finding]:
     case, leaves, outputs = _spare(case)
     raised = _modify(case, leaves, outputs, outputs)
-    if isinstance(raised, tuple):
-        yield from _compare(case, raised, "an output")
-    else:  # backward needs an output: its graph is of no more use
+    found = _compare(case, raised, "an output") if isinstance(raised, tuple) else []
+    yield from found
+    if found or raised is None:  # backward needs an output: its graph is of no more use
         leaves, outputs = case.graph()
     inputs = [] if case.copies_leaves else leaves
+    keeps = len(inputs) > 1 and _keeps_tensors(outputs)  # no view says so once its base is modified
     raised = _modify(case, leaves, outputs, inputs)
     if isinstance(raised, tuple):
         yield from _compare(case, raised, "an input")
-    elif len(inputs) > 1 and _keeps_tensors(outputs):
+    elif keeps:
         yield from islice(_one_by_one(case), 1)
 
 
