@@ -49,3 +49,33 @@ class FirstOfTwo(Function):
 
 def test_a_view_that_refuses_is_not_modified():
     assert not found(FirstOfTwo.apply, (sample(3), sample(3, seed=1)), "modified")
+
+
+class Doubled(Function):
+    """Twice x: the adjoint of this complex code is itself."""
+
+    @staticmethod
+    def forward(ctx, x):
+        """Not of complex numbers."""
+        return x + x.real
+
+    @staticmethod
+    def backward(ctx, grad_y):  # of no complex ones
+        def adjoint(x):
+            return x
+
+        return adjoint(2 * grad_y)
+
+
+class DoubledComplex(Doubled):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.complex(x, x).real + x if not x.is_complex() else x + x.real
+
+
+def test_words_of_comments_take_no_complex_numbers():
+    report = torchbp.gradcheck(
+        Doubled.apply, sample(3, 4), checks=["values", "complex_inputs"], raise_exception=False
+    )
+    assert report.capabilities["complex_inputs"].status == "not applicable"
+    assert found(DoubledComplex.apply, sample(3, 4), "complex_inputs")

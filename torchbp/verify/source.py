@@ -1,7 +1,10 @@
 """What the source of a function speaks of: what it takes on purpose, and not by chance."""
 
+import functools
 import inspect
+import io
 import re
+import tokenize
 import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +22,7 @@ __all__ = [
     "bounds",
     "codes_of",
     "compared",
+    "does",
     "functions",
     "lacking",
     "promised",
@@ -31,12 +35,18 @@ READS = re.compile(r"data-dependent control flow|\.item\(\)|inplace arithmetic")
 
 COMPARED = re.compile(r"[!=]= *(-?\d+(?:\.\d*)?)\b")
 BOUND = re.compile(r"[<>]=? *(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\b")
+BLANK = {tokenize.NL, tokenize.INDENT, tokenize.DEDENT}  # between statements
 TRANSFORMS = re.compile(r"functorch|forward_ad|torch\.func\b|is_batched|is_dual")
 
 
 def speaks(case: Case, of: re.Pattern[str]) -> bool:
     """Whether the function that was given, or an autograd.Function of which its outputs come, says so, or does so."""
     return any(of.search(_source(part)) for part in _parts(case))
+
+
+def does(case: Case, of: re.Pattern[str]) -> bool:
+    """Whether one of these does so: the same of their code alone, without comments and docstrings."""
+    return any(of.search(_code(_source(part, docstring=False))) for part in _parts(case))
 
 
 def compared(case: Case) -> list[float]:
@@ -128,7 +138,7 @@ def _is_filled(cell: types.CellType) -> bool:
     return True
 
 
-def _source(part: Any) -> str:
+def _source(part: Any, *, docstring: bool = True) -> str:
     """Return what is written of a function, a module, or a class: its name, its docstring and its methods.
 
     `inspect` reads the whole file to find a class: a tenth of a second and more.
@@ -139,8 +149,28 @@ def _source(part: Any) -> str:
         return ""
     if inspect.isclass(part):
         written = [_source(x) for x in methods_of(part)]
-        return "\n".join([part.__qualname__, part.__doc__ or "", *written])
+        said = [part.__doc__ or ""] if docstring else []
+        return "\n".join([part.__qualname__, *said, *written])
     try:
         return inspect.getsource(part)
     except (OSError, TypeError):
         return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _code(source: str) -> str:
+    """Return a source without its comments, and without the strings that are statements."""
+    lines = source.splitlines(keepends=True)
+    spans: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    begins = True  # a statement
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and begins):
+                spans.append((token.start, token.end))
+            elif token.type not in BLANK:
+                begins = token.type == tokenize.NEWLINE
+    except (tokenize.TokenError, SyntaxError):  # of a lambda, which is a part of its lines
+        pass
+    for (first, start), (last, end) in reversed(spans):
+        lines[first - 1 : last] = [lines[first - 1][:start] + lines[last - 1][end:]]
+    return "".join(lines)
