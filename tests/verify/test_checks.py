@@ -79,3 +79,24 @@ def test_words_of_comments_take_no_complex_numbers():
     )
     assert report.capabilities["complex_inputs"].status == "not applicable"
     assert found(DoubledComplex.apply, sample(3, 4), "complex_inputs")
+
+
+class Products(Function):
+    """Of queries and keys, for each of a batch."""
+
+    @staticmethod
+    def forward(ctx, q, k):
+        ctx.save_for_backward(q, k)
+        return torch.einsum("bqd,bkd->bqk", q, k)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        q, k = ctx.saved_tensors
+        if len(q) != len(k):
+            raise IndexError("one batch is another")
+        return grad_y @ k, grad_y.mT @ q
+
+
+def test_a_batch_of_one_is_emptied_as_a_whole():
+    inputs = sample(1, 4, 3), sample(1, 4, 3, seed=1)
+    assert not found(Products.apply, inputs, "empty")

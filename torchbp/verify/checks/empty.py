@@ -21,7 +21,8 @@ def _run(case: Case) -> Iterator[Finding]:
     integers = {i for i, t in case.arguments if not (t.is_floating_point() or t.is_complex())}
     if not integers <= set(rows):  # indices into nothing: undefined, torch itself crashes on some
         raise NotApplicable("integer inputs that do not go with the rows")
-    together = integers or refuses_alone(case, rows[0], 0)
+    # One row may be broadcast to none, where nobody meant it to be.
+    together = integers or first == 1 or refuses_alone(case, rows[0], 0)
     for chosen in (rows,) if together else (rows[:1], rows):
         other = case.edited(lambda i, t, chosen=chosen: t[:0] if i in chosen else t)
         if accepts(other):
