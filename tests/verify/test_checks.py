@@ -100,3 +100,23 @@ class Products(Function):
 def test_a_batch_of_one_is_emptied_as_a_whole():
     inputs = sample(1, 4, 3), sample(1, 4, 3, seed=1)
     assert not found(Products.apply, inputs, "empty")
+
+
+class Biased(Function):
+    """Twice x, and the bias where that is learned."""
+
+    @staticmethod
+    def forward(ctx, x, b):
+        return 2 * x + b if b.requires_grad else 2 * x
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return 2 * grad_y, grad_y.sum(0) if ctx.needs_input_grad[1] else None
+
+
+def test_values_are_the_same_whatever_requires_grad():
+    x, b = sample(3, 4), sample(4, seed=1)
+    (finding,) = found(Biased.apply, (x, b), "requires_grad")
+    assert finding.message.startswith("output 0 wrong in 12/12")
+    (finding,) = found(Biased.apply, (x, b.detach()), "unasked")
+    assert finding.message.startswith("output 0 wrong in 12/12")

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from torchbp.verify.cases import Case
+from torchbp.verify.report import Finding
+from torchbp.verify.tolerance import compare, largest, rounding
 
-__all__ = ["FROZEN", "combinations_of", "gradients"]
+__all__ = ["FROZEN", "changed", "combinations_of", "gradients"]
 
 FROZEN = "gradients are right whichever other inputs require one"  # in the memo of a case
 
@@ -34,3 +36,14 @@ def gradients(
     if any(y.requires_grad for y in outputs):
         return case.backward(outputs, leaves, case.plain.cotangents)
     return tuple(torch.zeros_like(leaf) for leaf in leaves)
+
+
+def changed(check: str, case: Case, outputs: Sequence[Tensor], when: str) -> list[Finding]:
+    """Return the first output that is another than in the sample, because something else requires grad."""
+    cause = "forward asks an input for requires_grad, and computes something else"
+    for k, (y, y0) in enumerate(zip(outputs, case.plain.outputs, strict=True)):
+        size = rounding(case, y0) * max(largest(y0), *map(largest, case.leaves))  # y may cancel
+        found = compare(check, str(k), y, y0, size, what="output", when=when, cause=cause)
+        if found:
+            return [found]
+    return []

@@ -1,4 +1,4 @@
-"""requires_grad: freezing an input changes nothing for the others.
+"""requires_grad: freezing an input changes no output, and no gradient of the others.
 
 As few combinations as do this: for every two inputs, one requires grad where the other does not. Where all of them were
 right in another layout, which `input_layouts` tries so, none is left to ask for.
@@ -10,7 +10,7 @@ import torch
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
-from torchbp.verify.frozen import FROZEN, combinations_of, gradients
+from torchbp.verify.frozen import FROZEN, changed, combinations_of, gradients
 from torchbp.verify.report import Finding
 from torchbp.verify.tolerance import compare_all
 
@@ -25,6 +25,11 @@ def _run(case: Case) -> Iterator[Finding]:
         leaves = [leaf.clone().requires_grad_(i in free) for i, leaf in enumerate(case.leaves)]
         outputs = case.forward(leaves)
         names = ", ".join(case.names[i] for i in sorted(free))
+        when = f" where only {names} requires grad"
+        found = changed(NAME, case, outputs, when)
+        yield from found
+        if found:
+            return
         got = gradients(case, outputs, leaves)
         expected = [g if i in free else torch.zeros_like(g) for i, g in enumerate(case.plain.grads)]
         found = compare_all(
@@ -32,7 +37,7 @@ def _run(case: Case) -> Iterator[Finding]:
             case,
             got,
             expected,
-            when=f" where only {names} requires grad",
+            when=when,
             cause="the gradient of one input depends on whether another is wanted (needs_input_grad)",
         )
         yield from found
@@ -42,7 +47,7 @@ def _run(case: Case) -> Iterator[Finding]:
 
 CHECK = Check(
     name=NAME,
-    tests="each gradient is the same whichever other inputs require one",
+    tests="each output and gradient is the same whichever other inputs require one",
     run=_run,
     order=35,
     needs=("same values",),

@@ -10,6 +10,7 @@ from torchbp.verify._check import Check, NotApplicable, Refused
 from torchbp.verify.asking import given_unasked, unasked, with_all_asked
 from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
+from torchbp.verify.frozen import changed
 from torchbp.verify.lines import Lines
 from torchbp.verify.raised import BackwardRaised, ForwardRaised
 from torchbp.verify.report import Finding
@@ -32,12 +33,13 @@ def _run(case: Case) -> Iterator[Finding]:
         raise Refused(str(error)) from error
     if same:
         names = " and ".join(case.name_at[i] for i in positions)
-        found = compare_all(
+        when = f" where {names} requires grad too"
+        found = changed(NAME, case, other.plain.outputs, when) or compare_all(
             NAME,
             case,
             [grads[i] for i in case.where],
             case.plain.grads,
-            when=f" where {names} requires grad too",
+            when=when,
             cause="the gradient of one input depends on whether another is wanted (needs_input_grad)",
         )
         yield from found
