@@ -120,3 +120,24 @@ def test_values_are_the_same_whatever_requires_grad():
     assert finding.message.startswith("output 0 wrong in 12/12")
     (finding,) = found(Biased.apply, (x, b.detach()), "unasked")
     assert finding.message.startswith("output 0 wrong in 12/12")
+
+
+class Resizing(Function):
+    """The sum of squares; what comes back is made as large as the input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square().sum()
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad_y.item() + 0 * grad_y.resize_as_(x).zero_()
+
+
+def test_a_backward_that_resizes_its_grad_output_writes():
+    report = torchbp.gradcheck(Resizing.apply, sample(3, 4), raise_exception=False, skip="compile")
+    assert not [c.detail for c in report.capabilities.values() if "itself failed" in c.detail]
+    assert report.wrong[0].check == "writes"
+    assert report.wrong[0].message == "backward resizes grad_output, of shape (), to (3, 4)"

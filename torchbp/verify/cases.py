@@ -315,7 +315,7 @@ class Case(Sample):
                 grads = self.backward(outputs, leaves, own, retain_graph=True, exposed=True)
             after = zip(self._passed, before, strict=True)
             self.touched = next((name for (name, t), n in after if t._version > n), "")  # noqa: SLF001
-            self.wrote = sum(int((a != b).sum()) for a, b in zip(own, cotangents, strict=True))
+            self.wrote = sum(_differ(a, b) for a, b in zip(own, cotangents, strict=True))
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)
         return Plain(values, cotangents, tuple(g.detach().clone() for g in grads))
@@ -399,6 +399,11 @@ def _accumulated(
     for leaf, grad in zip(leaves, was, strict=True):
         leaf.grad = grad
     return grads
+
+
+def _differ(a: Tensor, b: Tensor) -> int:
+    """Return in how many elements: all of them where one was resized."""
+    return int((a != b).sum()) if a.shape == b.shape else max(1, b.numel())
 
 
 def _larger(t: Tensor) -> Tensor:

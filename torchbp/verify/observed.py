@@ -25,7 +25,8 @@ OTHER_SEED = 11  # further than the case's own
 class Write:
     """One tensor that forward or backward wrote to, at the first element that changed.
 
-    ``index`` is None where it wrote what was there: a number within the bounds of a clamp.
+    ``index`` is None where it wrote what was there: a number within the bounds of a clamp; and where it gave the tensor
+    another ``shape``.
     """
 
     phase: str
@@ -33,6 +34,7 @@ class Write:
     index: tuple[int, ...] | None
     was: float | complex = 0.0
     now: float | complex = 0.0
+    shape: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,10 @@ def _changed(
     known = [*versions, *[None] * len(tensors)]
     for (name, now, before), version in zip(tensors, known, strict=False):
         a, b = now.detach(), before.detach()
+        if a.shape != b.shape:
+            shape = f", of shape {tuple(b.shape)}, to {tuple(a.shape)}"
+            yield Write(phase, name, None, shape=shape)
+            continue
         same = (a == b) | ((a != a) & (b != b))  # noqa: PLR0124  # NaN
         if not bool(same.all()):
             at = tuple((~same).nonzero()[0].tolist())

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torchbp.verify._check import Check
 from torchbp.verify.cases import Case
+from torchbp.verify.observed import Write
 from torchbp.verify.report import Finding
 
 NAME = "writes"
@@ -14,13 +15,10 @@ NAME = "writes"
 
 def _run(case: Case) -> Iterator[Finding]:
     for write in case.again.writes:
-        what = f"{write.phase} writes to {write.name}"
         yield Finding(
             check=NAME,
             severity="wrong",
-            message=f"{what} in place, here what was there before"
-            if write.index is None
-            else f"{what}: element {list(write.index)} was {write.was:.4g}, is {write.now:.4g}",
+            message=_message(write),
             input=write.name,
             index=write.index,
             got=write.now,
@@ -38,6 +36,15 @@ def _run(case: Case) -> Iterator[Finding]:
                 input=name,
                 cause="torch adds what backward returns to .grad: it is counted twice, or where nobody asked for it",
             )
+
+
+def _message(write: Write) -> str:
+    what = f"{write.phase} writes to {write.name}"
+    if write.shape:
+        return f"{write.phase} resizes {write.name}{write.shape}"
+    if write.index is None:
+        return f"{what} in place, here what was there before"
+    return f"{what}: element {list(write.index)} was {write.was:.4g}, is {write.now:.4g}"
 
 
 CHECK = Check(
