@@ -141,3 +141,43 @@ def test_a_backward_that_resizes_its_grad_output_writes():
     assert not [c.detail for c in report.capabilities.values() if "itself failed" in c.detail]
     assert report.wrong[0].check == "writes"
     assert report.wrong[0].message == "backward resizes grad_output, of shape (), to (3, 4)"
+
+
+class GradWriter(Function):
+    """x w, whose backward adds to .grad of w, as that of a reversible layer does."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return x * layer.weight.detach()
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            torch.autograd.backward(x.detach() * ctx.layer.weight, grad_y)
+        return grad_y * ctx.layer.weight.detach(), None
+
+
+def test_what_backward_adds_to_parameters_that_are_closed_over():
+    layer = torch.nn.RMSNorm(4, dtype=torch.float64)
+    before = torch.full((4,), 2.0, dtype=torch.float64)
+    for grad in (None, before.clone()):
+        layer.weight.grad = grad
+        (finding,) = found(lambda x: GradWriter.apply(x, layer), sample(3, 4), "writes")
+        assert finding.message == "backward writes to .grad of parameter weight of RMSNorm"
+        assert layer.weight.grad is grad
+    assert torch.equal(layer.weight.grad, before)
+
+
+def test_what_backward_adds_to_a_tensor_that_is_closed_over():
+    layer = type("Held", (), {})()
+    layer.weight = weight = sample(4)
+
+    def function(x):
+        return GradWriter.apply(x, layer) + 0 * weight.detach()
+
+    (finding,) = found(function, sample(3, 4), "writes")
+    assert finding.message == "backward writes to .grad of a tensor that the function holds"
+    assert weight.grad is None

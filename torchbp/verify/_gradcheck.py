@@ -18,7 +18,7 @@ from torchbp.verify.definite import keep_definite
 from torchbp.verify.generators import generators_among, put_back
 from torchbp.verify.held import held
 from torchbp.verify.lost import lost
-from torchbp.verify.modules import left_alone
+from torchbp.verify.modules import LEAVES, leaves_among, left_alone
 from torchbp.verify.raised import (
     BackwardRaised,
     ForwardRaised,
@@ -192,6 +192,7 @@ def _run_all(
     with _plainly(), left_alone(modules), put_back(own):
         torch.manual_seed(seed)  # of a GPU, too, that the function is the first to use
         case, case.given = _build(func, inputs, kwargs, seed=seed, options=options, generators=own)
+        case.memo[LEAVES] = leaves_among(modules)
         try:
             differentiable = case.differentiable
         except ForwardRaised as error:

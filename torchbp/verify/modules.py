@@ -13,7 +13,9 @@ from torchbp.verify.generators import is_generator
 from torchbp.verify.held import held
 from torchbp.verify.tensors import is_dense
 
-__all__ = ["copied", "left_alone"]
+__all__ = ["LEAVES", "copied", "leaves_among", "left_alone"]
+
+LEAVES = "leaves that the function holds, with a name each"  # in the memo of a case
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -51,13 +53,32 @@ def _state_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
+def leaves_among(reached: Iterable[Any]) -> list[tuple[str, Tensor]]:
+    """Return the parameters of Modules among these, and what else a gradient may be added to."""
+    reached = list(reached)
+    found: dict[int, tuple[str, Tensor]] = {}
+    for x in reached:
+        for name, p in x.named_parameters() if isinstance(x, nn.Module) else ():
+            found.setdefault(id(p), (f"parameter {name} of {type(x).__name__}", p))
+    for x in reached:
+        if isinstance(x, Tensor) and x.is_leaf:
+            found.setdefault(id(x), ("a tensor that the function holds", x))
+    return list(found.values())
+
+
 @contextmanager
 def left_alone(reached: Iterable[Any]) -> Iterator[None]:
-    """Put the buffers and modes of Modules among these back as they were: of a BatchNorm in a lambda."""
+    """Put the buffers and modes of Modules among these back as they were: of a BatchNorm in a lambda.
+
+    So is every ``.grad``, of parameters and of other tensors among these.
+    """
+    reached = list(reached)
     parts = {part: None for x in reached if isinstance(x, nn.Module) for part in x.modules()}
     was = [(part, part.training, dict(part._buffers)) for part in parts]  # noqa: SLF001
     kept = [b for _, _, buffers in was for b in buffers.values() if b is not None]
     dense = [b for b in kept if not torch.nn.parameter.is_lazy(b) and is_dense(b) and not b.is_meta]
+    leaves = [(p, p.grad) for _, p in leaves_among(reached)]
+    dense += [g for _, g in leaves if g is not None and is_dense(g) and not g.is_meta]
     values = [(b, b.detach().clone()) for b in dense]
     try:
         yield
@@ -65,6 +86,8 @@ def left_alone(reached: Iterable[Any]) -> Iterator[None]:
         for part, training, buffers in was:
             part.training = training
             part._buffers.update(buffers)  # noqa: SLF001
+        for p, grad in leaves:
+            p.grad = grad
         with torch.no_grad():
             for buffer, value in values:  # batch_norm writes without a new version
                 if not torch.equal(buffer, value):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchbp.verify.modules import LEAVES
 from torchbp.verify.raised import ForwardRaised
 from torchbp.verify.signatures import signature_of
 from torchbp.verify.tensors import counts, is_dense, tensors_in
@@ -46,12 +47,14 @@ class Observed:
         grads: For the same grad_output.
         writes: What was written to that others hold.
         states: Of the random generators after forward.
+        added: Names of what the function holds, to whose ``.grad`` backward wrote.
     """
 
     outputs: tuple[Tensor, ...]
     grads: tuple[Tensor, ...]
     writes: tuple[Write, ...]
     states: Sequence[Any]
+    added: tuple[str, ...] = ()
 
 
 def observe(case: "Case") -> Observed:
@@ -103,9 +106,15 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
     before = [t._version for _, t, _ in backward]  # noqa: SLF001
     if not case.options.get("check_backward_ad", True):
         return Observed(values, case.plain.grads, tuple(writes), states)
+    held = [(name, t, t.grad, _version(t.grad)) for name, t in case.memo.get(LEAVES, ())]
     grads = case.backward(outputs, leaves, v, exposed=True)
     writes += _changed("backward", backward, before)
-    return Observed(values, grads, tuple(writes), states)
+    added = [name for name, t, g, n in held if t.grad is not g or _version(g) > n]
+    return Observed(values, grads, tuple(writes), states, tuple(added))
+
+
+def _version(t: Tensor | None) -> int:
+    return 0 if t is None else t._version  # noqa: SLF001
 
 
 def _data(case: "Case") -> list[int]:

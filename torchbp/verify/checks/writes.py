@@ -29,13 +29,19 @@ def _run(case: Case) -> Iterator[Finding]:
     _ = case.plain
     for name, leaf in zip(case.names, case.first[0], strict=True):
         if leaf.grad is not None:
-            yield Finding(
-                check=NAME,
-                severity="wrong",
-                message=f"backward writes to .grad of {name}",
-                input=name,
-                cause="torch adds what backward returns to .grad: it is counted twice, or where nobody asked for it",
-            )
+            yield _added(name, name)
+    for name in case.again.added[:1]:
+        yield _added(name)
+
+
+def _added(name: str, argument: str | None = None) -> Finding:
+    return Finding(
+        check=NAME,
+        severity="wrong",
+        message=f"backward writes to .grad of {name}",
+        input=argument,
+        cause="torch adds what backward returns to .grad: it is counted twice, or where nobody asked for it",
+    )
 
 
 def _message(write: Write) -> str:
