@@ -181,3 +181,32 @@ def test_what_backward_adds_to_a_tensor_that_is_closed_over():
     (finding,) = found(function, sample(3, 4), "writes")
     assert finding.message == "backward writes to .grad of a tensor that the function holds"
     assert weight.grad is None
+
+
+def normed(x, running_mean):
+    """Statistics are written as torch's batch_norm writes them."""
+    with torch.no_grad():
+        running_mean.lerp_(x.mean(0), 0.1)
+    return x - x.mean(0)
+
+
+class CountedData(Function):
+    @staticmethod
+    def forward(ctx, x, target):
+        y = x * target
+        ctx.save_for_backward(target.clone())
+        target.add_(1.0)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return grad_y * ctx.saved_tensors[0], None
+
+
+def test_what_forward_writes_to_a_constant_is_noted():
+    (finding,) = found(normed, (sample(3, 4), torch.zeros(4, dtype=torch.float64)), "writes")
+    assert finding.severity == "note"
+    assert finding.message.startswith("forward writes to input 1: element [0] was 0, is ")
+    ones = torch.ones(3, 4, dtype=torch.float64)
+    (finding,) = found(CountedData.apply, (sample(3, 4), ones), "writes")
+    assert finding.severity == "wrong"

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ class Write:
     """One tensor that forward or backward wrote to, at the first element that changed.
 
     ``index`` is None where it wrote what was there: a number within the bounds of a clamp; and where it gave the tensor
-    another ``shape``.
+    another ``shape``. It may be ``meant`` where a state is written to, and no data.
     """
 
     phase: str
@@ -36,6 +36,7 @@ class Write:
     was: float | complex = 0.0
     now: float | complex = 0.0
     shape: str = ""
+    meant: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,15 @@ def _observe(case: "Case", *, hooked: bool) -> Observed:
     forward = [] if case.copies_leaves else list(zip(case.names, leaves, case.leaves, strict=True))
     kept = [i for i, x in enumerate(case.flat) if isinstance(x, Tensor)]
     constants = [
-        (case.name_at[i], t, case.flat[i])
+        (i, (case.name_at[i], t, case.flat[i]))
         for i, t in zip(kept, fixed, strict=False)
-        if i < case.size and i not in case.where and (counts(t) or i in _data(case))
+        if i < case.size and i not in case.where
     ]
-    writes = [*_changed("forward", forward, new), *_changed("forward", constants)]
+    data = {i for i, (_, t, _) in constants if counts(t)}.union(_data(case))
+    writes = [*_changed("forward", forward, new)]
+    writes += _changed("forward", [c for i, c in constants if i in data])
+    others = _changed("forward", [c for i, c in constants if i not in data])
+    writes += [replace(write, meant=True) for write in others]
     v = [t.clone() for t in case.plain.cotangents]
     numbers = [f"grad_output {i}" if len(v) > 1 else "grad_output" for i in range(len(v))]
     backward = [

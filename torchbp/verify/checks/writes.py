@@ -17,14 +17,13 @@ def _run(case: Case) -> Iterator[Finding]:
     for write in case.again.writes:
         yield Finding(
             check=NAME,
-            severity="wrong",
+            severity="note" if write.meant else "wrong",
             message=_message(write),
             input=write.name,
             index=write.index,
             got=write.now,
             expected=write.was,
-            cause="an in-place operation on a tensor that others hold"
-            + (" (forward: mark_dirty is missing)" if write.phase == "forward" else ""),
+            cause=_cause(write),
         )
     _ = case.plain
     for name, leaf in zip(case.names, case.first[0], strict=True):
@@ -32,6 +31,13 @@ def _run(case: Case) -> Iterator[Finding]:
             yield _added(name, name)
     for name in case.again.added[:1]:
         yield _added(name)
+
+
+def _cause(write: Write) -> str:
+    if write.meant:
+        return "an in-place operation on a tensor of the caller's: is that meant, as of a running mean?"
+    missing = " (forward: mark_dirty is missing)" if write.phase == "forward" else ""
+    return f"an in-place operation on a tensor that others hold{missing}"
 
 
 def _added(name: str, argument: str | None = None) -> Finding:
