@@ -210,3 +210,24 @@ def test_what_forward_writes_to_a_constant_is_noted():
     ones = torch.ones(3, 4, dtype=torch.float64)
     (finding,) = found(CountedData.apply, (sample(3, 4), ones), "writes")
     assert finding.severity == "wrong"
+
+
+class ThroughFloat32(Function):
+    """exp(x), computed in torch's default dtype."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.tensor(x.tolist()).exp().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        return grad_y * torch.tensor(x.tolist()).exp().to(x.dtype)
+
+
+def test_outputs_that_move_with_the_default_dtype_are_noted():
+    (finding,) = found(ThroughFloat32.apply, sample(3, 4), "default_dtype")
+    assert finding.severity == "note"
+    assert finding.message.startswith("output 0 moves by ")
+    assert finding.message.endswith(" where float64 is torch's default dtype, not torch.float32")

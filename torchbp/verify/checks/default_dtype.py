@@ -2,7 +2,7 @@
 
 ``torch.zeros(n)`` is float32 whatever the inputs are: what is written there loses half of its digits, and so does a
 number that backward makes a tensor of. Fewer bits than the inputs' may be meant; those that follow
-:func:`torch.set_default_dtype` are not.
+:func:`torch.set_default_dtype` are not. Outputs in the inputs' dtype that move with it are noted.
 """
 
 from collections.abc import Iterator
@@ -55,16 +55,28 @@ def _of_gradients(case: Case, default: torch.dtype) -> Iterator[Finding]:
         size, off = largest(e), largest(g - e)
         if not LOST * size < off < DRAWN * size:
             continue
+        when = f"where float64 is torch's default dtype, not {default}"
         outputs = zip(_outputs_by_default(case, torch.float64), case.all_outputs, strict=True)
-        if any(largest(y - x) > LOST * largest(x) for y, x in outputs):
-            return  # the gradient is that of what forward computes
-        yield Finding(
-            check=NAME,
-            severity="wrong",
-            input=name,
-            message=f"grad of {name} moves by {off:.2g} where float64 is torch's default dtype, not {default}",
-            cause="backward makes a tensor without a dtype: take that of an input, as new_tensor does",
-        )
+        moved = [(k, largest(y - x), largest(x)) for k, (y, x) in enumerate(outputs)]
+        moved = [(k, by, most) for k, by, most in moved if by > LOST * most]
+        if not moved:
+            yield Finding(
+                check=NAME,
+                severity="wrong",
+                input=name,
+                message=f"grad of {name} moves by {off:.2g} {when}",
+                cause="backward makes a tensor without a dtype: take that of an input, as new_tensor does",
+            )
+            return
+        # The gradient is that of what forward computes.
+        for k, by, most in moved[:1]:
+            if by < DRAWN * most:
+                yield Finding(
+                    check=NAME,
+                    severity="note",
+                    message=f"output {k} moves by {by:.2g} {when}",
+                    cause="forward makes a tensor without a dtype: take that of an input, as new_tensor does",
+                )
         return
 
 
