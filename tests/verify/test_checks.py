@@ -231,3 +231,28 @@ def test_outputs_that_move_with_the_default_dtype_are_noted():
     assert finding.severity == "note"
     assert finding.message.startswith("output 0 moves by ")
     assert finding.message.endswith(" where float64 is torch's default dtype, not torch.float32")
+
+
+class Sampled(Function):
+    """logsumexp, whose gradient is one element, drawn with the odds of the right one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.logsumexp(-1)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        chosen = torch.distributions.Categorical(logits=x).sample()
+        one = torch.zeros_like(x).scatter(-1, chosen[..., None], 1.0)
+        return one * grad_y[..., None]
+
+
+def test_a_backward_that_draws_is_told_as_that():
+    report = torchbp.gradcheck(
+        Sampled.apply, sample(3, 4), raise_exception=False, skip=("compile", "differences")
+    )
+    assert {f.check for f in report.wrong} <= {"determinism", "random_state"}
+    assert "random_state" in {f.check for f in report.wrong}
+    assert report.capabilities["linearity"].status == "not applicable"

@@ -14,6 +14,8 @@ from torchbp.verify.report import Finding
 __all__ = ["Check", "Level", "Need", "NotApplicable", "NothingChecked", "Refused", "all_checks"]
 
 Level = Literal["quick", "full"]  # of a run
+# Of a backward that draws random numbers: others would compare what is drawn.
+DRAWN = {"values", "determinism", "writes", "outputs", "random_state", "leaks"}
 Need = Literal["same values", "no random numbers", "real numbers"]  # what a check takes for granted
 
 
@@ -61,6 +63,8 @@ class Check:
         if self.level != "asked":
             # Before any other call, whichever checks run: of one that keeps state the order would decide.
             _ = case.plain
+            if case.draws_back and self.name not in DRAWN:
+                raise NotApplicable("backward draws random numbers, and forward none")
         for need in self.needs:
             has, why = _NEEDS[need]
             if not has(case):

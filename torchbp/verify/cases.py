@@ -43,6 +43,7 @@ class Case(Sample):
         wrong_twice: The same of the second derivative.
         wrote: How many elements of its grad_output the backward of ``plain`` wrote to.
         touched: The name of an input that it wrote to.
+        draws_back: Whether it drew random numbers, and forward none.
         bounded: Whether its first call and backward are ended where they do too much, at sizes that nobody gave; if
             not 1, how many times as much they may do.
         stopped: Whether one was.
@@ -69,7 +70,7 @@ class Case(Sample):
         self.calls = Calls()
         self.copies_leaves = False
         self.wrong_here = self.wrong_twice = False
-        self.wrote, self.touched = 0, ""
+        self.wrote, self.touched, self.draws_back = 0, "", False
         self._passed: list[tuple[str, Tensor]] = []  # to the first call
         self.bounded, self.stopped = 0, False
         self.given = self
@@ -311,8 +312,12 @@ class Case(Sample):
                 v.clone() for v in cotangents
             ]  # a backward that writes in them is another check's
             before = [t._version for _, t in self._passed]  # noqa: SLF001  # no public way to ask
+            was = _random.states()
             with self.within():
                 grads = self.backward(outputs, leaves, own, retain_graph=True, exposed=True)
+            now = _random.states()
+            drew = len(was) == len(now) and not all(_random.equal(was, now))
+            self.draws_back = drew and not self.draws
             after = zip(self._passed, before, strict=True)
             self.touched = next((name for (name, t), n in after if t._version > n), "")  # noqa: SLF001
             self.wrote = sum(_differ(a, b) for a, b in zip(own, cotangents, strict=True))
