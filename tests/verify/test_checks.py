@@ -1,5 +1,7 @@
 """What single checks find, and what they let pass."""
 
+from types import SimpleNamespace
+
 import torch
 from torch.autograd import Function
 
@@ -168,12 +170,13 @@ def test_what_backward_adds_to_parameters_that_are_closed_over():
         (finding,) = found(lambda x: GradWriter.apply(x, layer), sample(3, 4), "writes")
         assert finding.message == "backward writes to .grad of parameter weight of RMSNorm"
         assert layer.weight.grad is grad
+    assert layer.weight.grad is not None
     assert torch.equal(layer.weight.grad, before)
 
 
 def test_what_backward_adds_to_a_tensor_that_is_closed_over():
-    layer = type("Held", (), {})()
-    layer.weight = weight = sample(4)
+    weight = sample(4)
+    layer = SimpleNamespace(weight=weight)
 
     def function(x):
         return GradWriter.apply(x, layer) + 0 * weight.detach()
