@@ -46,7 +46,7 @@ class FirstOfTwo(Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        return grad_y, None
+        return grad_y, torch.zeros_like(grad_y)
 
 
 def test_a_view_that_refuses_is_not_modified():
@@ -97,6 +97,10 @@ class Products(Function):
         if len(q) != len(k):
             raise IndexError("one batch is another")
         return grad_y @ k, grad_y.mT @ q
+
+
+def test_an_input_that_forward_does_not_look_at_is_emptied_too():
+    assert not found(FirstOfTwo.apply, (sample(3), sample(3, seed=1)), "empty")
 
 
 def test_a_batch_of_one_is_emptied_as_a_whole():

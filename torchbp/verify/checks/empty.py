@@ -7,7 +7,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.elsewhere import check_lines
 from torchbp.verify.growth import refuses_alone
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts
+from torchbp.verify.resize import accepts, runs
 
 NAME = "empty"
 
@@ -23,9 +23,10 @@ def _run(case: Case) -> Iterator[Finding]:
         raise NotApplicable("integer inputs that do not go with the rows")
     # One row may be broadcast to none, where nobody meant it to be.
     together = integers or first == 1 or refuses_alone(case, rows[0], 0)
-    for chosen in (rows,) if together else (rows[:1], rows):
+    for chosen in (rows,) if together or len(rows) == 1 else (rows[:1], rows):
         other = case.edited(lambda i, t, chosen=chosen: t[:0] if i in chosen else t)
-        if accepts(other):
+        # A forward that does not look at an input takes what was never meant: backward has to agree.
+        if accepts(other) and (chosen is rows or runs(other)):
             break
     else:
         raise NotApplicable("forward takes no empty input")
