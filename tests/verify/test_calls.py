@@ -83,7 +83,7 @@ SAMPLES = {
     "sorting": (torch.msort, (leaf(3, 4),), 55, 97),
     "medians": (lambda x: x.median(-1).values, (leaf(3, 5),), 52, 102),
     "poles": (torch.tan, (leaf(3, 4),), 50, 92),
-    "long sums": (torch.std, (leaf(3, 4),), 47, 85),
+    "long sums": (torch.std, (leaf(3, 4),), 48, 86),
     # What rounding hides, what is at the end of the domain, what jumps, what no difference tells.
     "oscillations": (lambda x, w: (30 * x @ w).sin(), (leaf(3, 4), leaf(4, 2, seed=1)), 75, 109),
     "labels": (labelled, (leaf(3, 4), torch.eye(3, 4, dtype=torch.float64)), 65, 98),
@@ -154,7 +154,7 @@ class Cosine(Sine):
         return grad_y * ctx.saved_tensors[0].sin()
 
 
-@pytest.mark.parametrize(("level", "forwards", "backwards"), [("quick", 7, 34), ("full", 41, 88)])
+@pytest.mark.parametrize(("level", "forwards", "backwards"), [("quick", 7, 35), ("full", 42, 90)])
 @pytest.mark.parametrize("shape", [(3, 4), (20, 50), (200, 200)])
 def test_number_of_calls_does_not_grow_with_the_size(level, forwards, backwards, shape):
     Sine.forwards = Sine.backwards = 0
@@ -163,7 +163,7 @@ def test_number_of_calls_does_not_grow_with_the_size(level, forwards, backwards,
     assert 10 < Sine.backwards <= backwards
 
 
-@pytest.mark.parametrize(("shape", "forwards"), [((3, 4), 67), ((8, 8), 172), ((20, 50), 47)])
+@pytest.mark.parametrize(("shape", "forwards"), [((3, 4), 68), ((8, 8), 173), ((20, 50), 48)])
 def test_number_of_calls_where_the_gradient_is_wrong(shape, forwards):
     """Up to 64 elements each is moved alone, to say which are wrong."""
     Sine.forwards = 0

@@ -254,12 +254,35 @@ def test_a_parameter_that_is_no_input_is_noted():
 
 
 # ---------------------------------------------------------------------------------- refusals of torch's
-def test_checkpointing_that_cannot_be_asked_for_some_gradients_is_no_fault():
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_is_no_fault(reentrant):
     def function(x):
-        return checkpoint(torch.sin, x, use_reentrant=True)
+        return checkpoint(torch.sin, x, use_reentrant=reentrant)
 
-    with pytest.raises(ValueError, match="use_reentrant=True"):
-        torchbp.gradcheck(function, sample(3))
+    report = torchbp.gradcheck(function, sample(3))
+    assert report.capabilities["second_order"].status == ("refuses" if reentrant else "ok")
+
+
+class Checkpointed(nn.Module):
+    """Calls its parts again in backward: with the parameters of its forward, whichever these were."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.parts = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return checkpoint(self.parts, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_a_module_is_no_fault(reentrant):
+    torch.manual_seed(0)
+    # A reentrant checkpoint of what asks for no gradient drops that of its parameters.
+    skip = ("compile", "requires_grad", "modified") if reentrant else ("compile",)
+    report = torchbp.gradcheck(Checkpointed(reentrant), sample(5, 3), skip=skip)
+    assert report.capabilities["values"].status == "ok"
+    assert report.capabilities["low_precision"].status == "ok"
 
 
 def test_a_backward_in_numpy_refuses_a_second():

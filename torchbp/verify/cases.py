@@ -193,6 +193,8 @@ class Case(Sample):
         retain_graph |= create_graph
 
         def run() -> Sequence[Tensor | None]:
+            if self.calls.accumulates and create_graph:
+                raise NotImplementedError("what a backward leaves in .grad has no graph")
             if not self.calls.accumulates:
                 try:
                     return torch.autograd.grad(

@@ -393,7 +393,9 @@ def _of_zeros(case: Case, sizes: dict[Size, int]) -> Iterator[Run]:
 def _at_row(case: Case, free: list[Size], row: Row) -> dict[Size, int]:
     """Return what each size is in a row."""
     new = row.many if len(free) > PLANE else row.few
-    sizes = {size: size.near(n) for size, n in zip(free, new, strict=False)}
+    stays = row in ROWS and _is_indexed(case)  # an index may point at what is gone
+    pairs = zip(free, new, strict=False)
+    sizes = {size: size.near(max(n, size.now) if stays else n) for size, n in pairs}
     if row.together:
         first = {size.now: size for size in reversed(sizes)}
         tied = {size: size.near(sizes[first[size.now]]) for size in sizes}
