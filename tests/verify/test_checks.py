@@ -263,3 +263,31 @@ def test_a_backward_that_draws_is_told_as_that():
     assert {f.check for f in report.wrong} <= {"determinism", "random_state"}
     assert "random_state" in {f.check for f in report.wrong}
     assert report.capabilities["linearity"].status == "not applicable"
+
+
+class RootTrace(Function):
+    """The trace of a symmetric matrix's root; of negative eigenvalues forward takes the size, and backward does not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        w, v = torch.linalg.eigh((x + x.mT) / 2)
+        ctx.save_for_backward(w, v)
+        return w.abs().sqrt().sum(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        w, v = ctx.saved_tensors
+        return (v * (0.5 * grad_y[..., None] / w.abs().sqrt())[..., None, :]) @ v.mT
+
+
+def test_what_is_wrong_of_indefinite_matrices_alone_is_a_note_where_the_sample_is_definite():
+    a = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    skip = ("compile", "autocast", "low_precision", "empty")
+    definite = (a @ a.mT + torch.eye(3)).requires_grad_()
+    report = torchbp.gradcheck(RootTrace.apply, definite, skip=skip, raise_exception=False)
+    assert report, str(report)
+    notes = [f for f in report.findings if f.severity == "note"]
+    assert any("positive definite" in f.message for f in notes)
+    indefinite = (a + a.mT).requires_grad_()
+    assert not torchbp.gradcheck(RootTrace.apply, indefinite, skip=skip, raise_exception=False)

@@ -1,7 +1,8 @@
 """Samples whose matrices are positive definite: a covariance, a Gram matrix.
 
 Many functions are made for such matrices alone and do not look: what is wrong of others only is worth a note. At other
-sizes, scales and values the matrices of a sample are neither symmetric nor positive any more, unless they are made so.
+sizes, scales and values the matrices of a sample are not positive definite any more, unless they are made so. That they
+are not symmetric either is no excuse: a transpose that is missing is right for symmetric ones.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,12 +34,11 @@ def keep_definite(flat: Mapping[int, Tensor]) -> Keep | None:
     def keep(i: int, t: Tensor) -> Tensor:
         if i not in definite or not is_square(t) or not t.numel():
             return t
-        symmetric = (t + t.mT) / 2
-        v = torch.linalg.eigvalsh(symmetric.detach().double().cpu())
+        v = torch.linalg.eigvalsh(((t + t.mT) / 2).detach().double().cpu())
         floor = (ratios[i] * v[..., -1]).clamp(min=least[i])
         # What was made so before stays as it is.
         lacks = torch.where(v[..., 0] < floor / 2, floor - v[..., 0], 0).to(t)
-        return symmetric + lacks[..., None, None] * torch.eye(t.shape[-1]).to(t)
+        return t + lacks[..., None, None] * torch.eye(t.shape[-1]).to(t)
 
     return keep
 
