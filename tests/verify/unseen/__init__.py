@@ -79,6 +79,7 @@ THIRTYSEVENTH: dict[str, Unseen] = {}
 THIRTYEIGHTH: dict[str, Unseen] = {}
 THIRTYNINTH: dict[str, Unseen] = {}
 FORTIETH: dict[str, Unseen] = {}
+FORTYSECOND: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -120,6 +121,7 @@ SETS = {
     "thirty-eighth set": THIRTYEIGHTH,
     "thirty-ninth set": THIRTYNINTH,
     "fortieth set": FORTIETH,
+    "forty-second set": FORTYSECOND,
 }
 
 
@@ -177,6 +179,13 @@ def every():
         fortieth_layers,
         fortieth_losses,
         fortieth_sequences,
+        fortysecond_coverage,
+        fortysecond_formula,
+        fortysecond_layout,
+        fortysecond_precision,
+        fortysecond_state,
+        fortysecond_transforms,
+        fortysecond_upstream,
         fourteenth_algebra,
         fourteenth_densities,
         fourteenth_drafts,
