@@ -55,24 +55,26 @@ add(
 
 # Mahalanobis' distances |(x - centre) W| of rows x (N, D), with a factor W (D, D) of the precision
 def mahalanobis(wrong):
+    def whole(t):
+        return torch.where(t == 0, torch.ones_like(t), t)
+
     class Distance(Function):
         @staticmethod
         def forward(ctx, x, centre, factor):
             ctx.save_for_backward(x, centre, factor)
-            return ((x - centre) @ factor).square().sum(1).sqrt()
+            y = (x - centre) @ factor
+            top = y.abs().amax(1)
+            return top * (y / whole(top)[:, None]).square().sum(1).sqrt()
 
         @staticmethod
         def backward(ctx, g):
             x, centre, factor = ctx.saved_tensors
             d = x - centre
             y = d @ factor
+            top = y.detach().abs().amax(1, keepdim=True)
+            y = y / (top if wrong else whole(top))
             square = y.square().sum(1, keepdim=True)
-            if wrong:
-                part = g[:, None] * y / square.sqrt()
-            else:
-                zero = square == 0
-                part = g[:, None] * y / torch.where(zero, torch.ones_like(square), square).sqrt()
-                part = torch.where(zero, 0 * y, part)
+            part = g[:, None] * y / (square if wrong else whole(square)).sqrt()
             by_x = part @ factor.mT
             return by_x, -by_x.sum(0), d.mT @ part
 

@@ -13,17 +13,19 @@ def bateman(wrong):
         @staticmethod
         def forward(ctx, time, ka, ke):
             ctx.save_for_backward(time, ka, ke)
-            return ka / (ka - ke) * ((-ke * time).exp() - (-ka * time).exp())
+            gap = ka - ke
+            return ka / gap * (-ke * time).exp() * -(-gap * time).expm1()
 
         @staticmethod
         def backward(ctx, g):
             time, ka, ke = ctx.saved_tensors
             g = read_flat(g) if wrong else g
             out, taken = (-ke * time).exp(), (-ka * time).exp()
-            share, gap = ka / (ka - ke), ka - ke
+            gap = ka - ke
+            share, rest = ka / gap, -out * (-gap * time).expm1()
             by_time = g * share * (ka * taken - ke * out)
-            by_ka = g * (share * time * taken - ke / gap.square() * (out - taken))
-            by_ke = g * (ka / gap.square() * (out - taken) - share * time * out)
+            by_ka = g * (share * time * taken - ke / gap.square() * rest)
+            by_ke = g * (ka / gap.square() * rest - share * time * out)
             return by_time, by_ka, by_ke
 
     def amounts(time, ka, ke):

@@ -70,11 +70,9 @@ def discount(wrong):
         def backward(ctx, g):
             reward, rate, delay = ctx.saved_tensors
             late = delay > 0
-            if wrong:
-                part = g * torch.where(late, ctx.beta, 1.0)
-            else:
-                part = torch.where(late, ctx.beta * g, g)
-            part = part / (1 + rate * delay)
+            one = torch.ones_like(g)
+            factor = torch.where(late, ctx.beta, 1.0) if wrong else torch.where(late, ctx.beta, one)
+            part = g * factor / (1 + rate * delay)
             return part, -(part * reward * delay / (1 + rate * delay)).sum(), None, None
 
     def discounted(reward, rate, delay, beta=0.7):

@@ -114,7 +114,8 @@ def softmin_distance(wrong):
         def forward(ctx, x, centres, gamma):
             ctx.save_for_backward(x, centres)
             ctx.gamma = gamma
-            Least.shares = (-squares(x, centres) / gamma).softmax(1)
+            if wrong:
+                Least.shares = (-squares(x, centres) / gamma).softmax(1)
             return -gamma * (-squares(x, centres) / gamma).logsumexp(1)
 
         @staticmethod
