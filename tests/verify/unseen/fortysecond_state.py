@@ -24,7 +24,7 @@ def heat_step(wrong):
             u, rate = ctx.saved_tensors
             bend = u[:, 2:] - 2 * u[:, 1:-1] + u[:, :-2]
             inner = g[:, 1:-1] * rate
-            grad = g if wrong else g.clone()
+            grad = g.contiguous() if wrong else g.clone()
             by_rate = (g[:, 1:-1] * bend).sum()
             grad[:, :-2] += inner
             grad[:, 1:-1] -= 2 * inner
@@ -47,8 +47,8 @@ add(
     "heat_step_writes",
     heat_step,
     lambda: (real(2, 5), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)),
-    bug="Backward adds the neighbours' parts into grad_output itself",
-    trigger="a grad_output that somebody else reads, too",
+    bug="Backward adds the neighbours' parts into grad_output itself: contiguous() isn't a copy",
+    trigger="a contiguous grad_output that somebody else reads, too",
 )
 
 
