@@ -80,6 +80,7 @@ THIRTYEIGHTH: dict[str, Unseen] = {}
 THIRTYNINTH: dict[str, Unseen] = {}
 FORTIETH: dict[str, Unseen] = {}
 FORTYSECOND: dict[str, Unseen] = {}
+FORTYFIRST: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -122,6 +123,7 @@ SETS = {
     "thirty-ninth set": THIRTYNINTH,
     "fortieth set": FORTIETH,
     "forty-second set": FORTYSECOND,
+    "forty-first set": FORTYFIRST,
 }
 
 
@@ -186,6 +188,12 @@ def every():
         fortysecond_state,
         fortysecond_transforms,
         fortysecond_upstream,
+        fortyfirst_algebra,
+        fortyfirst_elementwise,
+        fortyfirst_geometry,
+        fortyfirst_layers,
+        fortyfirst_losses,
+        fortyfirst_sequences,
         fourteenth_algebra,
         fourteenth_densities,
         fourteenth_drafts,
