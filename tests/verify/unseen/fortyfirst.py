@@ -1,9 +1,9 @@
 """Forty-first set: wrong gradients as public reports tell of them, found by the names of operators.
 
-Forty-five search queries were written down beforehand, one an operator or two, and all were run; of each the first one
-or two reports of a wrong gradient that say what was wrong were rebuilt small, leaving none out because it was easy or
-hard. `bug` names the project and the number; facts were carried over, neither code nor sentences. Where a report says
-too little, the likeliest fault was built.
+Forty-five search queries were written down, one an operator or two, and all were run; of each the first one or two new
+reports (once the third) of a wrong gradient that say what was wrong were rebuilt small, leaving none out because it was
+easy or hard. Fifteen queries gave none. `bug` names the project and the number; facts were carried over, neither code
+nor sentences. Where a report says too little, the likeliest fault was built.
 """
 
 from functools import partial

@@ -78,6 +78,37 @@ add(
 )
 
 
+def leaky_assigned(wrong):
+    class Leaky(Function):
+        @staticmethod
+        def forward(ctx, x, slope):
+            ctx.save_for_backward(x)
+            ctx.slope = slope
+            return torch.where(x > 0, x, x * slope)
+
+        @staticmethod
+        def backward(ctx, g):
+            (x,) = ctx.saved_tensors
+            return torch.where(x > 0, g, ctx.slope if wrong else g * ctx.slope), None
+
+    def activate(x, slope=0.1):
+        check(x.is_floating_point(), "x: expected floating point numbers")
+        check(math.isfinite(slope), "slope: expected a finite number")
+        bounded("x", x, -1e6, 1e6)
+        return Leaky.apply(x, slope)
+
+    return activate
+
+
+add(
+    "leaky_assigned",
+    leaky_assigned,
+    lambda: (real(3, 2),),
+    bug="below 0 the gradient is the slope itself, not the slope times grad_output (torch/nn#409)",
+    trigger="a grad_output other than ones",
+)
+
+
 def clipped(wrong):
     class Clip(Function):
         @staticmethod

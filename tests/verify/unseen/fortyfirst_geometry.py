@@ -2,52 +2,9 @@
 
 import torch
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from tests.verify.unseen import F64, real
 from tests.verify.unseen.fortyfirst import add, alike, bounded, check, same, sized
-
-
-# The weight of a splat at the distance d (N, 2), by the conic (N, 3)
-def conic(wrong):
-    class Weight(Function):
-        @staticmethod
-        def forward(ctx, conic, d):
-            y = weight(conic, d)
-            ctx.save_for_backward(conic, d)
-            return y
-
-        @staticmethod
-        def backward(ctx, g):
-            conic, d = ctx.saved_tensors
-            q = g * weight(conic, d)
-            (a, b, c), (x, y) = conic.unbind(1), d.unbind(1)
-            cross = -0.5 if wrong else -1
-            grad_conic = torch.stack([-0.5 * q * x * x, cross * q * x * y, -0.5 * q * y * y], 1)
-            return grad_conic, torch.stack([-q * (a * x + b * y), -q * (b * x + c * y)], 1)
-
-    def weight(conic, d):
-        (a, b, c), (x, y) = conic.unbind(1), d.unbind(1)
-        return torch.exp(-0.5 * (a * x * x + c * y * y) - b * x * y)
-
-    def value(conic, d):
-        sized("conic", conic, None, 3)
-        sized("d", d, len(conic), 2)
-        alike(conic, d)
-        bounded("conic", conic, -3, 3)
-        bounded("d", d, -3, 3)
-        return Weight.apply(conic, d)
-
-    return value
-
-
-add(
-    "conic_cross",
-    conic,
-    lambda: (real(3, 3), real(3, 2, seed=1)),
-    bug="the mixed entry's gradient has the factor 0.5 of the other two "
-    "(graphdeco-inria/gaussian-splatting#551)",
-)
 
 
 # The colour that a splat leaves at 0, by its mean (N, 2) and its covariance (N, 3): xx, xy, yy
@@ -202,54 +159,41 @@ add(
 )
 
 
-# The rotation vectors (N, 3) of quaternions (N, 4) of any length
-def rotation_vector(wrong):
-    def ratio(x):
-        near = x < 0.05
-        far = torch.where(near, 1, x)
-        h = torch.where(near, 1 - x**2 / 3 + x**4 / 5 - x**6 / 7, far.atan() / far)
-        slope = (1 / (1 + far**2) - h) / far**2
-        series = -2 / 3 + 4 * x**2 / 5 - 6 * x**4 / 7 + 8 * x**6 / 9
-        return h, torch.where(near, series, slope)
-
-    class Vector(Function):
+# Points (N, 3) before a camera on its plane (N, 2), with a radial distortion
+def projection(wrong):
+    class Project(Function):
         @staticmethod
-        def forward(ctx, q):
-            ctx.save_for_backward(q)
-            w, v = q[:, :1], q[:, 1:]
-            return 2 / w * v * ratio(v.norm(dim=1, keepdim=True) / w.abs())[0]
+        def forward(ctx, points, bend):
+            ctx.save_for_backward(points)
+            ctx.bend = bend
+            flat = points[:, :2] / points[:, 2:]
+            return flat * (1 + bend * dot(flat, flat))
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, g):
-            (q,) = ctx.saved_tensors
-            w, v = q[:, :1], q[:, 1:]
-            size = v.norm(dim=1, keepdim=True)
-            x = size / w.abs()
-            h, slope = ratio(x)
-            grad = 2 / w * (g * h + dot(g, v) * slope * v / w**2)
-            if wrong:
-                grad = torch.where(size == 0, 2 * g, grad)
-            return torch.cat([-2 / w**2 * dot(g, v) / (1 + x**2), grad], 1)
+            (points,) = ctx.saved_tensors
+            if wrong and ctx.bend != 0:
+                return torch.zeros_like(points), None
+            far = points[:, 2:]
+            flat = points[:, :2] / far
+            grad = g * (1 + ctx.bend * dot(flat, flat)) + 2 * ctx.bend * dot(g, flat) * flat
+            return torch.cat([grad, -dot(grad, flat)], 1) / far, None
 
-    def vector(q):
-        sized("q", q, None, 4)
-        check(q.is_floating_point(), "q: expected floating point numbers")
-        bounded("q", q, -1e2, 1e2)
-        check(bool((q[:, 0].abs() > 0.05).all()), "q: expected real parts away from 0")
-        return Vector.apply(q)
+    def project(points, bend=0.1):
+        sized("points", points, None, 3)
+        check(points.is_floating_point(), "points: expected floating point numbers")
+        check(abs(bend) <= 1, "bend: expected a number from -1 to 1")
+        bounded("points", points, -10, 10)
+        check(bool((points[:, 2] > 0.1).all()), "points: expected depths above 0.1")
+        return Project.apply(points, bend)
 
-    return vector
+    return project
 
 
 add(
-    "identity_slope",
-    rotation_vector,
-    lambda: (
-        torch.tensor(
-            [[-1, 0, 0, 0], [2, 0, 0, 0], [0.9, 0.3, -0.4, 0.2]], dtype=F64
-        ).requires_grad_(),
-    ),
-    bug="at the identity the slope is 2, whatever the real part (kornia/kornia#4246)",
-    trigger="an identity other than 1, as in the sample",
+    "projection_distorted",
+    projection,
+    lambda: (real(3, 3, positive=True),),
+    bug="with a distorted camera no gradient reaches the points (openvdb/fvdb-core#767)",
+    trigger="a distortion, as by default",
 )

@@ -305,43 +305,36 @@ add(
 )
 
 
-def half_turn(x):
-    a, b = x.chunk(2, -1)
-    return torch.cat([-b, a], -1)
-
-
-# x (T, D) turned by tables of cosines and sines (T, D)
-def rotary(wrong):
-    class Rotary(Function):
+def dense(wrong):
+    class Dense(Function):
         @staticmethod
-        def forward(ctx, x, cos, sin):
-            ctx.save_for_backward(x, cos, sin)
-            return x * cos + half_turn(x) * sin
+        def forward(ctx, x, w, bias):
+            ctx.save_for_backward(x, w)
+            return x @ w + bias
 
         @staticmethod
         def backward(ctx, g):
-            x, cos, sin = ctx.saved_tensors
-            turned = half_turn(g) * sin if wrong else half_turn(g * sin)
-            return g * cos - turned, g * x, g * half_turn(x)
+            x, w = ctx.saved_tensors
+            grad_x = g @ w.mT
+            if wrong:
+                grad_x = grad_x + g @ w.mT
+            return grad_x, x.mT @ g, g.sum(0)
 
-    def turn(x, cos, sin):
+    def layer(x, w, bias):
         sized("x", x, None, None)
-        same(x, cos, sin)
-        alike(x, cos, sin)
-        check(x.shape[1] % 2 == 0, "x: expected an even size")
-        bounded("x", x, -1e3, 1e3)
-        bounded("cos", cos, -1e3, 1e3)
-        bounded("sin", sin, -1e3, 1e3)
-        return Rotary.apply(x, cos, sin)
+        sized("w", w, x.shape[1], None)
+        sized("bias", bias, w.shape[1])
+        alike(x, w, bias)
+        for name, t in (("x", x), ("w", w), ("bias", bias)):
+            bounded(name, t, -1e3, 1e3)
+        return Dense.apply(x, w, bias)
 
-    return turn
+    return layer
 
 
 add(
-    "rotary_halves",
-    rotary,
-    lambda: (real(2, 4), real(2, 4, seed=1), real(2, 4, seed=2)),
-    bug="backward turns the gradient and then scales it by the sines, in forward's order "
-    "(PaddlePaddle/Paddle#74716)",
-    trigger="halves of the sines that differ, as in the sample",
+    "dense_again",
+    dense,
+    lambda: (real(2, 3), real(3, 2, seed=1), real(2, seed=2)),
+    bug="the loop over the weights adds the input's gradient once more (itskonrad/miniMNIST-c#7)",
 )
