@@ -2,7 +2,7 @@
 
 Forty-five search queries were written down, one an operator or two, and all were run; of each the first one or two new
 reports (once the third) of a wrong gradient that say what was wrong were rebuilt small, leaving none out because it was
-easy or hard. Fifteen queries gave none. `bug` names the project and the number; facts were carried over, neither code
+easy or hard. Nineteen queries gave none. `bug` names the project and the number; facts were carried over, neither code
 nor sentences. Where a report says too little, the likeliest fault was built.
 """
 
