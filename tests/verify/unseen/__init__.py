@@ -79,8 +79,8 @@ THIRTYSEVENTH: dict[str, Unseen] = {}
 THIRTYEIGHTH: dict[str, Unseen] = {}
 THIRTYNINTH: dict[str, Unseen] = {}
 FORTIETH: dict[str, Unseen] = {}
-FORTYSECOND: dict[str, Unseen] = {}
 FORTYFIRST: dict[str, Unseen] = {}
+FORTYSECOND: dict[str, Unseen] = {}
 SETS = {
     "first set of unseen wrong functions": FIRST,
     "second set": SECOND,
@@ -122,8 +122,8 @@ SETS = {
     "thirty-eighth set": THIRTYEIGHTH,
     "thirty-ninth set": THIRTYNINTH,
     "fortieth set": FORTIETH,
-    "forty-second set": FORTYSECOND,
     "forty-first set": FORTYFIRST,
+    "forty-second set": FORTYSECOND,
 }
 
 
@@ -181,6 +181,12 @@ def every():
         fortieth_layers,
         fortieth_losses,
         fortieth_sequences,
+        fortyfirst_algebra,
+        fortyfirst_elementwise,
+        fortyfirst_geometry,
+        fortyfirst_layers,
+        fortyfirst_losses,
+        fortyfirst_sequences,
         fortysecond_coverage,
         fortysecond_formula,
         fortysecond_layout,
@@ -188,12 +194,6 @@ def every():
         fortysecond_state,
         fortysecond_transforms,
         fortysecond_upstream,
-        fortyfirst_algebra,
-        fortyfirst_elementwise,
-        fortyfirst_geometry,
-        fortyfirst_layers,
-        fortyfirst_losses,
-        fortyfirst_sequences,
         fourteenth_algebra,
         fourteenth_densities,
         fourteenth_drafts,

@@ -39,6 +39,7 @@ SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     f"{LARGE:g} times as large": lambda t: t * LARGE,
     "all zero": torch.zeros_like,
 }
+LESS = 2.0**8  # times, where LARGE is refused
 TINY = 2.0**-40
 SWALLOWS = (
     2.0**60
@@ -73,13 +74,11 @@ def _run(case: Case) -> Iterator[Finding]:
             tested = True
             continue  # each alone leaves no question
         for which in inputs:
-            # One input all zero: a sample that `degenerate` has too.
-            alone = with_zero(case, case.where[which]) if zero else _changed(case, [which], change)
-            other = alone if len(inputs) > 1 else every
+            other, said = _alone(case, which, text, change) if len(inputs) > 1 else (every, text)
             if not accepts(other):
                 continue
             tested = True
-            when = f" where {case.names[which]} is {text}"
+            when = f" where {case.names[which]} is {said}"
             found = not_finite(other, NAME, when)
             if found:
                 yield found
@@ -92,6 +91,18 @@ def _run(case: Case) -> Iterator[Finding]:
             return
     if not tested:
         raise NotApplicable("forward is finite at no extreme")
+
+
+def _alone(
+    case: Case, which: int, text: str, change: Callable[[Tensor], Tensor]
+) -> tuple[Case, str]:
+    """Return the case with one input changed, and how: less so, where it may not be as large."""
+    if change is torch.zeros_like:  # a sample that `degenerate` has too
+        return with_zero(case, case.where[which]), text
+    other = _changed(case, [which], change)
+    if accepts(other):
+        return other, text
+    return _changed(case, [which], lambda t: t * LESS), f"{LESS:g} times as large"
 
 
 def _inputs(case: Case) -> list[int]:

@@ -95,8 +95,9 @@ def _variants(case: Case) -> Iterator[tuple[str, Case]]:
         yield layout, case.variant(change)
     if len(case.leaves) > 1 and speaks(case, STRIDES):
         first = case.where[0]
-        alone = case.edited(lambda i, t: _slice(t) if i == first else t)
-        yield f"contiguous, but {case.names[0]} a slice of a wider tensor", alone
+        for layout, change in LAYOUTS.items():
+            alone = case.edited(lambda i, t, change=change: change(t) if i == first else t)
+            yield f"contiguous, but {case.names[0]} {layout}", alone
 
 
 def _left(case: Case) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -198,7 +198,7 @@ def _nested(
 def _in_dims(case: Case) -> list[tuple[int, ...]]:
     """Return the batch dimensions to try: the first and the last; of several inputs the second and the last at once.
 
-    Where a function refuses that, all its inputs are batched in the first dimension.
+    Where a function refuses that, all its inputs are batched in the second dimension, then in the first.
     """
     dims = [leaf.dim() for leaf in case.leaves]
     mixed = (
@@ -206,7 +206,8 @@ def _in_dims(case: Case) -> list[tuple[int, ...]]:
         if len(dims) == 1
         else [tuple(d if k % 2 else min(d, int(k == 0)) for k, d in enumerate(dims))]
     )
-    return list(dict.fromkeys([*mixed, (0,) * len(dims)]))
+    second = [(1,) * len(dims)] if min(dims) > 0 else []
+    return list(dict.fromkeys([*mixed, *second, (0,) * len(dims)]))
 
 
 def _nearby(case: Case, leaves: list[Tensor]) -> Looped:
