@@ -83,7 +83,7 @@ SAMPLES = {
     "sorting": (torch.msort, (leaf(3, 4),), 55, 97),
     "medians": (lambda x: x.median(-1).values, (leaf(3, 5),), 52, 102),
     "poles": (torch.tan, (leaf(3, 4),), 50, 92),
-    "long sums": (torch.std, (leaf(3, 4),), 48, 86),
+    "long sums": (torch.std, (leaf(3, 4),), 48, 87),
     # What rounding hides, what is at the end of the domain, what jumps, what no difference tells.
     "oscillations": (lambda x, w: (30 * x @ w).sin(), (leaf(3, 4), leaf(4, 2, seed=1)), 75, 109),
     "labels": (labelled, (leaf(3, 4), torch.eye(3, 4, dtype=torch.float64)), 65, 98),
