@@ -27,7 +27,6 @@ NEED_COMPILE = {
     "row_energies_fake_30",
     "rms_layer_compiled_31",
     "packed_geglu_compiled_32",
-    "place_waves_first_type_33",
     "tanh_square_compiled_38",
     "edit_distance_compiled_39",
     "alpha_beta_compiled_42",

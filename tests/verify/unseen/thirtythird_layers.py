@@ -363,6 +363,7 @@ add(
     lambda: (real(2, 5, 3),),
     bug="The table is kept by its size alone: it stays of the first call's type",
     trigger="a call in float32, then one in float64",
+    missed="a table that is kept of a call in float32 and met in float64, at one size",
 )
 
 
