@@ -27,6 +27,7 @@ DEFECTS = {
     "linalg.pinv": "backward fails under autocast: it multiplies bfloat16 with float32",
     "logcumsumexp": "in float32 its gradient is off by 4e-4: it is made by way of logarithms",
     "masked.median": "of an expanded tensor it returns memory that was never written",
+    "narrow_copy": "of a negative start, which forward takes, backward fails; narrow's does not",
     "native_group_norm": "mean and rstd are outputs without a gradient, though they have a grad_fn",
     "nn.functional.binary_cross_entropy": "the gradient of target is infinite where the loss is clamped",
     "nn.functional.linear_cross_entropy": "with options for chunks: no second order, no forward mode, and no error",
