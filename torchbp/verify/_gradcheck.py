@@ -318,11 +318,13 @@ def _noted(
     """Make notes of what is wrong only where matrices are no longer positive definite, as the sample's are."""
     if status == "wrong" and not case.wrong_here:
         keep = keep_definite({i: t for i, t in case.arguments if i in case.where})
-        other = case.variant(lambda t: t)
-        other.keep = keep
-        if keep and _run_one(check, other)[1] != "wrong":
-            why = "; not so where matrices stay positive definite, as the sample's are"
-            return [replace(f, severity="note", message=f.message + why) for f in found], "ok", ""
+        if keep:
+            other = case.variant(lambda t: t)
+            other.keep = keep
+            if _run_one(check, other)[1] != "wrong":
+                why = "; not so where matrices stay positive definite, as the sample's are"
+                notes = [replace(f, severity="note", message=f.message + why) for f in found]
+                return notes, "ok", ""
     return found, status, detail
 
 

@@ -28,6 +28,7 @@ LARGER = (
 
 # A checkpoint says, where use_reentrant=True: it asks for what `.backward()` leaves in `.grad`.
 ACCUMULATES = "incompatible with .grad()"
+DRAWS_BACK = "whether backward draws random numbers, and forward none"  # asked once
 
 
 class Case(Sample):
@@ -43,7 +44,6 @@ class Case(Sample):
         wrong_twice: The same of the second derivative.
         wrote: How many elements of its grad_output the backward of ``plain`` wrote to.
         touched: The name of an input that it wrote to.
-        draws_back: Whether it drew random numbers, and forward none.
         bounded: Whether its first call and backward are ended where they do too much, at sizes that nobody gave; if
             not 1, how many times as much they may do.
         stopped: Whether one was.
@@ -70,7 +70,7 @@ class Case(Sample):
         self.calls = Calls()
         self.copies_leaves = False
         self.wrong_here = self.wrong_twice = False
-        self.wrote, self.touched, self.draws_back = 0, "", False
+        self.wrote, self.touched = 0, ""
         self._passed: list[tuple[str, Tensor]] = []  # to the first call
         self.bounded, self.stopped = 0, False
         self.given = self
@@ -314,18 +314,25 @@ class Case(Sample):
                 v.clone() for v in cotangents
             ]  # a backward that writes in them is another check's
             before = [t._version for _, t in self._passed]  # noqa: SLF001  # no public way to ask
-            was = _random.states()
+            asked = DRAWS_BACK in self.given.memo
+            was = [] if asked else _random.states()
             with self.within():
                 grads = self.backward(outputs, leaves, own, retain_graph=True, exposed=True)
-            now = _random.states()
-            drew = len(was) == len(now) and not all(_random.equal(was, now))
-            self.draws_back = drew and not self.draws
+            if not asked:
+                now = _random.states()
+                drew = len(was) == len(now) and not all(_random.equal(was, now))
+                self.given.memo[DRAWS_BACK] = drew and not self.draws
             after = zip(self._passed, before, strict=True)
             self.touched = next((name for (name, t), n in after if t._version > n), "")  # noqa: SLF001
             self.wrote = sum(_differ(a, b) for a, b in zip(own, cotangents, strict=True))
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)
         return Plain(values, cotangents, tuple(g.detach().clone() for g in grads))
+
+    @property
+    def draws_back(self) -> bool:
+        """Whether the first backward drew random numbers, and forward none."""
+        return self.given.memo.get(DRAWS_BACK, False)
 
     @property
     def writes(self) -> bool:

@@ -22,6 +22,7 @@ __all__ = [
     "apart",
     "broadcast",
     "explodes",
+    "is_indexed",
     "negated",
     "one_for_all",
     "resized",
@@ -316,6 +317,11 @@ def accepts(case: Case) -> bool:
         return bool(case.differentiable) and all(bool(y.isfinite().all()) for y in case.all_outputs)
     except ForwardRaised:
         return False
+
+
+def is_indexed(case: Case) -> bool:
+    """Whether there are integers, or a mask, which may point at what is gone where a size is smaller."""
+    return any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
 
 
 def runs(case: Case) -> bool:

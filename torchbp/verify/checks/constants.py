@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchbp.verify._check import Check, NotApplicable
 from torchbp.verify.cases import Case
+from torchbp.verify.checks.indices import equal
 from torchbp.verify.checks.masks import is_mask
 from torchbp.verify.duals import by_hand
 from torchbp.verify.elsewhere import check_lines
@@ -32,7 +33,7 @@ def _run(case: Case) -> Iterator[Finding]:
         ("holds zeros", _with_zeros),
         ("is negated", _negated),
         ("holds -inf", _barred),
-        ("is one number throughout", _levelled),
+        ("is one number throughout", equal),
     ):
         known = change is _with_zeros  # of a mask, whose half `masks` takes away
         some = [i for i in constants if not (known and is_mask(case.flat[i]))]
@@ -44,7 +45,7 @@ def _run(case: Case) -> Iterator[Finding]:
         tested = True
         names = " and ".join(case.name_at[i] for i in chosen)
         when = f" where {names} {what}"
-        if change is _levelled:  # where a variance is 0, or a length
+        if change is equal:  # where a variance is 0, or a length
             found = check_smooth(other, NAME, when, max(map(largest, case.plain.grads)))
         else:
             found = check_lines(other, NAME, when)
@@ -100,11 +101,6 @@ def _barred(t: Tensor) -> Tensor:
     flat = t.clone().reshape(-1)
     flat[::3] = -torch.inf
     return flat.view(t.shape)
-
-
-def _levelled(t: Tensor) -> Tensor:
-    """Return the first of the elements for all."""
-    return t.reshape(-1)[:1].expand(t.numel()).clone().view(t.shape) if t.numel() else t
 
 
 def _negated(t: Tensor) -> Tensor:

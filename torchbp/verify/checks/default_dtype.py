@@ -35,7 +35,7 @@ def _run(case: Case) -> Iterator[Finding]:
 
 def _of_outputs(case: Case, like: list[int], default: torch.dtype) -> Iterator[Finding]:
     """Yield an output that follows the default dtype."""
-    others = _outputs_by_default(case, torch.float64)
+    others = _outputs_in_float64(case)
     for k in like:
         if others[k].dtype == torch.float64:
             yield Finding(
@@ -49,14 +49,14 @@ def _of_outputs(case: Case, like: list[int], default: torch.dtype) -> Iterator[F
 
 def _of_gradients(case: Case, default: torch.dtype) -> Iterator[Finding]:
     """Yield a gradient that follows the default dtype, where outputs do not."""
-    with _default(torch.float64):
+    with _float64_by_default():
         (others,) = case.vjps([case.plain.cotangents])
     for name, g, e in zip(case.names, others, case.plain.grads, strict=True):
         size, off = largest(e), largest(g - e)
         if not LOST * size < off < DRAWN * size:
             continue
         when = f"where float64 is torch's default dtype, not {default}"
-        outputs = zip(_outputs_by_default(case, torch.float64), case.all_outputs, strict=True)
+        outputs = zip(_outputs_in_float64(case), case.all_outputs, strict=True)
         moved = [(k, largest(y - x), largest(x)) for k, (y, x) in enumerate(outputs)]
         moved = [(k, by, most) for k, by, most in moved if by > LOST * most]
         if not moved:
@@ -80,15 +80,15 @@ def _of_gradients(case: Case, default: torch.dtype) -> Iterator[Finding]:
         return
 
 
-def _outputs_by_default(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    with _default(dtype):
+def _outputs_in_float64(case: Case) -> list[Tensor]:
+    with _float64_by_default():
         return [y.detach() for y in tensors_in(case.call(case.fresh()))]
 
 
 @contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
+def _float64_by_default() -> Iterator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:

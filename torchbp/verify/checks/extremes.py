@@ -136,9 +136,10 @@ def _extremes(case: Case, by_element: bool) -> Iterator[Extreme]:
     factor, limited = within_limits(case)
     if limited:
         yield Extreme(limited, f" for inputs {factor:g} times as large")
-    swallowed = scaled(case, SWALLOWS)
-    if any(map(is_square, case.leaves)) and speaks(case, DECOMPOSED) and accepts(swallowed):
-        yield Extreme(swallowed, f" for inputs {SWALLOWS:.1g} times as large")
+    if any(map(is_square, case.leaves)) and speaks(case, DECOMPOSED):
+        swallowed = scaled(case, SWALLOWS)
+        if accepts(swallowed):
+            yield Extreme(swallowed, f" for inputs {SWALLOWS:.1g} times as large")
     if by_element:  # see `edges`
         yield from _tiny(case) if speaks(case, LARGEST) else ()
         return

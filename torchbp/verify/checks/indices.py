@@ -123,7 +123,7 @@ def _reversed(t: Tensor) -> Tensor:
 
 
 def equal(t: Tensor) -> Tensor:
-    """Return the first of the integers for all."""
+    """Return the first of the elements for all."""
     return t.reshape(-1)[:1].expand(t.numel()).clone().view(t.shape)
 
 

@@ -27,7 +27,7 @@ from torchbp.verify.operations import Operations
 from torchbp.verify.otherwise import ways
 from torchbp.verify.raised import BackwardRaised, ForwardRaised, is_deliberate
 from torchbp.verify.report import Finding
-from torchbp.verify.resize import accepts, resized, runs, within_limits
+from torchbp.verify.resize import accepts, is_indexed, resized, runs, within_limits
 from torchbp.verify.source import functions
 from torchbp.verify.tolerance import largest
 
@@ -212,8 +212,7 @@ def _same_outputs(case: Case, other: Case) -> bool:
 def _wide(case: Case) -> Case:
     """Return the case at a larger size, where it takes one."""
     sizes = {s: s.near(n) for s, n in zip(free_sizes(case), WIDE, strict=False)}
-    indexed = any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
-    smaller = indexed and any(n < s.now for s, n in sizes.items())
+    smaller = is_indexed(case) and any(n < s.now for s, n in sizes.items())
     return resized(case, sizes) if sizes and not smaller and fits(case, sizes, LARGEST) else case
 
 

@@ -37,6 +37,7 @@ from torchbp.verify.resize import (
     apart,
     broadcast,
     explodes,
+    is_indexed,
     one_for_all,
     resized,
     runs,
@@ -236,17 +237,12 @@ def _as_what_stays(case: Case, free: list[Size]) -> Run | None:
     taken = {(i, d) for size in free for i, d, _ in size.places}
     places = [(n, (i, d)) for i, t in case.arguments for d, n in enumerate(t.shape)]
     stay = [n for n, place in places if n > 1 and place not in taken]
-    indexed = _is_indexed(case)
+    indexed = is_indexed(case)
     sizes = {s: stay[0] for s in free if stay and s.near(stay[0]) == stay[0] != s.now}
     if not sizes or (indexed and any(n < s.now for s, n in sizes.items())):
         return None
     run = Run(other := resized(case, sizes), other, near=True, chance=True, beyond=True)
     return run if _runs_through(case, run) else None
-
-
-def _is_indexed(case: Case) -> bool:
-    """Whether there are integers, or a mask, which may point at what is gone where a size is smaller."""
-    return any(not (t.is_floating_point() or t.is_complex()) for _, t in case.arguments)
 
 
 def _all_one(case: Case) -> bool:
@@ -393,7 +389,7 @@ def _of_zeros(case: Case, sizes: dict[Size, int]) -> Iterator[Run]:
 def _at_row(case: Case, free: list[Size], row: Row) -> dict[Size, int]:
     """Return what each size is in a row."""
     new = row.many if len(free) > PLANE else row.few
-    stays = row in ROWS and _is_indexed(case)  # an index may point at what is gone
+    stays = row in ROWS and is_indexed(case)  # an index may point at what is gone
     pairs = zip(free, new, strict=False)
     sizes = {size: size.near(max(n, size.now) if stays else n) for size, n in pairs}
     if row.together:
@@ -437,7 +433,7 @@ def _alone(case: Case, free: list[Size], refused: list[str], stay: list[Size]) -
     What is one in the sample becomes as many as something else is, too: what is broadcast along the wrong dimension
     raises for any other number.
     """
-    indexed = _is_indexed(case)
+    indexed = is_indexed(case)
     if not refused:
         return
     several = list(dict.fromkeys(size.now for size in free if size.now > FEW))[:TRIES]
