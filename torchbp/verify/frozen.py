@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchbp.verify.cases import Case
 from torchbp.verify.report import Finding
-from torchbp.verify.tolerance import compare, largest, rounding
+from torchbp.verify.tolerance import compare_outputs
 
 __all__ = ["FROZEN", "changed", "combinations_of", "gradients"]
 
@@ -41,9 +41,4 @@ def gradients(
 def changed(check: str, case: Case, outputs: Sequence[Tensor], when: str) -> list[Finding]:
     """Return the first output that is another than in the sample, because something else requires grad."""
     cause = "forward asks an input for requires_grad, and computes something else"
-    for k, (y, y0) in enumerate(zip(outputs, case.plain.outputs, strict=True)):
-        size = rounding(case, y0) * max(largest(y0), *map(largest, case.leaves))  # y may cancel
-        found = compare(check, str(k), y, y0, size, what="output", when=when, cause=cause)
-        if found:
-            return [found]
-    return []
+    return compare_outputs(check, case, outputs, when=when, cause=cause)[:1]

@@ -11,7 +11,7 @@ from torchbp.verify.cases import Case
 from torchbp.verify.causes import likely_cause
 from torchbp.verify.report import Finding
 
-__all__ = ["compare", "compare_all", "largest", "rounding"]
+__all__ = ["compare", "compare_all", "compare_outputs", "largest", "rounding"]
 
 EXACT = 1e-12  # the precision of what works in float64 is below it
 
@@ -107,6 +107,18 @@ def compare(
         ratio=g / e if e not in (0, float("inf")) else None,
         cause=cause,
     )
+
+
+def compare_outputs(
+    check: str, case: Case, outputs: Sequence[Tensor], *, when: str, cause: str
+) -> list[Finding]:
+    """Compare every output with that of the sample, computed in another way, by rounding alone."""
+    findings = []
+    for k, (y, y0) in enumerate(zip(outputs, case.plain.outputs, strict=True)):
+        size = rounding(case, y0) * max(largest(y0), *map(largest, case.leaves))  # y may cancel
+        found = compare(check, str(k), y, y0, size, what="output", when=when, cause=cause)
+        findings += [found] if found else []
+    return findings
 
 
 def compare_all(

@@ -19,7 +19,7 @@ from torchbp.verify.report import Finding
 from torchbp.verify.smooth import check_smooth
 from torchbp.verify.source import speaks
 from torchbp.verify.tensors import tensors_in
-from torchbp.verify.tolerance import compare, compare_all, largest, rounding
+from torchbp.verify.tolerance import compare_all, compare_outputs, largest
 
 NAME = "input_layouts"
 CAUSE = "an input, or what was saved of it, indexed as if contiguous"
@@ -194,11 +194,7 @@ def _compare(
         groups = [[j for j, m in enumerate(shared) if m == k] for k in shared]
         expected = [torch.stack([expected[j] for j in group]).sum(0) for group in groups]
     outputs = tuple(tensors_in(other.call(leaves))[i] for i in case.differentiable)
-    found = []
-    for i, (y, y0) in enumerate(zip(outputs, case.plain.outputs, strict=True)):
-        size = rounding(case, y0) * max(largest(y0), *map(largest, case.leaves))  # y may cancel
-        difference = compare(NAME, str(i), y, y0, size, what="output", when=when, cause=CAUSE)
-        found += [difference] if difference else []
+    found = compare_outputs(NAME, case, outputs, when=when, cause=CAUSE)
     if not found:
         got = gradients(case, outputs, leaves)
         pairs = [

@@ -5,7 +5,6 @@ An optimizer writes in the parameters it has: what is cached by address, identit
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torchbp.verify.duals import Silent, silent
 from torchbp.verify.report import Finding
 from torchbp.verify.source import speaks
 from torchbp.verify.tensors import tensors_in
-from torchbp.verify.tolerance import compare, compare_all, largest, rounding
+from torchbp.verify.tolerance import compare_all, compare_outputs
 from torchbp.verify.used import used
 
 NAME = "memory"
@@ -34,11 +33,11 @@ def _run(case: Case) -> Iterator[Finding]:
     )
     yield from _asked(case)
     made = silent(case)
-    if isinstance(made, Silent) and not any(_differing(case, made.outputs)):
+    if isinstance(made, Silent) and not _differing(case, made.outputs):
         return
     with torch.no_grad():
         every = tensors_in(case.call(leaves))
-    yield from islice(_differing(case, [every[k] for k in case.differentiable]), 1)
+    yield from _differing(case, [every[k] for k in case.differentiable])[:1]
     if made is None:  # what depends on it may be kept, too
         after = case.backward(case.forward(leaves), leaves, case.plain.cotangents)
         when = " after a call under torch.no_grad"
@@ -74,21 +73,10 @@ def _asked(case: Case) -> Iterator[Finding]:
         )
 
 
-def _differing(case: Case, outputs: Sequence[Tensor]) -> Iterator[Finding]:
-    """Yield the outputs that are others where no gradient is recorded."""
-    for number, (y, y0) in enumerate(zip(outputs, case.plain.outputs, strict=True)):
-        found = compare(
-            NAME,
-            str(number),
-            y,
-            y0,
-            rounding(case, y0) * max(largest(y0), *map(largest, case.leaves)),
-            what="output",
-            when=" under torch.no_grad",
-            cause="another path where no gradient is recorded",
-        )
-        if found:
-            yield found
+def _differing(case: Case, outputs: Sequence[Tensor]) -> list[Finding]:
+    """Return the outputs that are others where no gradient is recorded."""
+    cause = "another path where no gradient is recorded"
+    return compare_outputs(NAME, case, outputs, when=" under torch.no_grad", cause=cause)
 
 
 CHECK = Check(
